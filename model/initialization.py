@@ -1,0 +1,47 @@
+"""The paper's initialisation (arXiv 2406.07522, appendix A, and its reference code): fills of whole canonical tensors.
+
+Each function fills a tensor in place from a generator, or returns such a fill.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from sambalm.model.config import ModelConfig
+from sambalm.parallel.sharding import Init
+
+
+def ones(tensor: Tensor, generator: Generator) -> None:
+    tensor.fill_(1.0)
+
+
+def normal(std: float) -> Init:
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def linear(fan_in: int, *, scale: float = 1.0) -> Init:
+    """PyTorch's default for linear and convolution weights and biases: uniform within scale / sqrt(fan_in)."""
+    bound = scale / math.sqrt(fan_in)
+    return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
+
+
+def residual_linear(fan_in: int, config: ModelConfig) -> Init:
+    """For projections that write the residual stream: the default over the root of the number of such writes."""
+    return linear(fan_in, scale=1.0 / math.sqrt(len(config.pattern)))
+
+
+def dt_bias(config: ModelConfig) -> Init:
+    """The inverse softplus of log-uniform step sizes."""
+
+    def fill(tensor: Tensor, generator: Generator) -> None:
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=config.dt_floor)
+        tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    return fill
+
+
+def a_log(tensor: Tensor, generator: Generator) -> None:
+    """log(1), ..., log(d_state) in every channel (S4D-real)."""
+    tensor.copy_(torch.arange(1, tensor.shape[1] + 1, dtype=tensor.dtype).log())

@@ -1,0 +1,80 @@
+"""CUDA kernels of other packages behind the signatures of the PyTorch references. All are optional."""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_MODULES = {
+    "mamba-ssm": "mamba_ssm.ops.selective_scan_interface",
+    "causal-conv1d": "causal_conv1d",
+    "flash-attn": "flash_attn",
+    # PyPI's `apex` is another project; NVIDIA's is the one with this module.
+    "apex": "apex.normalization.fused_layer_norm",
+}
+_HALF_ONLY = ("flash-attn", "torch-flash")
+
+
+class KernelError(Exception):
+    """A kernel that cannot run here; the message is one sentence for the user."""
+
+    exit_code = 2
+
+
+def why_unavailable(name: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the named implementation cannot run on the device with activations of the dtype; None when it can."""
+    if name == "torch":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device and this run is on {device.type}"
+    if name in _HALF_ONLY and dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+    if name in _MODULES:
+        try:
+            importlib.import_module(_MODULES[name])
+        except ImportError as error:
+            return f"import failed: {error}"
+    return None
+
+
+def _function(name: str, attribute: str) -> Callable:
+    return getattr(importlib.import_module(_MODULES[name]), attribute)
+
+
+def mamba_ssm_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, z: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """mamba-ssm's fused scan. It wants time innermost, so the inputs are copied; the final state has no gradient."""
+    u, dt, B, C, z = (t.transpose(1, 2).contiguous() for t in (u, dt, B, C, z))
+    y, state = _function("mamba-ssm", "selective_scan_fn")(
+        u, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
+    )
+    return y.transpose(1, 2), state
+
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """causal-conv1d's fused convolution, which reads channels-last input as it is."""
+    y = _function("causal-conv1d", "causal_conv1d_fn")(x.transpose(1, 2), weight, bias, activation="silu")
+    return y.transpose(1, 2), x[:, x.shape[1] - weight.shape[1] + 1 :]
+
+
+def flash_attn_window(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """flash-attn's window attention."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = _function("flash-attn", "flash_attn_func")(q, k, v, causal=True, window_size=(window - 1, 0))
+    return y.transpose(1, 2)
+
+
+def torch_flash_window(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """The flash kernel inside PyTorch's CUDA build, whose operator takes a window (SDPA does not pass one on)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, window_size_left=window - 1, window_size_right=0
+    )
+    return y.transpose(1, 2)
+
+
+def apex_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """NVIDIA apex's fused RMSNorm."""
+    return _function("apex", "fused_rms_norm_affine")(x, weight.to(x.dtype), (x.shape[-1],), eps)

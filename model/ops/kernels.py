@@ -1,0 +1,100 @@
+"""The one place where an operation's implementation is chosen: `KernelConfig.build` gives the `Kernels` of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from sambalm.model.ops import cuda
+from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.selective_scan import gated_selective_scan
+from sambalm.model.ops.window_attention import window_attention
+
+
+class ScanKernel(Protocol):
+    """See `selective_scan.gated_selective_scan`, the reference; shapes and dtypes are the same."""
+
+    def __call__(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, z: Tensor, dt_bias: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class AttentionKernel(Protocol):
+    """See `window_attention.window_attention`, the reference."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor: ...
+
+
+class NormKernel(Protocol):
+    """See `rms_norm.rms_norm`, the reference."""
+
+    def __call__(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor: ...
+
+
+ConvKernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # see causal_conv.causal_conv_silu
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementations that a model runs."""
+
+    scan: ScanKernel
+    conv: ConvKernel
+    attention: AttentionKernel
+    norm: NormKernel
+    names: tuple[str, ...]  # what was chosen, for the log
+
+
+class KernelConfig(BaseModel):
+    """Which implementation of each operation to run; auto takes the fastest that is installed and fits the device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scan: Literal["auto", "torch", "mamba-ssm"] = Field("auto", description="Selective scan")
+    conv: Literal["auto", "torch", "causal-conv1d"] = Field("auto", description="Mamba's causal convolution")
+    attention: Literal["auto", "torch", "torch-flash", "flash-attn"] = Field(
+        "auto", description="Sliding-window attention; torch-flash is the flash kernel inside PyTorch's CUDA build"
+    )
+    norm: Literal["auto", "torch", "apex"] = Field("auto", description="RMSNorm")
+
+    def build(self, *, device: torch.device, dtype: torch.dtype) -> Kernels:
+        """Raises KernelError when a kernel is asked for that cannot run here."""
+        chosen = {
+            operation: _choose(operation, getattr(self, operation), device=device, dtype=dtype)
+            for operation in _IMPLEMENTATIONS
+        }
+        functions = {operation: _IMPLEMENTATIONS[operation][name] for operation, name in chosen.items()}
+        return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
+
+
+# For each operation its implementations by name, best first; the pure PyTorch one runs everywhere.
+_IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "scan": {"mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
+    "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "torch": causal_conv_silu},
+    "attention": {
+        "flash-attn": cuda.flash_attn_window,
+        "torch-flash": cuda.torch_flash_window,
+        "torch": window_attention,
+    },
+    "norm": {"apex": cuda.apex_rms_norm, "torch": rms_norm},
+}
+
+TORCH_KERNELS = Kernels(
+    scan=gated_selective_scan, conv=causal_conv_silu, attention=window_attention, norm=rms_norm, names=("torch",)
+)
+
+
+def _choose(operation: str, name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    if name != "auto":
+        reason = cuda.why_unavailable(name, device=device, dtype=dtype)
+        if reason:
+            raise cuda.KernelError(
+                f"kernels.{operation} is {name!r}, which cannot run here ({reason}): use 'auto' or 'torch'"
+            )
+        return name
+    available = (n for n in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(n, device=device, dtype=dtype))
+    return next(available)

@@ -1,0 +1,148 @@
+"""Tensor- and sequence-parallel layers over megatron-core's communication primitives.
+
+Weights are fp32 and are cast to the input's dtype where they are used: they are their own master copies. Sequence-first
+activations [sequence, batch, width], as megatron-core's sequence parallelism needs them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    linear_with_grad_accumulation_and_async_allreduce,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+
+from sambalm.parallel.sharding import Init, sharded_parameter
+from sambalm.parallel.state import TensorParallel
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """megatron-core's all-reduces silently reduce a copy when given a tensor that is not contiguous."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def copy_to_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Identity; the backward sums the gradient over the tensor-parallel ranks, each of which used x for its part."""
+    if tp.size == 1:
+        return x
+    return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(x, group=tp.group))
+
+
+def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum over tensor-parallel ranks; the backward is the identity."""
+    if tp.size == 1:
+        return x
+    return reduce_from_tensor_model_parallel_region(x.contiguous(), group=tp.group)
+
+
+def replicated_weight(weight: Tensor, tp: TensorParallel) -> Tensor:
+    """A whole weight for use on this rank's share of the sequence: under sequence parallelism its gradient is a sum."""
+    return copy_to_region(weight, tp) if tp.sequence else weight
+
+
+def column_parallel_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """x @ weight.T with the rank's rows of the weight; gathers the sequence first where it is cut.
+
+    Args:
+        x: [sequence (/ tp under sequence parallelism), batch, in].
+        weight: [out / tp, in].
+
+    Returns:
+        [sequence, batch, out / tp] in x's dtype.
+    """
+    weight = weight.to(x.dtype)
+    if tp.size == 1:
+        return F.linear(x, weight)
+    return linear_with_grad_accumulation_and_async_allreduce(
+        x.contiguous(),
+        weight,
+        None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=not tp.sequence,
+        sequence_parallel=tp.sequence,
+        tp_group=tp.group,
+    )
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer without bias whose output features are cut over ranks.
+
+    Args:
+        parts: output features by name; the layer computes all parts in one matrix product, and each is cut separately.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int], *, tp: TensorParallel, init: Init) -> None:
+        super().__init__()
+        self.tp = tp
+        self.local_sizes = [size // tp.size for size in parts.values()]
+        self.weight = sharded_parameter((sum(parts.values()), in_features), init=init, tp=tp, dim=0, parts=parts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[sequence, batch, in] to one [sequence, batch, part / tp] for each part."""
+        return column_parallel_linear(x, self.weight, self.tp).split(self.local_sizes, dim=-1)
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer without bias whose input features are cut over ranks; the output is summed over them."""
+
+    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel, init: Init) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = sharded_parameter((out_features, in_features), init=init, tp=tp, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[sequence, batch, in / tp] to [sequence (/ tp under sequence parallelism), batch, out]."""
+        partial = F.linear(x, self.weight.to(x.dtype))
+        if self.tp.sequence:
+            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
+        return reduce_from_region(partial, self.tp)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding whose rows are cut over ranks."""
+
+    def __init__(self, vocab_size: int, width: int, *, tp: TensorParallel, init: Init) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = sharded_parameter((vocab_size, width), init=init, tp=tp, dim=0)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """int64 [batch, sequence] to [sequence (/ tp under sequence parallelism), batch, width]."""
+        tokens = tokens.t()
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight).to(dtype)
+        rows = self.weight.shape[0]
+        local = tokens - self.tp.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
+        partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0)
+        if self.tp.sequence:
+            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
+        return reduce_from_region(partial, self.tp)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, tp: TensorParallel) -> Tensor:
+    """Negative log-likelihood of each label in fp32; consumes fp32 logits (they are overwritten).
+
+    Args:
+        logits: [sequence, batch, vocabulary / tp].
+        labels: int64 [sequence, batch].
+
+    Returns:
+        fp32 [sequence, batch].
+    """
+    if tp.size == 1:
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+    return vocab_parallel_cross_entropy(logits.float(), labels.contiguous())

@@ -1,0 +1,41 @@
+"""Packaging: the top-level folders install as ``sambalm.<folder>``.
+
+The ranges below say what the code works with; ``requirements.lock`` pins what `make` installs and CI runs.
+"""
+
+from setuptools import setup
+
+FOLDERS = ("data_pipeline", "model", "model.hf", "model.ops", "parallel", "pretrain")
+
+setup(
+    name="sambalm",
+    version="0.1.0",
+    description="Distributed pretraining of Samba (Mamba + sliding-window attention) language models on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=[f"sambalm.{folder}" for folder in FOLDERS],
+    package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
+    install_requires=[
+        "deepspeed==0.19.8",
+        "matplotlib>=3.9",
+        "megatron-core==0.16.1",
+        "numpy>=1.26",
+        "pydantic>=2.12",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2.0",
+        "setuptools",  # deepspeed and tensorboard import it at run time
+        "tensorboard>=2.18",
+        "tokenizers>=0.22",
+        "torch>=2.11,<2.14",
+        "transformers>=5.10,<6",
+        "typer>=0.15",
+    ],
+    extras_require={
+        # CUDA kernels; NVIDIA apex is optional too, but only from source (docs/gpu.md).
+        "gpu": ["causal-conv1d>=1.5", "flash-attn>=2.7", "mamba-ssm>=2.2"],
+        "test": ["pytest>=8", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["sambalm = sambalm.pretrain.cli:main"]},
+)
