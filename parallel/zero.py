@@ -1,0 +1,123 @@
+"""DeepSpeed ZeRO: the engine around a model, and the whole tensors behind its partitions.
+
+Parameters are fp32 under every stage (layers cast them at use), so DeepSpeed is run without its own mixed precision:
+gradients are accumulated and reduced in fp32, and Mamba's A_log, D and dt bias are never rounded.
+"""
+
+from collections.abc import Callable, Iterable
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from sambalm.parallel.state import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
+
+
+class MegatronUnit:
+    """What DeepSpeed asks of a model-parallel unit, answered by megatron-core's parallel state."""
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def zero_engine(
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    world: World,
+    zero_stage: int,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    clip_norm: float,
+) -> deepspeed.DeepSpeedEngine:
+    """Wraps a model whose weights are already set; call engine(...), engine.backward(loss) and engine.step()."""
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch_size * accumulation_steps * world.data_size,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 62,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(model), config=config, mpu=MegatronUnit, dist_init_required=False
+    )
+    return engine
+
+
+def whole_parameter(parameter: nn.Parameter) -> Tensor:
+    """A parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
+    return safe_get_full_fp32_param(parameter)
+
+
+def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
+    """One of MOMENTS for a parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def create_moments(engine: deepspeed.DeepSpeedEngine, *, steps: int) -> None:
+    """Gives the optimizer the state that it only makes at its first step, as after `steps` steps with zero moments."""
+    optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for flat in group["params"]:
+            optimizer.state[flat] = {"step": torch.tensor(float(steps))} | {k: torch.zeros_like(flat) for k in MOMENTS}
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """Stores this rank's share of a whole moment (the shape of the rank's parameter)."""
+    if hasattr(parameter, "ds_id"):
+        share = _stage3_share(parameter, value)
+        deepspeed.utils.safe_set_local_optimizer_state(parameter, share, key)
+    else:
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This data-parallel rank's piece of a flattened tensor, padded as ZeRO-3 pads it."""
+    length = parameter.ds_tensor.ds_numel
+    padded = value.new_zeros(length * MegatronUnit.get_data_parallel_world_size())
+    padded[: value.numel()] = value.flatten()
+    start = MegatronUnit.get_data_parallel_rank() * length
+    return padded[start : start + length]
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Norm of the whole model's gradient before clipping, of the step just taken."""
+    return float(engine.get_global_grad_norm())
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, decays: Callable[[str, nn.Parameter], bool], weight_decay: float
+) -> list[dict]:
+    """AdamW's two groups: those with weight decay and those without."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in parameters:
+        groups[decays(name, parameter)].append(parameter)
+    return [{"params": groups[d], "weight_decay": weight_decay if d else 0.0} for d in (True, False) if groups[d]]
