@@ -11,8 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
-from sambalm.parallel.config import ParallelConfig
-from sambalm.parallel.errors import ParallelError
+from sambalm.parallel.config import ParallelConfig, check_world_size
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def start_world(config: ParallelConfig, *, timeout_s: float = 1800.0) -> Iterato
     Raises:
         ParallelError: the number of processes does not fit the layout.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    size, rank = world_size(), int(os.environ.get("RANK", 0))
     check_world_size(config, world_size=size)
     device = _device()
     if not dist.is_initialized():
@@ -81,14 +80,9 @@ def start_world(config: ParallelConfig, *, timeout_s: float = 1800.0) -> Iterato
         dist.destroy_process_group()
 
 
-def check_world_size(config: ParallelConfig, *, world_size: int) -> None:
-    """Raises ParallelError unless whole copies of the model fill the world."""
-    if world_size % config.model_ranks:
-        raise ParallelError(
-            f"{world_size} processes cannot hold whole copies of a model spread over {config.model_ranks} "
-            f"(parallel.tensor {config.tensor}): start a multiple of {config.model_ranks} processes or lower "
-            "parallel.tensor"
-        )
+def world_size() -> int:
+    """Processes of the run: torchrun's, or one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _device() -> torch.device:

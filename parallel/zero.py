@@ -4,11 +4,16 @@ Parameters are fp32 under every stage (layers cast them at use), so DeepSpeed is
 gradients are accumulated and reduced in fp32, and Mamba's A_log, D and dt bias are never rounded.
 """
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no other
+
+import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -111,13 +116,3 @@ def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Norm of the whole model's gradient before clipping, of the step just taken."""
     return float(engine.get_global_grad_norm())
-
-
-def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, decays: Callable[[str, nn.Parameter], bool], weight_decay: float
-) -> list[dict]:
-    """AdamW's two groups: those with weight decay and those without."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in parameters:
-        groups[decays(name, parameter)].append(parameter)
-    return [{"params": groups[d], "weight_decay": weight_decay if d else 0.0} for d in (True, False) if groups[d]]

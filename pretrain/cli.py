@@ -1,0 +1,268 @@
+"""The program `sambalm`. Commands import what they need when they run, so that help appears at once."""
+
+import os
+import sys
+import warnings
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="sambalm",
+    help="Pretrain Samba language models (Mamba + sliding-window attention), from text to a Hugging Face model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data = typer.Typer(no_args_is_help=True, help="Text to tokenizer to indexed shards of tokens.")
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints to other formats.")
+app.add_typer(data, name="data")
+app.add_typer(convert, name="convert")
+
+
+def main() -> None:
+    """Runs the program. An error that carries an `exit_code` is the user's to mend: one sentence, no traceback."""
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")  # optional, as megatron-core says
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        _print_error(error)
+        sys.exit(exit_code)
+
+
+def _print_error(error: Exception) -> None:
+    """Once for a whole run where every rank meets the same error, which is before their process group exists."""
+    import torch.distributed as dist
+
+    rank = os.environ.get("RANK")
+    if rank is not None and dist.is_initialized():
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+    elif rank in (None, "0"):
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sambalm {version('sambalm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+def _example(*lines: str) -> str:
+    """An epilog: each line of an example on a line of its own."""
+    return "Example:\n\n" + "\n\n".join(lines)
+
+
+TextKey = Annotated[str, typer.Option(help="Key of the text in each JSON line.")]
+Inputs = Annotated[list[str], typer.Option("--input", help="JSONL files: a path or a quoted glob; may be repeated.")]
+MoreInputs = Annotated[list[str] | None, typer.Argument(metavar="[MORE INPUTS]...", help="Further input files.")]
+
+
+@data.command("python-corpus", epilog=_example("sambalm data python-corpus corpus.jsonl"))
+def python_corpus(
+    output: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the documents' order.")] = 0,
+) -> None:
+    """Gather the documentation and sources of this Python installation as JSONL: real text that every machine has."""
+    from sambalm.data_pipeline.corpus import write_python_corpus
+
+    with _Progress("gathering") as progress:
+        summary = write_python_corpus(output, seed=seed, progress=progress)
+    print(f"{output}: {summary.documents:,} documents, {summary.text_bytes / 1e6:.1f} MB of text")
+
+
+@data.command(
+    "tokenizer",
+    epilog=_example("sambalm data tokenizer --input 'text/*.jsonl' --vocab-size 32000 --output tokenizer.model"),
+)
+def tokenizer(
+    inputs: Inputs,
+    vocab_size: Annotated[int, typer.Option(min=260, help="Pieces of the vocabulary, the 256 bytes included.")],
+    output: Annotated[Path, typer.Option(help="The SentencePiece model file to write.")],
+    more_inputs: MoreInputs = None,
+    text_key: TextKey = "text",
+) -> None:
+    """Train a SentencePiece BPE tokenizer with byte fallback."""
+    from sambalm.data_pipeline.documents import expand_inputs
+    from sambalm.data_pipeline.tokenizer import train_tokenizer
+
+    with _Progress("training the tokenizer") as progress:
+        train_tokenizer(
+            expand_inputs([*inputs, *(more_inputs or [])]),
+            vocab_size=vocab_size,
+            output=output,
+            text_key=text_key,
+            progress=progress,
+        )
+    print(f"{output}: {vocab_size:,} pieces")
+
+
+@data.command(
+    "preprocess",
+    epilog=_example(
+        "sambalm data preprocess --input 'text/*.jsonl' --tokenizer tokenizer.model --output data/text --workers 8"
+    ),
+)
+def preprocess(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model file.")],
+    output: Annotated[Path, typer.Option(help="Prefix of the shards: OUTPUT_00000.bin, OUTPUT_00000.idx, ...")],
+    more_inputs: MoreInputs = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a new shard begins.")] = 2**30,
+    text_key: TextKey = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
+) -> None:
+    """Tokenise JSONL documents into megatron-core's indexed shards, in input order, an end-of-text after each."""
+    from sambalm.data_pipeline.documents import expand_inputs
+    from sambalm.data_pipeline.preprocess import preprocess as run
+
+    with _Progress("tokenising") as progress:
+        summary = run(
+            expand_inputs([*inputs, *(more_inputs or [])]),
+            tokenizer=tokenizer,
+            output_prefix=output,
+            workers=workers,
+            shard_tokens=shard_tokens,
+            text_key=text_key,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(f"{output}: {summary.documents:,} documents, {summary.tokens:,} tokens")
+
+
+@app.command(
+    epilog=_example(
+        "sambalm train configs/demo.yaml train.steps=50",
+        "torchrun --nproc-per-node 8 -m sambalm.pretrain.cli train configs/samba_421m.yaml data.train=data/slimpajama",
+    )
+)
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; docs/config.md lists its keys.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+) -> None:
+    """Train a model, alone or under torchrun; goes on from the run folder's newest checkpoint."""
+    from sambalm.pretrain.config import load_config
+    from sambalm.pretrain.trainer import train as run
+
+    run(load_config(config, overrides or []))
+
+
+class Precision(str, Enum):
+    """Dtype of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@convert.command("to-hf", epilog=_example("sambalm convert to-hf runs/demo runs/demo/hf"))
+def to_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its newest good one.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    precision: Annotated[Precision, typer.Option(help="Of the weights; A_log, D and dt biases stay fp32.")] = (
+        Precision.fp32
+    ),
+    documents: Annotated[
+        str | None, typer.Option(help="JSONL files to verify on, a glob; default: the run's held-out documents.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:
+    """Convert a checkpoint to the Hugging Face format, and verify logits and tokenizer before it appears."""
+    from sambalm.pretrain.convert import checkpoint_to_hf
+
+    with _Progress("converting") as progress:
+        report = checkpoint_to_hf(
+            checkpoint,
+            output,
+            precision=precision.value,
+            documents=documents,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(f"{output}: {report}")
+
+
+@app.command(epilog=_example("sambalm generate runs/demo/hf --prompt 'def main('"))
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder that `sambalm convert to-hf` wrote.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass to sample from.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with a converted model."""
+    from sambalm.pretrain.generation import generate_text
+
+    for piece in generate_text(
+        folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(epilog=_example("sambalm params configs/samba_3.8b.yaml"))
+def params(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+) -> None:
+    """Count a model's parameters by part and in total."""
+    from sambalm.model.parameters import count_parameters
+    from sambalm.pretrain.config import load_config
+
+    counts = count_parameters(load_config(config, overrides or []).model)
+    for part, count in counts.items():
+        print(f"{part:<16}{count:>14}")
+
+
+@app.command(epilog=_example("sambalm report runs/demo"))
+def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Summarise a run beside simple baselines, and draw its losses to RUN_DIR/loss.png."""
+    from sambalm.pretrain.report import print_report
+
+    print_report(run_dir)
+
+
+class _Progress:
+    """A progress bar that library functions drive by calling it with (done, total)."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task(label, total=None)
+
+    def __enter__(self) -> "_Progress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int | None) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

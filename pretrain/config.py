@@ -1,0 +1,217 @@
+"""The configuration of a run: one YAML file, typed, with overrides from the command line."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from sambalm.data_pipeline.config import DataConfig
+from sambalm.model.config import MAMBA, MLP, ModelConfig
+from sambalm.model.ops.kernels import KernelConfig
+from sambalm.parallel.config import ParallelConfig, check_world_size
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.optimizer import OptimizerConfig
+
+FORMAT_VERSION = 1
+
+
+class RunSection(BaseModel):
+    """Where the run lives and what its randomness starts from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dir: str = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard logs, the loss plot")
+    seed: int = Field(1234, ge=0, description="Seed of the initial weights and of the data order")
+
+
+class TrainSection(BaseModel):
+    """How long and in what portions to train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run")
+    global_batch_tokens: int = Field(gt=0, description="Tokens of one optimizer step over all ranks")
+    micro_batch_size: int = Field(gt=0, description="Sequences of one forward and backward pass on one rank")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Of activations and matrix products; weights, gradients, optimizer and losses are fp32"
+    )
+
+
+class ValidationSection(BaseModel):
+    """When and on how much to validate."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int = Field(1000, gt=0, description="Steps between validations; one more follows the last step")
+    tokens: int = Field(1_048_576, gt=0, description="Held-out tokens of one validation at each length, at most")
+    length_multiples: list[Annotated[int, Field(gt=0)]] = Field(
+        [1, 2, 4], min_length=1, description="Sequence lengths to validate at, in units of data.sequence_length"
+    )
+
+
+class CheckpointSection(BaseModel):
+    """When to save and what to keep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int = Field(1000, gt=0, description="Steps between checkpoints; one more follows the last step")
+    keep: int = Field(2, gt=0, description="Newest checkpoints to keep; older ones are removed after a save")
+
+
+def _check_version(version: int) -> int:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"this program reads format {FORMAT_VERSION}: use the release that wrote it, or update the file"
+        )
+    return version
+
+
+class RunConfig(BaseModel):
+    """Everything that a run is made of; each section builds what it configures."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Annotated[int, AfterValidator(_check_version)] = Field(description="Format of this file; 1")
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    train: TrainSection
+    optimizer: OptimizerConfig
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelConfig = KernelConfig()
+
+    @property
+    def global_batch_samples(self) -> int:
+        return self.train.global_batch_tokens // self.data.sequence_length
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError or ParallelError unless the run fits a number of processes."""
+        check_world_size(self.parallel, world_size=world_size)
+        self.accumulation_steps(data_size=world_size // self.parallel.model_ranks)
+
+    def accumulation_steps(self, *, data_size: int) -> int:
+        """Micro-batches of one rank in a step. Raises ConfigError when the global batch cannot be cut so."""
+        samples = self.train.micro_batch_size * data_size
+        if self.global_batch_samples % samples:
+            raise ConfigError(
+                f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
+                f"train.micro_batch_size {self.train.micro_batch_size} x data.sequence_length "
+                f"{self.data.sequence_length} x {data_size} data-parallel ranks = {samples * self.data.sequence_length}"
+            )
+        return self.global_batch_samples // samples
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "RunConfig":
+        if self.train.global_batch_tokens % self.data.sequence_length:
+            raise ValueError(
+                f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
+                f"data.sequence_length {self.data.sequence_length}"
+            )
+        for key, size in self._cut_by_tensor_parallelism():
+            if size % self.parallel.tensor:
+                raise ValueError(
+                    f"{key} is {size}, which parallel.tensor {self.parallel.tensor} does not divide: choose a "
+                    "parallel.tensor that divides it"
+                )
+        return self
+
+    def _cut_by_tensor_parallelism(self) -> Iterator[tuple[str, int]]:
+        model = self.model
+        yield "model.vocab_size", model.vocab_size
+        if "*" in model.pattern:
+            yield "model.num_query_heads", model.num_query_heads
+            yield "model.num_kv_heads", model.num_kv_heads
+        if MLP in model.pattern:
+            yield "model.mlp_size", model.mlp_size
+        if MAMBA in model.pattern:
+            yield "model.expand x model.hidden_size", model.inner_size
+        if self.parallel.sequence:
+            yield "data.sequence_length", self.data.sequence_length
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides such as 'train.steps=100'.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no keys: a config is a YAML mapping with the sections of docs/config.md")
+    for override in overrides:
+        _apply(override, values)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], *, source: str) -> RunConfig:
+    """Validates plain values, for example those that a checkpoint holds."""
+    try:
+        return RunConfig.model_validate(values, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_sentence(error.errors()[0])}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 4e-4 as a string; this reads it as the number that it is everywhere else."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+"), "-+0123456789"
+)
+
+
+def _apply(override: str, values: dict[str, Any]) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"the override {override!r} is not of the form section.key=value, as in train.steps=100")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"the override {override!r} names {key!r}, but {section!r} is not a section")
+    try:
+        values[leaf] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"the override {override!r} has a value that is not valid YAML") from None
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """One of pydantic's errors as a sentence that names key, value and what is allowed."""
+    location = [part for part in error["loc"] if isinstance(part, str | int)]
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        section = _section(location[:-1])
+        allowed = ", ".join(section.model_fields) if section else "none"
+        place = ".".join(map(str, location[:-1])) or "a config"
+        return f"unknown key {key} (value {error['input']!r}); allowed in {place}: {allowed}"
+    if error["type"] == "missing":
+        return f"{key} is missing; docs/config.md says what it holds"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location or isinstance(error["input"], dict):  # a check over several keys: its message names them
+        return message
+    return f"{key} is {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section(location: Sequence[str | int]) -> type[BaseModel] | None:
+    section: Any = RunConfig
+    for part in location:
+        fields = getattr(section, "model_fields", {})
+        section = fields[part].annotation if part in fields else None
+    return section if isinstance(section, type) and issubclass(section, BaseModel) else None

@@ -1,0 +1,56 @@
+"""AdamW and its learning-rate schedule."""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW with a warm-up and a decay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    peak_lr: float = Field(gt=0, description="Learning rate after the warm-up")
+    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step over peak_lr")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine",
+        description="After the warm-up: cosine, or stable and then linear over decay_fraction (wsd)",
+    )
+    warmup_fraction: float = Field(0.01, ge=0, le=1, description="Share of train.steps with a linear warm-up")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="Share of train.steps in which wsd decays")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of AdamW's second moment")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in model.named_parameters():
+            by_decay[decays(name, parameter)].append(parameter)
+        groups = [
+            {"params": parameters, "weight_decay": self.weight_decay if decayed else 0.0}
+            for decayed, parameters in by_decay.items()
+            if parameters
+        ]
+        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+
+    def learning_rate(self, step: int, *, steps: int) -> float:
+        """Of a step, counted from 1, in a run of `steps`."""
+        warmup_steps = math.ceil(self.warmup_fraction * steps)
+        if step <= warmup_steps:
+            return self.peak_lr * step / warmup_steps
+        if self.schedule == "cosine":
+            progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+            remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+        else:
+            remaining = min(1.0, (steps - step) / max(1, math.ceil(self.decay_fraction * steps)))
+        return self.peak_lr * (self.final_lr_ratio + (1.0 - self.final_lr_ratio) * remaining)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to vectors nor to Mamba's A_log (a rate, not a projection)."""
+    return parameter.dim() > 1 and not name.endswith(".A_log")

@@ -1,0 +1,173 @@
+"""Between a live run and its checkpoints: what every rank does together to save and to resume."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from sambalm.parallel.checkpoint_tensors import CheckpointSlice
+from sambalm.parallel.sharding import CanonicalSlice, canonical_slices
+from sambalm.parallel.state import World
+from sambalm.parallel.zero import MOMENTS, create_moments, set_moment, whole_moment, whole_parameter
+from sambalm.pretrain import checkpoint as files
+from sambalm.pretrain.checkpoint import Checkpoint
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.errors import CheckpointError, ConfigError
+
+PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
+
+
+def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
+    """The newest good checkpoint of the run's folder; None for a new run. Collective.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged.
+        ConfigError: the checkpoint holds another model.
+    """
+    found: list[Any] = [None]
+    if world.is_main:
+        found = [_newest_or_error(Path(config.run.dir))]
+    dist.broadcast_object_list(found, src=0)  # one rank reads the checksums for all
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    checkpoint: Checkpoint | None = found[0]
+    if checkpoint:
+        saved, wanted = checkpoint.state["config"]["model"], config.model.model_dump()
+        for key, value in wanted.items():
+            if saved.get(key) != value:
+                raise ConfigError(
+                    f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved.get(key)!r}: restore the key "
+                    "or start a new run with another run.dir"
+                )
+    return checkpoint
+
+
+def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
+    if not files.checkpoint_folders(run_dir):
+        return None
+    try:
+        return files.newest_checkpoint(run_dir, warn=lambda message: warnings.warn(message, stacklevel=2))
+    except CheckpointError as error:
+        return error
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, *, config: RunConfig, world: World, step: int) -> Path:
+    """Writes the run's state after a step; collective. Either every rank's part is committed or none.
+
+    Raises:
+        CheckpointError: on every rank, when any rank failed to write; nothing is left.
+    """
+    final = files.checkpoint_folder(Path(config.run.dir), step)
+    partial = final.with_name(f".{final.name}.partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    failure = None
+    try:
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(_slices_to_save(engine, world), storage_writer=writer)
+        if world.is_main:
+            files.write_json(partial / files.STATE, _state(config, step))
+            files.write_manifest(partial)
+            files.sync_folder(partial)
+    except (OSError, CheckpointException) as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures: list[str | None] = [None] * world.size
+    dist.all_gather_object(failures, failure)
+    if world.is_main:
+        if any(failures):
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            files.commit(partial, final)
+    dist.barrier()
+    for rank, reason in enumerate(failures):
+        if reason:
+            raise CheckpointError(f"the checkpoint of step {step} was not saved: rank {rank}: {reason}")
+    return final
+
+
+def _state(config: RunConfig, step: int) -> dict[str, Any]:
+    """What a checkpoint says of the run besides its tensors."""
+    return {
+        "step": step,
+        "samples": step * config.global_batch_samples,
+        "tokens": step * config.train.global_batch_tokens,
+        "config": config.model_dump(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def remove_old_checkpoints(run_dir: Path, *, keep: int, world: World) -> None:
+    """Removes all but the newest; by renaming first, so that a half-removed one is never taken for a checkpoint."""
+    for folder in files.checkpoint_folders(run_dir)[:-keep] if world.is_main else ():
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fills a model's parameters, on any layout, before the engine takes them over. Collective."""
+    _load(path, {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in canonical_slices(model)})
+
+
+def load_moments(engine: deepspeed.DeepSpeedEngine, path: Path, *, steps: int) -> None:
+    """Fills the optimizer's state, on any layout. Collective."""
+    create_moments(engine, steps=steps)
+    for key in MOMENTS:
+        wholes: dict[nn.Parameter, Tensor] = {}
+        wanted = {}
+        for name, parameter, piece in canonical_slices(engine.module):
+            whole = wholes.setdefault(parameter, torch.zeros(_local_shape(parameter)))
+            wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
+        _load(path, wanted)
+        for parameter, whole in wholes.items():
+            set_moment(parameter, key, whole.to(parameter.device))
+
+
+def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]]) -> None:
+    """Reads slices into their targets."""
+    buffers = {name: torch.empty(piece.sizes) for name, (piece, _) in wanted.items()}
+    slices = {name: CheckpointSlice(buffers[name], piece) for name, (piece, _) in wanted.items()}
+    dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(path)))
+    for name, (_, target) in wanted.items():
+        target.copy_(buffers[name])
+
+
+def _slices_to_save(engine: deepspeed.DeepSpeedEngine, world: World) -> dict[str, CheckpointSlice]:
+    """This rank's share of the state, on the CPU. Parameters are dealt out to data-parallel ranks by turns."""
+    saved: dict[str, CheckpointSlice] = {}
+    names_of: dict[nn.Parameter, list[tuple[str, CanonicalSlice]]] = {}
+    for name, parameter, piece in canonical_slices(engine.module):
+        names_of.setdefault(parameter, []).append((name, piece))
+    for turn, (parameter, names) in enumerate(names_of.items()):
+        replicated = not getattr(parameter, "tensor_model_parallel", False)
+        mine = turn % world.data_size == world.data_rank and (world.tensor.rank == 0 or not replicated)
+        for kind, whole in _wholes(parameter):
+            for name, piece in names if mine else ():
+                saved[f"{kind}.{name}"] = CheckpointSlice(
+                    piece.of_local(whole).to("cpu", copy=True).contiguous(), piece
+                )
+    return saved
+
+
+def _wholes(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """A parameter's tensors, gathered over data-parallel ranks one at a time. Collective."""
+    yield "model", whole_parameter(parameter)
+    for key in MOMENTS:
+        yield key, whole_moment(parameter, key)
+
+
+def _local_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,127 @@
+"""The training loop: fetch, forward and backward, step, and what happens between steps."""
+
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from sambalm.data_pipeline.checks import check_vocabulary
+from sambalm.data_pipeline.dataset import build_train_dataset
+from sambalm.data_pipeline.loader import BatchLoader
+from sambalm.model.samba import Samba
+from sambalm.parallel.sharding import initialize_parameters
+from sambalm.parallel.state import World, start_world, world_size
+from sambalm.parallel.zero import gradient_norm, zero_engine
+from sambalm.pretrain.checkpoint import Checkpoint
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.metrics import RunReport, StepResult
+from sambalm.pretrain.run_state import (
+    find_resume_point,
+    load_moments,
+    load_weights,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from sambalm.pretrain.validation import Validator
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def train(config: RunConfig) -> None:
+    """Runs to train.steps, from the newest good checkpoint of run.dir where there is one.
+
+    Raises:
+        ConfigError, ParallelError, DataError, KernelError, CheckpointError: one sentence each, for the user.
+    """
+    config.check_world(world_size())
+    check_vocabulary(config.data, config.model.vocab_size)
+    with start_world(config.parallel) as world:
+        Trainer(config, world).fit()
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.run_dir = Path(config.run.dir)
+        checkpoint = find_resume_point(config, world=world)
+        self.step = checkpoint.step if checkpoint else 0
+        self.engine = build_engine(config, world=world, checkpoint=checkpoint)
+        self.loader = self._build_loader()
+        self.validator = Validator(config, world=world)
+
+    def fit(self) -> None:
+        """Trains to the last step, with validation and checkpoints on the way."""
+        steps, validation, checkpoint = self.config.train.steps, self.config.validation, self.config.checkpoint
+        with RunReport(self.config, world=self.world, done_steps=self.step) as report, self.loader:
+            while self.step < steps:
+                result = self._train_step()
+                self.step += 1
+                last = self.step == steps
+                validate = last or self.step % validation.every_steps == 0
+                report.step(self.step, result, self.validator.losses(self.engine) if validate else {})
+                if last or self.step % checkpoint.every_steps == 0:
+                    save_checkpoint(self.engine, config=self.config, world=self.world, step=self.step)
+                    remove_old_checkpoints(self.run_dir, keep=checkpoint.keep, world=self.world)
+
+    def _train_step(self) -> StepResult:
+        """One optimizer step over the global batch."""
+        start_s = time.perf_counter()
+        # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
+        torch.manual_seed(self.config.run.seed + self.step)
+        lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        micro_batches = self.engine.gradient_accumulation_steps()
+        total = torch.zeros((), device=self.world.device)
+        for _ in range(micro_batches):
+            batch = self.loader.next_micro_batch()
+            losses = self.engine(batch.tokens.to(self.world.device), batch.labels.to(self.world.device))
+            loss = losses.mean()
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+        loss = self.world.mean_over_data(total / micro_batches).item()
+        return StepResult(
+            loss=loss, grad_norm=gradient_norm(self.engine), lr=lr, step_time_s=time.perf_counter() - start_s
+        )
+
+    def _build_loader(self) -> BatchLoader:
+        config, batch_samples = self.config, self.config.global_batch_samples
+        dataset = build_train_dataset(config.data, num_samples=config.train.steps * batch_samples, seed=config.run.seed)
+        return BatchLoader(
+            dataset,
+            global_batch_samples=batch_samples,
+            micro_batch_samples=config.train.micro_batch_size,
+            data_rank=self.world.data_rank,
+            data_size=self.world.data_size,
+            start_sample=self.step * batch_samples,
+            vocab_size=config.model.vocab_size,
+        )
+
+
+def build_engine(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> deepspeed.DeepSpeedEngine:
+    """The model on this rank's device under ZeRO, freshly initialised or as a checkpoint left it. Collective."""
+    dtype = DTYPES[config.train.precision]
+    kernels = config.kernels.build(device=world.device, dtype=dtype)
+    with world.device:
+        model = Samba(config.model, tp=world.tensor, kernels=kernels, dtype=dtype)
+    # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
+    if checkpoint:
+        load_weights(model, checkpoint.path)
+    else:
+        initialize_parameters(model, seed=config.run.seed)
+    engine = zero_engine(
+        model,
+        config.optimizer.build,
+        world=world,
+        zero_stage=config.parallel.zero_stage,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation_steps=config.accumulation_steps(data_size=world.data_size),
+        clip_norm=config.optimizer.clip_norm,
+    )
+    if checkpoint:
+        load_moments(engine, checkpoint.path, steps=checkpoint.step)
+    return engine

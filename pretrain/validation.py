@@ -1,0 +1,55 @@
+"""Held-out losses at the training length and at multiples of it."""
+
+import deepspeed
+import torch
+
+from sambalm.data_pipeline.dataset import SampleDataset, build_validation_dataset
+from sambalm.data_pipeline.loader import validation_batches
+from sambalm.parallel.state import World
+from sambalm.pretrain.config import RunConfig
+
+LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
+
+
+class Validator:
+    """Validates a run on the same held-out samples each time; they are found when the run starts."""
+
+    def __init__(self, config: RunConfig, *, world: World) -> None:
+        self.config, self.world = config, world
+        self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
+
+    @torch.no_grad()
+    def losses(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+        """Mean loss in nats by metric name; every held-out token counts once. Collective."""
+        engine.eval()
+        results = {
+            f"{LOSS_AT}{dataset.sequence_length}": self._loss(engine, dataset, multiple)
+            for multiple, dataset in self.datasets.items()
+        }
+        engine.train()
+        return results
+
+    def _loss(self, engine: deepspeed.DeepSpeedEngine, dataset: SampleDataset, multiple: int) -> float:
+        device = self.world.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        batches = validation_batches(
+            dataset,
+            num_samples=len(dataset),
+            micro_batch_samples=max(1, self.config.train.micro_batch_size // multiple),
+            data_rank=self.world.data_rank,
+            data_size=self.world.data_size,
+            vocab_size=self.config.model.vocab_size,
+        )
+        for batch in batches:
+            losses = engine(batch.tokens.to(device), batch.labels.to(device))
+            total += losses[: batch.valid_samples].double().sum()
+        return self.world.sum_over_data(total).item() / (len(dataset) * dataset.sequence_length)
+
+    def _dataset(self, multiple: int) -> SampleDataset:
+        length = multiple * self.config.data.sequence_length
+        return build_validation_dataset(
+            self.config.data,
+            num_samples=max(1, self.config.validation.tokens // length),
+            seed=self.config.run.seed,
+            length_multiple=multiple,
+        )

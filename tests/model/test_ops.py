@@ -1,0 +1,189 @@
+"""The PyTorch operations against float64 references written as plainly as possible, forward and every gradient."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sambalm.model.ops import selective_scan as scan_module
+from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.selective_scan import gated_selective_scan, selective_scan
+from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
+
+
+def relative(actual, expected):
+    """Error over norm; over a hundredth where the expectation is smaller (some gradients are zero)."""
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-2)).item()
+
+
+def leaves(*tensors, dtype):
+    return [t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
+def check(function, reference, inputs, *, tolerance):
+    """Outputs and gradients of function on fp32 inputs against reference on the same values in fp64."""
+    actual_inputs, expected_inputs = leaves(*inputs, dtype=torch.float32), leaves(*inputs, dtype=torch.float64)
+    actual, expected = function(*actual_inputs), reference(*expected_inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert relative(a, e) < tolerance
+    weights = [torch.randn_like(e) for e in expected]
+    sum((a * w).sum() for a, w in zip(actual, weights, strict=True)).backward()
+    sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
+    for number, (a, e) in enumerate(zip(actual_inputs, expected_inputs, strict=True)):
+        assert relative(a.grad, e.grad) < tolerance, f"gradient of input {number}"
+
+
+def loop_scan(u, dt, A, B, C, state):
+    outputs = []
+    for t in range(u.shape[1]):
+        state = torch.exp(dt[:, t, :, None] * A) * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        outputs.append((state * C[:, t, None]).sum(-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def scan_inputs(batch, length, channels, states):
+    return (
+        torch.randn(batch, length, channels),
+        F.softplus(torch.randn(batch, length, channels) - 1),
+        -torch.exp(torch.randn(channels, states)),
+        torch.randn(batch, length, states),
+        torch.randn(batch, length, states),
+        torch.randn(batch, channels, states),
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 129, 5, 16), (3, 37, 7, 3), (1, 300, 24, 16)])
+def test_scan_equals_the_loop(shape):
+    check(selective_scan, loop_scan, scan_inputs(*shape), tolerance=1e-5)
+
+
+def test_scan_equals_the_loop_in_chunks_of_one_token(monkeypatch):
+    monkeypatch.setattr(scan_module, "CHUNK_ELEMENTS", 1)
+    check(selective_scan, loop_scan, scan_inputs(2, 9, 5, 4), tolerance=1e-5)
+
+
+def test_scan_forgets_and_remembers_over_extreme_steps():
+    """Decays of e^-1000 and of almost one, side by side: nothing overflows, nothing is lost."""
+    u, dt, A, B, C, state = scan_inputs(1, 64, 4, 8)
+    dt = torch.where(torch.rand_like(dt) < 0.5, dt * 1000, dt * 1e-4)
+    check(selective_scan, loop_scan, (u, dt, A, B, C, state), tolerance=1e-5)
+
+
+def test_scan_in_two_pieces_equals_one():
+    inputs = leaves(*scan_inputs(2, 50, 6, 4), dtype=torch.float64)
+    *sequences, state = inputs
+    whole, final = selective_scan(*inputs)
+    halves = []
+    for span in (slice(0, 19), slice(19, None)):
+        u, dt, A, B, C = (t if t.dim() == 2 else t[:, span] for t in sequences)
+        y, state = selective_scan(u, dt, A, B, C, state)
+        halves.append(y)
+    torch.testing.assert_close(torch.cat(halves, 1), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
+
+
+def test_scan_keeps_only_border_states_for_the_backward():
+    u, dt, A, B, C, state = leaves(*scan_inputs(1, 2048, 64, 16), dtype=torch.float32)
+    saved_elements = 0
+
+    def count(tensor):
+        nonlocal saved_elements
+        saved_elements += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        selective_scan(u, dt, A, B, C, state)
+    every_state = 2048 * 64 * 16
+    assert saved_elements < every_state / 4
+
+
+def test_gated_scan_equals_the_loop():
+    def reference(u, dt, A, B, C, state, D, z, bias):
+        y, state = loop_scan(u, F.softplus(dt + bias), A, B, C, state)
+        return (y + D * u) * F.silu(z), state
+
+    def function(u, dt, A, B, C, state, D, z, bias):
+        return gated_selective_scan(u, dt, A, B, C, D=D, z=z, dt_bias=bias, initial_state=state)
+
+    inputs = (*scan_inputs(2, 33, 6, 4), torch.randn(6), torch.randn(2, 33, 6), torch.randn(6))
+    check(function, reference, inputs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("length", "taps"), [(1, 4), (2, 4), (17, 4), (17, 2)])
+def test_conv_equals_the_definition(length, taps):
+    def reference(x, weight, bias, state):
+        padded = torch.cat((state, x), 1)
+        y = torch.stack([(padded[:, t : t + taps] * weight.t()).sum(1) + bias for t in range(length)], 1)
+        return F.silu(y), padded[:, -(taps - 1) :]
+
+    inputs = (torch.randn(2, length, 5), torch.randn(5, taps), torch.randn(5), torch.randn(2, taps - 1, 5))
+    check(causal_conv_silu, reference, inputs, tolerance=1e-5)
+
+
+def dense_attention(q, k, v, *, window):
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    queries, keys = q.shape[2], k.shape[2]
+    position = torch.arange(keys - queries, keys)[:, None]
+    seen = (torch.arange(keys) <= position) & (torch.arange(keys) > position - window)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~seen, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "kv_heads", "window"),
+    [
+        (1, 1, 1, 1, 1),
+        (70, 70, 2, 2, 200),
+        (200, 200, 11, 1, 65),
+        (150, 150, 4, 2, 3),
+        (33, 60, 4, 4, 20),
+        (1, 40, 4, 1, 16),
+        (5, 8, 2, 2, 100),
+    ],
+)
+def test_window_attention_equals_dense(queries, keys, heads, kv_heads, window):
+    inputs = (torch.randn(2, heads, queries, 8), *(torch.randn(2, kv_heads, keys, 8) for _ in range(2)))
+    check(
+        lambda q, k, v: [window_attention(q, k, v, window=window)],
+        lambda q, k, v: [dense_attention(q, k, v, window=window)],
+        inputs,
+        tolerance=1e-5,
+    )
+
+
+def test_window_attention_never_holds_a_square_of_the_length():
+    length, window = 4096, 64
+    q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        window_attention(q, k, v, window=window)
+    assert length * 8 <= largest < length * window
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+    cos, sin = rotary_tables(torch.arange(50), head_dim=16, base=10000.0)
+    q, k = (apply_rotary(t.expand(50, 16), cos.double(), sin.double()) for t in (q, k))
+    scores = q @ k.t()
+    torch.testing.assert_close(scores[10:, 10:], scores[:-10, :-10], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(scores[0, 1], scores[0, 2], rtol=1e-3)
+
+
+def test_rms_norm_equals_the_definition():
+    def reference(x, weight):
+        return [x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight]
+
+    check(lambda x, w: [rms_norm(x, w, eps=1e-5)], reference, (torch.randn(3, 7, 33), torch.randn(33)), tolerance=1e-5)
