@@ -61,6 +61,9 @@ def start_world(config: ParallelConfig, *, timeout_s: float = 1800.0) -> Iterato
         ParallelError: the number of processes does not fit the layout.
     """
     size, rank = world_size(), int(os.environ.get("RANK", 0))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it in a process alone too
+    # One queue of kernels, so that a collective starts before the matrix product that it overlaps with.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     check_world_size(config, world_size=size)
     device = _device()
     if not dist.is_initialized():
@@ -83,6 +86,11 @@ def start_world(config: ParallelConfig, *, timeout_s: float = 1800.0) -> Iterato
 def world_size() -> int:
     """Processes of the run: torchrun's, or one."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of the run; known before any process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _device() -> torch.device:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.state import World
 
+Engine = deepspeed.DeepSpeedEngine
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
 
 
@@ -56,8 +57,12 @@ def zero_engine(
     micro_batch_size: int,
     accumulation_steps: int,
     clip_norm: float,
-) -> deepspeed.DeepSpeedEngine:
-    """Wraps a model whose weights are already set; call engine(...), engine.backward(loss) and engine.step()."""
+    done_steps: int = 0,
+) -> Engine:
+    """Wraps a model whose weights are already set; call engine(...), engine.backward(loss) and engine.step().
+
+    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them.
+    """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     config = {
@@ -72,7 +77,23 @@ def zero_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(model), config=config, mpu=MegatronUnit, dist_init_required=False
     )
+    _create_moments(engine, done_steps=done_steps)
     return engine
+
+
+def _create_moments(engine: Engine, *, done_steps: int) -> None:
+    """Makes the state that AdamW would make at its first step.
+
+    Stages 1 and 2 would link parameters to that state after the first parameter group's first step, when the other
+    groups have none yet; here it is all there.
+    """
+    optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for flat in group["params"]:
+            step = torch.tensor(float(done_steps), device=flat.device)
+            optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
@@ -83,16 +104,6 @@ def whole_parameter(parameter: nn.Parameter) -> Tensor:
 def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
     """One of MOMENTS for a parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
     return safe_get_full_optimizer_state(parameter, key)
-
-
-def create_moments(engine: deepspeed.DeepSpeedEngine, *, steps: int) -> None:
-    """Gives the optimizer the state that it only makes at its first step, as after `steps` steps with zero moments."""
-    optimizer = engine.optimizer.optimizer
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            optimizer.state[flat] = {"step": torch.tensor(float(steps))} | {k: torch.zeros_like(flat) for k in MOMENTS}
-    if engine.zero_optimization_stage() < 3:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:
@@ -113,6 +124,6 @@ def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return padded[start : start + length]
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+def gradient_norm(engine: Engine) -> float:
     """Norm of the whole model's gradient before clipping, of the step just taken."""
     return float(engine.get_global_grad_norm())

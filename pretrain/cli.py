@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from enum import Enum
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -164,7 +164,7 @@ def train(
     run(load_config(config, overrides or []))
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Dtype of exported weights."""
 
     fp32 = "fp32"
@@ -188,7 +188,7 @@ def to_hf(
     from sambalm.pretrain.convert import checkpoint_to_hf
 
     with _Progress("converting") as progress:
-        report = checkpoint_to_hf(
+        taken = checkpoint_to_hf(
             checkpoint,
             output,
             precision=precision.value,
@@ -197,7 +197,7 @@ def to_hf(
             overwrite=overwrite,
             progress=progress,
         )
-    print(f"{output}: {report}")
+    print(f"{output}: step {taken.step}, verified against the training model and the tokenizer")
 
 
 @app.command(epilog=_example("sambalm generate runs/demo/hf --prompt 'def main('"))

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.sharding import CanonicalSlice, canonical_slices
 from sambalm.parallel.state import World
-from sambalm.parallel.zero import MOMENTS, create_moments, set_moment, whole_moment, whole_parameter
+from sambalm.parallel.zero import MOMENTS, Engine, set_moment, whole_moment, whole_parameter
 from sambalm.pretrain import checkpoint as files
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
@@ -46,8 +45,8 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
         for key, value in wanted.items():
             if saved.get(key) != value:
                 raise ConfigError(
-                    f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved.get(key)!r}: restore the key "
-                    "or start a new run with another run.dir"
+                    f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved.get(key)!r}: restore the "
+                    "key or start a new run with another run.dir"
                 )
     return checkpoint
 
@@ -61,7 +60,7 @@ def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
         return error
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, *, config: RunConfig, world: World, step: int) -> Path:
+def save_checkpoint(engine: Engine, *, config: RunConfig, world: World, step: int) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
 
     Raises:
@@ -122,9 +121,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     _load(path, {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in canonical_slices(model)})
 
 
-def load_moments(engine: deepspeed.DeepSpeedEngine, path: Path, *, steps: int) -> None:
-    """Fills the optimizer's state, on any layout. Collective."""
-    create_moments(engine, steps=steps)
+def load_moments(engine: Engine, path: Path) -> None:
+    """Fills the optimizer's moments, on any layout. Collective."""
     for key in MOMENTS:
         wholes: dict[nn.Parameter, Tensor] = {}
         wanted = {}
@@ -145,7 +143,7 @@ def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]]) -> None:
         target.copy_(buffers[name])
 
 
-def _slices_to_save(engine: deepspeed.DeepSpeedEngine, world: World) -> dict[str, CheckpointSlice]:
+def _slices_to_save(engine: Engine, world: World) -> dict[str, CheckpointSlice]:
     """This rank's share of the state, on the CPU. Parameters are dealt out to data-parallel ranks by turns."""
     saved: dict[str, CheckpointSlice] = {}
     names_of: dict[nn.Parameter, list[tuple[str, CanonicalSlice]]] = {}

@@ -1,9 +1,9 @@
 """The training loop: fetch, forward and backward, step, and what happens between steps."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 
-import deepspeed
 import torch
 
 from sambalm.data_pipeline.checks import check_vocabulary
@@ -11,8 +11,8 @@ from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.state import World, start_world, world_size
-from sambalm.parallel.zero import gradient_norm, zero_engine
+from sambalm.parallel.state import World, is_main_process, start_world, world_size
+from sambalm.parallel.zero import Engine, gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.metrics import RunReport, StepResult
@@ -35,7 +35,8 @@ def train(config: RunConfig) -> None:
         ConfigError, ParallelError, DataError, KernelError, CheckpointError: one sentence each, for the user.
     """
     config.check_world(world_size())
-    check_vocabulary(config.data, config.model.vocab_size)
+    if is_main_process():  # the others wait for it where the process group is made
+        check_vocabulary(config.data, config.model.vocab_size)
     with start_world(config.parallel) as world:
         Trainer(config, world).fit()
 
@@ -55,7 +56,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the last step, with validation and checkpoints on the way."""
         steps, validation, checkpoint = self.config.train.steps, self.config.validation, self.config.checkpoint
-        with RunReport(self.config, world=self.world, done_steps=self.step) as report, self.loader:
+        with RunReport(self.config, world=self.world, done_steps=self.step) as report, closing(self.loader):
             while self.step < steps:
                 result = self._train_step()
                 self.step += 1
@@ -102,7 +103,7 @@ class Trainer:
         )
 
 
-def build_engine(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Engine:
     """The model on this rank's device under ZeRO, freshly initialised or as a checkpoint left it. Collective."""
     dtype = DTYPES[config.train.precision]
     kernels = config.kernels.build(device=world.device, dtype=dtype)
@@ -121,7 +122,8 @@ def build_engine(config: RunConfig, *, world: World, checkpoint: Checkpoint | No
         micro_batch_size=config.train.micro_batch_size,
         accumulation_steps=config.accumulation_steps(data_size=world.data_size),
         clip_norm=config.optimizer.clip_norm,
+        done_steps=checkpoint.step if checkpoint else 0,
     )
     if checkpoint:
-        load_moments(engine, checkpoint.path, steps=checkpoint.step)
+        load_moments(engine, checkpoint.path)
     return engine

@@ -1,11 +1,11 @@
 """Held-out losses at the training length and at multiples of it."""
 
-import deepspeed
 import torch
 
 from sambalm.data_pipeline.dataset import SampleDataset, build_validation_dataset
 from sambalm.data_pipeline.loader import validation_batches
 from sambalm.parallel.state import World
+from sambalm.parallel.zero import Engine
 from sambalm.pretrain.config import RunConfig
 
 LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
@@ -19,7 +19,7 @@ class Validator:
         self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
 
     @torch.no_grad()
-    def losses(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    def losses(self, engine: Engine) -> dict[str, float]:
         """Mean loss in nats by metric name; every held-out token counts once. Collective."""
         engine.eval()
         results = {
@@ -29,7 +29,7 @@ class Validator:
         engine.train()
         return results
 
-    def _loss(self, engine: deepspeed.DeepSpeedEngine, dataset: SampleDataset, multiple: int) -> float:
+    def _loss(self, engine: Engine, dataset: SampleDataset, multiple: int) -> float:
         device = self.world.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         batches = validation_batches(
@@ -42,7 +42,7 @@ class Validator:
         )
         for batch in batches:
             losses = engine(batch.tokens.to(device), batch.labels.to(device))
-            total += losses[: batch.valid_samples].double().sum()
+            total += (losses.double() * batch.weights.to(device).unsqueeze(1)).sum()
         return self.world.sum_over_data(total).item() / (len(dataset) * dataset.sequence_length)
 
     def _dataset(self, multiple: int) -> SampleDataset:

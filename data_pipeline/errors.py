@@ -1,0 +1,7 @@
+"""The error that everything in this package raises for input it cannot use."""
+
+
+class DataError(Exception):
+    """Unusable data, tokenizer or option. The message is one sentence that names the culprit and the way out."""
+
+    exit_code = 2

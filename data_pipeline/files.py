@@ -1,0 +1,51 @@
+"""Atomic writes and content hashes."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import DataError
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path`: in the same directory, so that os.replace can move it into place atomically."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def create(path: Path) -> BinaryIO:
+    """Open `path` for writing bytes, with the directories above it. Raises DataError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
+    except OSError as error:
+        raise DataError(f"cannot write in {path.parent}: {error.strerror}; choose a writable directory") from error
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    """Make the bytes written so far survive a power loss; a rename alone may reach the disk before them."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that appears as `path` when the block ends, and not at all when the block raises."""
+    temporary = temporary_name(path)
+    file = create(temporary)
+    try:
+        with file:
+            yield file
+            flush_to_disk(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of the content of `path`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,267 @@
+"""Token shards in megatron-core's IndexedDataset format, written with numpy alone, and the manifest over them.
+
+A shard is a pair of files, STEM.bin with the raw token ids and STEM.idx with where each document lies in it. A
+prefix is a manifest PREFIX.json over shards PREFIX_00000, PREFIX_00001, ... or, from other tools, one bare pair.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import DataError
+from .files import atomic_write, create, flush_to_disk, sha256_file, temporary_name
+
+FORMAT_VERSION = 1
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CHUNK_DOCUMENTS = 1 << 20
+
+
+class ShardEntry(BaseModel):
+    """One shard in a manifest. `name` is the file stem beside the manifest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    documents: int
+    tokens: int
+    bin_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+class TokenizerEntry(BaseModel):
+    """The tokenizer that made the shards. `path` is relative to the manifest's directory."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    sha256: str
+    vocab_size: int
+    eos_id: int
+
+
+class Manifest(BaseModel):
+    """PREFIX.json: which shards belong together and how they were made."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    tokenizer: TokenizerEntry
+    shards: list[ShardEntry]
+    skipped_documents: int
+    sources: list[str]
+    options: dict[str, str | int | bool]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What an .idx file says. `lengths` [documents] int32 counts the tokens of each document."""
+
+    prefix: str
+    dtype: np.dtype
+    lengths: np.ndarray
+
+
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """uint16 where ids fit with megatron-core's margin, else int32."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+class ShardWriter:
+    """Writes one shard, a document at a time, under temporary names until `commit`.
+
+    Memory grows by 4 bytes a document. The owner calls `finish` and `commit`, or `discard`.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+        self.tokens = 0
+        self._prefix = str(prefix)
+        self._vocab_size = vocab_size
+        self._dtype = token_dtype(vocab_size)
+        self._lengths = array("i")
+        self._paths = {extension: Path(f"{prefix}.{extension}") for extension in ("bin", "idx")}
+        self._hash = hashlib.sha256()
+        self._bin = create(temporary_name(self._paths["bin"]))
+
+    def add(self, tokens: np.ndarray | list[int]) -> None:
+        """Append one document of integer ids [tokens]. Raises DataError for no tokens and ids not in the vocabulary."""
+        ids = np.asarray(tokens)
+        document = len(self._lengths)
+        if ids.size == 0:
+            raise DataError(f"document {document} of {self._prefix} has no tokens; leave it out")
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= self._vocab_size:
+            bad = lowest if lowest < 0 else highest
+            raise DataError(
+                f"document {document} of {self._prefix}: token id {bad} is outside the vocabulary of "
+                f"{self._vocab_size}; use the tokenizer with that vocabulary"
+            )
+        content = ids.astype(self._dtype).tobytes()
+        self._bin.write(content)
+        self._hash.update(content)
+        self._lengths.append(ids.size)
+        self.tokens += ids.size
+
+    def finish(self) -> ShardEntry:
+        """Complete both files, still under their temporary names."""
+        flush_to_disk(self._bin)
+        bin_bytes = self._bin.tell()
+        self._bin.close()
+        with create(temporary_name(self._paths["idx"])) as file:
+            for content in self._index_parts():
+                file.write(content)
+            flush_to_disk(file)
+        return ShardEntry(
+            name=self._paths["bin"].stem,
+            documents=len(self._lengths),
+            tokens=self.tokens,
+            bin_bytes=bin_bytes,
+            bin_sha256=self._hash.hexdigest(),
+            idx_sha256=sha256_file(temporary_name(self._paths["idx"])),
+        )
+
+    def commit(self) -> None:
+        """Move both files to their names, replacing what is there."""
+        for path in self._paths.values():
+            os.replace(temporary_name(path), path)
+
+    def discard(self) -> None:
+        """Remove what has not been committed."""
+        self._bin.close()
+        for path in self._paths.values():
+            temporary_name(path).unlink(missing_ok=True)
+
+    def _index_parts(self) -> Iterator[bytes]:
+        # In chunks, because pointers and document numbers of all documents at once would be 4 times the lengths.
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        yield _HEADER.pack(_MAGIC, 1, _CODES[self._dtype], len(lengths), len(lengths) + 1)
+        yield lengths.tobytes()
+        for pointers in _pointer_chunks(lengths, itemsize=np.dtype(self._dtype).itemsize):
+            yield pointers.tobytes()
+        for start in range(0, len(lengths) + 1, _CHUNK_DOCUMENTS):
+            stop = min(start + _CHUNK_DOCUMENTS, len(lengths) + 1)
+            yield np.arange(start, stop, dtype=np.int64).tobytes()
+
+
+def _pointer_chunks(lengths: np.ndarray, *, itemsize: int) -> Iterator[np.ndarray]:
+    """Byte offsets in .bin of consecutive documents, int64."""
+    offset = 0
+    for start in range(0, len(lengths), _CHUNK_DOCUMENTS):
+        ends = offset + np.cumsum(lengths[start : start + _CHUNK_DOCUMENTS], dtype=np.int64) * itemsize
+        yield np.concatenate(([offset], ends[:-1]))
+        offset = int(ends[-1])
+
+
+def check_shard(prefix: str | Path, entry: ShardEntry | None = None) -> ShardIndex:
+    """Check that PREFIX.idx is well formed, that PREFIX.bin has the size it says, and both agree with `entry`.
+
+    Reads the whole index but no tokens. Raises DataError naming the file.
+    """
+    idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    try:
+        index = _read_index(idx_path, prefix=str(prefix))
+        bin_bytes = bin_path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read the shard file {error.filename}: {error.strerror}; restore it") from error
+    tokens = int(index.lengths.sum(dtype=np.int64))
+    expected_bytes = tokens * index.dtype.itemsize
+    if bin_bytes != expected_bytes:
+        raise DataError(f"{bin_path} has {bin_bytes} bytes where its index says {expected_bytes}; preprocess it again")
+    if tokens == 0:
+        raise DataError(f"{bin_path} holds no tokens; preprocess it again")
+    if entry and (entry.documents, entry.tokens) != (len(index.lengths), tokens):
+        raise DataError(
+            f"{idx_path} has {len(index.lengths)} documents and {tokens} tokens where the manifest says "
+            f"{entry.documents} and {entry.tokens}; preprocess the data again"
+        )
+    return index
+
+
+def _read_index(path: Path, *, prefix: str) -> ShardIndex:
+    def corrupt(what: str) -> DataError:
+        return DataError(f"{path} is not a valid shard index ({what}); preprocess the data again")
+
+    size_bytes = path.stat().st_size
+    if size_bytes < _HEADER.size:
+        raise corrupt(f"{size_bytes} bytes")
+    with open(path, "rb") as file:
+        magic, version, code, sequences, boundaries = _HEADER.unpack(file.read(_HEADER.size))
+        if magic != _MAGIC or version != 1 or code not in _DTYPES:
+            raise corrupt(f"header {magic!r}, version {version}, dtype code {code}")
+        # Multimodal indices end with one more byte a sequence.
+        expected_bytes = _HEADER.size + 12 * sequences + 8 * boundaries
+        if size_bytes not in (expected_bytes, expected_bytes + sequences):
+            raise corrupt(f"{size_bytes} bytes where the header asks for {expected_bytes}")
+        dtype = np.dtype(_DTYPES[code])
+        lengths = np.fromfile(file, dtype=np.int32, count=sequences)
+        if sequences and lengths.min() < 0:
+            raise corrupt("a negative length")
+        for expected in _pointer_chunks(lengths, itemsize=dtype.itemsize):
+            if not np.array_equal(np.fromfile(file, dtype=np.int64, count=len(expected)), expected):
+                raise corrupt("pointers that do not follow from the lengths")
+        bounds = np.fromfile(file, dtype=np.int64, count=boundaries)
+        if not boundaries or bounds[-1] != sequences:
+            raise corrupt("document boundaries that do not end at the last sequence")
+    return ShardIndex(prefix=prefix, dtype=dtype, lengths=lengths)
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """PREFIX.json."""
+    return Path(f"{prefix}.json")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of a prefix, or None where there is none. Raises DataError for a damaged or newer one."""
+    path = manifest_path(prefix)
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the manifest {path} ({error}); preprocess the data again") from error
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format_version {version!r} and this program reads {FORMAT_VERSION}; "
+            "preprocess the data again or use the program that wrote it"
+        )
+    try:
+        return Manifest.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: {where}: {first['msg']}; preprocess the data again") from error
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Write PREFIX.json atomically."""
+    with atomic_write(manifest_path(prefix)) as file:
+        file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
+
+
+def shard_prefixes(prefix: str | Path) -> list[str]:
+    """Path prefixes of all shards of PREFIX, in order: from its manifest, else the bare pair PREFIX.bin and .idx.
+
+    Raises DataError where neither exists.
+    """
+    manifest = read_manifest(prefix)
+    if manifest:
+        return [str(Path(prefix).parent / shard.name) for shard in manifest.shards]
+    if Path(f"{prefix}.bin").exists() and Path(f"{prefix}.idx").exists():
+        return [str(prefix)]
+    raise DataError(
+        f"no data under the prefix {prefix}: neither {prefix}.json nor {prefix}.bin with {prefix}.idx exists; "
+        "give the prefix that the data was preprocessed to"
+    )

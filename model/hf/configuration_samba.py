@@ -1,0 +1,203 @@
+"""The Hugging Face configuration of Samba.
+
+Keys and defaults are those of flash-linear-attention's `samba`, so one folder serves both wherever that package can
+express the model. Added here are `pattern`, `mlp_size`, `layer_types` and `sliding_window`. A block is a mixer with
+the MLP behind it; a mixer without an MLP and an MLP without a mixer are blocks of their own.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+MAMBA, ATTENTION, MLP = "M", "*", "-"
+
+# The kind of cache layer that transformers builds for a block, by its mixer; "moe" is one that holds nothing.
+LAYER_TYPES = {MAMBA: "linear_attention", ATTENTION: "sliding_attention", None: "moe"}
+
+# What flash-linear-attention takes when the key is missing.
+FLA_ATTENTION = {
+    "layers": [1, 3, 5, 7, 9, 11, 13, 15, 17],
+    "num_heads": 18,
+    "num_kv_heads": 18,
+    "qkv_bias": False,
+    "window_size": 2048,
+    "rope_theta": 10000.0,
+}
+FLA_HIDDEN_RATIO = 4
+FLA_MLP_MULTIPLE = 256
+
+
+class Block(NamedTuple):
+    """One block of the model and the numbers that its parts have in the pattern."""
+
+    mixer: str | None  # M or *, or None
+    mixer_sublayer: int | None
+    mlp_sublayer: int | None
+
+
+def pattern_blocks(pattern: str) -> list[Block]:
+    """The blocks of a pattern over the letters M (Mamba), * (attention) and - (MLP)."""
+    blocks = []
+    for match in re.finditer(r"([M*]?)(-?)", pattern):
+        mixer, mlp = match.groups()
+        if mixer or mlp:
+            start = match.start()
+            blocks.append(Block(mixer or None, start if mixer else None, match.end() - 1 if mlp else None))
+    return blocks
+
+
+def fla_mlp_size(hidden_size: int, hidden_ratio: float) -> int:
+    """The MLP width that flash-linear-attention makes of a ratio."""
+    return math.ceil(int(hidden_size * hidden_ratio * 2 / 3) / FLA_MLP_MULTIPLE) * FLA_MLP_MULTIPLE
+
+
+def fla_hidden_ratio(hidden_size: int, mlp_size: int) -> float | None:
+    """The simplest ratio (fewest binary places) that gives the MLP width there; None when there is none."""
+    if mlp_size % FLA_MLP_MULTIPLE:
+        return None
+    for places in range(16):
+        ratio = math.floor(mlp_size * 1.5 / hidden_size * 2**places) / 2**places
+        if fla_mlp_size(hidden_size, ratio) == mlp_size:
+            return int(ratio) if places == 0 else ratio
+    return None
+
+
+class SambaConfig(PreTrainedConfig):
+    """What a Samba model is.
+
+    Either `pattern` and `mlp_size` are given, or num_hidden_layers, attn["layers"] and hidden_ratio as
+    flash-linear-attention has them: then every block is a mixer with an MLP. The other of the two is derived. Raises
+    ValueError when keys contradict each other or ask for something that this implementation lacks.
+
+    intermediate_size is Mamba's inner width, mlp_size the MLP's. hidden_act "swish" is SiLU.
+    """
+
+    model_type = "samba"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    pattern: str | None = None
+    vocab_size: int = 32000
+    hidden_size: int = 2304
+    num_hidden_layers: int | None = None
+    num_layers: int | None = None  # some versions of flash-linear-attention read the number of blocks under this name
+    mlp_size: int | None = None
+    hidden_ratio: int | float | None = None
+    hidden_act: str = "swish"
+    attn: dict | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    state_size: int = 16
+    expand: int = 2
+    intermediate_size: int | None = None
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    time_step_rank: int | str = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 2048
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs) -> None:
+        given_layers = (self.attn or {}).get("layers") if self.pattern else None
+        self.attn = FLA_ATTENTION | (self.attn or {})
+        if self.pattern is None:
+            attention = set(self.attn["layers"])
+            count = 18 if self.num_hidden_layers is None else self.num_hidden_layers
+            self.pattern = "".join((ATTENTION if i in attention else MAMBA) + MLP for i in range(count))
+        if not re.fullmatch(r"[M*-]+", self.pattern):
+            raise ValueError(f"pattern is {self.pattern!r}: allowed are the letters M, * and -")
+        if self.mlp_size is None:
+            self.mlp_size = fla_mlp_size(self.hidden_size, self.hidden_ratio or FLA_HIDDEN_RATIO)
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        self._derive_from_pattern(given_layers)
+        self._refuse_unsupported()
+        super().__post_init__(**kwargs)
+
+    def _derive_from_pattern(self, given_layers: list[int] | None) -> None:
+        """Fills the keys that follow from others; one that was given must agree."""
+        mixers = [block.mixer for block in self.blocks]
+        derived = {
+            "num_hidden_layers": len(mixers),
+            "num_layers": len(mixers),
+            "layer_types": [LAYER_TYPES[mixer] for mixer in mixers],
+            "sliding_window": self.attn["window_size"],
+            "intermediate_size": self.expand * self.hidden_size,
+        }
+        for key, value in derived.items():
+            given = getattr(self, key)
+            if given is not None and given != value:
+                raise ValueError(f"{key} is {given!r}, but pattern, attn, expand and hidden_size make it {value!r}")
+            setattr(self, key, value)
+        attention = [i for i, mixer in enumerate(mixers) if mixer == ATTENTION]
+        if given_layers is not None and sorted(given_layers) != attention:
+            raise ValueError(f"attn['layers'] is {given_layers}, but pattern {self.pattern} makes it {attention}")
+        self.attn = self.attn | {"layers": attention}
+        if self.hidden_ratio is None:
+            self.hidden_ratio = fla_hidden_ratio(self.hidden_size, self.mlp_size)
+        elif fla_mlp_size(self.hidden_size, self.hidden_ratio) != self.mlp_size:
+            raise ValueError(f"hidden_ratio is {self.hidden_ratio}, which does not make mlp_size {self.mlp_size}")
+
+    def _refuse_unsupported(self) -> None:
+        fixed = {"use_bias": False, "use_conv_bias": True, "attn.qkv_bias": False}
+        given = {"use_bias": self.use_bias, "use_conv_bias": self.use_conv_bias, "attn.qkv_bias": self.attn["qkv_bias"]}
+        for key, value in fixed.items():
+            if given[key] != value:
+                raise ValueError(f"{key} is {given[key]}, but this implementation of Samba only has {key}={value}")
+        if self.hidden_act not in ("swish", "silu"):
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, but Samba's is 'swish' (the same as 'silu')")
+        if self.hidden_size % self.attn["num_heads"] or self.attn["num_heads"] % self.attn["num_kv_heads"]:
+            raise ValueError(
+                f"attn has num_kv_heads {self.attn['num_kv_heads']} and num_heads {self.attn['num_heads']} at "
+                f"hidden_size {self.hidden_size}: each must divide the next"
+            )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """As its parent's. Classes that were not loaded from a folder's code write none, so nothing may refer to it."""
+        if self._auto_class is None and hasattr(self, "auto_map"):
+            del self.auto_map
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return pattern_blocks(self.pattern)
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.attn["num_heads"]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.attn["num_kv_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.attn["num_heads"]
+
+    @property
+    def fla_obstacle(self) -> str | None:
+        """One sentence on why flash-linear-attention cannot load this model; None when it can."""
+        for i, block in enumerate(self.blocks):
+            if block.mlp_sublayer is None:
+                return f"Block {i} of the pattern {self.pattern} is a mixer without an MLP."
+            if block.mixer is None:
+                return f"Block {i} of the pattern {self.pattern} is an MLP without a mixer."
+        if self.mlp_size % FLA_MLP_MULTIPLE:
+            return f"The MLP width {self.mlp_size} is not a multiple of {FLA_MLP_MULTIPLE}."
+        if self.hidden_ratio is None:
+            return f"No hidden_ratio gives the MLP width {self.mlp_size} at hidden_size {self.hidden_size}."
+        return None
+
+    @property
+    def fla_compatible(self) -> bool:
+        return self.fla_obstacle is None

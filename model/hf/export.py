@@ -1,0 +1,234 @@
+"""Writing a model as a Hugging Face folder, one tensor in memory at a time."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sambalm.model.ops as ops
+from sambalm.model.config import ModelConfig
+
+from . import configuration_samba, modeling_samba
+from .configuration_samba import SambaConfig
+from .errors import HFError
+from .folder import INDEX_FILE
+from .model_card import TrainingFacts, model_card
+from .names import CanonicalState, HFTensor, hf_config, hf_tensors
+from .tokenizer import read_model, save_tokenizer, token_ids
+from .verify import verify_export
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+OPERATIONS = ("causal_conv", "rms_norm", "selective_scan", "window_attention")
+AUTO_MAP = {
+    "AutoConfig": "configuration_samba.SambaConfig",
+    "AutoModel": "modeling_samba.SambaModel",
+    "AutoModelForCausalLM": "modeling_samba.SambaForCausalLM",
+}
+
+Progress = Callable[[int, int], None]
+
+
+def export_hf(
+    state: CanonicalState,
+    config: ModelConfig,
+    *,
+    output: Path,
+    tokenizer_model: Path,
+    documents: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5_000_000_000,
+    card: TrainingFacts = TrainingFacts(),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write, verify and only then name the folder `output`.
+
+    Args:
+        state: the canonical weights.
+        documents: text for the verification, at least a few windows of it if there is so much.
+        dtype: of the weights, fp32 or bf16; Mamba's A_log, D and dt_proj.bias are fp32 in any case.
+        max_shard_bytes: weights in one file at most; a tensor that is larger has a file of its own.
+        overwrite: whether an existing Samba folder is replaced.
+        progress: receives (bytes written, bytes in all).
+
+    Raises HFError, and leaves nothing behind, when the output exists, the state does not fit the configuration, the
+    tokenizer cannot be converted, or the folder does not give the training model's logits and the tokenizer's ids.
+    """
+    if dtype not in DTYPES:
+        raise HFError(f"dtype is {dtype}; weights are exported as torch.float32 or torch.bfloat16")
+    tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings)
+    _refuse_unfit_state(state, tensors)
+    proto = read_model(tokenizer_model)
+    if len(proto.pieces) > config.vocab_size:
+        raise HFError(
+            f"the tokenizer {tokenizer_model} has {len(proto.pieces)} pieces but the model's vocab_size is "
+            f"{config.vocab_size}; give the tokenizer that the model was trained with"
+        )
+    tokens = {f"{name}_token_id": token_ids(proto)[name] for name in ("bos", "eos", "pad")}
+    lengths = {} if card.sequence_tokens is None else {"max_position_embeddings": card.sequence_tokens}
+    hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
+    with _new_folder(Path(output), overwrite=overwrite) as folder:
+        _write_config(folder, hf, tokens)
+        save_tokenizer(tokenizer_model, folder)
+        _write_code(folder)
+        shapes = state.shapes()
+        parameters = sum(math.prod(shapes[part]) for tensor in tensors.values() for part in tensor.parts)
+        text = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
+        (folder / "README.md").write_text(text, "utf-8")
+        _write_weights(folder, state, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+        verify_export(folder, state, config, documents, tokenizer_model)
+
+
+def _refuse_unfit_state(state: CanonicalState, tensors: dict[str, HFTensor]) -> None:
+    expected = {part for tensor in tensors.values() for part in tensor.parts}
+    given = set(state.shapes())
+    for names, word in ((expected - given, "lacks"), (given - expected, "has an unknown")):
+        if names:
+            raise HFError(f"the checkpoint {word} tensor {min(names)}: its weights do not fit its model configuration")
+
+
+@contextmanager
+def _new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder that becomes `output` when the block ends, and vanishes when it raises."""
+    output = output.absolute()
+    exists = output.is_dir() and any(output.iterdir())
+    if exists and not overwrite:
+        raise HFError(f"the output folder {output} is not empty; choose another or allow it to be overwritten")
+    if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
+        raise HFError(f"the output {output} is something else than a Samba folder; choose another")
+    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        _flush_to_disk(folder)
+        _put_into_place(folder, output)
+    except OSError as error:
+        raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_samba_folder(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == SambaConfig.model_type
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _put_into_place(folder: Path, output: Path) -> None:
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    if output.is_dir():
+        os.rename(output, old)
+    try:
+        os.rename(folder, output)
+    except OSError:
+        if old.is_dir():
+            os.rename(old, output)
+        raise
+    _flush(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Makes the folder's content survive a power loss; the rename alone may reach the disk before it."""
+    for path in folder.iterdir():
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _write_config(folder: Path, config: SambaConfig, tokens: dict[str, int | None]) -> None:
+    content = config.to_diff_dict()
+    content["dtype"] = str(config.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", content | {"architectures": ["SambaForCausalLM"], "auto_map": AUTO_MAP})
+    known = {name: index for name, index in tokens.items() if index is not None}
+    _write_json(folder / "generation_config.json", known)
+
+
+def _write_code(folder: Path) -> None:
+    """The modelling code and the operations beside it, importing each other as one flat package."""
+    shutil.copyfile(configuration_samba.__file__, folder / "configuration_samba.py")
+    code = Path(modeling_samba.__file__).read_text("utf-8")
+    (folder / "modeling_samba.py").write_text(code.replace(f"from {ops.__name__}.", "from ."), "utf-8")
+    for name in OPERATIONS:
+        shutil.copyfile(Path(ops.__path__[0]) / f"{name}.py", folder / f"{name}.py")
+
+
+def _write_weights(
+    folder: Path,
+    state: CanonicalState,
+    tensors: dict[str, HFTensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    progress: Progress | None,
+) -> None:
+    shapes = state.shapes()
+    sizes = {n: math.prod(t.hf_shape(shapes)) * t.dtype(dtype).itemsize for n, t in tensors.items()}
+    shards = plan_shards(sizes, max_shard_bytes=max_shard_bytes)
+    total, done, weight_map = sum(sizes.values()), 0, {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        for size in _write_shard(folder / file, state, {name: tensors[name] for name in names}, dtype=dtype):
+            done += size
+            if progress:
+                progress(done, total)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def plan_shards(sizes: dict[str, int], *, max_shard_bytes: int) -> list[list[str]]:
+    """The tensors of each file, in order: as many as fit, at least one."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_shard(
+    path: Path, state: CanonicalState, tensors: dict[str, HFTensor], *, dtype: torch.dtype
+) -> Iterator[int]:
+    """Writes a safetensors file tensor by tensor, which the safetensors package cannot; yields the bytes of each."""
+    shapes = state.shapes()
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        shape, kind = tensor.hf_shape(shapes), tensor.dtype(dtype)
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": DTYPES[kind], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are to be aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            for part in tensor.parts:  # concatenated along the first dimension, so one after the other
+                _write_tensor(file, state.read(part).to(tensor.dtype(dtype)), name=part, shape=shapes[part])
+            start, end = header[name]["data_offsets"]
+            yield end - start
+
+
+def _write_tensor(file, tensor: Tensor, *, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise HFError(f"tensor {name} of the checkpoint has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())

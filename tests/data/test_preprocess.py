@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import listing, make_texts, write_jsonl
+
+from sambalm.data_pipeline import preprocess as module
+from sambalm.data_pipeline.config import DataConfig
+from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.files import sha256_file
+from sambalm.data_pipeline.preprocess import preprocess
+from sambalm.data_pipeline.shards import check_shard, read_manifest, shard_prefixes
+from sambalm.data_pipeline.sources import open_sources
+
+
+def _tokens(prefix) -> list[list[int]]:
+    documents = []
+    for shard_prefix in shard_prefixes(prefix):
+        index = check_shard(shard_prefix)
+        ids = np.fromfile(f"{shard_prefix}.bin", dtype=index.dtype)
+        documents += [part.tolist() for part in np.split(ids, np.cumsum(index.lengths)[:-1])]
+    return documents
+
+
+def test_shards_hold_the_documents_in_order(tmp_path, tokenizer):
+    texts = make_texts(30, seed=1)
+    texts.insert(4, "")
+    paths = [write_jsonl(tmp_path / "a.jsonl", texts[:20]), write_jsonl(tmp_path / "b.jsonl", texts[20:])]
+    calls = []
+    summary = preprocess(
+        paths,
+        tokenizer=tokenizer.path,
+        output_prefix=tmp_path / "out" / "data",
+        shard_tokens=500,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
+    prefix = tmp_path / "out" / "data"
+    assert _tokens(prefix) == expected
+    assert (summary.documents, summary.skipped_documents) == (30, 1)
+    assert summary.tokens == sum(map(len, expected))
+    total_bytes = sum(path.stat().st_size for path in paths)
+    assert calls[-1] == (total_bytes, total_bytes) == (summary.read_bytes, total_bytes)
+
+    manifest = read_manifest(prefix)
+    assert len(manifest.shards) == summary.shards > 2
+    assert [shard.name for shard in manifest.shards[:2]] == ["data_00000", "data_00001"]
+    assert all(shard.tokens <= 500 for shard in manifest.shards)
+    # A shard is closed only by a document that would not fit.
+    assert all(a.tokens + b.tokens > 500 for a, b in zip(manifest.shards, manifest.shards[1:], strict=False))
+    for shard in manifest.shards:
+        assert shard.bin_sha256 == sha256_file(tmp_path / "out" / f"{shard.name}.bin")
+        assert shard.idx_sha256 == sha256_file(tmp_path / "out" / f"{shard.name}.idx")
+        assert shard.bin_bytes == (tmp_path / "out" / f"{shard.name}.bin").stat().st_size
+    assert (manifest.tokenizer.sha256, manifest.tokenizer.vocab_size) == (tokenizer.sha256, tokenizer.vocab_size)
+    config = DataConfig(train=str(prefix), sequence_length=8)
+    assert config.tokenizer_path().resolve() == tokenizer.path.resolve()
+    assert len(listing(tmp_path / "out")) == 2 * summary.shards + 1
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)  # more batches than may be in flight
+    contents = []
+    for workers in (1, 2):
+        directory = tmp_path / str(workers)
+        preprocess(
+            [corpus], tokenizer=tokenizer.path, output_prefix=directory / "d", workers=workers, shard_tokens=2000
+        )
+        contents.append({name: (directory / name).read_bytes() for name in listing(directory)})
+    assert len(contents[0]) > 5
+    assert contents[0] == contents[1]
+
+
+def test_without_eos(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", ["stone river"])
+    preprocess([path], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", append_eos=False)
+    assert _tokens(tmp_path / "d") == [tokenizer.encode("stone river")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_input_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch, workers):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(corpus.read_text() + '{"text": 1}\n')
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=r"bad\.jsonl:201: the value of 'text' is int"):
+        preprocess([bad], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", workers=workers, shard_tokens=1000)
+    assert listing(tmp_path) == before
+
+
+def test_a_failure_while_committing_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_manifest", fail)
+    with pytest.raises(DataError, match=r"cannot write .*d: No space left"):
+        preprocess([corpus], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", shard_tokens=1000)
+    assert listing(tmp_path) == []
+
+
+def test_existing_output_is_kept_unless_overwritten(tmp_path, tokenizer, corpus):
+    options = {"tokenizer": tokenizer.path, "output_prefix": tmp_path / "d"}
+    preprocess([corpus], shard_tokens=1000, **options)
+    before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)}
+    small = write_jsonl(tmp_path / "small.jsonl", ["stone"])
+    with pytest.raises(DataError, match=r"d\.json exists already; choose another output prefix"):
+        preprocess([small], **options)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{")
+    with pytest.raises(DataError, match="malformed"):
+        preprocess([bad], overwrite=True, **options)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+    preprocess([small], overwrite=True, **options)
+    assert listing(tmp_path) == ["bad.jsonl", "d.json", "d_00000.bin", "d_00000.idx", "small.jsonl"]
+
+
+def test_impossible_requests_are_refused(tmp_path, tokenizer, corpus):
+    options = {"tokenizer": tokenizer.path, "output_prefix": tmp_path / "d"}
+    for name in ("workers", "shard_tokens"):
+        with pytest.raises(DataError, match=f"{name}=0 must be at least 1"):
+            preprocess([corpus], **{name: 0}, **options)
+    with pytest.raises(DataError, match="the inputs hold no tokens: all 2 documents are empty"):
+        preprocess([write_jsonl(tmp_path / "a.jsonl", ["", ""])], **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write in"):
+        preprocess([corpus], tokenizer=tokenizer.path, output_prefix=tmp_path / "file" / "d")
+    assert listing(tmp_path) == ["a.jsonl", "file"]
+
+
+def test_shards_that_disagree_with_the_manifest_are_refused(tmp_path, tokenizer, corpus):
+    preprocess([corpus], tokenizer=tokenizer.path, output_prefix=tmp_path / "d")
+    manifest = json.loads((tmp_path / "d.json").read_text())
+    manifest["shards"][0]["documents"] += 1
+    (tmp_path / "d.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"d_00000\.idx has 200 documents .* where the manifest says 201"):
+        open_sources(DataConfig(train=str(tmp_path / "d"), sequence_length=8))
+
+
+def test_preprocessing_imports_no_training_library():
+    code = "import sys, sambalm.data_pipeline.preprocess; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,69 @@
+import pytest
+from conftest import VOCAB_SIZE, listing, write_jsonl
+
+from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "stone river", "  two  leading", "a\tb\r\n\n\n c ", "漢字 été 😀", "</s><s><unk>", "nul \x00 end"]
+)
+def test_round_trip_through_bytes(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id, 0} & set(ids)
+    assert tokenizer.encode_batch([text, "stone"]) == [ids, tokenizer.encode("stone")]
+
+
+def test_special_ids_and_settings(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, VOCAB_SIZE)
+    assert len(tokenizer.encode("4242")) == len(tokenizer.encode("4")) + 3
+    # "stone" occurs often enough to be one piece, which byte fallback alone would not give.
+    assert len(tokenizer.encode("stone")) == 1
+
+
+def test_training_is_deterministic_and_quiet(tokenizer, corpus, tmp_path, capfd):
+    again = train_tokenizer([corpus], vocab_size=VOCAB_SIZE, output=tmp_path / "again.model")
+    assert again.sha256 == tokenizer.sha256
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sample_is_bounded_and_depends_on_the_seed(corpus, tmp_path):
+    def train(name, **options):
+        return train_tokenizer([corpus], vocab_size=300, output=tmp_path / name, **options).sha256
+
+    whole, first = train("a"), train("b", sample_characters=6000, seed=1)
+    assert first == train("c", sample_characters=6000, seed=1)
+    assert len({whole, first, train("d", sample_characters=6000, seed=2)}) == 3
+
+
+def test_long_lines_are_learnt_from(tmp_path):
+    path = write_jsonl(tmp_path / "long.jsonl", ["stone harbour " * 3000])
+    tokenizer = train_tokenizer([path], vocab_size=285, output=tmp_path / "t.model")
+    assert len(tokenizer.encode("stone harbour")) == 2
+
+
+@pytest.mark.parametrize(("vocab_size", "message"), [(100_000, r"too large for this text; set it to at most \d+"),
+                                                     (50, "too small")])  # fmt: skip
+def test_impossible_vocabularies_are_refused(corpus, tmp_path, vocab_size, message):
+    with pytest.raises(DataError, match=f"vocab_size={vocab_size} is {message}") as caught:
+        train_tokenizer([corpus], vocab_size=vocab_size, output=tmp_path / "t.model")
+    assert "\n" not in str(caught.value)
+    assert listing(tmp_path) == []
+
+
+def test_bad_input_is_named_and_leaves_nothing(corpus, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(corpus.read_text() + "{oops\n")
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=r"bad\.jsonl:201: malformed JSON"):
+        train_tokenizer([bad], vocab_size=VOCAB_SIZE, output=tmp_path / "t.model")
+    assert listing(tmp_path) == before
+
+
+def test_missing_and_invalid_models_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"none\.model does not exist"):
+        Tokenizer.load(tmp_path / "none.model")
+    (tmp_path / "t.model").write_text("not a model")
+    with pytest.raises(DataError, match=r"t\.model is not a SentencePiece model"):
+        Tokenizer.load(tmp_path / "t.model")
