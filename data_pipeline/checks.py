@@ -10,7 +10,6 @@ from pydantic import BaseModel
 from .config import DataConfig
 from .errors import DataError
 from .files import atomic_write, sha256_file
-from .first_rank import on_first_rank
 from .shards import Manifest
 from .sources import Shard, open_sources
 
@@ -30,13 +29,9 @@ def check_vocabulary(config: DataConfig, vocab_size: int) -> None:
     """Check that every id of the data is below `vocab_size`, and that all prefixes have the same tokenizer.
 
     Manifests answer at once. A shard without one is read, once: the result is kept in the cache directory until the
-    content changes. With torch.distributed initialised, rank 0 checks and every rank has to call this.
+    content changes. One process of a run suffices.
     Raises DataError naming the prefix or shard and both numbers.
     """
-    on_first_rank(lambda: _check(config, vocab_size))
-
-
-def _check(config: DataConfig, vocab_size: int) -> None:
     sources = open_sources(config)
     _check_tokenizers(config, {source.prefix: source.manifest for source in sources if source.manifest})
     for source in sources:

@@ -74,13 +74,11 @@ def build_train_dataset(config: DataConfig, *, num_samples: int, seed: int) -> S
     """
     length = config.sequence_length
     shards, shares = _select(config, length=length, held_out=False)
-    # The blend always draws from the shard furthest behind its share, so none gets a whole sample ahead of it.
-    sizes = [int(size) for size in np.ceil(shares * num_samples) + 1] if len(shards) > 1 else [num_samples]
     plan = _Plan(
         length=length,
         seed=seed,
         held_out=False,
-        sizes=sizes,
+        sizes=_blend_sizes(shares, num_samples=num_samples),
         weights=[float(share) for share in shares],
         num_samples=num_samples,
         distributed=dist.is_initialized(),
@@ -137,6 +135,14 @@ def _select(config: DataConfig, *, length: int, held_out: bool) -> tuple[list[Sh
     return shards, np.array(weights) / np.sum(weights)
 
 
+def _blend_sizes(shares: np.ndarray, *, num_samples: int) -> list[int]:
+    """How many samples megatron-core's blend draws from each shard at most.
+
+    It draws from a shard only when that is behind its share, which leaves it less than one sample ahead.
+    """
+    return [int(size) for size in np.ceil(shares * num_samples)]
+
+
 def _allocate(asked: int, *, shares: np.ndarray, available: np.ndarray) -> np.ndarray:
     """Split `asked` samples by `shares`, none above `available`; what one cannot give, the others do."""
     counts = np.zeros_like(available)
@@ -169,7 +175,7 @@ class _Plan:
     distributed: bool  # megatron-core caches a blend only under torch.distributed
 
     def key(self, shards: list[Shard]) -> str:
-        """Name of the cache: the same content under another name may share it, other content never does."""
+        """Name of the cache; other content under the same prefixes gets another."""
         parts = [(shard.content, shard.prefix, shard.train_documents) for shard in shards]
         return hashlib.sha256(json.dumps([asdict(self), parts]).encode()).hexdigest()[:32]
 

@@ -21,7 +21,7 @@ def stored_documents(config: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
                 for number in shard.documents(held_out=held_out):
                     end = start + int(shard.index.lengths[number])
                     ids = [int(token) for token in tokens[start:end]]
-                    if max(ids) >= tokenizer.vocab_size:
+                    if max(ids, default=0) >= tokenizer.vocab_size:
                         raise DataError(
                             f"document {number} of {shard.prefix} holds token id {max(ids)}, beyond the "
                             f"{tokenizer.vocab_size} pieces of {tokenizer.path}: name the tokenizer of this data"

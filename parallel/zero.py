@@ -87,13 +87,13 @@ def _create_moments(engine: Engine, *, done_steps: int) -> None:
     Stages 1 and 2 would link parameters to that state after the first parameter group's first step, when the other
     groups have none yet; here it is all there.
     """
-    optimizer = engine.optimizer.optimizer
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            step = torch.tensor(float(done_steps), device=flat.device)
-            optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
-    if engine.zero_optimization_stage() < 3:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    zero = engine.optimizer
+    stage3 = engine.zero_optimization_stage() == 3
+    for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+        step = torch.tensor(float(done_steps), device=flat.device)
+        zero.optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    if not stage3:
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:

@@ -6,7 +6,7 @@ from sambalm.data_pipeline.corpus import write_python_corpus
 
 
 def test_corpus_is_deterministic_mixed_and_free_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setitem(posix.environ, b"SECRET_OF_THIS_MACHINE", b"hunter2")
+    monkeypatch.setattr(posix, "environ", {b"SECRET_OF_THIS_MACHINE": b"hunter2"})
     # The standard library at large takes seconds; one package of it shows the same.
     get_path = module.sysconfig.get_path
     monkeypatch.setattr(module.sysconfig, "get_path", lambda name: f"{get_path(name)}/json")

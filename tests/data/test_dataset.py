@@ -87,8 +87,8 @@ def test_several_epochs_and_seeds(tmp_path):
     config = _config(write_shard(tmp_path / "d", documents))
     tokens = sum(map(len, documents[:90]))
     three_epochs = (3 * tokens - 1) // S
-    counts = Counter(t for sample, _ in _samples(build_train_dataset(config, num_samples=three_epochs, seed=0))
-                     for t in sample)  # fmt: skip
+    samples = _samples(build_train_dataset(config, num_samples=three_epochs, seed=0))
+    counts = Counter(token for sample, _ in samples for token in sample)
     assert len(counts) == tokens
     assert set(counts.values()) <= {2, 3}
     assert sum(counts.values()) == three_epochs * S
@@ -143,6 +143,19 @@ def test_small_blends_of_many_shards_are_not_oversampled(tmp_path, num_samples):
     assert len(_samples(build_train_dataset(_config(prefixes), num_samples=num_samples, seed=0))) == num_samples
 
 
+def test_blends_never_draw_more_than_is_built():
+    from megatron.core.datasets.helpers import build_blending_indices
+
+    random = np.random.RandomState(0)
+    for _ in range(200):
+        weights = random.pareto(0.7, size=random.randint(2, 20)) + 1e-3
+        shares, num_samples = weights / weights.sum(), random.randint(1, 300)
+        drawn_from, numbers = np.zeros(num_samples, dtype=np.int16), np.zeros(num_samples, dtype=np.int64)
+        build_blending_indices(drawn_from, numbers, shares, len(shares), num_samples, False)
+        counts = np.bincount(drawn_from, minlength=len(shares))
+        assert (counts <= module._blend_sizes(shares, num_samples=num_samples)).all()
+
+
 def test_validation_keeps_proportions_while_the_held_out_part_lasts(tmp_path):
     prefixes = [write_shard(tmp_path / str(n), counting_documents(400, start=10_000 * n)) for n in range(2)]
     weighted = [{"prefix": prefixes[0], "weight": 3}, {"prefix": prefixes[1], "weight": 1}]
@@ -166,14 +179,17 @@ def test_allocation():
 
 
 def test_parts_too_short_for_a_sample_are_refused(tmp_path):
-    short = write_shard(tmp_path / "short", [[1] * 10, [2] * 10, [3] * 5])
+    # One token less than a sample and its last label need, in both parts.
+    short = write_shard(tmp_path / "short", [[1] * S, [2] * S])
     with pytest.raises(DataError, match=r"no shard of .*short has 17 training tokens, .*lower data\.sequence_length"):
-        build_train_dataset(_config(short, validation_fraction=0.5), num_samples=1, seed=0)
-    with pytest.raises(DataError, match=r"33 held-out tokens.*data\.validation_fraction \(now 0\.1\)"):
-        build_validation_dataset(_config(short), num_samples=1, seed=0, length_multiple=2)
+        build_train_dataset(_config(short), num_samples=1, seed=0)
+    for multiple, tokens in ((1, 17), (2, 33)):
+        message = rf"{tokens} held-out tokens.*data\.validation_fraction \(now 0\.1\)"
+        with pytest.raises(DataError, match=message):
+            build_validation_dataset(_config(short), num_samples=1, seed=0, length_multiple=multiple)
     assert listing(tmp_path) == ["short.bin", "short.idx"]
-    # Exactly one sample and its last label fit.
     exact = write_shard(tmp_path / "exact", [[1] * (S + 1), [2] * (S + 1)])
+    assert len(build_train_dataset(_config(exact), num_samples=5, seed=0)) == 5
     assert len(build_validation_dataset(_config(exact), num_samples=5, seed=0)) == 1
 
 
@@ -191,19 +207,20 @@ def test_truncated_shard_is_refused(tmp_path):
 def test_new_data_under_an_old_prefix_is_not_read_with_the_old_index(tmp_path, tokenizer, with_manifest):
     config = _config(str(tmp_path / "d"))
 
-    def write(documents, start):
+    def write(start):
+        documents = counting_documents(80, start=start, seed=start)
         if with_manifest:
-            texts = [" ".join(map(str, d)) for d in counting_documents(documents, start=start)]
+            texts = [" ".join(map(str, document)) for document in documents]
             path = write_jsonl(tmp_path / "a.jsonl", texts)
             preprocess([path], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", overwrite=True)
         else:
-            write_shard(tmp_path / "d", counting_documents(documents, start=start, seed=start))
+            write_shard(tmp_path / "d", documents)
         return _samples(build_train_dataset(config, num_samples=60, seed=0))
 
-    write(120, 0)
-    fresh_cache = write(40, 5000)
-    assert fresh_cache == _samples(build_train_dataset(config.model_copy(update={"cache_dir": str(tmp_path / "c")}),
-                                                       num_samples=60, seed=0))  # fmt: skip
+    write(0)
+    samples = write(5000)
+    elsewhere = config.model_copy(update={"cache_dir": str(tmp_path / "elsewhere")})
+    assert samples == _samples(build_train_dataset(elsewhere, num_samples=60, seed=0))
     assert len(list((tmp_path / ".index_cache").iterdir())) == 2
 
 

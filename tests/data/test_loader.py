@@ -108,6 +108,16 @@ def test_ids_outside_the_vocabulary_are_named(vocab_size, bad_id, sample):
         _numbers(loader, 4)
 
 
+@pytest.mark.parametrize("bad_id", [-1, VOCAB_SIZE])
+def test_the_first_token_is_checked_although_no_label_repeats_it(bad_id):
+    class BadStart(Numbers):
+        def __getitem__(self, number):
+            return torch.tensor([bad_id, 1]), torch.tensor([1, 2])
+
+    with pytest.raises(DataError, match=f"token id {bad_id} "):
+        _loader(BadStart()).next_micro_batch()
+
+
 def test_negative_ids_are_refused(tmp_path):
     prefix = write_shard(tmp_path / "d", [[1] * 40, [1] * 40], vocab_size=70_000)
     content = bytearray((tmp_path / "d.bin").read_bytes())
@@ -161,5 +171,6 @@ def test_validation_covers_each_sample_once_with_equal_passes(data_size, num_sam
 
 def test_validation_checks_ids():
     with pytest.raises(DataError, match="token id 3"):
-        list(validation_batches(Numbers(), num_samples=8, micro_batch_samples=2, data_rank=0, data_size=1,
-                                vocab_size=3))  # fmt: skip
+        list(
+            validation_batches(Numbers(), num_samples=8, micro_batch_samples=2, data_rank=0, data_size=1, vocab_size=3)
+        )

@@ -17,8 +17,14 @@ def test_round_trip_through_bytes(tokenizer, text):
 
 def test_special_ids_and_settings(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, VOCAB_SIZE)
-    assert len(tokenizer.encode("4242")) == len(tokenizer.encode("4")) + 3
     # "stone" occurs often enough to be one piece, which byte fallback alone would not give.
+    assert len(tokenizer.encode("stone")) == 1
+
+
+def test_digits_are_never_merged(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["stone 2024"] * 50)
+    tokenizer = train_tokenizer([path], vocab_size=273, output=tmp_path / "t.model")
+    assert len(tokenizer.encode("2024")) == 5  # the space before, and each digit
     assert len(tokenizer.encode("stone")) == 1
 
 
@@ -43,8 +49,9 @@ def test_long_lines_are_learnt_from(tmp_path):
     assert len(tokenizer.encode("stone harbour")) == 2
 
 
-@pytest.mark.parametrize(("vocab_size", "message"), [(100_000, r"too large for this text; set it to at most \d+"),
-                                                     (50, "too small")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("vocab_size", "message"), [(100_000, r"too large for this text; set it to at most \d+"), (50, "too small")]
+)
 def test_impossible_vocabularies_are_refused(corpus, tmp_path, vocab_size, message):
     with pytest.raises(DataError, match=f"vocab_size={vocab_size} is {message}") as caught:
         train_tokenizer([corpus], vocab_size=vocab_size, output=tmp_path / "t.model")

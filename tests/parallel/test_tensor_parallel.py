@@ -64,7 +64,7 @@ def gradients_on_rank(values: dict, layout: dict, mistake: Callable | None) -> t
 
 
 def single_process(values: dict) -> tuple[float, dict[str, torch.Tensor]]:
-    (loss, slices), = run_world(gradients_on_rank, values, {}, None, ranks=1)
+    ((loss, slices),) = run_world(gradients_on_rank, values, {}, None, ranks=1)
     return loss, {name: torch.from_numpy(gradient) for name, _, gradient in slices}
 
 
@@ -149,5 +149,3 @@ def reduce_transposed_gradient(_: None) -> float:
 
 def test_a_gradient_that_is_not_contiguous_is_reduced_too():
     assert run_world(reduce_transposed_gradient, None, ranks=2) == [2.0, 2.0]
-
-

@@ -1,0 +1,78 @@
+"""docs/config.md, written from the types: `python -m sambalm.pretrain.config_docs > docs/config.md`."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sambalm.pretrain.config import FORMAT_VERSION, RunConfig
+
+HEADER = f"""# Configuration
+
+A run is one YAML file; `configs/` holds one for each model of the paper and one for the demo. Any key can be given on
+the command line as `section.key=value`, over the file's. This page is generated from the types:
+`python -m sambalm.pretrain.config_docs > docs/config.md`.
+
+`format_version` comes first and is {FORMAT_VERSION}; a file of another version is refused.
+"""
+
+
+def render() -> str:
+    sections = [HEADER]
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            sections.append("\n".join(_section(name, field.annotation)))
+    return "\n".join(sections)
+
+
+def _section(name: str, section: type[BaseModel]) -> Iterator[str]:
+    yield f"## {name}\n"
+    yield f"{(section.__doc__ or '').strip()}\n"
+    yield "| key | type | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for key, field in section.model_fields.items():
+        meaning = (field.description or "").replace("|", "\\|")
+        yield f"| `{name}.{key}` | {_type(field)} | {_default(field)} | {meaning} |"
+    yield ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return _yaml(field.default)
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True).replace("...", "")  # an end mark follows scalars
+    return f"`{' '.join(text.split())}`"
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = []
+    for constraint in field.metadata:
+        for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                bounds.append(f"{sign} {bound:g}")
+    return " ".join([_name(field.annotation), ", ".join(bounds)]).strip()
+
+
+def _name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(_yaml(value) for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _name(get_args(annotation)[0])
+    if get_origin(annotation) is list:
+        return f"list of {_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is Union or hasattr(annotation, "__args__"):
+        return " or ".join(dict.fromkeys(_name(option) for option in get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+if __name__ == "__main__":
+    print(render(), end="")

@@ -1,0 +1,29 @@
+import pytest
+from conftest import listing
+
+from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.files import atomic_write, sha256_file
+
+
+def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    with atomic_write(path) as file:
+        file.write(b"abc")
+        assert not path.exists()
+    assert sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+    def fail_half_way():
+        with atomic_write(path) as file:
+            file.write(b"x")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert path.read_bytes() == b"abc"
+    assert listing(tmp_path) == ["deep", "deep/a.txt"]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write in .*file"), atomic_write(tmp_path / "file" / "a"):
+        pass

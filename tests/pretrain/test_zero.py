@@ -1,0 +1,60 @@
+"""ZeRO and the layouts through whole runs: losses, norms and held-out losses of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from whole_runs import changed, train
+
+from sambalm.pretrain.checkpoint import newest_checkpoint
+
+LAYOUTS = {
+    "DP2, ZeRO-1": (2, {"zero_stage": 1}),
+    "DP2, ZeRO-2": (2, {"zero_stage": 2}),
+    "DP2, ZeRO-3": (2, {"zero_stage": 3}),
+    "TP2": (2, {"tensor": 2}),
+    "DP2xTP2, ZeRO-1": (4, {"tensor": 2, "sequence": True, "zero_stage": 1}),
+    "DP2xTP2, ZeRO-2": (4, {"tensor": 2, "zero_stage": 2}),
+    "DP2xTP2, ZeRO-3": (4, {"tensor": 2, "sequence": True, "zero_stage": 3}),
+}
+FP32_ENDINGS = (".A_log", ".D", ".dt_proj.bias")
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Ten steps of one process, by whether embeddings are tied; filled as they are asked for."""
+    return {}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_like_one_process(layout, tied, run_values, one_process, tmp_path):
+    values = changed(run_values, train={"steps": 10}, model={"tie_embeddings": tied})
+    if tied not in one_process:
+        one_process[tied] = train(changed(values, run={"dir": str(tmp_path / "one")}))
+    ranks, parallel = LAYOUTS[layout]
+    records = train(changed(values, parallel=parallel), ranks=ranks)
+    assert len(records) == 10
+    for record, expected in zip(records, one_process[tied], strict=True):
+        assert record == pytest.approx(expected, rel=1e-5)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_runs_keep_mambas_rates_in_fp32(stage, run_values):
+    """A_log, D and the dt bias hold values that bf16 cannot, after steps, in weights and moments of a checkpoint."""
+    values = changed(run_values, train={"precision": "bf16"}, parallel={"zero_stage": stage})
+    train(values, ranks=2)
+    checkpoint = newest_checkpoint(Path(values["run"]["dir"]), warn=pytest.fail)
+    in_fp32 = changed(values, run={"dir": values["run"]["dir"] + "-fp32"}, train={"precision": "fp32"})
+    train(in_fp32, ranks=2)
+    exact = newest_checkpoint(Path(in_fp32["run"]["dir"]), warn=pytest.fail)
+    names = [name for name in checkpoint.shapes() if name.endswith(FP32_ENDINGS)]
+    assert len(names) == 3
+    for name in names:
+        value = checkpoint.read(name)
+        assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded"
+        torch.testing.assert_close(value, exact.read(name), rtol=2e-3, atol=2e-3)
+    for file in checkpoint.path.glob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}

@@ -1,0 +1,33 @@
+"""Whole training runs in worlds of real ranks."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from worlds import run_world
+
+from sambalm.pretrain.metrics import read_metrics
+
+TIMES = ("tokens_per_second", "step_time_s")
+
+
+def changed(values: dict, **sections: dict[str, Any]) -> dict:
+    """A copy of plain configuration values with keys of some sections replaced."""
+    values = copy.deepcopy(values)
+    for section, keys in sections.items():
+        values.setdefault(section, {}).update(keys)
+    return values
+
+
+def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:
+    """Trains and returns what metrics.jsonl holds, without the times."""
+    run_world(_train_on_rank, values, ranks=ranks)
+    records = read_metrics(Path(values["run"]["dir"]))
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def _train_on_rank(values: dict) -> None:
+    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.trainer import train
+
+    train(parse_config(values, source="test"))
