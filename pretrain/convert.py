@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.documents import expand_inputs, read_documents
@@ -41,6 +42,7 @@ def checkpoint_to_hf(
     Raises:
         CheckpointError, DataError, HFError: one sentence each, for the user.
     """
+    disable_progress_bar()  # transformers' own, while the export is verified
     checkpoint = newest_checkpoint(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
     tokenizer_path = tokenizer or config.data.tokenizer_path()

@@ -6,6 +6,7 @@ from threading import Thread
 
 import torch
 from transformers import TextIteratorStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from sambalm.model.hf import load_for_generation
 
@@ -18,6 +19,7 @@ def generate_text(
     Raises:
         HFError: the folder holds no usable model.
     """
+    disable_progress_bar()  # one of its own for loading a few files
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_for_generation(folder, device=device)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)

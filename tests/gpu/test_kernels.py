@@ -1,0 +1,124 @@
+"""Every CUDA kernel that can be chosen, against the PyTorch reference in float64: forward and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sambalm.model.ops import cuda
+from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.kernels import KernelConfig
+from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.selective_scan import gated_selective_scan
+from sambalm.model.ops.window_attention import window_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DEVICE = torch.device("cuda")
+# Of bf16 inputs and outputs, relative to the norm: rounding alone is 2e-3.
+TOLERANCE = 1e-2
+
+
+def kernel(operation, name):
+    reason = cuda.why_unavailable(name, device=DEVICE, dtype=torch.bfloat16)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    return getattr(KernelConfig(**{operation: name}).build(device=DEVICE, dtype=torch.bfloat16), operation)
+
+
+def check(function, reference, inputs, *, fp32=()):
+    """function on bf16 inputs (those numbered in fp32 excepted) against reference on the same values in float64."""
+    rounded = [t.cuda() if i in fp32 else t.cuda().bfloat16() for i, t in enumerate(inputs)]
+    actual_inputs = [t.detach().requires_grad_() for t in rounded]
+    expected_inputs = [t.detach().double().requires_grad_() for t in rounded]
+    actual, expected = function(*actual_inputs), reference(*expected_inputs)
+    assert relative(actual, expected) < TOLERANCE
+    weight = torch.randn_like(expected)
+    (actual * weight.to(actual.dtype)).sum().backward()
+    (expected * weight.to(actual.dtype).double()).sum().backward()
+    for number, (a, e) in enumerate(zip(actual_inputs, expected_inputs, strict=True)):
+        assert relative(a.grad, e.grad) < TOLERANCE, f"gradient of input {number}"
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("batch", "length", "channels"), [(2, 512, 256), (1, 1000, 64), (3, 77, 96)])
+def test_scan(batch, length, channels):
+    scan = kernel("scan", "mamba-ssm")
+    inputs = (
+        torch.randn(batch, length, channels),
+        torch.randn(batch, length, channels),
+        torch.arange(1, 17).log().repeat(channels, 1),
+        torch.randn(batch, length, 16),
+        torch.randn(batch, length, 16),
+        torch.ones(channels),
+        torch.randn(batch, length, channels),
+        torch.randn(channels) - 3,
+    )
+
+    def run(implementation):
+        def function(u, dt, a_log, B, C, D, z, bias):
+            return implementation(u, dt, -torch.exp(a_log), B, C, D=D, z=z, dt_bias=bias)[0]
+
+        return function
+
+    check(run(scan), run(gated_selective_scan), inputs, fp32=(2, 5, 7))
+
+
+@pytest.mark.parametrize(("batch", "length", "channels"), [(2, 512, 256), (3, 77, 96), (1, 3, 64)])
+def test_conv(batch, length, channels):
+    conv = kernel("conv", "causal-conv1d")
+    inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
+    check(lambda *t: conv(*t)[0], lambda *t: causal_conv_silu(*t)[0], inputs, fp32=(1, 2))
+
+
+@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "length", "window"),
+    [(12, 12, 128, 700, 256), (11, 1, 256, 333, 100), (32, 4, 64, 600, 2048), (18, 18, 128, 513, 64)],
+)
+def test_attention(name, heads, kv_heads, head_dim, length, window):
+    attention = kernel("attention", name)
+    # As the layers give them: views of sequence-first memory.
+    shapes = ((length, 2, heads, head_dim), *(2 * [(length, 2, kv_heads, head_dim)]))
+
+    def run(implementation):
+        return lambda *t: implementation(*(x.permute(1, 2, 0, 3) for x in t), window=window)
+
+    check(run(attention), run(window_attention), [torch.randn(shape) for shape in shapes])
+
+
+def test_norm():
+    norm = kernel("norm", "apex")
+    run = [lambda x, w, f=f: f(x, w, eps=1e-5) for f in (norm, rms_norm)]
+    check(*run, (torch.randn(64, 3, 1536), torch.rand(1536) + 0.5), fp32=(1,))
+
+
+def test_a_model_with_the_fastest_kernels_has_the_losses_of_the_reference():
+    from sambalm.model.config import ModelConfig
+    from sambalm.model.samba import Samba
+    from sambalm.parallel.sharding import initialize_parameters
+
+    config = ModelConfig(
+        pattern="M-*- x 2",
+        hidden_size=512,
+        num_query_heads=4,
+        num_kv_heads=2,
+        mlp_size=1024,
+        window=128,
+        vocab_size=512,
+    )
+    tokens = torch.randint(0, 512, (2, 513), device=DEVICE)
+    losses, gradients = {}, {}
+    for choice in ("auto", "torch"):
+        kernels = KernelConfig(**dict.fromkeys(("scan", "conv", "attention", "norm"), choice))
+        with DEVICE:
+            model = Samba(config, kernels=kernels.build(device=DEVICE, dtype=torch.bfloat16), dtype=torch.bfloat16)
+        initialize_parameters(model, seed=0)
+        losses[choice] = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        losses[choice].backward()
+        gradients[choice] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert abs(losses["auto"] - losses["torch"]) < 2e-3
+    for name, expected in gradients["torch"].items():
+        assert F.cosine_similarity(gradients["auto"][name].flatten(), expected.flatten(), dim=0) > 0.99, name
