@@ -212,10 +212,15 @@ def generate(
     """Continue a prompt with a converted model."""
     from sambalm.pretrain.generation import generate_text
 
-    for piece in generate_text(
-        folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    ):
-        print(piece, end="", flush=True)
+    generate_text(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        write=lambda text: print(text, end="", flush=True),
+    )
     print()
 
 
