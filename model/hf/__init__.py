@@ -15,9 +15,15 @@ from .errors import HFError
 from .generate import load_for_generation
 from .modeling_samba import SambaForCausalLM, SambaModel, SambaPreTrainedModel
 
-AutoConfig.register(SambaConfig.model_type, SambaConfig, exist_ok=True)
-AutoModel.register(SambaConfig, SambaModel, exist_ok=True)
-AutoModelForCausalLM.register(SambaConfig, SambaForCausalLM, exist_ok=True)
+
+def register() -> None:
+    """Make this package's classes those of the Auto classes for "samba", also where another has registered it."""
+    AutoConfig.register(SambaConfig.model_type, SambaConfig, exist_ok=True)
+    AutoModel.register(SambaConfig, SambaModel, exist_ok=True)
+    AutoModelForCausalLM.register(SambaConfig, SambaForCausalLM, exist_ok=True)
+
+
+register()
 
 __all__ = [
     "HFError",
@@ -26,4 +32,5 @@ __all__ = [
     "SambaModel",
     "SambaPreTrainedModel",
     "load_for_generation",
+    "register",
 ]

@@ -103,12 +103,15 @@ def _new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
         raise HFError(f"the output {output} is something else than a Samba folder; choose another")
     folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
     try:
         folder.mkdir(parents=True)
         yield folder
         _flush_to_disk(folder)
         _put_into_place(folder, output)
     except OSError as error:
+        if error.filename and not str(error.filename).startswith(str(output.parent)):
+            raise  # the checkpoint's, not the output's
         raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -67,13 +67,13 @@ tags:
 
 # Samba language model
 
-A base model of the Samba family ([arXiv 2406.07522](https://arxiv.org/abs/2406.07522)): Mamba and sliding-window
-attention in turn.
+A language model of the Samba family ([arXiv 2406.07522](https://arxiv.org/abs/2406.07522)), with Mamba, sliding-window
+attention and MLP layers in the pattern below.
 """
 
 _USE = """## Use
 
-With the code that lies in this folder (read it first; it needs PyTorch and transformers 5):
+With the code that lies in this folder (read it first; it needs PyTorch and transformers 5.10 or newer):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -98,6 +98,10 @@ class SambaRMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps)
 
 
+class SambaResidualLinear(nn.Linear):
+    """A projection that writes the residual stream, which has smaller initial weights."""
+
+
 class SambaMamba(nn.Module):
     """Mamba-1 (arXiv 2312.00752, section 3.4)."""
 
@@ -112,14 +116,12 @@ class SambaMamba(nn.Module):
         self.dt_proj = nn.Linear(config.time_step_rank, inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = SambaResidualLinear(inner, width, bias=False)
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
         """hidden_states [B, S, width] to the same; continues from and updates the context's cache."""
         cache, padding = context.cache, context.padding
-        # Both before either is updated: the cache says which states exist by whether there was a convolution's.
-        conv_state = cache.get_conv_state(self.layer_idx) if cache else None
-        scan_state = cache.get_recurrent_state(self.layer_idx) if cache else None
+        conv_state, scan_state = _carried_states(cache, self.layer_idx)
         if padding:
             hidden_states = padding.front(hidden_states)
         x_BSD, z_BSD = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -140,7 +142,7 @@ class SambaMamba(nn.Module):
             dt_bias=self.dt_proj.bias.to(work),
             initial_state=scan_state,
         )
-        if cache:
+        if cache is not None:
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
             cache.update_recurrent_state(scan_state, self.layer_idx)
         output = self.out_proj(y_BSD)
@@ -159,6 +161,18 @@ class SambaMamba(nn.Module):
         return u_BSD, last
 
 
+def _carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """The last inputs of a layer's convolution [B, D, taps - 1] and its scan's state; None before its first token.
+
+    Versions of transformers differ in whether a layer has one state or several, of which this model uses the first.
+    """
+    if cache is None or not cache.has_previous_state(layer_idx):
+        return None, None
+    layer = cache.layers[layer_idx]
+    conv, scan = (s if isinstance(s, Tensor) else s[0] for s in (layer.conv_states, layer.recurrent_states))
+    return conv, scan
+
+
 class SambaAttention(nn.Module):
     """Causal sliding-window attention with rotary positions and grouped queries."""
 
@@ -172,7 +186,7 @@ class SambaAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = SambaResidualLinear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, S, width] to the same, and the attention weights where the implementation gives them."""
@@ -194,7 +208,7 @@ class SambaAttention(nn.Module):
         return window_attention(q, k[:, :, :seen], v[:, :, :seen], window=self.window)
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor | None]:
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if isinstance(mask, Tensor):
             # With a window of one position transformers' cache keeps every key, though its mask counts on none.
             k, v = k[:, :, -mask.shape[-1] :], v[:, :, -mask.shape[-1] :]
@@ -202,7 +216,7 @@ class SambaAttention(nn.Module):
         return attend(self, q, k, v, mask, dropout=0.0, scaling=scaling, sliding_window=self.window)
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, **_
 ) -> tuple[Tensor, Tensor]:
     """Attention with its weights written out; signature and shapes as ALL_ATTENTION_FUNCTIONS has them."""
@@ -222,7 +236,7 @@ class SambaMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.down_proj = SambaResidualLinear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -257,7 +271,7 @@ class SambaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("SambaBlock",)
     _skip_keys_device_placement = ("past_key_values",)
-    # In bf16, exp(A_log) and the step sizes lose what the state's decay over thousands of tokens needs.
+    # An error in the decay rates or step sizes grows over the tokens that a state lives.
     _keep_in_fp32_modules_strict = (r"mixer\.A_log$", r"mixer\.D$", r"mixer\.dt_proj\.bias$")
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -267,16 +281,12 @@ class SambaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's initialisation; see sambalm.model.initialization."""
-        residual_scale = 1 / math.sqrt(len(self.config.pattern))
         if isinstance(module, nn.Linear):
-            _init_linear(module.weight)
+            writes = len(self.config.pattern) if isinstance(module, SambaResidualLinear) else 1
+            bound = 1 / math.sqrt(module.in_features * writes)
+            init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, SambaMamba):
             self._init_mamba(module)
-            _init_linear(module.out_proj.weight, scale=residual_scale)
-        elif isinstance(module, SambaAttention):
-            _init_linear(module.o_proj.weight, scale=residual_scale)
-        elif isinstance(module, SambaMLP):
-            _init_linear(module.down_proj.weight, scale=residual_scale)
         elif isinstance(module, SambaRMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
@@ -293,11 +303,6 @@ class SambaPreTrainedModel(PreTrainedModel):
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.empty(config.intermediate_size).uniform_(low, high).exp().clamp(min=config.time_step_floor)
         init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))
-
-
-def _init_linear(weight: Tensor, *, scale: float = 1.0) -> None:
-    bound = scale / math.sqrt(weight.shape[1])
-    init.uniform_(weight, -bound, bound)
 
 
 class SambaModel(SambaPreTrainedModel):
@@ -369,7 +374,6 @@ class SambaModel(SambaPreTrainedModel):
                 inputs_embeds=x,
                 attention_mask=mask,
                 past_key_values=cache,
-                allow_is_causal_skip=False,
             )
         else:
             mask = None

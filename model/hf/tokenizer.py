@@ -169,7 +169,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def compare_tokenizers(sp_model: Path, hf_dir: Path, documents: Iterable[str]) -> None:
     """Raises HFError with the first document whose ids, or whose text decoded from them, differ between the two."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=sp_model.read_bytes())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=read_model(sp_model).SerializeToString())
     tokenizer = load_tokenizer(hf_dir)
     for number, text in enumerate(documents):
         expected = processor.encode(text)

@@ -1,5 +1,9 @@
 """Causal sliding-window attention and rotary positions in plain PyTorch."""
 
+import bisect
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,27 +28,37 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
         [batch, query heads, query length, head dim] in q's dtype; scores are scaled by 1 / sqrt(head dim).
     """
     queries, keys = q.shape[2], k.shape[2]
-    before = keys - queries  # how many keys come before the first query
+    unseen = max(0, keys - queries - window + 1)  # by the first query, and so by all
+    k, v = k[:, :, unseen:], v[:, :, unseen:]
+    before = k.shape[2] - queries  # how many keys come before the first query
     grouped = q.shape[1] != k.shape[1]
-    if before == 0 and keys <= window:
+    if before == 0 and queries <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     block_queries = max(MIN_BLOCK_QUERIES, min(window, MAX_BLOCK_QUERIES))
+    # Keys and values are split once and joined for each block of queries. A slice for each block would have a gradient
+    # as long as the whole sequence, so that the backward grew with the square of the length.
+    q_blocks = q.split(block_queries, dim=2)
+    sizes = [block.shape[2] for block in q_blocks]
+    sizes[0] += before
+    starts = [0, *itertools.accumulate(sizes)]
+    k_blocks, v_blocks = k.split(sizes, dim=2), v.split(sizes, dim=2)
     outputs = []
-    for start in range(0, queries, block_queries):
-        end = min(start + block_queries, queries)
-        first_key, last_key = max(0, before + start - window + 1), before + end
+    for number, q_block in enumerate(q_blocks):
+        end = starts[number + 1]
+        first_query = end - q_block.shape[2]
+        first_block = bisect.bisect_right(starts, max(0, first_query - window + 1)) - 1
         mask = window_mask(
-            torch.arange(before + start, last_key, device=q.device),
-            torch.arange(first_key, last_key, device=q.device),
+            torch.arange(first_query, end, device=q.device),
+            torch.arange(starts[first_block], end, device=q.device),
             window=window,
         )
-        seen = slice(first_key, last_key)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, seen], v[:, :, seen], attn_mask=mask, enable_gqa=grouped
-            )
-        )
-    return torch.cat(outputs, dim=2)
+        seen_k, seen_v = (_join(blocks[first_block : number + 1]) for blocks in (k_blocks, v_blocks))
+        outputs.append(F.scaled_dot_product_attention(q_block, seen_k, seen_v, attn_mask=mask, enable_gqa=grouped))
+    return _join(outputs)
+
+
+def _join(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
 def window_mask(query_positions: Tensor, key_positions: Tensor, *, window: int) -> Tensor:

@@ -255,7 +255,7 @@ def test_megatron_is_quiet(tmp_path, capfd, caplog):
 def test_configuration():
     with pytest.raises(ValueError, match="mixes entries with and without a weight"):
         _config(["a", {"prefix": "b", "weight": 1}])
-    with pytest.raises(ValueError, match="names no data"):
+    with pytest.raises(ValueError, match=r"data.train is \[\]"):
         _config([])
     for bad in ({"validation_fraction": 0}, {"validation_fraction": 1}, {"sequence_length": 0}, {"unknown": 1}):
         with pytest.raises(ValueError, match=next(iter(bad))):

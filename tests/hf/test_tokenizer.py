@@ -1,0 +1,133 @@
+"""The converted tokenizer gives SentencePiece's ids for every text, and no other way to load it is taken."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from sambalm.model.hf.errors import HFError
+from sambalm.model.hf.tokenizer import SENTENCEPIECE_FILE, compare_tokenizers, load_tokenizer, save_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "a",
+    " leading",
+    "trailing ",
+    "\n",
+    "\n\n two\r\n lines\n",
+    "tab\tand\x00zero",
+    "runs    of     spaces      ",
+    "</s>",
+    "<s>text</s> <unk> and <0x0A>",
+    "▁",
+    "▁▁ a ▁b",
+    "😀 é 漢字 한국어 עברית e\u0301 ﬁ Ⅷ ①",
+    "\u200b\ufeff\u3000\u00a0",
+    "=" * 100,
+    "a" * 99,
+    "1234567890 3.14 0x1F",
+]
+ALPHABETS = [" ab", "aA ", "  \n", "=-_ ", "▁ x", "é漢 a😀", "01 2", ["the", " ", "an", "in", "  "], [" ", "\t", "\n"]]
+
+
+def random_texts(count: int) -> list[str]:
+    choose = random.Random(0)
+    return ["".join(choose.choices(choose.choice(ALPHABETS), k=choose.randint(1, 60))) for _ in range(count)]
+
+
+VARIANTS = {
+    "llama": {},
+    "no dummy prefix": {"add_dummy_prefix": False},
+    "no byte fallback": {"byte_fallback": False},
+    "normalised": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    "padding piece": {"pad_id": 3},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_ids_and_texts_are_sentencepieces(train_sentencepiece, documents, tmp_path, changes):
+    model = train_sentencepiece(**changes)
+    save_tokenizer(model, tmp_path)
+    compare_tokenizers(model, tmp_path, TEXTS + documents + random_texts(300))
+
+
+def test_auto_tokenizer_loads_it(exported, documents, sentencepiece_model):
+    folder = exported[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    assert (folder / SENTENCEPIECE_FILE).read_bytes() == sentencepiece_model.read_bytes()
+    for text in TEXTS + documents:
+        assert tokenizer.encode(text) == processor.encode(text)
+        assert tokenizer(text).input_ids == processor.encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+def test_transformers_own_reading_of_the_model_differs(sentencepiece_model, documents):
+    """The reason for a conversion of our own; and the comparison notices."""
+    tokenizer = LlamaTokenizer.from_pretrained(sentencepiece_model.parent, vocab_file=str(sentencepiece_model))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    assert any(tokenizer.encode(text, add_special_tokens=False) != processor.encode(text) for text in TEXTS + documents)
+
+
+def test_literal_special_tokens_stay_text_unless_asked_for(sentencepiece_model, tmp_path):
+    save_tokenizer(sentencepiece_model, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert 2 not in tokenizer.encode("one</s>two")
+    assert tokenizer.decode(tokenizer.encode("one</s>two")) == "one</s>two"
+    tokenizer.split_special_tokens = False
+    assert 2 in tokenizer.encode("one</s>two", split_special_tokens=False)
+
+
+def test_decoding_drops_special_tokens_only(sentencepiece_model, tmp_path):
+    save_tokenizer(sentencepiece_model, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode(" two  spaces")
+    assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == " two  spaces"
+
+
+def test_batches_are_padded_on_the_left(sentencepiece_model, tmp_path):
+    save_tokenizer(sentencepiece_model, tmp_path)
+    batch = load_tokenizer(tmp_path)(["a longer text than the other", "x"], padding=True)
+    assert batch.attention_mask[1][0] == 0
+    assert batch.attention_mask[1][-1] == 1
+    assert batch.input_ids[1][0] == 0
+
+
+@pytest.mark.parametrize("text", ["the quick brown fox", "import os"])
+def test_a_wrong_merge_is_noticed(sentencepiece_model, tmp_path, text):
+    save_tokenizer(sentencepiece_model, tmp_path)
+    compare_tokenizers(sentencepiece_model, tmp_path, [text])
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    used = load_tokenizer(tmp_path).convert_ids_to_tokens(load_tokenizer(tmp_path).encode(text))
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != max(used, key=len)]
+    path.write_text(json.dumps(content))
+    with pytest.raises(HFError, match=r"differs from .* in document 1 \(token "):
+        compare_tokenizers(sentencepiece_model, tmp_path, ["", text])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "unigram"}, "only bpe models"),
+        ({"user_defined_symbols": ["<extra>"]}, "user-defined"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
+    ],
+)
+def test_models_without_an_exact_equivalent_are_refused(train_sentencepiece, tmp_path, changes, message):
+    with pytest.raises(HFError, match=message):
+        save_tokenizer(train_sentencepiece(**changes), tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"no model", "not a Sentence"), (b"", "no pieces"), (None, "read")])
+def test_files_that_are_no_models_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(HFError, match=message):
+        save_tokenizer(tmp_path / "x.model", tmp_path)
+    with pytest.raises(HFError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
