@@ -39,9 +39,9 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _check_sources(self) -> "DataConfig":
         if not self.train:
-            raise ValueError("train names no data; give at least one prefix")
+            raise ValueError(f"data.train is {self.train!r}: give at least one prefix")
         if isinstance(self.train, list) and len({type(source) for source in self.train}) > 1:
-            raise ValueError("train mixes entries with and without a weight; give every entry a weight, or none")
+            raise ValueError("data.train mixes entries with and without a weight; give every entry a weight, or none")
         return self
 
     @property

@@ -197,6 +197,7 @@ def _build(plan: _Plan, shards: list[Shard], config: DataConfig) -> SampleDatase
     directory = config.cache_path / key
     on_first_rank(lambda: _write_cache(plan, shards, directory))
     _wait_for(directory)
+    pass
     dataset = _assemble(plan, shards, directory, key=key)
     return SampleDataset(dataset, num_samples=plan.num_samples, prefixes=[shard.prefix for shard in shards])
 
@@ -208,6 +209,15 @@ def _wait_for(directory: Path) -> None:
         if time.monotonic() > deadline_s:
             raise DataError(f"{directory} is not visible on every node; set data.cache_dir to a shared directory")
         time.sleep(0.5)
+
+
+def _refuse_pickles(directory: Path) -> None:
+    """megatron-core loads the cache with allow_pickle, which runs code from a file that somebody else put there."""
+    for path in sorted(directory.glob("*.npy")):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not an array of numbers; remove {directory}, which is made anew") from error
 
 
 def _write_cache(plan: _Plan, shards: list[Shard], directory: Path) -> None:

@@ -36,6 +36,8 @@ class Tokenizer:
             raise DataError(
                 f"the tokenizer {path} does not exist; train one, or give the path of a SentencePiece model"
             )
+        if not path.stat().st_size:  # SentencePiece takes an empty file for a model, and logs to stderr when asked
+            raise DataError(f"the tokenizer {path} is not a SentencePiece model (an empty file)")
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (RuntimeError, OSError) as error:

@@ -145,7 +145,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad UTF-8, or a scalar such as the date 2026-13-45
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys: a config is a YAML mapping with the sections of docs/config.md")
@@ -159,7 +159,7 @@ def parse_config(values: dict[str, Any], *, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values, strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(error.errors()[0])}") from None
+        raise ConfigError(f"{source}: {_sentence(_telling_error(error.errors()), values)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -173,7 +173,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+"), "-+0123456789"
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), "-+0123456789"
 )
 
 
@@ -188,25 +188,45 @@ def _apply(override: str, values: dict[str, Any]) -> None:
             raise ConfigError(f"the override {override!r} names {key!r}, but {section!r} is not a section")
     try:
         values[leaf] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"the override {override!r} has a value that is not valid YAML") from None
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _telling_error(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first error; of a key with several allowed types, the one that went deepest into the given value."""
+    place = errors[0]["loc"][:2]
+    return max((error for error in errors if error["loc"][:2] == place), key=lambda error: len(error["loc"]))
+
+
+def _sentence(error: ErrorDetails, values: dict[str, Any]) -> str:
     """One of pydantic's errors as a sentence that names key, value and what is allowed."""
-    location = [part for part in error["loc"] if isinstance(part, str | int)]
-    key = ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
+    kind, value = error["type"], error["input"]
+    location = _keys(error, values)
+    key = ".".join(map(str, location))
+    if kind == "extra_forbidden":
         section = _section(location[:-1])
-        allowed = ", ".join(section.model_fields) if section else "none"
-        place = ".".join(map(str, location[:-1])) or "a config"
-        return f"unknown key {key} (value {error['input']!r}); allowed in {place}: {allowed}"
-    if error["type"] == "missing":
+        allowed = f"; allowed in {'.'.join(map(str, location[:-1])) or 'a config'}: " if section else ""
+        return f"unknown key {key} (value {value!r}){allowed}{', '.join(section.model_fields) if section else ''}"
+    if kind == "missing":
         return f"{key} is missing; docs/config.md says what it holds"
-    message = error["msg"].removeprefix("Value error, ")
-    if not location or isinstance(error["input"], dict):  # a check over several keys: its message names them
+    if kind == "model_type":
+        section = _section(location)
+        keys = f" with the keys {', '.join(section.model_fields)}" if section else ""
+        return f"{key} is {value!r}: it is a section{keys}"
+    message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    if kind == "value_error" and isinstance(value, dict):  # a check over several keys: its message names them
         return message
-    return f"{key} is {error['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(error: ErrorDetails, values: Any) -> list[str | int]:
+    """Where an error is, without the names of types that pydantic puts between keys."""
+    keys = []
+    for part in error["loc"]:
+        if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]
+            keys.append(part)
+    return [*keys, error["loc"][-1]] if error["type"] == "missing" else keys
 
 
 def _section(location: Sequence[str | int]) -> type[BaseModel] | None:

@@ -40,15 +40,20 @@ class OptimizerConfig(BaseModel):
 
     def learning_rate(self, step: int, *, steps: int) -> float:
         """Of a step, counted from 1, in a run of `steps`."""
-        warmup_steps = math.ceil(self.warmup_fraction * steps)
+        warmup_steps = _share(self.warmup_fraction, steps)
         if step <= warmup_steps:
             return self.peak_lr * step / warmup_steps
         if self.schedule == "cosine":
             progress = (step - warmup_steps) / max(1, steps - warmup_steps)
             remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
         else:
-            remaining = min(1.0, (steps - step) / max(1, math.ceil(self.decay_fraction * steps)))
+            remaining = min(1.0, (steps - step) / max(1, _share(self.decay_fraction, steps)))
         return self.peak_lr * (self.final_lr_ratio + (1.0 - self.final_lr_ratio) * remaining)
+
+
+def _share(fraction: float, steps: int) -> int:
+    """Rounded up, but not for a rounding error: 0.07 * 100 is 7.000000000000001."""
+    return math.ceil(fraction * steps - 1e-6)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -70,7 +70,7 @@ def _facts(records: list[dict[str, Any]], run_dir: Path, plot: Path) -> Table:
     for name, path in (
         ("TensorBoard logs", run_dir / "tensorboard"),
         ("loss plot", plot),
-        ("checkpoint", checkpoint_folders(run_dir)[-1]),
+        *(("checkpoint", folder) for folder in checkpoint_folders(run_dir)[-1:]),
         ("Hugging Face folder", run_dir / HF_FOLDER),
     ):
         if path.exists():

@@ -1,4 +1,5 @@
 import os
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -250,6 +251,30 @@ def test_megatron_is_quiet(tmp_path, capfd, caplog):
         build_train_dataset(_config(prefixes), num_samples=20, seed=0)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+class Intruder:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_cache_that_somebody_else_made_is_not_executed(as_array, tmp_path):
+    config = _config(write_shard(tmp_path / "tokens", counting_documents(50)))
+    build_train_dataset(config, num_samples=20, seed=0)
+    for path in config.cache_path.glob("*/*.npy"):
+        content = pickle.dumps(Intruder(tmp_path / "executed"))
+        path.write_bytes(content)
+        if as_array:
+            np.save(path, np.array([Intruder(tmp_path / "executed")], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"\.npy is not an array of numbers; remove"):
+        build_train_dataset(config, num_samples=20, seed=0)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_configuration():

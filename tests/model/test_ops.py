@@ -173,6 +173,28 @@ def test_window_attention_never_holds_a_square_of_the_length():
     assert length * 8 <= largest < length * window
 
 
+def elements_computed_by_attention(length, *, window):
+    """Elements of every result in a forward and backward."""
+    elements = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal elements
+            out = func(*args, **(kwargs or {}))
+            elements += sum(t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if t is not None)
+            return out
+
+    q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
+    with Count():
+        window_attention(q, k, v, window=window).sum().backward()
+    return elements
+
+
+def test_window_attention_and_its_backward_grow_with_the_length_alone():
+    short, long = (elements_computed_by_attention(length, window=64) for length in (4096, 8192))
+    assert long < 2.1 * short
+
+
 def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 16, dtype=torch.float64)
     cos, sin = rotary_tables(torch.arange(50), head_dim=16, base=10000.0)
