@@ -197,7 +197,7 @@ def _build(plan: _Plan, shards: list[Shard], config: DataConfig) -> SampleDatase
     directory = config.cache_path / key
     on_first_rank(lambda: _write_cache(plan, shards, directory))
     _wait_for(directory)
-    pass
+    _refuse_pickles(directory)
     dataset = _assemble(plan, shards, directory, key=key)
     return SampleDataset(dataset, num_samples=plan.num_samples, prefixes=[shard.prefix for shard in shards])
 

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import write_shard
+from data_support import write_shard
 
 from sambalm.data_pipeline.baselines import baseline_losses, bigram_cross_entropy, entropy, unigram_cross_entropy
 from sambalm.data_pipeline.config import DataConfig

@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from conftest import VOCAB_SIZE, listing, write_shard
+from data_support import VOCAB_SIZE, listing, write_shard
 
 from sambalm.data_pipeline import checks
 from sambalm.data_pipeline.checks import check_vocabulary

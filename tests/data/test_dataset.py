@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from conftest import counting_documents, listing, write_jsonl, write_shard
+from data_support import counting_documents, listing, write_jsonl, write_shard
 
 from sambalm.data_pipeline import dataset as module
 from sambalm.data_pipeline.config import DataConfig

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import write_jsonl
+from data_support import write_jsonl
 
 from sambalm.data_pipeline.documents import expand_inputs, read_documents
 from sambalm.data_pipeline.errors import DataError

@@ -1,5 +1,5 @@
 import pytest
-from conftest import listing
+from data_support import listing
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.files import atomic_write, sha256_file

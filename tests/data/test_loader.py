@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from conftest import counting_documents, write_shard
+from data_support import counting_documents, write_shard
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.dataset import build_train_dataset

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import listing, make_texts, write_jsonl
+from data_support import listing, make_texts, write_jsonl
 
 from sambalm.data_pipeline import preprocess as module
 from sambalm.data_pipeline.config import DataConfig

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import listing, write_shard
+from data_support import listing, write_shard
 
 from sambalm.data_pipeline import shards
 from sambalm.data_pipeline.dataset import IndexedDataset

@@ -1,5 +1,5 @@
 import pytest
-from conftest import VOCAB_SIZE, listing, write_jsonl
+from data_support import VOCAB_SIZE, listing, write_jsonl
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.tokenizer import Tokenizer, train_tokenizer

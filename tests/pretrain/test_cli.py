@@ -1,0 +1,323 @@
+"""The program as users meet it: help, each mistake in one line that leaves nothing behind, and the whole chain."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.main import get_command
+from whole_runs import changed
+
+from sambalm.pretrain import cli
+from sambalm.pretrain.checkpoint import checkpoint_folders
+
+PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sambalm.pretrain.cli"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def leaf_commands(command=None, path=()):
+    """Every command with its words, groups left out."""
+    command = command or get_command(cli.app)
+    if not hasattr(command, "commands"):
+        return {path: command}
+    return {
+        words: leaf
+        for name, child in command.commands.items()
+        for words, leaf in leaf_commands(child, (*path, name)).items()
+    }
+
+
+HELP_OF_ALL = """
+import json, sys
+from typer.testing import CliRunner
+from sambalm.pretrain.cli import app
+helps = [CliRunner().invoke(app, [*words, "--help"]).output for words in json.loads(sys.argv[1])]
+print(json.dumps({"helps": helps, "modules": sorted(sys.modules)}))
+"""
+
+
+def test_help_has_an_example_and_appears_without_the_slow_packages():
+    words = [(), ("data",), ("convert",), *leaf_commands()]
+    script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
+    shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
+    assert len(words) == 3 + 8
+    for name, text in zip(words, shown["helps"], strict=True):
+        assert "Usage:" in text
+        if name in leaf_commands():
+            assert f"sambalm {' '.join(name)} " in text.split("Example:")[1], name
+    slow = {"torch", "numpy", "deepspeed", "megatron", "transformers", "matplotlib", "sentencepiece"}
+    assert not slow & set(shown["modules"])
+
+
+def test_every_example_of_the_help_parses():
+    parsed = 0
+    for words, command in leaf_commands().items():
+        for line in command.epilog.split("\n\n")[1:]:
+            arguments = shlex.split(line.replace("-m sambalm.pretrain.cli", "sambalm").partition("sambalm")[2])
+            assert tuple(arguments[: len(words)]) == words
+            command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
+            parsed += 1
+    assert parsed == 9
+
+
+@pytest.fixture
+def sambalm(monkeypatch, capfd):
+    """Runs the program in this process: exit code, stdout and stderr."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sambalm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        return exit_info.value.code or 0, *capfd.readouterr()
+
+    return run
+
+
+def test_version(sambalm):
+    assert sambalm("--version") == (0, "sambalm 0.1.0\n", "")
+
+
+def test_parameters_are_plain_digits(sambalm):
+    code, out, err = sambalm("params", Path(__file__).parents[2] / "configs" / "samba_421m.yaml")
+    counts = {name: int(count) for name, count in (line.split() for line in out.splitlines())}
+    assert (code, err) == (0, "")
+    assert counts["total"] == 421_793_280
+    assert counts["total"] == sum(counts[part] for part in ("embedding", "mamba", "attention", "mlp", "norms", "head"))
+
+
+def listing(folder):
+    """Files by content. The cache of checked ids is left out: it is complete, and reused by the next start."""
+    paths = (path for path in sorted(folder.rglob("*")) if ".index_cache" not in path.parts)
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture
+def refused(sambalm, tmp_path):
+    """Runs a command that must fail as the user's mistake, in one line that names things, and leave no trace."""
+
+    def run(*arguments, names):
+        before = listing(tmp_path)
+        code, out, err = sambalm(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert err.endswith("\n")
+        for name in names:
+            assert str(name) in err
+        assert listing(tmp_path) == before
+
+    return run
+
+
+GOOD_LINE = json.dumps({"text": "a line of text"}) + "\n"
+BAD_TEXTS = {
+    "malformed JSON": (GOOD_LINE + '{"text": "cut', "text.jsonl:2: malformed JSON"),
+    "empty": ("", "the file ends without a document"),
+    "blank lines": ("\n\n", "the file ends without a document"),
+    "no text": (GOOD_LINE + '{"body": "x"}\n', "text.jsonl:2: no key 'text' (keys: body)"),
+    "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is int"),
+    "not an object": ("[1]\n", "text.jsonl:1: expected a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_bad_text_is_refused_by_file_and_line(name, refused, tokens, tmp_path):
+    content, message = BAD_TEXTS[name]
+    text = tmp_path / "text.jsonl"
+    text.write_text(content)
+    model = tokens.with_name("tokenizer.model")
+    refused(
+        "data", "tokenizer", "--input", text, "--vocab-size", 300, "--output", tmp_path / "new.model", names=[message]
+    )
+    for workers in (1, 2):
+        refused(
+            *("data", "preprocess", "--input", text, "--tokenizer", model),
+            *("--output", tmp_path / "tokens", "--workers", workers),
+            names=[message],
+        )
+
+
+def test_a_bad_line_after_shards_were_begun_leaves_none(refused, tokens, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(GOOD_LINE * 60_000 + "{}\n")  # more than a batch, so that its tokens are written already
+    model = tokens.with_name("tokenizer.model")
+    arguments = ("--input", text, "--tokenizer", model, "--output", tmp_path / "tokens", "--shard-tokens", 100_000)
+    refused("data", "preprocess", *arguments, names=["text.jsonl:60001: no key 'text'"])
+
+
+def test_inputs_that_do_not_exist_are_refused(refused, tmp_path):
+    missing = tmp_path / "none*.jsonl"
+    refused("data", "tokenizer", "--input", missing, "--vocab-size", 300, "--output", tmp_path / "m", names=[missing])
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(refused, tmp_path):
+    (tmp_path / "text.jsonl").write_text(GOOD_LINE)
+    arguments = ("--input", tmp_path / "text.jsonl", "--vocab-size", 9000, "--output", tmp_path / "m")
+    refused("data", "tokenizer", *arguments, names=["vocab_size=9000 is too large"])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+def test_a_wrong_tokenizer_is_refused(content, refused, tmp_path):
+    (tmp_path / "text.jsonl").write_text(GOOD_LINE)
+    model = tmp_path / "tokenizer.model"
+    if content is not None:
+        model.write_bytes(content)
+    refused(
+        *("data", "preprocess", "--input", tmp_path / "text.jsonl", "--tokenizer", model, "--output", tmp_path / "out"),
+        names=[model, "does not exist" if content is None else "not a SentencePiece model"],
+    )
+
+
+def test_existing_shards_are_not_replaced_unasked(refused, tokens, tmp_path):
+    for path in tokens.parent.glob("t*"):
+        shutil.copy(path, tmp_path)
+    refused(
+        *("data", "preprocess", "--input", tmp_path / "text.jsonl", "--tokenizer", tmp_path / "tokenizer.model"),
+        *("--output", tmp_path / "tokens"),
+        names=["tokens.json exists already"],
+    )
+
+
+@pytest.fixture
+def config(run_values, tmp_path):
+    """Path of a run's YAML file whose values fit its data."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_values))
+    return path
+
+
+def test_a_missing_config_is_refused(refused, tmp_path):
+    for command in ("train", "params"):
+        refused(command, tmp_path / "none.yaml", names=[tmp_path / "none.yaml", "No such file"])
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("model.window=0", ["model.window is 0", "greater than 0"]),
+        ("model.num_query_heads=5", ["model.num_query_heads is 5", "hidden_size 32"]),
+        ("train.steps=abc", ["train.steps is 'abc'", "integer"]),
+        ("model.windw=4", ["unknown key model.windw", "window"]),
+        ("format_version=2", ["format_version is 2", "format 1"]),
+        ("run.dir=2026-13-45", ["not valid YAML"]),
+    ],
+)
+def test_a_bad_value_is_refused_by_every_command_that_reads_it(override, names, refused, config):
+    refused("train", config, override, names=names)
+    refused("params", config, override, names=names)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("data.train=nowhere/tokens", ["nowhere/tokens"]),
+        ("model.vocab_size=383", ["model.vocab_size=383", "384 ids of the tokenizer", "at least 384"]),
+        ("train.global_batch_tokens=288", ["train.global_batch_tokens is 288", "train.micro_batch_size 2"]),
+        ("parallel.tensor=2", ["1 processes", "parallel.tensor 2"]),
+    ],
+)
+def test_a_run_that_cannot_start_is_refused(override, names, refused, config):
+    refused("train", config, override, names=names)
+
+
+@pytest.fixture
+def patched_shard(tokens, tmp_path):
+    """A copy of the data with one id of its training part set by hand to one that no model has."""
+    shutil.copytree(tokens.parent, tmp_path / "data", ignore=shutil.ignore_patterns(".index_cache"))
+    ids = np.memmap(tmp_path / "data" / "tokens_00000.bin", dtype=np.uint16, mode="r+")
+    ids[5000] = 60_000
+    ids.flush()
+    return tmp_path / "data" / "tokens"
+
+
+def test_an_id_out_of_range_in_a_bare_shard_is_refused_before_the_run(refused, config, patched_shard):
+    patched_shard.with_suffix(".json").unlink()
+    override = f"data.train={patched_shard}_00000"
+    refused("train", config, override, names=["tokens_00000.bin", "token id 60000 at byte 10000", "vocab_size=384"])
+    refused("train", config, override, names=["token id 60000 at byte 10000"])  # from the cache
+
+
+def test_an_id_out_of_range_in_a_shard_changed_later_ends_the_run(config, patched_shard):
+    """Its manifest still answers for it, so the batch that holds it is refused: in one epoch, one of the steps."""
+    arguments = ["train", config, f"data.train={patched_shard}", "train.global_batch_tokens=8192", "train.steps=200"]
+    ended = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    assert ended.returncode == 2, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: shard ")
+    assert "tokens_00000 holds token id 60000" in line
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_that_is_something_else_is_refused(exists, refused, tmp_path):
+    folder = tmp_path / "folder"
+    if exists:
+        folder.mkdir()
+    refused("convert", "to-hf", folder, tmp_path / "hf", names=[folder, "neither a checkpoint nor a run"])
+    refused("generate", folder, "--prompt", "x", names=[folder, "config.json"])
+    refused("report", folder, names=[folder, "not a run"])
+
+
+def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values, tmp_path):
+    """Each command reads what the one before it wrote; training runs in a process alone, without torchrun."""
+    text, model, prefix = tokens.with_name("text.jsonl"), tmp_path / "tokenizer.model", tmp_path / "data" / "text"
+    run_dir, hf = tmp_path / "run", tmp_path / "hf"
+
+    def succeed(*arguments):
+        code, out, err = sambalm(*arguments)
+        assert (code, err) == (0, "")
+        return out
+
+    arguments = ("--input", text, "--vocab-size", 384, "--output", model)
+    assert "384 pieces" in succeed("data", "tokenizer", *arguments)
+    assert "tokens" in succeed("data", "preprocess", "--input", text, "--tokenizer", model, "--output", prefix)
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed(run_values, data={"train": str(prefix)})))
+    train = [*PROGRAM, "train", tmp_path / "run.yaml"]
+    ended = subprocess.run(train, capture_output=True, text=True, env=ENVIRONMENT)
+    assert ended.returncode == 0, ended.stderr
+    assert "step 6/6" in ended.stderr
+    assert (run_dir / "config.yaml").is_file()
+    assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step_00000003", "step_00000006"]
+
+    assert "step 6, verified" in succeed("convert", "to-hf", run_dir, hf)
+    out = succeed("generate", hf, "--prompt", "def main(", "--max-new-tokens", 8)
+    assert out.startswith("def main(")
+    assert len(out) > len("def main(\n")
+    assert out == succeed("generate", hf, "--prompt", "def main(", "--max-new-tokens", 8)
+    code, out, err = sambalm("generate", hf, "--prompt", "")
+    assert (code, out, err) == (2, "", "error: the prompt is empty: give at least one character to go on from\n")
+    out = succeed("report", run_dir)
+    for shown in (
+        "Held-out loss after step 6",
+        "Samba, 32 tokens",
+        "Samba, 64 tokens",
+        "unigram",
+        "bigram",
+        "tokens/s",
+    ):
+        assert shown in out
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_on_two_ranks(run_values, tmp_path):
+    values = changed(run_values, parallel={"tensor": 2, "sequence": True})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    ended = subprocess.run(
+        [*TORCHRUN, "train", tmp_path / "run.yaml"], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert {"validation_loss_32", "validation_loss_64"} <= set(records[-1])
+    assert ended.stderr.count("step 6/6") == 1  # one rank speaks

@@ -1,0 +1,141 @@
+"""Rules of the code base that no other test would notice: who imports whom, sizes, and what is never executed."""
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("data_pipeline", "model", "parallel", "pretrain")
+OTHER_FOLDERS = {"configs", "slurm", "tests", "evaluation", "benchmarks", "docs", ".ci"}
+# Of our own packages, what a file in each may import besides its own.
+MAY_IMPORT = {
+    "data_pipeline": set(),
+    "parallel": set(),
+    "model": {"parallel"},
+    "pretrain": {"data_pipeline", "model", "parallel"},
+}
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def product_files() -> list[Path]:
+    return [path for folder in PRODUCT for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Full names of everything that a tree imports from sambalm, relative imports of a package resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "sambalm")
+
+
+def package_of(path: Path) -> str:
+    return ".".join(("sambalm", *path.relative_to(ROOT).parent.parts))
+
+
+def wrong_imports(source: str, package: str) -> list[str]:
+    """Imports that a file of a package must not make."""
+    folder = package.split(".")[1]
+    allowed = MAY_IMPORT[folder] | {folder}
+    names = imported(ast.parse(source), package)
+    return [name for name in names if (name.split(".")[1] not in allowed or name.startswith("sambalm.pretrain.cli"))]
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions, decorators left out, over the limit."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS))
+    return [node.name for node in functions if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES]
+
+
+def executions(source: str) -> list[str]:
+    """What would execute code out of a file: pickle in any form, and remote code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            found += [name for name in names if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "shelve")]
+        elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            found += [f"{node.arg}={node.value.value}"]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+            found += [ast.unparse(node)]
+    unsafe = ("weights_only=False", "trust_remote_code=True", "allow_pickle=True")
+    return [name for name in found if "=" not in name or name in unsafe]
+
+
+@pytest.mark.parametrize("path", product_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_product_file_keeps_the_rules(path):
+    source = path.read_text(encoding="utf-8")
+    assert wrong_imports(source, package_of(path)) == []
+    assert long_functions(source) == []
+    assert executions(source) == []
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        (lambda source: wrong_imports(source, "sambalm.model"), "from sambalm.pretrain.config import RunConfig"),
+        (lambda source: wrong_imports(source, "sambalm.model"), "import sambalm.data_pipeline.shards"),
+        (lambda source: wrong_imports(source, "sambalm.model.hf"), "from ...data_pipeline import shards"),
+        (lambda source: wrong_imports(source, "sambalm.parallel"), "def f():\n    from sambalm import model"),
+        (lambda source: wrong_imports(source, "sambalm.data_pipeline"), "from sambalm.parallel.state import World"),
+        (lambda source: wrong_imports(source, "sambalm.pretrain"), "from sambalm.pretrain import cli"),
+        (lambda source: wrong_imports(source, "sambalm.pretrain"), "from .cli import main"),
+        (long_functions, "def f():\n" + "    x = 1\n" * 80),
+        (executions, "import pickle"),
+        (executions, "from pickle import loads"),
+        (executions, "x = torch.load(path)"),
+        (executions, "x = load(path, weights_only=False)"),
+        (executions, "x = f(trust_remote_code=True)"),
+        (executions, "x = np.load(path, allow_pickle=True)"),
+    ],
+)
+def test_each_rule_finds_what_breaks_it(rule, source):
+    assert rule(source) != []
+
+
+@pytest.mark.parametrize(
+    "source", ["from sambalm.parallel.state import World", "from .ops import kernels", "from . import config"]
+)
+def test_allowed_imports_pass(source):
+    assert wrong_imports(source, "sambalm.model") == []
+
+
+def test_the_program_imports_ours_only_inside_functions():
+    tree = ast.parse((ROOT / "pretrain" / "cli.py").read_text(encoding="utf-8"))
+    inside = {id(node) for function in ast.walk(tree) if isinstance(function, FUNCTIONS) for node in ast.walk(function)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = [node for node in imports if list(imported(node, "sambalm.pretrain"))]
+    assert len(ours) > 5
+    assert [ast.unparse(node) for node in ours if id(node) not in inside] == []
+
+
+def installed_folders() -> set[str]:
+    """The packages that setup.py lists, as folders."""
+    assignments = [node for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign)]
+    (folders,) = [node.value for node in assignments if node.targets[0].id == "FOLDERS"]
+    return {folder.replace(".", "/") for folder in ast.literal_eval(folders)}
+
+
+def test_setup_lists_every_package_folder():
+    packages = {str(path.parent.relative_to(ROOT)) for path in product_files()}
+    assert packages == installed_folders()
+    assert all((ROOT / package / "__init__.py").is_file() for package in packages)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without git's list of files")
+def test_top_level_folders_are_the_agreed_ones():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {path.split("/")[0] for path in tracked.splitlines() if "/" in path}
+    assert top <= {folder for folder in installed_folders() if "/" not in folder} | OTHER_FOLDERS
+    assert set(PRODUCT) <= top
