@@ -12,7 +12,7 @@ _PATTERN = re.compile(r"\s*([M*-]+)\s*(?:x\s*(\d+)\s*)?")
 class ModelConfig(BaseModel):
     """The shape of a model; it does not depend on how the model is spread over ranks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     pattern: str = Field(
         description="Sublayers in order, in megatron-core's notation: M Mamba-1, * sliding-window attention, - SwiGLU; "

@@ -27,6 +27,7 @@ app.add_typer(convert, name="convert")
 def main() -> None:
     """Runs the program. An error that carries an `exit_code` is the user's to mend: one sentence, no traceback."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")  # optional, as megatron-core says
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     try:
         app()
     except KeyboardInterrupt:

@@ -22,9 +22,10 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The steps that a run logged, in order."""
+    """The steps that a run logged, in order; without a last line that a kill cut short."""
     path = run_dir / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)

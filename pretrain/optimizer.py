@@ -11,7 +11,7 @@ from torch import nn
 class OptimizerConfig(BaseModel):
     """AdamW with a warm-up and a decay."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     peak_lr: float = Field(gt=0, description="Learning rate after the warm-up")
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step over peak_lr")

@@ -153,3 +153,12 @@ def test_a_rank_that_cannot_write_commits_nothing_on_any(run_values):
     messages = run_world(train_with_a_full_disk, changed(run_values, parallel={"zero_stage": 1}), ranks=2)
     assert all("the checkpoint of step 3 was not saved" in message for message in messages)
     assert list((run_dir(run_values) / "checkpoints").iterdir()) == []
+
+
+def test_a_line_of_metrics_that_a_kill_cut_short_is_forgotten(run_values, tmp_path):
+    values = changed(run_values, checkpoint={"every_steps": 1}, train={"steps": 4})
+    uninterrupted = train(values)
+    stopped = stopped_after(values, 2, tmp_path / "cut")
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    assert train(stopped) == uninterrupted
