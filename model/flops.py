@@ -28,20 +28,39 @@ class StepFlops:
 
 def flops_per_token(config: ModelConfig, *, sequence_length: int) -> StepFlops:
     """Counts a multiplication and an addition as two; norms, gates and the convolution are left out (under 1%)."""
+    matrix = sum(_matrix_weights(config, letter) for letter in config.pattern) + config.hidden_size * config.vocab_size
+    training = 1 + BACKWARD_OVER_FORWARD
+    return StepFlops(
+        matrix=training * 2.0 * matrix,
+        window=config.pattern.count(ATTENTION) * _window(config, sequence_length),
+        scan=config.pattern.count(MAMBA) * _scan(config),
+    )
+
+
+def layer_flops(config: ModelConfig, *, sequence_length: int) -> list[float]:
+    """Operations a token of each sublayer, forward and backward."""
+    beside = {MAMBA: _scan(config), ATTENTION: _window(config, sequence_length), MLP: 0.0}
+    training = 1 + BACKWARD_OVER_FORWARD
+    cost = {letter: training * 2.0 * _matrix_weights(config, letter) + extra for letter, extra in beside.items()}
+    return [cost[letter] for letter in config.pattern]
+
+
+def _matrix_weights(config: ModelConfig, letter: str) -> int:
     width, inner, rank, states = config.hidden_size, config.inner_size, config.dt_rank_size, config.d_state
-    matrix_of = {
+    return {
         MAMBA: width * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * width,
         ATTENTION: width * (2 * width + 2 * config.kv_size),
         MLP: 3 * width * config.mlp_size,
-    }
-    weights = sum(matrix_of[letter] for letter in config.pattern) + width * config.vocab_size
-    seen_keys = _mean_keys(sequence_length, config.window)
-    training = 1 + BACKWARD_OVER_FORWARD
-    return StepFlops(
-        matrix=training * 2.0 * weights,
-        window=training * config.pattern.count(ATTENTION) * 4.0 * width * seen_keys,
-        scan=training * config.pattern.count(MAMBA) * float(SCAN_FLOPS * inner * states),
-    )
+    }[letter]
+
+
+def _window(config: ModelConfig, sequence_length: int) -> float:
+    keys = _mean_keys(sequence_length, config.window)
+    return (1 + BACKWARD_OVER_FORWARD) * 4.0 * config.hidden_size * keys
+
+
+def _scan(config: ModelConfig) -> float:
+    return (1 + BACKWARD_OVER_FORWARD) * float(SCAN_FLOPS * config.inner_size * config.d_state)
 
 
 def peak_flops(device_name: str) -> float | None:

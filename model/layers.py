@@ -1,4 +1,4 @@
-"""The three sublayers of Samba and their norm, cut over tensor-parallel ranks (arXiv 2406.07522, section 2.1).
+"""The three sublayers of Samba and their norm, cut over tensor- and context-parallel ranks (arXiv 2406.07522, 2.1).
 
 Activations are [sequence, batch, width] between sublayers and [batch, sequence, ...] inside the mixers' kernels; both
 are views of the same memory. S: sequence, B: batch, D: Mamba's channels, N: its states, H: heads.
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
+from sambalm.model.heads import HeadShare, share_heads
 from sambalm.model.ops.kernels import Kernels
 from sambalm.model.ops.window_attention import apply_rotary
-from sambalm.parallel.sharding import sharded_parameter
-from sambalm.parallel.state import TensorParallel
+from sambalm.model.sequence_scan import context_parallel_scan
+from sambalm.parallel.context_parallel import tokens_before
+from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
+from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    column_parallel_linear,
     copy_to_region,
     reduce_from_region,
     replicated_weight,
@@ -29,7 +33,8 @@ from sambalm.parallel.tensor_parallel import (
 class SequenceContext:
     """What the sublayers need to know of the batch besides its activations."""
 
-    rotary: tuple[Tensor, Tensor]  # cosines and sines of the positions, fp32 [sequence, head dim / 2]
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [sequence, head dim / 2]
+    cp: ContextParallel  # where this rank's part of the sequence lies
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +43,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.tp, self.eps, self.kernel = tp, config.norm_eps, kernels.norm
-        self.weight = sharded_parameter((config.hidden_size,), init=init.ones, tp=tp)
+        self.weight = replicated_parameter((config.hidden_size,), name="weight", init=init.ones, tp=tp)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x, replicated_weight(self.weight, self.tp), eps=self.eps)
@@ -49,24 +54,34 @@ class MambaMixer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
-        width, inner, rank, states = config.hidden_size, config.inner_size, config.dt_rank_size, config.d_state
-        self.tp, self.kernels = tp, kernels
+        width, rank, states = config.hidden_size, config.dt_rank_size, config.d_state
+        channels = cut(config.inner_size, tp)
+        self.kernels = kernels
         self.state_sizes = [rank, states, states]
-        self.in_proj = ColumnParallelLinear(width, {"x": inner, "z": inner}, tp=tp, init=init.linear(width))
-        self.conv = CausalConv(inner, config.d_conv, tp=tp, kernels=kernels)
-        self.x_proj = StateProjection(inner, rank + 2 * states, tp=tp)
-        self.dt_proj = StepProjection(rank, inner, tp=tp, bias_init=init.dt_bias(config))
-        self.A_log = sharded_parameter((inner, states), init=init.a_log, tp=tp, dim=0)
-        self.D = sharded_parameter((inner,), init=init.ones, tp=tp, dim=0)
-        self.out_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner, config))
+        self.in_proj = ColumnParallelLinear(width, {"x": channels, "z": channels}, tp=tp, init=init.linear(width))
+        self.conv = CausalConv(channels, config.d_conv, kernels=kernels)
+        self.x_proj = StateProjection(channels, rank + 2 * states, tp=tp)
+        self.dt_proj = StepProjection(rank, channels, bias_init=init.dt_bias(config))
+        self.A_log = sharded_parameter((0, states), {"A_log": channels}, init=init.a_log)
+        self.D = sharded_parameter((0,), {"D": channels}, init=init.ones)
+        self.out_proj = RowParallelLinear(channels, width, tp=tp, init=init.residual_linear(channels.size, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         x_SBD, z_SBD = self.in_proj(x)
-        u_BSD = self.conv(x_SBD.transpose(0, 1))
+        u_BSD = self.conv(x_SBD.transpose(0, 1), context.cp)
         dt, B, C = self.x_proj(u_BSD).split(self.state_sizes, dim=-1)
         dt_BSD, dt_bias = self.dt_proj(dt)
-        y_BSD, _ = self.kernels.scan(
-            u_BSD, dt_BSD, -torch.exp(self.A_log), B, C, D=self.D, z=z_SBD.transpose(0, 1), dt_bias=dt_bias
+        y_BSD = context_parallel_scan(
+            self.kernels.scan,
+            u_BSD,
+            dt_BSD,
+            -torch.exp(self.A_log),
+            B,
+            C,
+            D=self.D,
+            z=z_SBD.transpose(0, 1),
+            dt_bias=dt_bias,
+            cp=context.cp,
         )
         return self.out_proj(y_BSD.transpose(0, 1))
 
@@ -74,14 +89,18 @@ class MambaMixer(nn.Module):
 class CausalConv(nn.Module):
     """Mamba's depthwise convolution and SiLU over this rank's channels."""
 
-    def __init__(self, channels: int, taps: int, *, tp: TensorParallel, kernels: Kernels) -> None:
+    def __init__(self, channels: Cut, taps: int, *, kernels: Kernels) -> None:
         super().__init__()
-        self.kernel = kernels.conv
-        self.weight = sharded_parameter((channels, taps), init=init.linear(taps), tp=tp, dim=0)
-        self.bias = sharded_parameter((channels,), init=init.linear(taps), tp=tp, dim=0)
+        self.kernel, self.taps = kernels.conv, taps
+        self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
+        self.bias = sharded_parameter((0,), {"bias": channels}, init=init.linear(taps))
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.kernel(x_BSD, self.weight, self.bias)[0]
+    def forward(self, x_BSD: Tensor, cp: ContextParallel) -> Tensor:
+        if cp.size == 1:
+            return self.kernel(x_BSD, self.weight, self.bias)[0]
+        before = tokens_before(x_BSD, self.taps - 1, cp=cp)
+        y_BSD, _ = self.kernel(torch.cat((before, x_BSD), dim=1), self.weight, self.bias)
+        return y_BSD[:, before.shape[1] :]
 
 
 class StateProjection(nn.Module):
@@ -91,10 +110,10 @@ class StateProjection(nn.Module):
     channels, so its gradient is a sum over ranks as well.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel) -> None:
+    def __init__(self, channels: Cut, out_features: int, *, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter((out_features, in_features), init=init.linear(in_features), tp=tp, dim=1)
+        self.weight = sharded_parameter((out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1)
 
     def forward(self, u_BSD: Tensor) -> Tensor:
         partial = F.linear(u_BSD, self.weight.to(u_BSD.dtype))
@@ -104,13 +123,34 @@ class StateProjection(nn.Module):
 class StepProjection(nn.Module):
     """Mamba's dt_proj to this rank's channels. The bias stays fp32 and is added by the scan."""
 
-    def __init__(self, rank: int, channels: int, *, tp: TensorParallel, bias_init: init.Init) -> None:
+    def __init__(self, rank: int, channels: Cut, *, bias_init: init.Init) -> None:
         super().__init__()
-        self.weight = sharded_parameter((channels, rank), init=init.linear(rank), tp=tp, dim=0)
-        self.bias = sharded_parameter((channels,), init=bias_init, tp=tp, dim=0)
+        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank))
+        self.bias = sharded_parameter((0,), {"bias": channels}, init=bias_init)
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(dt, self.weight.to(dt.dtype)), self.bias
+
+
+class QKVProjection(nn.Module):
+    """Queries, keys and values of this rank's heads in one matrix product.
+
+    Keys and values have a parameter of their own, since ranks may hold copies of a kv head: its gradient is then the
+    sum over the copies, each of which serves other query heads.
+    """
+
+    def __init__(self, config: ModelConfig, share: HeadShare, *, tp: TensorParallel) -> None:
+        super().__init__()
+        width, weights = config.hidden_size, init.linear(config.hidden_size)
+        self.tp, self.copies = tp, tp.copies(share.kv_copies)
+        self.local_sizes = [share.query.length, share.kv.length, share.kv.length]
+        self.query = sharded_parameter((0, width), {"q.weight": share.query}, init=weights)
+        parts = {"k.weight": share.kv, "v.weight": share.kv}
+        self.key_value = sharded_parameter((0, width), parts, init=weights, counted=share.owns_kv)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weight = torch.cat((self.query.to(x.dtype), copy_to_region(self.key_value, self.copies).to(x.dtype)))
+        return column_parallel_linear(x, weight, self.tp).split(self.local_sizes, dim=-1)
 
 
 class WindowAttention(nn.Module):
@@ -118,15 +158,18 @@ class WindowAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, share = config.hidden_size, share_heads(config, tp)
         self.head_dim, self.window, self.kernel = config.head_dim, config.window, kernels.attention
-        parts = {"q": width, "k": config.kv_size, "v": config.kv_size}
-        self.qkv_proj = ColumnParallelLinear(width, parts, tp=tp, init=init.linear(width))
-        self.o_proj = RowParallelLinear(width, width, tp=tp, init=init.residual_linear(width, config))
+        self.qkv_proj = QKVProjection(config, share, tp=tp)
+        self.o_proj = RowParallelLinear(share.query, width, tp=tp, init=init.residual_linear(width, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         q_BHSd, k_BHSd, v_BHSd = (t.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for t in self.qkv_proj(x))
         q_BHSd, k_BHSd = (apply_rotary(t, *context.rotary) for t in (q_BHSd, k_BHSd))
+        if context.cp.size > 1:
+            kv_BSHd = torch.cat((k_BHSd, v_BHSd), dim=1).transpose(1, 2)  # one message instead of two
+            before = tokens_before(kv_BSHd, self.window - 1, cp=context.cp)
+            k_BHSd, v_BHSd = torch.cat((before, kv_BSHd), dim=1).transpose(1, 2).chunk(2, dim=1)
         y_BHSd = self.kernel(q_BHSd, k_BHSd, v_BHSd, window=self.window)
         return self.o_proj(y_BHSd.permute(2, 0, 1, 3).flatten(2))
 
@@ -136,9 +179,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.mlp_size
+        width, inner = config.hidden_size, cut(config.mlp_size, tp)
         self.gate_up_proj = ColumnParallelLinear(width, {"gate": inner, "up": inner}, tp=tp, init=init.linear(width))
-        self.down_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner, config))
+        self.down_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner.size, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         gate, up = self.gate_up_proj(x)

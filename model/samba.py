@@ -1,4 +1,4 @@
-"""The Samba language model: a loop over its layer pattern."""
+"""The Samba language model: a loop over its layer pattern, or over the part of it that a pipeline stage holds."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,9 @@ from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.layers import MambaMixer, RMSNorm, SequenceContext, SwiGLU, WindowAttention
 from sambalm.model.ops.kernels import TORCH_KERNELS, Kernels
 from sambalm.model.ops.window_attention import rotary_tables
-from sambalm.parallel.sharding import sharded_parameter
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.recompute import recomputed
+from sambalm.parallel.sharding import equal_cut, sharded_parameter
+from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel_linear, cross_entropy
 
 SUBLAYERS = {MAMBA: MambaMixer, ATTENTION: WindowAttention, MLP: SwiGLU}
@@ -39,58 +40,81 @@ class Head(nn.Module):
 
 
 class Samba(nn.Module):
-    """Tokens to losses or logits.
+    """Tokens to losses or logits, or one pipeline stage's part of that.
 
     Args:
         config: what the model is.
+        layers: the sublayers to hold, a contiguous part of the pattern; all by default. The first of the pattern brings
+            the embedding along, the last the final norm and the head.
         tp: this rank's place in the tensor-parallel group.
+        cp: this rank's place in the context-parallel group.
         kernels: the implementations to run.
         dtype: of activations and matrix products. Weights, norms' statistics, scan states and losses are fp32.
+        recompute_layers: whether the backward computes each sublayer again instead of keeping its activations.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
+        layers: range | None = None,
         tp: TensorParallel = TensorParallel(),
+        cp: ContextParallel = ContextParallel(),
         kernels: Kernels = TORCH_KERNELS,
         dtype: torch.dtype = torch.float32,
+        recompute_layers: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.tp, self.dtype = config, tp, dtype
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, tp=tp, init=init.normal(config.embedding_std)
-        )
+        layers = range(len(config.pattern)) if layers is None else layers
+        self.config, self.tp, self.cp, self.dtype, self.recompute_layers = config, tp, cp, dtype, recompute_layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == len(config.pattern)
+        if self.is_first or (self.is_last and config.tie_embeddings):
+            self.embedding = VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                tp=tp,
+                init=init.normal(config.embedding_std),
+                counted=self.is_first,
+            )
         # Keyed by their number in the whole model, which canonical names and initial weights depend on.
         self.layers = nn.ModuleDict(
-            {str(i): Sublayer(letter, config, tp=tp, kernels=kernels) for i, letter in enumerate(config.pattern)}
+            {str(i): Sublayer(config.pattern[i], config, tp=tp, kernels=kernels) for i in layers}
         )
-        self.final_norm = RMSNorm(config, tp=tp, kernels=kernels)
-        head_weight = (
-            self.embedding.weight
-            if config.tie_embeddings
-            else sharded_parameter(
-                (config.vocab_size, config.hidden_size), init=init.linear(config.hidden_size), tp=tp, dim=0
-            )
-        )
-        self.head = Head(head_weight, tp=tp)
+        if self.is_last:
+            self.final_norm = RMSNorm(config, tp=tp, kernels=kernels)
+            self.head = Head(self._head_weight(), tp=tp)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Args:
-            tokens, labels: int64 [batch, sequence].
+    def _head_weight(self) -> nn.Parameter:
+        if self.config.tie_embeddings:
+            return self.embedding.weight
+        width = self.config.hidden_size
+        rows = equal_cut(self.config.vocab_size, self.tp)
+        return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width))
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, *, hidden: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            tokens, labels: int64 [batch, this rank's part of the sequence].
+            hidden: the stage before's output [sequence (/ tp under sequence parallelism), batch, width]; None on the
+                first.
 
         Returns:
-            fp32 losses [batch, sequence] of the labels, or without labels this rank's logits
-            [batch, sequence, vocabulary / tp].
+            On the last stage fp32 losses [batch, sequence] of the labels, or without labels this rank's logits [batch,
+            sequence, vocabulary / tp]; on other stages the hidden states for the next.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        context = SequenceContext(
-            rotary=rotary_tables(positions, head_dim=self.config.head_dim, base=self.config.rope_base)
-        )
-        x = self.embedding(tokens, self.dtype)
+        x = self.embedding(tokens, self.dtype) if self.is_first else hidden
+        context = self._context(tokens)
         for layer in self.layers.values():
-            x = layer(x, context)
+            x = recomputed(layer, x, context) if self.recompute_layers and self.training else layer(x, context)
+        if not self.is_last:
+            return x
         logits = self.head(self.final_norm(x))
         if labels is None:
             return logits.transpose(0, 1)
         return cross_entropy(logits, labels.t(), self.tp).t()
+
+    def _context(self, tokens: Tensor) -> SequenceContext:
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device) + self.cp.rank * length
+        rotary = rotary_tables(positions, head_dim=self.config.head_dim, base=self.config.rope_base)
+        return SequenceContext(rotary=rotary, cp=self.cp)

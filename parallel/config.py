@@ -1,6 +1,6 @@
 """How a run is spread over ranks."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,27 +14,54 @@ class ParallelConfig(BaseModel):
 
     tensor: int = Field(1, gt=0, description="Tensor-parallel ranks: heads, channels and widths of each layer are cut")
     sequence: bool = Field(False, description="Cut activations along the sequence over them between matrix products")
-    pipeline: Literal[1] = Field(1, description="Pipeline stages")
-    virtual_pipeline: Literal[1] = Field(1, description="Model chunks a pipeline stage")
-    context: Literal[1] = Field(1, description="Context-parallel ranks: the sequence is cut through whole layers")
+    context: int = Field(1, gt=0, description="Context-parallel ranks: each sequence is cut, through whole layers")
+    pipeline: int = Field(1, gt=0, description="Pipeline stages: the model's layers are cut into so many parts")
+    virtual_pipeline: int = Field(1, gt=0, description="Parts of the model on each pipeline stage, taken in turns")
+    pipeline_layers: list[Annotated[int, Field(gt=0)]] | None = Field(
+        None, description="Sublayers of each part in the model's order; null: balanced by their operations"
+    )
     zero_stage: Literal[1, 2, 3] = Field(
-        1,
-        description="DeepSpeed ZeRO: 1 cuts optimizer states over data-parallel ranks, 2 gradients, 3 weights too",
+        1, description="DeepSpeed ZeRO: 1 cuts optimizer states over data-parallel ranks, 2 gradients, 3 weights too"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What the backward computes again instead of keeping: the scan's and attention's insides, or all",
     )
 
     @model_validator(mode="after")
-    def _check_sequence(self) -> "ParallelConfig":
+    def _check_together(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence is true while parallel.tensor is 1: sequence parallelism runs over the "
                 "tensor-parallel ranks, so set parallel.tensor to 2 or more or parallel.sequence to false"
             )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline is {self.virtual_pipeline} while parallel.pipeline is 1: set "
+                "parallel.pipeline to 2 or more or parallel.virtual_pipeline to 1"
+            )
+        if self.pipeline > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"parallel.zero_stage is {self.zero_stage} while parallel.pipeline is {self.pipeline}: DeepSpeed cuts "
+                "gradients and weights in each backward, of which a pipeline has several at once, so set "
+                "parallel.zero_stage to 1"
+            )
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.model_parts:
+            raise ValueError(
+                f"parallel.pipeline_layers is {self.pipeline_layers}: it needs parallel.pipeline x "
+                f"parallel.virtual_pipeline = {self.model_parts} entries"
+            )
         return self
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model between them."""
+        """Ranks that hold one copy of the model, and work on one sequence, between them."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def model_parts(self) -> int:
+        """Parts that the layers are cut into."""
+        return self.pipeline * self.virtual_pipeline
 
 
 def check_world_size(config: ParallelConfig, *, world_size: int) -> None:
@@ -42,6 +69,6 @@ def check_world_size(config: ParallelConfig, *, world_size: int) -> None:
     if world_size % config.model_ranks:
         raise ParallelError(
             f"{world_size} processes cannot hold whole copies of a model spread over {config.model_ranks} "
-            f"(parallel.tensor {config.tensor}): start a multiple of {config.model_ranks} processes or lower "
-            "parallel.tensor"
+            f"(parallel.tensor {config.tensor} x parallel.pipeline {config.pipeline} x parallel.context "
+            f"{config.context}): start a multiple of {config.model_ranks} processes or lower one of the three"
         )

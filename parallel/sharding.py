@@ -18,10 +18,50 @@ Init = Callable[[Tensor, torch.Generator], None]
 
 
 @dataclass(frozen=True)
+class Cut:
+    """One rank's share of a dimension: `length` from `start` on, of `size` in all."""
+
+    size: int
+    start: int
+    length: int
+
+
+def cut(size: int, tp: TensorParallel, *, unit: int = 1) -> Cut:
+    """This rank's share of a dimension, as even as whole units allow: earlier ranks have one unit more.
+
+    Shares need not be equal, since ranks only ever add up whole outputs: 11 heads on 8 ranks are 2, 2, 2, 1, ... heads,
+    and no padding exists that could learn or leak. A width without natural units is cut into multiples of 8 where it
+    must be uneven, which matrix products on GPUs want.
+
+    Raises:
+        ValueError: there are fewer units than ranks.
+    """
+    if unit == 1 and size % tp.size and size >= 8 * tp.size:
+        unit = 8
+    units = -(-size // unit)
+    if units < tp.size:
+        raise ValueError(f"a dimension of {size} in units of {unit} cannot be cut over {tp.size} tensor-parallel ranks")
+    start, end = (_first_unit(rank, units=units, ranks=tp.size) * unit for rank in (tp.rank, tp.rank + 1))
+    return Cut(size, start, min(end, size) - start)
+
+
+def equal_cut(size: int, tp: TensorParallel) -> Cut:
+    """This rank's share of a dimension that must be cut equally. Raises ValueError where it cannot."""
+    if size % tp.size:
+        raise ValueError(f"a dimension of {size} cannot be cut equally over {tp.size} tensor-parallel ranks")
+    return cut(size, tp)
+
+
+def _first_unit(rank: int, *, units: int, ranks: int) -> int:
+    share, longer = divmod(units, ranks)
+    return rank * share + min(rank, longer)
+
+
+@dataclass(frozen=True)
 class CanonicalSlice:
     """One rank's slice of one canonical tensor, and where it lies in the rank's parameter."""
 
-    part: str  # the part's name within the parameter; "" when the parameter is a slice of one tensor
+    name: str  # of the canonical tensor, below the parameter's module
     shape: tuple[int, ...]  # of the canonical tensor
     dim: int  # the dimension that is cut; 0 for a whole tensor
     start: int  # of this slice in the canonical tensor, along dim
@@ -45,44 +85,43 @@ class CanonicalSlice:
 
 
 def sharded_parameter(
-    shape: tuple[int, ...],
-    *,
-    init: Init,
-    tp: TensorParallel,
-    dim: int | None = None,
-    parts: Mapping[str, int] | None = None,
+    shape: tuple[int, ...], cuts: Mapping[str, Cut], *, init: Init, dim: int = 0, counted: bool = True
 ) -> nn.Parameter:
-    """An uninitialised fp32 parameter that holds this rank's slices.
+    """An uninitialised fp32 parameter that concatenates this rank's slices of canonical tensors.
 
     Args:
-        shape: global shape.
+        shape: of the parameter but for dim, whose entry is ignored.
+        cuts: the slices along dim, by the canonical tensors' names below the module.
         init: fills a whole canonical tensor, given a generator.
-        dim: the dimension cut over tensor-parallel ranks; None: every rank holds the whole.
-        parts: sizes along dim of the canonical tensors that the parameter concatenates, by name; each is cut.
+        counted: whether this copy is the one that counts in the gradient's norm and in checkpoints, where other ranks
+            hold the same slices.
     """
-    size, rank = (1, 0) if dim is None else (tp.size, tp.rank)
-    cut_dim = dim or 0
     slices, local_start = [], 0
-    for part, part_size in (parts or {"": shape[cut_dim]}).items():
-        if part_size % size:
-            raise ValueError(f"a dimension of {part_size} cannot be cut over {size} tensor-parallel ranks")
-        length = part_size // size
-        part_shape = (*shape[:cut_dim], part_size, *shape[cut_dim + 1 :])
-        slices.append(CanonicalSlice(part, part_shape, cut_dim, rank * length, local_start, length, init))
-        local_start += length
-    parameter = nn.Parameter(torch.empty(*shape[:cut_dim], local_start, *shape[cut_dim + 1 :], dtype=torch.float32))
+    for name, part in cuts.items():
+        canonical_shape = (*shape[:dim], part.size, *shape[dim + 1 :])
+        slices.append(CanonicalSlice(name, canonical_shape, dim, part.start, local_start, part.length, init))
+        local_start += part.length
+    parameter = nn.Parameter(torch.empty(*shape[:dim], local_start, *shape[dim + 1 :], dtype=torch.float32))
     parameter.canonical_slices = tuple(slices)
-    if dim is not None:  # what DeepSpeed's gradient norm reads: such a parameter is counted on every rank
-        set_tensor_model_parallel_attributes(parameter, True, dim, len(slices))
+    parameter.counted = counted
+    # What DeepSpeed's gradient norm reads: the first counts a parameter on every tensor-parallel rank instead of the
+    # first alone, the second on none.
+    set_tensor_model_parallel_attributes(parameter, counted, dim, len(slices))
+    parameter.ds_pipe_replicated = not counted
     return parameter
+
+
+def replicated_parameter(shape: tuple[int, ...], *, name: str, init: Init, tp: TensorParallel) -> nn.Parameter:
+    """An uninitialised fp32 parameter that every tensor-parallel rank holds whole."""
+    return sharded_parameter(shape, {name: Cut(shape[0], 0, shape[0])}, init=init, counted=tp.rank == 0)
 
 
 def canonical_slices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, CanonicalSlice]]:
     """Canonical name, parameter and slice, for every slice that the module's parameters hold."""
     for name, parameter in module.named_parameters():
-        owner, _, leaf = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         for piece in parameter.canonical_slices:
-            yield (f"{owner}.{piece.part}.{leaf}" if piece.part else name), parameter, piece
+            yield f"{owner}.{piece.name}", parameter, piece
 
 
 @torch.no_grad()

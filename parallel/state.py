@@ -2,8 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -22,6 +22,35 @@ class TensorParallel:
     size: int = 1
     sequence: bool = False  # whether activations between the layers' matrix products are cut along the sequence too
     group: ProcessGroup | None = None
+    copy_groups: Mapping[int, ProcessGroup] = field(default_factory=dict)
+
+    def copies(self, number: int) -> "TensorParallel":
+        """The ranks that hold copies of the same slice, where `number` neighbouring ranks do."""
+        if number == 1:
+            return TensorParallel()
+        return TensorParallel(rank=self.rank % number, size=number, group=self.copy_groups[number])
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """This rank's place among those that share each sequence, in contiguous parts. The default is the whole of it."""
+
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+
+    def part(self, sequences: torch.Tensor) -> torch.Tensor:
+        """This rank's part of [batch, sequence, ...]."""
+        return sequences.chunk(self.size, dim=1)[self.rank]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """This rank's place among the stages of the model. The default is the whole model."""
+
+    rank: int = 0
+    size: int = 1
+    chunks: int = 1  # model chunks a stage (virtual pipeline)
 
 
 @dataclass(frozen=True)
@@ -32,30 +61,40 @@ class World:
     size: int
     device: torch.device
     tensor: TensorParallel
-    data_rank: int
+    context: ContextParallel
+    pipeline: Pipeline
+    data_rank: int  # among ranks that read different samples
     data_size: int
-    data_group: ProcessGroup
+    replica_rank: int  # among ranks that hold the same weights: those of the data and the context dimension
+    replica_size: int
+    replica_group: ProcessGroup
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mean_over_data(self, value: torch.Tensor) -> torch.Tensor:
-        """Mean of a tensor over data-parallel ranks."""
+    def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the ranks that hold the same weights."""
         value = value.clone()
-        dist.all_reduce(value, group=self.data_group)
-        return value / self.data_size
+        dist.all_reduce(value, group=self.replica_group)
+        return value
 
-    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over data-parallel ranks."""
+    def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
+        """The last pipeline stage's value of a tensor, on all stages."""
+        if self.pipeline.size == 1:
+            return value
         value = value.clone()
-        dist.all_reduce(value, group=self.data_group)
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(value, group=group, group_src=self.pipeline.size - 1)
         return value
 
 
 @contextlib.contextmanager
-def start_world(config: ParallelConfig, *, timeout_s: float = 1800.0) -> Iterator[World]:
+def start_world(config: ParallelConfig, *, copies: int = 1, timeout_s: float = 1800.0) -> Iterator[World]:
     """Makes the process groups of the layout, under torchrun or in a process alone, and ends them on leaving.
+
+    Args:
+        copies: how many neighbouring tensor-parallel ranks hold the same kv head.
 
     Raises:
         ParallelError: the number of processes does not fit the layout.
@@ -77,7 +116,7 @@ def start_world(config: ParallelConfig, *, timeout_s: float = 1800.0) -> Iterato
         context_parallel_size=config.context,
     )
     try:
-        yield _world(config, device)
+        yield _world(config, device, copies=copies)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -103,18 +142,42 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _world(config: ParallelConfig, device: torch.device) -> World:
+def _world(config: ParallelConfig, device: torch.device, *, copies: int) -> World:
+    tensor_rank, tensor_group = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
         tensor=TensorParallel(
-            rank=parallel_state.get_tensor_model_parallel_rank(),
+            rank=tensor_rank,
             size=config.tensor,
             sequence=config.sequence,
-            group=parallel_state.get_tensor_model_parallel_group(),
+            group=tensor_group,
+            copy_groups={copies: _copy_group(copies)} if copies > 1 else {},
         ),
-        data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-        data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        context=ContextParallel(
+            rank=parallel_state.get_context_parallel_rank(),
+            size=config.context,
+            group=parallel_state.get_context_parallel_group(),
+        ),
+        pipeline=Pipeline(
+            rank=parallel_state.get_pipeline_model_parallel_rank(),
+            size=config.pipeline,
+            chunks=config.virtual_pipeline,
+        ),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        replica_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def _copy_group(copies: int) -> ProcessGroup:
+    """The group of this rank and its neighbours with the same kv head; tensor-parallel ranks are consecutive."""
+    starts = range(0, dist.get_world_size(), copies)
+    group, _ = dist.new_subgroups_by_enumeration([list(range(start, start + copies)) for start in starts])
+    return group

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from sambalm.parallel.sharding import Init, sharded_parameter
+from sambalm.parallel.sharding import Cut, Init, equal_cut, sharded_parameter
 from sambalm.parallel.state import TensorParallel
 
 
@@ -80,30 +80,31 @@ class ColumnParallelLinear(nn.Module):
     """A linear layer without bias whose output features are cut over ranks.
 
     Args:
-        parts: output features by name; the layer computes all parts in one matrix product, and each is cut separately.
+        parts: this rank's shares of the output features, by name; all are computed in one matrix product.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], *, tp: TensorParallel, init: Init) -> None:
+    def __init__(self, in_features: int, parts: Mapping[str, Cut], *, tp: TensorParallel, init: Init) -> None:
         super().__init__()
         self.tp = tp
-        self.local_sizes = [size // tp.size for size in parts.values()]
-        self.weight = sharded_parameter((sum(parts.values()), in_features), init=init, tp=tp, dim=0, parts=parts)
+        self.local_sizes = [part.length for part in parts.values()]
+        cuts = {f"{name}.weight": part for name, part in parts.items()}
+        self.weight = sharded_parameter((0, in_features), cuts, init=init)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[sequence, batch, in] to one [sequence, batch, part / tp] for each part."""
+        """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
         return column_parallel_linear(x, self.weight, self.tp).split(self.local_sizes, dim=-1)
 
 
 class RowParallelLinear(nn.Module):
     """A linear layer without bias whose input features are cut over ranks; the output is summed over them."""
 
-    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel, init: Init) -> None:
+    def __init__(self, in_features: Cut, out_features: int, *, tp: TensorParallel, init: Init) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter((out_features, in_features), init=init, tp=tp, dim=1)
+        self.weight = sharded_parameter((out_features, 0), {"weight": in_features}, init=init, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[sequence, batch, in / tp] to [sequence (/ tp under sequence parallelism), batch, out]."""
+        """[sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""
         partial = F.linear(x, self.weight.to(x.dtype))
         if self.tp.sequence:
             return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
@@ -111,12 +112,17 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding whose rows are cut over ranks."""
+    """An embedding whose rows are cut over ranks.
 
-    def __init__(self, vocab_size: int, width: int, *, tp: TensorParallel, init: Init) -> None:
+    Args:
+        counted: False for a second copy, which a tied head has on the last pipeline stage.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, tp: TensorParallel, init: Init, counted: bool = True) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter((vocab_size, width), init=init, tp=tp, dim=0)
+        rows = equal_cut(vocab_size, tp)
+        self.weight = sharded_parameter((0, width), {"weight": rows}, init=init, counted=counted)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """int64 [batch, sequence] to [sequence (/ tp under sequence parallelism), batch, width]."""

@@ -5,7 +5,7 @@ gradients are accumulated and reduced in fp32, and Mamba's A_log, D and dt bias 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ class MegatronUnit:
 
 
 def zero_engine(
-    model: nn.Module,
+    parts: Sequence[nn.Module],
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     *,
     world: World,
@@ -59,21 +59,27 @@ def zero_engine(
     clip_norm: float,
     done_steps: int = 0,
 ) -> Engine:
-    """Wraps a model whose weights are already set; call engine(...), engine.backward(loss) and engine.step().
+    """Puts this rank's parts of the model, whose weights are already set, under ZeRO.
 
-    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them.
+    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. On a pipeline the gradients
+    come from its schedule, and the engine's step() alone reduces them; else call the engine, its backward() and step()
+    for each micro-batch.
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    pipelined = world.pipeline.size > 1
+    engine_steps = 1 if pipelined else accumulation_steps
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        "train_batch_size": micro_batch_size * accumulation_steps * world.data_size,
+        "gradient_accumulation_steps": engine_steps,
+        "train_batch_size": micro_batch_size * engine_steps * world.replica_size,
+        "managed_gradient_accumulation": not pipelined,
         "gradient_clipping": clip_norm,
         "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
     }
+    model = nn.ModuleList(parts) if pipelined else parts[0]
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(model), config=config, mpu=MegatronUnit, dist_init_required=False
     )

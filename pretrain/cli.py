@@ -157,12 +157,55 @@ def preprocess(
 def train(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; docs/config.md lists its keys.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config for its world and exit.")] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to check for with --dry-run; default: torchrun's.")
+    ] = None,
 ) -> None:
     """Train a model, alone or under torchrun; goes on from the run folder's newest checkpoint."""
     from sambalm.pretrain.config import load_config
+
+    checked = load_config(config, overrides or [])
+    if dry_run:
+        from sambalm.pretrain.plan import describe_run
+
+        print(describe_run(checked, world_size=world_size or int(os.environ.get("WORLD_SIZE", 1))))
+        return
+    if world_size is not None:
+        raise typer.BadParameter("--world-size goes with --dry-run; torchrun says how many ranks train")
     from sambalm.pretrain.trainer import train as run
 
-    run(load_config(config, overrides or []))
+    run(checked)
+
+
+class Device(StrEnum):
+    """What a cluster is made of."""
+
+    h100 = "h100"
+    h200 = "h200"
+    a100 = "a100"
+
+
+@app.command(epilog=_example("sambalm plan configs/samba_3.8b.yaml --gpus 512 --gpu-memory-gib 80"))
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout and micro-batch size are searched.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")],
+    gpu_memory_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU in GiB.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+    device: Annotated[Device, typer.Option(help="The kind of GPU.")] = Device.h100,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
+) -> None:
+    """Estimate memory, speed and traffic of the layouts that fit a cluster, fastest first."""
+    from sambalm.pretrain.config import load_config
+    from sambalm.pretrain.plan import find_plans
+    from sambalm.pretrain.plan_hardware import DEVICES
+    from sambalm.pretrain.plan_table import print_plans
+
+    hardware = DEVICES[device.value]
+    plans = find_plans(
+        load_config(config, overrides or []), world_size=gpus, memory_gib=gpu_memory_gib, hardware=hardware
+    )
+    print_plans(plans[:top])
 
 
 class Precision(StrEnum):

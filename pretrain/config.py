@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML file, typed, with overrides from the command line."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from sambalm.data_pipeline.config import DataConfig
-from sambalm.model.config import MAMBA, MLP, ModelConfig
+from sambalm.model.config import ModelConfig
+from sambalm.model.heads import kv_copies
 from sambalm.model.ops.kernels import KernelConfig
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.pretrain.errors import ConfigError
@@ -93,7 +94,13 @@ class RunConfig(BaseModel):
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError or ParallelError unless the run fits a number of processes."""
         check_world_size(self.parallel, world_size=world_size)
-        self.accumulation_steps(data_size=world_size // self.parallel.model_ranks)
+        micro_batches = self.accumulation_steps(data_size=world_size // self.parallel.model_ranks)
+        if self.parallel.virtual_pipeline > 1 and micro_batches % self.parallel.pipeline:
+            raise ConfigError(
+                f"parallel.virtual_pipeline is {self.parallel.virtual_pipeline}, which takes micro-batches in rounds "
+                f"of parallel.pipeline {self.parallel.pipeline}, and a step has {micro_batches} on each rank: change "
+                "train.global_batch_tokens or train.micro_batch_size so that it is a multiple"
+            )
 
     def accumulation_steps(self, *, data_size: int) -> int:
         """Micro-batches of one rank in a step. Raises ConfigError when the global batch cannot be cut so."""
@@ -113,26 +120,46 @@ class RunConfig(BaseModel):
                 f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
                 f"data.sequence_length {self.data.sequence_length}"
             )
-        for key, size in self._cut_by_tensor_parallelism():
-            if size % self.parallel.tensor:
-                raise ValueError(
-                    f"{key} is {size}, which parallel.tensor {self.parallel.tensor} does not divide: choose a "
-                    "parallel.tensor that divides it"
-                )
+        self._check_tensor_parallelism()
+        self._check_sequence_cuts()
+        layers = self.parallel.pipeline_layers
+        if self.parallel.model_parts > len(self.model.pattern):
+            raise ValueError(
+                f"parallel.pipeline x parallel.virtual_pipeline is {self.parallel.model_parts}, more than the "
+                f"{len(self.model.pattern)} sublayers of model.pattern: lower them"
+            )
+        if layers is not None and sum(layers) != len(self.model.pattern):
+            raise ValueError(
+                f"parallel.pipeline_layers is {layers}, {sum(layers)} in all, and model.pattern has "
+                f"{len(self.model.pattern)} sublayers: make them equal"
+            )
         return self
 
-    def _cut_by_tensor_parallelism(self) -> Iterator[tuple[str, int]]:
-        model = self.model
-        yield "model.vocab_size", model.vocab_size
-        if "*" in model.pattern:
-            yield "model.num_query_heads", model.num_query_heads
-            yield "model.num_kv_heads", model.num_kv_heads
-        if MLP in model.pattern:
-            yield "model.mlp_size", model.mlp_size
-        if MAMBA in model.pattern:
-            yield "model.expand x model.hidden_size", model.inner_size
-        if self.parallel.sequence:
-            yield "data.sequence_length", self.data.sequence_length
+    def _check_tensor_parallelism(self) -> None:
+        ranks, model = self.parallel.tensor, self.model
+        if model.vocab_size % ranks:
+            raise ValueError(
+                f"model.vocab_size is {model.vocab_size}, which parallel.tensor {ranks} does not divide: raise it to "
+                f"{-(-model.vocab_size // ranks) * ranks} (rows that no token uses do no harm)"
+            )
+        try:
+            kv_copies(model, ranks)
+        except ValueError as error:
+            raise ValueError(
+                f"parallel.tensor is {ranks}: {error} (model.num_query_heads, model.num_kv_heads); choose at most "
+                f"{model.num_kv_heads}, or a multiple of it up to {model.num_query_heads}"
+            ) from None
+        for key, size in (("model.mlp_size", model.mlp_size), ("model.expand x model.hidden_size", model.inner_size)):
+            if size < ranks:
+                raise ValueError(f"{key} is {size}, less than parallel.tensor {ranks}: lower parallel.tensor")
+
+    def _check_sequence_cuts(self) -> None:
+        parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
+        if self.data.sequence_length % parts:
+            raise ValueError(
+                f"data.sequence_length is {self.data.sequence_length}, which cannot be cut into {parts} parts "
+                "(parallel.context, times parallel.tensor with parallel.sequence): make it a multiple"
+            )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

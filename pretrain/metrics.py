@@ -82,6 +82,8 @@ class RunReport:
             "tokens_per_second": tokens_per_second,
             **validation,
         }
+        if torch.cuda.is_available():
+            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # of this rank, since the start
         if self._peak_tokens_per_second:
             record["mfu"] = tokens_per_second / self._peak_tokens_per_second
         self._file.write(json.dumps(record) + "\n")

@@ -1,9 +1,11 @@
 """Between a live run and its checkpoints: what every rank does together to save and to resume."""
 
+import itertools
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
+from sambalm.parallel.execution import Execution
 from sambalm.parallel.sharding import CanonicalSlice, canonical_slices
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import MOMENTS, Engine, set_moment, whole_moment, whole_parameter
@@ -22,6 +25,16 @@ from sambalm.pretrain import checkpoint as files
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Training:
+    """What this rank trains: its parts of the model, the engine that holds them, and the way to run them."""
+
+    engine: Engine
+    parts: Sequence[nn.Module]
+    execution: Execution
+
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
 
@@ -60,7 +73,7 @@ def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
         return error
 
 
-def save_checkpoint(engine: Engine, *, config: RunConfig, world: World, step: int) -> Path:
+def save_checkpoint(training: Training, *, config: RunConfig, world: World, step: int) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
 
     Raises:
@@ -75,7 +88,7 @@ def save_checkpoint(engine: Engine, *, config: RunConfig, world: World, step: in
     failure = None
     try:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(_slices_to_save(engine, world), storage_writer=writer)
+        dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
         if world.is_main:
             files.write_json(partial / files.STATE, _state(config, step))
             files.write_manifest(partial)
@@ -116,22 +129,26 @@ def remove_old_checkpoints(run_dir: Path, *, keep: int, world: World) -> None:
         shutil.rmtree(doomed)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fills a model's parameters, on any layout, before the engine takes them over. Collective."""
-    _load(path, {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in canonical_slices(model)})
+def load_weights(parts: Sequence[nn.Module], path: Path) -> None:
+    """Fills parameters, on any layout, before the engine takes them over. Collective."""
+    _load(path, {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in _slices(parts)})
 
 
-def load_moments(engine: Engine, path: Path) -> None:
-    """Fills the optimizer's moments, on any layout. Collective."""
+def load_moments(parts: Sequence[nn.Module], path: Path) -> None:
+    """Fills the optimizer's moments, on any layout, once the engine has taken the parameters over. Collective."""
     for key in MOMENTS:
         wholes: dict[nn.Parameter, Tensor] = {}
         wanted = {}
-        for name, parameter, piece in canonical_slices(engine.module):
+        for name, parameter, piece in _slices(parts):
             whole = wholes.setdefault(parameter, torch.zeros(_local_shape(parameter)))
             wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
         _load(path, wanted)
         for parameter, whole in wholes.items():
             set_moment(parameter, key, whole.to(parameter.device))
+
+
+def _slices(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter, CanonicalSlice]]:
+    return itertools.chain.from_iterable(canonical_slices(part) for part in parts)
 
 
 def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]]) -> None:
@@ -143,20 +160,18 @@ def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]]) -> None:
         target.copy_(buffers[name])
 
 
-def _slices_to_save(engine: Engine, world: World) -> dict[str, CheckpointSlice]:
-    """This rank's share of the state, on the CPU. Parameters are dealt out to data-parallel ranks by turns."""
+def _slices_to_save(parts: Sequence[nn.Module], world: World) -> dict[str, CheckpointSlice]:
+    """This rank's share of the state, on the CPU. Ranks with the same weights take turns to save a parameter."""
     saved: dict[str, CheckpointSlice] = {}
     names_of: dict[nn.Parameter, list[tuple[str, CanonicalSlice]]] = {}
-    for name, parameter, piece in canonical_slices(engine.module):
+    for name, parameter, piece in _slices(parts):
         names_of.setdefault(parameter, []).append((name, piece))
     for turn, (parameter, names) in enumerate(names_of.items()):
-        replicated = not getattr(parameter, "tensor_model_parallel", False)
-        mine = turn % world.data_size == world.data_rank and (world.tensor.rank == 0 or not replicated)
+        mine = parameter.counted and turn % world.replica_size == world.replica_rank
         for kind, whole in _wholes(parameter):
             for name, piece in names if mine else ():
-                saved[f"{kind}.{name}"] = CheckpointSlice(
-                    piece.of_local(whole).to("cpu", copy=True).contiguous(), piece
-                )
+                local = piece.of_local(whole).to("cpu", copy=True).contiguous()
+                saved[f"{kind}.{name}"] = CheckpointSlice(local, piece)
     return saved
 
 

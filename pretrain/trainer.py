@@ -9,14 +9,18 @@ import torch
 from sambalm.data_pipeline.checks import check_vocabulary
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
-from sambalm.model.samba import Samba
+from sambalm.model.build import build_parts, tied_copy
+from sambalm.model.heads import kv_copies
+from sambalm.parallel.execution import execution
+from sambalm.parallel.pipeline import MicroBatch
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.state import World, is_main_process, start_world, world_size
-from sambalm.parallel.zero import Engine, gradient_norm, zero_engine
+from sambalm.parallel.zero import gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.metrics import RunReport, StepResult
 from sambalm.pretrain.run_state import (
+    Training,
     find_resume_point,
     load_moments,
     load_weights,
@@ -37,7 +41,7 @@ def train(config: RunConfig) -> None:
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
         check_vocabulary(config.data, config.model.vocab_size)
-    with start_world(config.parallel) as world:
+    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
         Trainer(config, world).fit()
 
 
@@ -49,7 +53,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         checkpoint = find_resume_point(config, world=world)
         self.step = checkpoint.step if checkpoint else 0
-        self.engine = build_engine(config, world=world, checkpoint=checkpoint)
+        self.training = build_training(config, world=world, checkpoint=checkpoint)
         self.loader = self._build_loader()
         self.validator = Validator(config, world=world)
 
@@ -62,9 +66,9 @@ class Trainer:
                 self.step += 1
                 last = self.step == steps
                 validate = last or self.step % validation.every_steps == 0
-                report.step(self.step, result, self.validator.losses(self.engine) if validate else {})
+                report.step(self.step, result, self.validator.losses(self.training.execution) if validate else {})
                 if last or self.step % checkpoint.every_steps == 0:
-                    save_checkpoint(self.engine, config=self.config, world=self.world, step=self.step)
+                    save_checkpoint(self.training, config=self.config, world=self.world, step=self.step)
                     remove_old_checkpoints(self.run_dir, keep=checkpoint.keep, world=self.world)
 
     def _train_step(self) -> StepResult:
@@ -73,21 +77,26 @@ class Trainer:
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
         lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
-        for group in self.engine.optimizer.param_groups:
+        for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = self.engine.gradient_accumulation_steps()
-        total = torch.zeros((), device=self.world.device)
-        for _ in range(micro_batches):
-            batch = self.loader.next_micro_batch()
-            losses = self.engine(batch.tokens.to(self.world.device), batch.labels.to(self.world.device))
-            loss = losses.mean()
-            self.engine.backward(loss)
-            self.engine.step()
-            total += loss.detach()
-        loss = self.world.mean_over_data(total / micro_batches).item()
+        loss = self.training.execution.train_step([self._micro_batch() for _ in range(self.micro_batches)])
+        mean_loss = (self.world.sum_over_replicas(loss) / self.world.replica_size).item()
         return StepResult(
-            loss=loss, grad_norm=gradient_norm(self.engine), lr=lr, step_time_s=time.perf_counter() - start_s
+            loss=mean_loss,
+            grad_norm=gradient_norm(self.training.engine),
+            lr=lr,
+            step_time_s=time.perf_counter() - start_s,
         )
+
+    def _micro_batch(self) -> MicroBatch:
+        """This rank's part of the next sequences."""
+        batch, world = self.loader.next_micro_batch(), self.world
+        return world.context.part(batch.tokens).to(world.device), world.context.part(batch.labels).to(world.device)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this rank in a step."""
+        return self.config.accumulation_steps(data_size=self.world.data_size)
 
     def _build_loader(self) -> BatchLoader:
         config, batch_samples = self.config, self.config.global_batch_samples
@@ -103,27 +112,37 @@ class Trainer:
         )
 
 
-def build_engine(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Engine:
-    """The model on this rank's device under ZeRO, freshly initialised or as a checkpoint left it. Collective."""
-    dtype = DTYPES[config.train.precision]
-    kernels = config.kernels.build(device=world.device, dtype=dtype)
-    with world.device:
-        model = Samba(config.model, tp=world.tensor, kernels=kernels, dtype=dtype)
+def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Training:
+    """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective."""
+    parallel, dtype = config.parallel, DTYPES[config.train.precision]
+    parts = build_parts(
+        config.model,
+        parallel,
+        world=world,
+        kernels=config.kernels.build(device=world.device, dtype=dtype, initial_states=parallel.context > 1),
+        dtype=dtype,
+        sequence_length=config.data.sequence_length,
+    )
     # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
     if checkpoint:
-        load_weights(model, checkpoint.path)
+        load_weights(parts, checkpoint.path)
     else:
-        initialize_parameters(model, seed=config.run.seed)
+        for part in parts:
+            initialize_parameters(part, seed=config.run.seed)
     engine = zero_engine(
-        model,
+        parts,
         config.optimizer.build,
         world=world,
-        zero_stage=config.parallel.zero_stage,
+        zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,
         accumulation_steps=config.accumulation_steps(data_size=world.data_size),
         clip_norm=config.optimizer.clip_norm,
         done_steps=checkpoint.step if checkpoint else 0,
     )
     if checkpoint:
-        load_moments(engine, checkpoint.path)
-    return engine
+        load_moments(parts, checkpoint.path)
+    tied_weight = tied_copy(parts)
+    run = execution(
+        engine, parts, world=world, hidden_size=config.model.hidden_size, dtype=dtype, tied_weight=tied_weight
+    )
+    return Training(engine=engine, parts=parts, execution=run)

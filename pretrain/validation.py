@@ -1,11 +1,13 @@
 """Held-out losses at the training length and at multiples of it."""
 
+import itertools
+
 import torch
 
 from sambalm.data_pipeline.dataset import SampleDataset, build_validation_dataset
 from sambalm.data_pipeline.loader import validation_batches
+from sambalm.parallel.execution import Execution
 from sambalm.parallel.state import World
-from sambalm.parallel.zero import Engine
 from sambalm.pretrain.config import RunConfig
 
 LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
@@ -18,19 +20,15 @@ class Validator:
         self.config, self.world = config, world
         self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
 
-    @torch.no_grad()
-    def losses(self, engine: Engine) -> dict[str, float]:
+    def losses(self, execution: Execution) -> dict[str, float]:
         """Mean loss in nats by metric name; every held-out token counts once. Collective."""
-        engine.eval()
-        results = {
-            f"{LOSS_AT}{dataset.sequence_length}": self._loss(engine, dataset, multiple)
+        return {
+            f"{LOSS_AT}{dataset.sequence_length}": self._loss(execution, dataset, multiple)
             for multiple, dataset in self.datasets.items()
         }
-        engine.train()
-        return results
 
-    def _loss(self, engine: Engine, dataset: SampleDataset, multiple: int) -> float:
-        device = self.world.device
+    def _loss(self, execution: Execution, dataset: SampleDataset, multiple: int) -> float:
+        device, context = self.world.device, self.world.context
         total = torch.zeros((), dtype=torch.float64, device=device)
         batches = validation_batches(
             dataset,
@@ -40,10 +38,11 @@ class Validator:
             data_size=self.world.data_size,
             vocab_size=self.config.model.vocab_size,
         )
-        for batch in batches:
-            losses = engine(batch.tokens.to(device), batch.labels.to(device))
-            total += (losses.double() * batch.weights.to(device).unsqueeze(1)).sum()
-        return self.world.sum_over_data(total).item() / (len(dataset) * dataset.sequence_length)
+        while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
+            parts = [(context.part(b.tokens).to(device), context.part(b.labels).to(device)) for b in group]
+            for batch, losses in zip(group, execution.losses(parts), strict=True):
+                total += (losses.double() * batch.weights.to(device).unsqueeze(1)).sum()
+        return self.world.sum_over_replicas(total).item() / (len(dataset) * dataset.sequence_length)
 
     def _dataset(self, multiple: int) -> SampleDataset:
         length = multiple * self.config.data.sequence_length

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = ["torch", "megatron.core", "deepspeed", "sambalm.model.samba", "sambalm.parallel.zero"]
+PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.cpu"]
 
 
 def run_world(function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 120.0) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,14 +23,25 @@ class KernelError(Exception):
     exit_code = 2
 
 
-def why_unavailable(name: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the named implementation cannot run on the device with activations of the dtype; None when it can."""
+@dataclass(frozen=True)
+class Circumstances:
+    """What a kernel has to cope with."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    initial_states: bool = False  # whether the scan must start from given states
+
+
+def why_unavailable(name: str, where: Circumstances) -> str | None:
+    """Why the named implementation cannot run in these circumstances; None when it can."""
     if name == "torch":
         return None
-    if device.type != "cuda":
-        return f"it needs a CUDA device and this run is on {device.type}"
-    if name in _HALF_ONLY and dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+    if where.device.type != "cuda":
+        return f"it needs a CUDA device and this run is on {where.device.type}"
+    if name in _HALF_ONLY and where.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 or fp16, not {str(where.dtype).removeprefix('torch.')}"
+    if name == "mamba-ssm" and where.initial_states:
+        return "it takes no initial state, which context parallelism needs"
     if name in _MODULES:
         try:
             importlib.import_module(_MODULES[name])

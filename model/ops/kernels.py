@@ -1,7 +1,8 @@
 """The one place where an operation's implementation is chosen: `KernelConfig.build` gives the `Kernels` of a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -13,13 +14,24 @@ from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.rms_norm import rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import window_attention
+from sambalm.parallel.recompute import recomputed
 
 
 class ScanKernel(Protocol):
     """See `selective_scan.gated_selective_scan`, the reference; shapes and dtypes are the same."""
 
     def __call__(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, z: Tensor, dt_bias: Tensor
+        self,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        *,
+        D: Tensor,
+        z: Tensor,
+        dt_bias: Tensor,
+        initial_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -48,6 +60,10 @@ class Kernels:
     norm: NormKernel
     names: tuple[str, ...]  # what was chosen, for the log
 
+    def recomputing(self) -> "Kernels":
+        """The same with the insides of scan and attention computed again in the backward instead of kept."""
+        return replace(self, scan=partial(recomputed, self.scan), attention=partial(recomputed, self.attention))
+
 
 class KernelConfig(BaseModel):
     """Which implementation of each operation to run; auto takes the fastest that is installed and fits the device."""
@@ -61,12 +77,16 @@ class KernelConfig(BaseModel):
     )
     norm: Literal["auto", "torch", "apex"] = Field("auto", description="RMSNorm")
 
-    def build(self, *, device: torch.device, dtype: torch.dtype) -> Kernels:
-        """Raises KernelError when a kernel is asked for that cannot run here."""
-        chosen = {
-            operation: _choose(operation, getattr(self, operation), device=device, dtype=dtype)
-            for operation in _IMPLEMENTATIONS
-        }
+    def build(self, *, device: torch.device, dtype: torch.dtype, initial_states: bool = False) -> Kernels:
+        """
+        Args:
+            initial_states: whether the scan must start from given states.
+
+        Raises:
+            KernelError: a kernel is asked for that cannot run here.
+        """
+        where = cuda.Circumstances(device, dtype, initial_states)
+        chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
         functions = {operation: _IMPLEMENTATIONS[operation][name] for operation, name in chosen.items()}
         return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
 
@@ -88,13 +108,12 @@ TORCH_KERNELS = Kernels(
 )
 
 
-def _choose(operation: str, name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(operation: str, name: str, where: cuda.Circumstances) -> str:
     if name != "auto":
-        reason = cuda.why_unavailable(name, device=device, dtype=dtype)
+        reason = cuda.why_unavailable(name, where)
         if reason:
             raise cuda.KernelError(
                 f"kernels.{operation} is {name!r}, which cannot run here ({reason}): use 'auto' or 'torch'"
             )
         return name
-    available = (n for n in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(n, device=device, dtype=dtype))
-    return next(available)
+    return next(name for name in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(name, where))

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A chunk's [tokens, batch, d_state, channels] buffers hold about this many elements: large enough that a PyTorch call
-# costs little beside its work, small enough that the three live buffers stay near the cache.
-CHUNK_ELEMENTS = 1 << 18
+# A chunk's [tokens, batch, d_state, channels] buffers hold about this many elements, by device: large enough that a
+# PyTorch call costs little beside its work; on a CPU small enough that the three live buffers stay near the cache.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 MAX_CHUNK_TOKENS = 128
 
 
@@ -101,7 +101,7 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _chunk_tokens(u: Tensor, *, d_state: int) -> int:
     elements_per_token = u.shape[0] * u.shape[2] * d_state
-    return max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS // elements_per_token))
+    return max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[u.device.type] // elements_per_token))
 
 
 def _time_first(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ TOLERANCE = 1e-2
 
 
 def kernel(operation, name):
-    reason = cuda.why_unavailable(name, device=DEVICE, dtype=torch.bfloat16)
+    reason = cuda.why_unavailable(name, cuda.Circumstances(DEVICE, torch.bfloat16))
     if reason:
         pytest.skip(f"{name}: {reason}")
     return getattr(KernelConfig(**{operation: name}).build(device=DEVICE, dtype=torch.bfloat16), operation)
@@ -87,6 +87,15 @@ def test_attention(name, heads, kv_heads, head_dim, length, window):
         return lambda *t: implementation(*(x.permute(1, 2, 0, 3) for x in t), window=window)
 
     check(run(attention), run(window_attention), [torch.randn(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
+@pytest.mark.parametrize("before", [1, 63, 255])
+def test_attention_with_keys_from_before_the_first_query(name, before):
+    attention = kernel("attention", name)
+    shapes = ((2, 4, 130, 64), *(2 * [(2, 2, 130 + before, 64)]))
+    run = [lambda *t, f=f: f(*t, window=256) for f in (attention, window_attention)]
+    check(*run, [torch.randn(shape) for shape in shapes])
 
 
 def test_norm():

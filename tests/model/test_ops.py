@@ -61,7 +61,7 @@ def test_scan_equals_the_loop(shape):
 
 
 def test_scan_equals_the_loop_in_chunks_of_one_token(monkeypatch):
-    monkeypatch.setattr(scan_module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(scan_module, "CHUNK_ELEMENTS", {"cpu": 1})
     check(selective_scan, loop_scan, scan_inputs(2, 9, 5, 4), tolerance=1e-5)
 
 

@@ -1,12 +1,16 @@
 """Resuming exactly, on the same layout and on others, and never from something half-written or damaged."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from whole_runs import changed, train
 from worlds import run_world
 
@@ -35,12 +39,14 @@ def stopped_after(values, step, folder):
         (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3}),
         (2, {"tensor": 2, "sequence": True}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}),
+        (2, {"context": 2, "zero_stage": 2}),
     ],
 )
-def test_a_run_stopped_at_any_step_logs_the_same_bits(ranks, parallel, run_values, tmp_path):
+def test_a_stopped_run_goes_on_with_the_same_bits(ranks, parallel, run_values, tmp_path):
     values = changed(run_values, checkpoint={"every_steps": 1}, parallel=parallel, train={"steps": 5})
     uninterrupted = train(values, ranks=ranks)
-    for step in (1, 2, 4):
+    for step in (1, 4):
         resumed = train(stopped_after(values, step, tmp_path / f"resumed{step}"), ranks=ranks)
         assert resumed == uninterrupted
 
@@ -52,22 +58,106 @@ def test_a_finished_run_does_nothing_more(run_values):
     assert {path: path.stat().st_mtime_ns for path in run_dir(run_values).glob("checkpoints/*/*")} == saved
 
 
-@pytest.mark.parametrize(
-    ("saved", "resumed"),
-    [
-        ((4, {"tensor": 2, "sequence": True, "zero_stage": 3}), (1, {"zero_stage": 1})),
-        ((2, {"zero_stage": 2}), (2, {"tensor": 2})),
-        ((1, {}), (2, {"zero_stage": 3})),
-    ],
-)
-def test_a_checkpoint_resumes_on_another_layout(saved, resumed, run_values, tmp_path):
-    values = changed(run_values, parallel=saved[1])
-    uninterrupted = train(values, ranks=saved[0])
-    moved = stopped_after(values, 3, tmp_path / "moved") | {"parallel": resumed[1]}
-    for record, expected in zip(train(moved, ranks=resumed[0]), uninterrupted, strict=True):
+MOVES = {
+    "TP2xDP2 ZeRO-3 to one": ((4, {"tensor": 2, "sequence": True, "zero_stage": 3}), (1, {})),
+    "DP2 ZeRO-2 to TP2": ((2, {"zero_stage": 2}), (2, {"tensor": 2})),
+    "one to DP2 ZeRO-3": ((1, {}), (2, {"zero_stage": 3})),
+    "TP2xPP2 to CP2xDP2 ZeRO-2": ((4, {"tensor": 2, "pipeline": 2}), (4, {"context": 2, "zero_stage": 2})),
+    "PP2xVPP2 to TP4": ((2, {"pipeline": 2, "virtual_pipeline": 2}), (4, {"tensor": 4, "sequence": True})),
+    "CP4 to PP2xDP2": ((4, {"context": 4}), (4, {"pipeline": 2})),
+    "TP4 to PP4": ((4, {"tensor": 4}), (4, {"pipeline": 4})),
+    "DP4 ZeRO-1 to PP2xVPP2": ((4, {"zero_stage": 1}), (2, {"pipeline": 2, "virtual_pipeline": 2})),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_checkpoint_resumes_on_another_layout(move, run_values, tmp_path):
+    (ranks, parallel), (other_ranks, other_parallel) = MOVES[move]
+    # An MLP width that no two ranks share equally, and an untied head in half of the moves.
+    model = {"mlp_size": 50, "tie_embeddings": len(move) % 2 == 0}
+    values = changed(run_values, parallel=parallel, model=model)
+    uninterrupted = train(values, ranks=ranks)
+    moved = stopped_after(values, 3, tmp_path / "moved") | {"parallel": other_parallel}
+
+    again = changed(moved, run={"dir": str(tmp_path / "again")})
+    run_world(load_and_save, moved, again, ranks=other_ranks)
+    before, after = (stored_tensors(checkpoint_folder(run_dir(v), 3)) for v in (values, again))
+    assert before.keys() == after.keys()
+    assert {name.partition(".")[0] for name in before} == {"model", "exp_avg", "exp_avg_sq"}
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+    for record, expected in zip(train(moved, ranks=other_ranks), uninterrupted, strict=True):
         assert record == pytest.approx(expected, rel=1e-5)
-    before, after = (open_checkpoint(checkpoint_folder(run_dir(v), 3)) for v in (values, moved))
-    assert all(torch.equal(before.read(name), after.read(name)) for name in before.shapes())
+
+
+def load_and_save(values, target):
+    """Takes a run's newest checkpoint over, without a step, and saves it into the run folder of other values."""
+    from sambalm.model.heads import kv_copies
+    from sambalm.parallel.state import start_world
+    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.run_state import find_resume_point, save_checkpoint
+    from sambalm.pretrain.trainer import build_training
+
+    config = parse_config(values, source="test")
+    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+        training = build_training(config, world=world, checkpoint=find_resume_point(config, world=world))
+        save_checkpoint(training, config=parse_config(target, source="test"), world=world, step=3)
+
+
+def stored_tensors(path):
+    """Every tensor of a checkpoint put together from its slices, which must fill it exactly once."""
+    wholes, filled = {}, {}
+    for name, pieces in open_checkpoint(path)._slices.items():
+        ends = [[o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in pieces]
+        wholes[name] = torch.full([max(dim) for dim in zip(*ends, strict=True)], float("nan"))
+        filled[name] = sum(torch.Size(p.sizes).numel() for p in pieces)
+        for piece in pieces:
+            with safe_open(piece.path, framework="pt") as file:
+                region = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
+                wholes[name][region] = file.get_tensor(name)
+    assert all(filled[name] == whole.numel() and not whole.isnan().any() for name, whole in wholes.items())
+    return wholes
+
+
+PEAK_OF_READING = """
+import sys
+from pathlib import Path
+
+import torch
+from sambalm.pretrain.checkpoint import open_checkpoint
+
+
+def resident_mb(field):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
+
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+shapes = checkpoint.shapes()
+checkpoint.read(min(shapes, key=lambda name: torch.Size(shapes[name]).numel()))  # loads what reading needs
+Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+before = resident_mb("VmRSS")
+for name in shapes:
+    assert checkpoint.read(name).shape == shapes[name]
+assert not torch.distributed.is_initialized()
+print(resident_mb("VmHWM") - before)
+"""
+
+
+def test_reading_offline_takes_the_memory_of_one_tensor(run_values):
+    large = {"hidden_size": 256, "mlp_size": 8192, "vocab_size": 4096}
+    run = {"train": {"steps": 1}, "validation": {"length_multiples": [1], "tokens": 64}}
+    values = changed(run_values, model=large, parallel={"tensor": 2}, **run)
+    train(values, ranks=2)
+    folder = checkpoint_folder(run_dir(values), 1)
+    sizes = [4e-6 * torch.Size(shape).numel() for shape in open_checkpoint(folder).shapes().values()]
+    assert sum(sizes) > 6 * max(sizes)
+    command = [sys.executable, "-c", PEAK_OF_READING, str(folder)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # what is freed goes back at once
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    peak_mb = float(result.stdout)
+    # The tensor, and its half that is being read: once in the file's pages and once as a tensor.
+    assert peak_mb < 2.5 * max(sizes)
 
 
 @pytest.fixture
@@ -136,8 +226,6 @@ def test_only_the_newest_checkpoints_are_kept(run_values):
 
 def train_with_a_full_disk(values):
     """Rank 1 cannot write a file of the size of its shard, as when its disk is full."""
-    import os
-
     from sambalm.pretrain.config import parse_config
     from sambalm.pretrain.trainer import train
 

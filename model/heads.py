@@ -1,0 +1,58 @@
+"""How attention heads are dealt to tensor-parallel ranks, for any number of query heads, kv heads and ranks."""
+
+from dataclasses import dataclass
+
+from sambalm.model.config import ATTENTION, ModelConfig
+from sambalm.parallel.sharding import Cut, cut
+from sambalm.parallel.state import TensorParallel
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """One rank's heads, as shares of the query width and of the key (and value) width."""
+
+    query: Cut
+    kv: Cut
+    kv_heads: int
+    kv_copies: int  # tensor-parallel ranks that hold the same kv heads; they add up their gradients
+    owns_kv: bool  # whether this rank's copy is the first
+
+
+def kv_copies(config: ModelConfig, tensor_parallel_size: int) -> int:
+    """How many ranks share each kv head: one while there are enough kv heads for all ranks, or no attention.
+
+    Raises:
+        ValueError: the heads cannot be dealt to so many ranks.
+    """
+    if ATTENTION not in config.pattern or tensor_parallel_size <= config.num_kv_heads:
+        return 1
+    copies, rest = divmod(tensor_parallel_size, config.num_kv_heads)
+    group = config.num_query_heads // config.num_kv_heads
+    if rest or copies > group:
+        raise ValueError(
+            f"{config.num_query_heads} query heads with {config.num_kv_heads} kv heads cannot be dealt to "
+            f"{tensor_parallel_size} tensor-parallel ranks"
+        )
+    return copies
+
+
+def share_heads(config: ModelConfig, tp: TensorParallel) -> HeadShare:
+    """Whole kv heads with all their query heads where there are enough; else one kv head and a share of its queries.
+
+    Raises:
+        ValueError: the heads cannot be dealt to so many ranks.
+    """
+    copies, head_dim = kv_copies(config, tp.size), config.head_dim
+    group_width = config.hidden_size // config.num_kv_heads  # of the query heads that read one kv head
+    owner, member = divmod(tp.rank, copies)
+    kv = cut(config.kv_size, TensorParallel(rank=owner, size=tp.size // copies), unit=head_dim)
+    within = cut(group_width, TensorParallel(rank=member, size=copies), unit=head_dim)
+    kv_heads = kv.length // head_dim
+    first = kv.start // head_dim * group_width
+    return HeadShare(
+        query=Cut(config.hidden_size, first + within.start, kv_heads * within.length),
+        kv=kv,
+        kv_heads=kv_heads,
+        kv_copies=copies,
+        owns_kv=member == 0,
+    )

@@ -1,0 +1,87 @@
+"""A step over a global batch, on the whole model or on a pipeline of its parts."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
+from sambalm.parallel.state import World
+from sambalm.parallel.zero import Engine
+
+
+class Execution(Protocol):
+    """How a rank takes its part in a step. Every method is collective."""
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Takes an optimizer step on this rank's micro-batches; returns their mean loss, fp32 []."""
+
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Losses of each micro-batch without training, fp32 [batch, this rank's part of the sequence]."""
+
+
+class WholeModel:
+    """Every rank holds all layers: DeepSpeed's engine runs each micro-batch."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        losses = []
+        for tokens, labels in micro_batches:
+            loss = self.engine(tokens, labels).mean()
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        self.engine.eval()
+        losses = [self.engine(tokens, labels) for tokens, labels in micro_batches]
+        self.engine.train()
+        return losses
+
+
+class PipelinedModel:
+    """Ranks hold parts of the layers: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
+
+    Args:
+        schedule: over this rank's parts.
+        tied_weight: this rank's copy of an embedding that first and last stage share; None elsewhere.
+    """
+
+    def __init__(self, engine: Engine, schedule: PipelineSchedule, *, tied_weight: nn.Parameter | None) -> None:
+        self.engine, self.schedule, self.tied_weight = engine, schedule, tied_weight
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        loss = self.schedule.train_step(micro_batches)
+        if self.tied_weight is not None:
+            dist.all_reduce(self.tied_weight.grad, group=parallel_state.get_embedding_group())
+        self.engine.step()
+        return loss
+
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        self.engine.eval()
+        losses = self.schedule.losses(micro_batches)
+        self.engine.train()
+        return losses
+
+
+def execution(
+    engine: Engine,
+    parts: Sequence[nn.Module],
+    *,
+    world: World,
+    hidden_size: int,
+    dtype: torch.dtype,
+    tied_weight: nn.Parameter | None,
+) -> Execution:
+    """The way to run this rank's parts of a model, which the engine holds."""
+    if world.pipeline.size == 1:
+        return WholeModel(engine)
+    schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
+    return PipelinedModel(engine, schedule, tied_weight=tied_weight)

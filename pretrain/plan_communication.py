@@ -1,0 +1,192 @@
+"""What a rank of a layout sends in a step, as the tensors that it hands to collectives and to other ranks.
+
+`handed_bytes` counts those input tensors: the whole tensor of an all-reduce and a reduce-scatter, the own share of an
+all-gather, what is sent to another rank. `wire_bytes` is what a ring then sends from each rank.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from sambalm.model.config import ATTENTION, MAMBA
+from sambalm.model.heads import kv_copies
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.plan_memory import (
+    ACTIVATION_BYTES,
+    FP32_BYTES,
+    MAX_LIVE_PARAMETERS,
+    PERSISTENT_ELEMENTS,
+    is_first,
+    is_last,
+    local_sizes,
+    micro_batch_tokens,
+    stage_letters,
+    stage_parameters,
+    stage_parts,
+)
+
+# What a ring sends from each of n ranks, over the bytes that the rank hands over.
+_RING = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "send": lambda n: 1,
+}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a rank hands to one operation of one dimension of the layout, over a whole step."""
+
+    dimension: str  # tensor, context, pipeline or data
+    operation: str
+    ranks: int
+    handed_bytes: float
+
+    @property
+    def wire_bytes(self) -> float:
+        return self.handed_bytes * _RING[self.operation](self.ranks)
+
+
+class _Ledger:
+    """Adds up bytes by dimension, operation and group size."""
+
+    def __init__(self) -> None:
+        self.handed: Counter[tuple[str, str, int]] = Counter()
+
+    def add(self, dimension: str, operation: str, ranks: int, handed_bytes: float) -> None:
+        if ranks > 1 and handed_bytes:
+            self.handed[dimension, operation, ranks] += handed_bytes
+
+    def transfers(self) -> list[Transfer]:
+        return [Transfer(*key, handed_bytes=handed) for key, handed in self.handed.items()]
+
+
+def step_transfers(config: RunConfig, *, stage: int, world_size: int) -> list[Transfer]:
+    """All that the busiest rank of a pipeline stage hands over in one step, but for single numbers."""
+    ledger, parallel = _Ledger(), config.parallel
+    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    for letter, count in stage_letters(config, stage):
+        _tensor_sublayer(ledger, config, letter, count * micro_batches)
+        _context_sublayer(ledger, config, letter, count * micro_batches)
+    for part in stage_parts(config)[stage]:
+        _tensor_ends(ledger, config, part, micro_batches)
+        _pipeline(ledger, config, part, micro_batches)
+    _replicas(ledger, config, stage, world_size=world_size, micro_batches=micro_batches)
+    return ledger.transfers()
+
+
+def _tensor_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: int) -> None:
+    """Of `passes` sublayers of a kind: as many as the stage has, times micro-batches."""
+    parallel, model = config.parallel, config.model
+    ranks, sequence = parallel.tensor, parallel.sequence
+    a, tokens = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
+    # A checkpointed sublayer runs again up to its last saved tensor, so all but its output's reduction.
+    forwards = 2 if parallel.recompute == "full" else 1
+    _linear_pair(ledger, config, forwards=forwards, passes=passes)
+    if sequence:  # the norm's weight
+        ledger.add("tensor", "all-reduce", ranks, passes * model.hidden_size * FP32_BYTES)
+    if letter == MAMBA:
+        projected = a * tokens * (model.dt_rank_size + 2 * model.d_state)
+        ledger.add("tensor", "all-reduce", ranks, passes * (forwards + 1) * projected)
+    if letter == ATTENTION and ranks > 1:
+        copies, kv = kv_copies(model, ranks), local_sizes(model, letter, ranks).kv
+        ledger.add("tensor", "all-reduce", copies, passes * FP32_BYTES * 2 * kv * model.hidden_size)
+
+
+def _linear_pair(ledger: _Ledger, config: RunConfig, *, forwards: int, passes: int) -> None:
+    """The column-parallel input and the row-parallel output of every sublayer."""
+    ranks = config.parallel.tensor
+    whole = passes * _hidden_bytes(config)
+    if config.parallel.sequence:
+        # Input: gathered forward and again backward, its gradient scattered. Output: scattered, its gradient gathered.
+        ledger.add("tensor", "all-gather", ranks, (forwards + 2) * whole / ranks)
+        ledger.add("tensor", "reduce-scatter", ranks, 2 * whole)
+    else:
+        ledger.add("tensor", "all-reduce", ranks, 2 * whole)
+
+
+def _hidden_bytes(config: RunConfig) -> int:
+    """The residual stream of a micro-batch, whole."""
+    return micro_batch_tokens(config) * config.model.hidden_size * ACTIVATION_BYTES[config.train.precision]
+
+
+def _tensor_ends(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
+    """The embedding's output, the head's input, and the loss's maximum, label and sum of each token in fp32."""
+    ranks, sequence, whole = config.parallel.tensor, config.parallel.sequence, micro_batches * _hidden_bytes(config)
+    if is_first(part, config.model):
+        ledger.add("tensor", "reduce-scatter" if sequence else "all-reduce", ranks, whole)
+        ledger.add("tensor", "all-gather", ranks, whole / ranks if sequence else 0)
+    if is_last(part, config.model):
+        ledger.add("tensor", "all-reduce", ranks, micro_batches * 3 * FP32_BYTES * micro_batch_tokens(config))
+        if sequence:
+            ledger.add("tensor", "all-gather", ranks, 2 * whole / ranks)
+            ledger.add("tensor", "reduce-scatter", ranks, whole)
+            ledger.add("tensor", "all-reduce", ranks, micro_batches * config.model.hidden_size * FP32_BYTES)
+        else:
+            ledger.add("tensor", "all-reduce", ranks, whole)
+
+
+def _context_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: int) -> None:
+    parallel, model = config.parallel, config.model
+    ranks, size = parallel.context, local_sizes(model, letter, parallel.tensor)
+    if ranks == 1:
+        return
+    a, batch = ACTIVATION_BYTES[config.train.precision], config.train.micro_batch_size
+    forwards = 2 if parallel.recompute == "full" else 1
+    if letter == MAMBA:
+        states = passes * 2 * batch * size.channels * model.d_state * FP32_BYTES
+        ledger.add("context", "all-gather", ranks, forwards * states)
+        ledger.add("context", "reduce-scatter", ranks, ranks * states)
+    halo, width = {MAMBA: (model.d_conv - 1, size.channels), ATTENTION: (model.window - 1, 2 * size.kv)}.get(
+        letter, (0, 0)
+    )
+    tokens = _halo_tokens(halo, config=config, forwards=forwards)
+    ledger.add("context", "send", ranks, passes * a * batch * width * tokens)
+
+
+def _halo_tokens(halo: int, *, config: RunConfig, forwards: int) -> int:
+    """Tokens that the busiest rank sends: forward to the ranks after it, backward their gradients to those before."""
+    ranks, part_tokens = config.parallel.context, config.data.sequence_length // config.parallel.context
+    hops = min(math.ceil(halo / part_tokens), ranks - 1)
+    sent = [min(part_tokens, halo - (hop - 1) * part_tokens) for hop in range(1, hops + 1)]
+    return max(forwards * sum(sent[: ranks - 1 - rank]) + sum(sent[:rank]) for rank in range(ranks))
+
+
+def _pipeline(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
+    """Outputs to the next part and gradients to the part before."""
+    hidden = _hidden_bytes(config) // (config.parallel.tensor if config.parallel.sequence else 1)
+    neighbours = (not is_first(part, config.model)) + (not is_last(part, config.model))
+    ledger.add("pipeline", "send", config.parallel.pipeline, micro_batches * neighbours * hidden)
+
+
+def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int, micro_batches: int) -> None:
+    """ZeRO's gradients and weights, over the ranks of the data and the context dimension."""
+    parallel, model = config.parallel, config.model
+    ranks = world_size // (parallel.tensor * parallel.pipeline)
+    weights = stage_parameters(config, stage) * FP32_BYTES
+    if parallel.zero_stage == 3:
+        ledger.add("data", "all-gather", ranks, _gathered_bytes(config, stage, micro_batches=micro_batches) / ranks)
+        ledger.add("data", "reduce-scatter", ranks, micro_batches * weights)
+    else:
+        ledger.add("data", "all-reduce", ranks, weights * (micro_batches if parallel.zero_stage == 2 else 1))
+        ledger.add("data", "all-gather", ranks, weights / ranks)
+    ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
+    at_end = stage in (0, parallel.pipeline - 1)
+    if model.tie_embeddings and parallel.pipeline > 1 and ends and at_end:
+        rows = model.vocab_size // parallel.tensor
+        ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES)
+
+
+def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> float:
+    """Weights that ZeRO-3 gathers: for each micro-batch's forward, what it may not keep alive again for the backward.
+
+    Tensors below its persistence threshold are gathered once a step.
+    """
+    model, whole = config.model, stage_parameters(config, stage)
+    tensor = config.parallel.tensor
+    small = sum(number * local_sizes(model, letter, tensor).small for letter, number in stage_letters(config, stage))
+    embedding = model.vocab_size // tensor * model.hidden_size
+    small += model.hidden_size + (embedding if embedding < PERSISTENT_ELEMENTS else 0)
+    again = max(0, whole - MAX_LIVE_PARAMETERS)
+    return FP32_BYTES * (micro_batches * (whole - small + again) + small)

@@ -1,0 +1,387 @@
+"""What a rank of a layout holds in memory: weights, gradients, optimizer states, activations and buffers.
+
+Activations are what autograd saves, counted by formula for each kind of sublayer. T: tokens of a micro-batch on the
+rank, D: Mamba's channels on the rank, N: states; `a` is the bytes of an activation (2 in bf16).
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from sambalm.model.build import part_layers
+from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
+from sambalm.model.heads import kv_copies, share_heads
+from sambalm.model.ops.kernels import TORCH_KERNELS
+from sambalm.model.ops.selective_scan import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
+from sambalm.model.ops.window_attention import MAX_BLOCK_QUERIES, MIN_BLOCK_QUERIES
+from sambalm.model.samba import Sublayer
+from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.sharding import cut
+from sambalm.parallel.state import TensorParallel
+from sambalm.pretrain.config import RunConfig
+
+FP32_BYTES = 4
+ACTIVATION_BYTES = {"bf16": 2, "fp32": 4}
+KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
+
+# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stages 1 and 2 allocate the bucket while gradients
+# are reduced, stage 3 keeps it; stage 3 keeps gathered weights while they number fewer than max_live_parameters, and
+# tensors below param_persistence_threshold always.
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+PERSISTENT_ELEMENTS = 100_000
+MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a pair of fp32 states for each
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """Which implementations' saved tensors to count."""
+
+    cuda: bool  # mamba-ssm, causal-conv1d and flash attention; else the ones in plain PyTorch
+
+    def scan_is_cuda(self, config: RunConfig) -> bool:
+        return self.cuda and config.parallel.context == 1  # mamba-ssm takes no initial state
+
+
+CUDA = KernelSet(cuda=True)
+CPU = KernelSet(cuda=False)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at its fullest, by part."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    mamba_bytes: int
+    attention_bytes: int
+    mlp_bytes: int
+    ends_bytes: int  # saved by embedding, final norm, head and loss, and what a pipeline keeps between parts
+    workspace_bytes: int  # what the backward needs beside what was saved
+    communication_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.state_bytes + self.saved_bytes + self.workspace_bytes + self.communication_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """Activations that wait for their backward."""
+        return self.mamba_bytes + self.attention_bytes + self.mlp_bytes + self.ends_bytes
+
+
+@dataclass(frozen=True)
+class LocalSizes:
+    """The first tensor-parallel rank's share of a sublayer, which is the largest."""
+
+    parameters: int
+    small: int  # of them in tensors that ZeRO-3 never releases
+    matrix: int  # elements of the weights that are cast to the activations' dtype for matrix products
+    channels: int
+    query: int
+    kv: int
+    mlp: int
+
+
+@lru_cache(maxsize=256)
+def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSizes:
+    """Counts the real module on the meta device."""
+    copies = kv_copies(model, tensor_ranks) if ATTENTION in model.pattern else 1
+    tp = TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
+    with torch.device("meta"):
+        module = Sublayer(letter, model, tp=tp, kernels=TORCH_KERNELS)
+    parameters = dict(module.named_parameters())
+    apart = ("A_log", "conv.weight")
+    matrices = [p for name, p in parameters.items() if p.dim() == 2 and not name.endswith(apart)]
+    share = share_heads(model, tp) if letter == ATTENTION else None
+    return LocalSizes(
+        parameters=sum(p.numel() for p in parameters.values()),
+        small=sum(p.numel() for p in parameters.values() if p.numel() < PERSISTENT_ELEMENTS),
+        matrix=sum(p.numel() for p in matrices),
+        channels=cut(model.inner_size, tp).length,
+        query=share.query.length if share else 0,
+        kv=share.kv.length if share else 0,
+        mlp=cut(model.mlp_size, tp).length,
+    )
+
+
+def stage_parts(config: RunConfig) -> list[list[range]]:
+    """The sublayers of each part on each pipeline stage."""
+    parallel = config.parallel
+    layers = tuple(parallel.pipeline_layers) if parallel.pipeline_layers else None
+    return _stage_parts(
+        config.model, parallel.pipeline, parallel.virtual_pipeline, layers, sequence_length=config.data.sequence_length
+    )
+
+
+@lru_cache(maxsize=256)
+def _stage_parts(
+    model: ModelConfig, stages: int, chunks: int, layers: tuple[int, ...] | None, *, sequence_length: int
+) -> list[list[range]]:
+    parallel = ParallelConfig(
+        pipeline=stages, virtual_pipeline=chunks, pipeline_layers=None if layers is None else list(layers)
+    )
+    parts = part_layers(model, parallel, sequence_length=sequence_length)
+    return [parts[stage::stages] for stage in range(stages)]
+
+
+def stage_parameters(config: RunConfig, stage: int) -> int:
+    """Parameters of the largest rank of a pipeline stage, before ZeRO partitions them; a shared embedding once."""
+    model, tensor = config.model, config.parallel.tensor
+    parts = stage_parts(config)[stage]
+    count = sum(
+        number * local_sizes(model, letter, tensor).parameters for letter, number in stage_letters(config, stage)
+    )
+    first, last = (any(end(part, model) for part in parts) for end in (is_first, is_last))
+    embedding = model.vocab_size // tensor * model.hidden_size
+    if first and last and not (model.tie_embeddings and len(parts) > 1):
+        count += embedding * (1 if model.tie_embeddings else 2)
+    else:
+        count += embedding * (first + last)
+    return count + model.hidden_size * last
+
+
+def stage_letters(config: RunConfig, stage: int) -> list[tuple[str, int]]:
+    """Kinds of sublayers on a stage, and how many of each."""
+    parts = stage_parts(config)[stage]
+    return list(Counter("".join(config.model.pattern[part.start : part.stop] for part in parts)).items())
+
+
+def is_first(part: range, model: ModelConfig) -> bool:
+    return part.start == 0
+
+
+def is_last(part: range, model: ModelConfig) -> bool:
+    return part.stop == len(model.pattern)
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Tokens of a micro-batch on one rank; tensor-parallel ranks work on the same ones."""
+    return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
+
+
+def rank_memory(config: RunConfig, *, stage: int, world_size: int, kernels: KernelSet = CUDA) -> RankMemory:
+    """Estimates the fullest rank of a pipeline stage."""
+    parallel = config.parallel
+    weights, gradients, optimizer = _state_bytes(config, stage=stage, world_size=world_size)
+    saved = dict.fromkeys(("mamba", "attention", "mlp", "ends"), 0)
+    parts = stage_parts(config)[stage]
+    in_flight = Counter(chunks_in_flight(config, stage=stage, world_size=world_size))
+    for number, forwards in in_flight.items():
+        for kind, kept in part_saved_bytes(config, parts[number], kernels=kernels).items():
+            saved[kind] += forwards * kept
+    return RankMemory(
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer,
+        **{f"{kind}_bytes": kept for kind, kept in saved.items()},
+        workspace_bytes=max(_workspace_bytes(config, part, kernels=kernels) for part in parts),
+        communication_bytes=REDUCE_BUCKET_ELEMENTS * FP32_BYTES
+        + (_gather_buffer_bytes(config) if parallel.sequence else 0),
+    )
+
+
+def _state_bytes(config: RunConfig, *, stage: int, world_size: int) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer states. ZeRO's partition of the weights counts as the optimizer's."""
+    parallel, parameters = config.parallel, stage_parameters(config, stage)
+    whole = parameters * FP32_BYTES
+    share = math.ceil(whole / (world_size // (parallel.tensor * parallel.pipeline)))
+    optimizer = 3 * share  # the partition that the optimizer steps, and two moments
+    if parallel.zero_stage == 1:
+        return whole, whole, optimizer
+    if parallel.zero_stage == 2:
+        return whole, share, optimizer
+    gathered = min(whole, MAX_LIVE_PARAMETERS * FP32_BYTES) if share < whole else 0
+    return share + gathered, share, optimizer
+
+
+def chunks_in_flight(config: RunConfig, *, stage: int, world_size: int) -> list[int]:
+    """The parts (by number on the stage) of all forwards that wait for their backward when a stage is fullest."""
+    parallel = config.parallel
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    if chunks == 1:
+        return [0] * min(stages - stage, micro_batches)
+    # megatron-core's interleaved schedule: warm-up forwards, and the one before the first backward; it takes the chunks
+    # in rounds of one micro-batch a stage.
+    forwards = min((stages - stage - 1) * 2 + (chunks - 1) * stages + 1, micro_batches * chunks)
+    return [number // stages % chunks for number in range(forwards)]
+
+
+def part_saved_bytes(config: RunConfig, part: range, *, kernels: KernelSet) -> dict[str, int]:
+    """What autograd keeps of one forward through a part, by kind of sublayer."""
+    model, recompute = config.model, config.parallel.recompute
+    saved = dict.fromkeys(("mamba", "attention", "mlp", "ends"), 0)
+    for letter, count in Counter(model.pattern[part.start : part.stop]).items():
+        saved[KINDS[letter]] = count * sublayer_saved_bytes(config, letter, kernels=kernels, recompute=recompute)
+    if is_last(part, model):
+        saved["ends"] += head_saved_bytes(config, kernels=kernels)
+    if is_first(part, model):
+        saved["ends"] += micro_batch_tokens(config) * 8  # the tokens, int64
+    if config.parallel.pipeline > 1:
+        saved["ends"] += 2 * _residual_bytes(config)  # the part's input and output, which the schedule keeps
+    # Rotary tables, once for all sublayers.
+    saved["ends"] += FP32_BYTES * model.head_dim * config.data.sequence_length // config.parallel.context
+    return saved
+
+
+def sublayer_saved_bytes(config: RunConfig, letter: str, *, kernels: KernelSet, recompute: str) -> int:
+    """What autograd keeps of one sublayer under a setting of parallel.recompute."""
+    if recompute == "full":
+        return _residual_bytes(config)
+    inside = recompute == "none"
+    size = local_sizes(config.model, letter, config.parallel.tensor)
+    a = ACTIVATION_BYTES[config.train.precision]
+    weights = size.matrix * a if a < FP32_BYTES else 0  # the casts of the weights
+    own = {MAMBA: _mamba_bytes, ATTENTION: _attention_bytes, MLP: _mlp_bytes}[letter]
+    return _norm_bytes(config, kernels) + weights + own(config, size, kernels, inside)
+
+
+def _residual_bytes(config: RunConfig) -> int:
+    """The residual stream once."""
+    tokens = micro_batch_tokens(config) // (config.parallel.tensor if config.parallel.sequence else 1)
+    return tokens * config.model.hidden_size * ACTIVATION_BYTES[config.train.precision]
+
+
+def _norm_bytes(config: RunConfig, kernels: KernelSet) -> int:
+    """The input in fp32 and its statistics, on the CPU also the input times them; and the output for what follows."""
+    residual = _residual_bytes(config)
+    elements = residual // ACTIVATION_BYTES[config.train.precision]
+    wide = elements * FP32_BYTES * (1 if kernels.cuda else 2)
+    return wide + elements // config.model.hidden_size * FP32_BYTES + residual
+
+
+def _mamba_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
+    a, T, D = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config), size.channels
+    N, R = config.model.d_state, config.model.dt_rank_size
+    scan_cuda, narrow, context = kernels.scan_is_cuda(config), a < FP32_BYTES, config.parallel.context > 1
+    halo = config.train.micro_batch_size * (config.model.d_conv - 1)
+    total = 2 * D * N * FP32_BYTES  # A's exponential and its negative
+    total += a * T * D * 2 + a * T * (R + 2 * N)  # the outputs of conv and scan, x_proj's output
+    total += 0 if kernels.cuda else a * (2 * T + halo) * D  # the convolution's input with what precedes, and its sum
+    if context:
+        total += (
+            a * T * D
+            + FP32_BYTES * T * (D * (3 if narrow else 2) + 2 * N)
+            + _state_bytes_of(config, D, kernels=kernels)
+        )
+    # x and z are one tensor: it stays whole for a kernel that keeps either.
+    total += a * T * 2 * D if kernels.cuda or not narrow or not inside else 0
+    if not inside:
+        return total + a * T * D  # dt
+    total += _state_bytes_of(config, D, kernels=kernels)
+    if scan_cuda:
+        return total + a * T * (4 * D + 2 * N)  # u, dt, z, B and C time-innermost, and the output before the gate
+    # u and z in fp32 where they were not; softplus's argument and result, the sum with the skip, the gate.
+    return total + FP32_BYTES * T * ((6 * D + 2 * N) if narrow else 4 * D)
+
+
+def _state_bytes_of(config: RunConfig, channels: int, *, kernels: KernelSet) -> int:
+    """The states that a scan keeps at the borders of its chunks."""
+    batch, length = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
+    one = batch * channels * config.model.d_state
+    if kernels.scan_is_cuda(config):
+        return math.ceil(length / MAMBA_SSM_CHUNK_TOKENS) * 2 * one * FP32_BYTES
+    return math.ceil(length / _chunk_tokens(one, kernels)) * one * FP32_BYTES
+
+
+def _attention_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
+    a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
+    length, context = config.data.sequence_length // config.parallel.context, config.parallel.context
+    total = a * T * 2 * size.query  # the rotated queries, and o_proj's input
+    if context > 1:  # keys and values with the neighbours', in one tensor
+        before = min(config.model.window - 1, (context - 1) * length)
+        total += a * config.train.micro_batch_size * (length + before) * 2 * size.kv
+    else:
+        total += a * T * (size.query + 3 * size.kv)  # the projections, for the values, and the rotated keys
+    if not inside:
+        return total
+    total += a * T * size.query + FP32_BYTES * T * size.query // config.model.head_dim  # output, log-sum-exp
+    return total + (0 if kernels.cuda else _joined_blocks_bytes(config, size))
+
+
+def _joined_blocks_bytes(config: RunConfig, size: LocalSizes) -> int:
+    """The masks of the attention in plain PyTorch, and the keys and values that each block of queries joins."""
+    a, window = ACTIVATION_BYTES[config.train.precision], config.model.window
+    length = config.data.sequence_length // config.parallel.context
+    before = min(window - 1, (config.parallel.context - 1) * length)
+    if before == 0 and length <= window:
+        return 0
+    block = max(MIN_BLOCK_QUERIES, min(window, MAX_BLOCK_QUERIES))
+    total = 0
+    starts = [0, *range(before + block, before + length, block), before + length]
+    for number in range(len(starts) - 1):
+        first_query = starts[number] if number else before
+        first_key = max(start for start in starts if start <= max(0, first_query - window + 1))
+        keys, queries = starts[number + 1] - first_key, starts[number + 1] - first_query
+        total += queries * keys * a
+        if first_key != starts[number]:
+            total += config.train.micro_batch_size * keys * 2 * size.kv * a
+    return total
+
+
+def _mlp_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
+    """Gate and up, SiLU of the gate, and their product."""
+    return ACTIVATION_BYTES[config.train.precision] * micro_batch_tokens(config) * 4 * size.mlp
+
+
+def head_saved_bytes(config: RunConfig, *, kernels: KernelSet) -> int:
+    a, vocabulary = ACTIVATION_BYTES[config.train.precision], config.model.vocab_size // config.parallel.tensor
+    log_probabilities = FP32_BYTES * micro_batch_tokens(config) * vocabulary
+    labels = 8 * micro_batch_tokens(config)
+    cast = vocabulary * config.model.hidden_size * a if a < FP32_BYTES else 0
+    return _norm_bytes(config, kernels) + log_probabilities + labels + cast
+
+
+def _workspace_bytes(config: RunConfig, part: range, *, kernels: KernelSet) -> int:
+    """What the dearest moment of a part's backward needs beside all that its forward kept."""
+    model, recompute = config.model, config.parallel.recompute
+    a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
+    moments, freed = [0], 0
+    if is_last(part, model):
+        # Gradients of the log-probabilities and of the logits; over several ranks the first is written in place.
+        widths = 2 * FP32_BYTES if config.parallel.tensor == 1 else 2 * a
+        moments.append(widths * T * model.vocab_size // config.parallel.tensor)
+        freed = head_saved_bytes(config, kernels=kernels)  # before any sublayer's backward
+    for letter in set(model.pattern[part.start : part.stop]):
+        kept, whole = (
+            sublayer_saved_bytes(config, letter, kernels=kernels, recompute=setting) for setting in (recompute, "none")
+        )
+        again = {"none": 0, "selective": max(0, whole - kept), "full": whole}[recompute]
+        moments.append(again + _gradient_bytes(config, letter, kernels=kernels) - freed)
+    return max(moments)
+
+
+def _gradient_bytes(config: RunConfig, letter: str, *, kernels: KernelSet) -> int:
+    """The widest gradients that are alive together in a sublayer's backward, and that of its residual stream."""
+    a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
+    size = local_sizes(config.model, letter, config.parallel.tensor)
+    widths = {
+        MAMBA: FP32_BYTES * 4 * size.channels,
+        ATTENTION: a * 2 * (size.query + 2 * size.kv),
+        MLP: a * 4 * size.mlp,
+    }[letter]
+    chunk = 0
+    if letter == MAMBA and not kernels.scan_is_cuda(config):  # decays, states, gradients and a product of theirs
+        token = config.train.micro_batch_size * size.channels * config.model.d_state
+        chunk = 4 * FP32_BYTES * token * _chunk_tokens(token, kernels)
+    return T * widths + 2 * _residual_bytes(config) + chunk
+
+
+def _chunk_tokens(token_elements: int, kernels: KernelSet) -> int:
+    """Tokens that the scan in plain PyTorch takes at a time."""
+    elements = CHUNK_ELEMENTS["cuda" if kernels.cuda else "cpu"]
+    return max(1, min(MAX_CHUNK_TOKENS, elements // token_elements))
+
+
+def _gather_buffer_bytes(config: RunConfig) -> int:
+    """megatron-core's buffer that sequence parallelism gathers a layer's input into."""
+    return micro_batch_tokens(config) * config.model.hidden_size * ACTIVATION_BYTES[config.train.precision]

@@ -1,0 +1,122 @@
+"""What context-parallel ranks send each other: the right values both ways, and as few bytes for any length."""
+
+import pytest
+import torch
+from context_parallel import Cut, passed_states, passed_window
+from worlds import run_world
+
+from sambalm.model.config import ModelConfig
+from sambalm.parallel.config import ParallelConfig
+
+BATCH, WIDTH, STATES = 2, 3, 4
+
+
+def tokens_before_on_rank(part_tokens: int, tokens: int) -> tuple:
+    """What a rank fetches, and the gradient of its own tokens when each fetched token weighs its own amount."""
+    from sambalm.parallel.context_parallel import tokens_before
+    from sambalm.parallel.state import start_world, world_size
+
+    with start_world(ParallelConfig(context=world_size())) as world:
+        cp = world.context
+        whole = torch.randn(BATCH, part_tokens * cp.size, WIDTH, generator=torch.Generator().manual_seed(0))
+        own = cp.part(whole).clone().requires_grad_()
+        fetched = tokens_before(own, tokens, cp=cp)
+        (fetched * _weights(cp.rank, fetched)).sum().backward()
+    return fetched.detach().numpy(), own.grad.numpy()
+
+
+def _weights(rank: int, fetched: torch.Tensor) -> torch.Tensor:
+    return torch.randn(fetched.shape, generator=torch.Generator().manual_seed(rank + 1))
+
+
+# One neighbour, all of one, several, more than there are before any rank but the last, everything, nothing.
+@pytest.mark.parametrize(("part_tokens", "tokens"), [(8, 3), (4, 4), (3, 7), (2, 5), (2, 100), (4, 0)])
+def test_tokens_before_equal_a_slice_of_the_whole_both_ways(part_tokens, tokens):
+    ranks = 4
+    whole = torch.randn(BATCH, part_tokens * ranks, WIDTH, generator=torch.Generator().manual_seed(0))
+    whole.requires_grad_()
+    results = run_world(tokens_before_on_rank, part_tokens, tokens, ranks=ranks)
+    for rank, (fetched, _) in enumerate(results):
+        start = rank * part_tokens
+        expected = whole[:, max(0, start - tokens) : start]
+        assert torch.equal(torch.from_numpy(fetched), expected)
+        (expected * _weights(rank, expected)).sum().backward()
+    gradient = torch.cat([torch.from_numpy(gradient) for _, gradient in results], dim=1)
+    torch.testing.assert_close(gradient, whole.grad)
+
+
+def state_on_rank() -> tuple:
+    """The state at a rank's start and the gradients of its factors."""
+    from sambalm.parallel.context_parallel import state_at_start
+    from sambalm.parallel.state import start_world, world_size
+
+    with start_world(ParallelConfig(context=world_size())) as world:
+        rank = world.context.rank
+        decay, reached = (factor[rank].clone().requires_grad_() for factor in _factors(world.context.size))
+        state = state_at_start(decay, reached, cp=world.context)
+        (state * (rank + 1)).sum().backward()
+    return state.detach().numpy(), decay.grad.numpy(), reached.grad.numpy()
+
+
+def _factors(ranks: int) -> torch.Tensor:
+    factors = torch.rand(2, ranks, BATCH, WIDTH, STATES, generator=torch.Generator().manual_seed(3))
+    return factors.double()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_states_at_start_equal_a_loop_over_ranks_both_ways(ranks):
+    decay, reached = (factor.clone().requires_grad_() for factor in _factors(ranks))
+    state, states = torch.zeros_like(reached[0]), []
+    for rank in range(ranks):
+        states.append(state)
+        state = decay[rank] * state + reached[rank]
+    sum((state * (rank + 1)).sum() for rank, state in enumerate(states)).backward()
+    for rank, found in enumerate(run_world(state_on_rank, ranks=ranks)):
+        for values, expected in zip(found, (states[rank], decay.grad[rank], reached.grad[rank]), strict=True):
+            assert torch.from_numpy(values).dtype == torch.float64
+            torch.testing.assert_close(torch.from_numpy(values), expected.detach(), rtol=1e-13, atol=1e-15)
+
+
+MODEL = {"hidden_size": 16, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size": 8, "window": 5, "vocab_size": 32}
+
+
+def bytes_on_rank(letter: str, length: int) -> tuple[int, int]:
+    """Bytes that a rank hands to torch.distributed for others in one sublayer's forward, and in its backward."""
+    from context_parallel import count_sent
+
+    from sambalm.parallel.state import start_world, world_size
+
+    with start_world(ParallelConfig(context=world_size())) as world:
+        return count_sent(ModelConfig(pattern=letter, **MODEL), batch=BATCH, length=length, cp=world.context)
+
+
+@pytest.mark.parametrize("letter", ["M", "*", "-"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_sent_are_the_formulas_and_do_not_grow_with_the_sequence(letter, ranks):
+    short, long = (run_world(bytes_on_rank, letter, length, ranks=ranks) for length in (32, 128))
+    assert short == long
+    for rank, (forward, backward) in enumerate(short):
+        assert forward == _bytes(letter, to_neighbour=rank < ranks - 1, ranks=ranks)
+        assert backward == _bytes(letter, to_neighbour=rank > 0, ranks=ranks)
+    if ranks > 2:
+        formula = {"M": passed_states, "*": passed_window, "-": lambda config, cut: 0}[letter]
+        inner = formula(ModelConfig(pattern=letter, **MODEL), Cut(128, ranks, element_bytes=4))
+        assert sum(long[1]) == sum(long[2]) == BATCH * inner
+
+
+def _bytes(letter: str, *, to_neighbour: bool, ranks: int) -> int:
+    """fp32. To one neighbour the convolution's or the window's tokens; to every other rank decay and state."""
+    config = ModelConfig(pattern=letter, **MODEL)
+    conv = (config.d_conv - 1) * config.inner_size * to_neighbour
+    states = (ranks - 1) * 2 * config.inner_size * config.d_state
+    window = (config.window - 1) * 2 * config.kv_size * to_neighbour
+    return 4 * BATCH * {"M": conv + states, "*": window, "-": 0}[letter]
+
+
+def test_what_a_neighbour_sends_grows_only_until_its_part_is_as_long_as_the_window():
+    totals = [sum(map(sum, run_world(bytes_on_rank, "*", length, ranks=4))) for length in (8, 16, 64)]
+    window, kv = MODEL["window"], 2 * MODEL["num_kv_heads"] * MODEL["hidden_size"] // MODEL["num_query_heads"]
+    for total, length in zip(totals, (8, 16, 64), strict=True):
+        fetched = sum(min(window - 1, rank * length // 4) for rank in range(4))
+        assert total == 2 * 4 * BATCH * fetched * kv, length
+    assert totals[0] < totals[1] == totals[2]

@@ -1,0 +1,81 @@
+"""Which layers each pipeline stage gets."""
+
+import itertools
+import random
+
+import pytest
+
+from sambalm.model.build import part_layers
+from sambalm.model.config import ModelConfig
+from sambalm.model.flops import layer_flops
+from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.stages import balanced_stages
+
+SIZES = {"hidden_size": 64, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size": 128, "window": 16}
+
+
+def dearest(counts, costs, *, first, last):
+    """What the dearest part costs."""
+    ends = list(itertools.accumulate(counts))
+    parts = [sum(costs[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    parts[0] += first
+    parts[-1] += last
+    return max(parts)
+
+
+def every_cut(layers, parts):
+    """All ways to give each part a layer at least."""
+    for borders in itertools.combinations(range(1, layers), parts - 1):
+        yield [end - start for start, end in itertools.pairwise((0, *borders, layers))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_balanced_stages_are_as_good_as_the_best_of_all_cuts(seed):
+    draw = random.Random(seed)
+    layers = draw.randint(1, 9)
+    parts = draw.randint(1, layers)
+    costs = [draw.choice([1.0, 3.0, draw.random() * 10]) for _ in range(layers)]
+    ends = {"first": draw.choice([0.0, 2.0, 50.0]), "last": draw.choice([0.0, 5.0, 50.0])}
+    counts = balanced_stages(costs, parts=parts, **ends)
+    assert len(counts) == parts
+    assert sum(counts) == layers
+    assert min(counts) > 0
+    best = min(dearest(cut, costs, **ends) for cut in every_cut(layers, parts))
+    assert dearest(counts, costs, **ends) == pytest.approx(best, rel=1e-12)
+
+
+def test_a_head_dearer_than_all_layers_still_leaves_each_part_one():
+    """An empty part would be the model's last as well as the one before it, and both would compute the head."""
+    assert balanced_stages([1.0] * 4, parts=4, last=100.0) == [1, 1, 1, 1]
+    assert balanced_stages([1.0] * 5, parts=2, last=100.0) == [4, 1]
+    assert balanced_stages([1.0] * 5, parts=2, first=100.0) == [1, 4]
+
+
+def parts_of(parallel, **model):
+    config = ModelConfig(**SIZES | {"vocab_size": 64} | model)
+    return part_layers(config, ParallelConfig(**parallel), sequence_length=32)
+
+
+def test_parts_follow_pipeline_layers():
+    parallel = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [1, 3, 2, 2]}
+    assert parts_of(parallel, pattern="M-*-M-*-") == [range(0, 1), range(1, 4), range(4, 6), range(6, 8)]
+
+
+def test_one_part_holds_everything():
+    assert parts_of({}, pattern="M-*-") == [range(4)]
+
+
+def test_dear_layers_are_counted_by_their_operations():
+    """Of two halves of a pattern, the one with dear layers holds fewer."""
+    config = ModelConfig(pattern="M" * 4 + "-" * 8, **SIZES | {"vocab_size": 8, "mlp_size": 8})
+    costs = layer_flops(config, sequence_length=32)
+    assert costs[0] > 5 * costs[-1]
+    dear, cheap = part_layers(config, ParallelConfig(pipeline=2), sequence_length=32)
+    assert len(dear) < len(cheap)
+    assert sum(costs[i] for i in dear) == pytest.approx(sum(costs) / 2, rel=0.4)
+
+
+def test_the_part_with_the_head_holds_fewer_layers():
+    small, large = (parts_of({"pipeline": 2}, pattern="- x 12", vocab_size=size)[-1] for size in (8, 1600))
+    assert len(small) == 6
+    assert len(large) == 4  # the head costs as much as 4.2 layers

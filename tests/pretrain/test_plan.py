@@ -1,0 +1,300 @@
+"""The planner's formulas against tensors and messages counted in real runs on the CPU."""
+
+import copy
+import gc
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from plan_counters import HandedBytes, LiveBytes
+from typer.testing import CliRunner
+from worlds import run_world
+
+from sambalm.model.ops.kernels import TORCH_KERNELS
+from sambalm.model.samba import Samba
+from sambalm.parallel.state import TensorParallel
+from sambalm.pretrain.cli import app
+from sambalm.pretrain.config import RunConfig, load_config, parse_config
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
+from sambalm.pretrain.plan_communication import step_transfers
+from sambalm.pretrain.plan_hardware import DEVICES
+from sambalm.pretrain.plan_memory import CPU, rank_memory, stage_parameters, stage_parts
+from sambalm.pretrain.trainer import DTYPES
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config_of(*, parallel: dict | None = None, train: dict | None = None, **model) -> RunConfig:
+    values = {
+        "format_version": 1,
+        "run": {"dir": "unused"},
+        "model": {
+            "pattern": "M-*-",
+            "hidden_size": 64,
+            "num_query_heads": 4,
+            "num_kv_heads": 2,
+            "mlp_size": 96,
+            "window": 16,
+            "vocab_size": 2048,
+        }
+        | model,
+        "data": {"train": "unused", "sequence_length": 192},
+        "train": {"steps": 2, "global_batch_tokens": 4 * 192, "micro_batch_size": 2, "precision": "bf16"}
+        | (train or {}),
+        "optimizer": {"peak_lr": 1e-3},
+        "parallel": parallel or {},
+    }
+    return parse_config(values, source="test")
+
+
+def counted_activations(config: RunConfig) -> tuple[int, int]:
+    """Bytes that a real forward leaves for its backward, and at most during both."""
+    recompute = config.parallel.recompute
+    model = Samba(
+        config.model,
+        kernels=TORCH_KERNELS.recomputing() if recompute == "selective" else TORCH_KERNELS,
+        dtype=DTYPES[config.train.precision],
+        recompute_layers=recompute == "full",
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.sequence_length))
+    with LiveBytes() as live:
+        live.leave_out([*model.parameters(), *(parameter.grad for parameter in model.parameters()), tokens])
+        loss = model(tokens, tokens).mean()
+        kept = live.now_bytes
+        loss.backward()
+    return kept, live.peak_bytes
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"pattern": "M-*- x 2"},
+        {"pattern": "M-", "d_state": 8},
+        {"pattern": "*-", "num_kv_heads": 4, "window": 200},
+        {"pattern": "M*", "num_kv_heads": 1, "mlp_size": 40},
+    ],
+    ids=lambda model: model["pattern"],
+)
+def test_activations_are_what_a_real_run_keeps(model, precision, recompute):
+    config = config_of(parallel={"recompute": recompute}, train={"precision": precision}, **model)
+    kept, peak = counted_activations(config)
+    memory = rank_memory(config, stage=0, world_size=1, kernels=CPU)
+    assert memory.saved_bytes == pytest.approx(kept, rel=0.02)
+    assert memory.saved_bytes + memory.workspace_bytes == pytest.approx(peak, rel=0.1)
+
+
+def kept_on_rank(values: dict) -> int:
+    """Bytes that the rank's real forward leaves for its backward, without the weights."""
+    from sambalm.model.build import build_parts
+    from sambalm.model.heads import kv_copies
+    from sambalm.parallel.state import start_world
+
+    config = RunConfig.model_validate(values)
+    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+        (model,) = build_parts(
+            config.model,
+            config.parallel,
+            world=world,
+            kernels=TORCH_KERNELS,
+            dtype=DTYPES[config.train.precision],
+            sequence_length=config.data.sequence_length,
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
+        tokens = torch.randint(0, 64, shape)
+        with LiveBytes() as live:
+            live.leave_out([*model.parameters(), tokens])
+            loss = model(tokens, tokens).mean()
+            kept = live.now_bytes
+        loss.backward()  # no rank leaves while another still communicates
+    return kept
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}], ids=str)
+def test_activations_of_layouts_are_what_a_real_rank_keeps(parallel, precision, recompute):
+    config = config_of(parallel=parallel | {"recompute": recompute}, train={"precision": precision})
+    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=2))
+    memory = rank_memory(config, stage=0, world_size=2, kernels=CPU)
+    # The buffer for gathered sequences is alive as well.
+    gathered = memory.communication_bytes % (4 * 500_000_000)
+    assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"tensor": 2}, {"tensor": 4}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}],
+    ids=str,
+)
+def test_parameters_are_those_of_the_real_parts(parallel, tied):
+    config = config_of(parallel=parallel, tie_embeddings=tied, mlp_size=100)
+    tensor = TensorParallel(rank=0, size=config.parallel.tensor, copy_groups={2: None})
+    for stage, parts in enumerate(stage_parts(config)):
+        with torch.device("meta"):
+            modules = [Samba(config.model, layers=part, tp=tensor) for part in parts]
+        count = sum(p.numel() for module in modules for p in module.parameters())
+        assert stage_parameters(config, stage) == count
+
+
+def states_on_rank(values: dict) -> tuple[int, int, int]:
+    """Live bytes before a step, between a step's micro-batches and after it, without DeepSpeed's bucket."""
+    from sambalm.parallel.state import start_world
+    from sambalm.pretrain.trainer import build_training
+
+    config, counts = RunConfig.model_validate(values), []
+
+    def count() -> None:
+        gc.collect()
+        counts.append(live.now_bytes % (4 * 500_000_000))
+
+    with start_world(config.parallel) as world, LiveBytes() as live:
+        training = build_training(config, world=world, checkpoint=None)
+        engine = training.engine
+        tokens = torch.randint(0, 64, (config.train.micro_batch_size, config.data.sequence_length))
+        for _ in range(config.accumulation_steps(data_size=world.data_size)):
+            count()
+            loss = engine(tokens, tokens).mean()
+            engine.backward(loss)
+            engine.step()
+            del loss
+        count()
+    return counts[0], counts[1], counts[2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_are_what_deepspeed_holds(stage, ranks):
+    # Large enough that ZeRO-3 does not keep most tensors for being small.
+    train = {"global_batch_tokens": 2 * 2 * ranks * 192}
+    config = config_of(
+        parallel={"zero_stage": stage}, train=train, pattern="M-*- x 2", hidden_size=256, mlp_size=512, vocab_size=4096
+    )
+    memory = rank_memory(config, stage=0, world_size=ranks, kernels=CPU)
+    for before, between, after in run_world(states_on_rank, config.model_dump(), ranks=ranks):
+        shares = memory.optimizer_bytes // 3
+        gathered = memory.weights_bytes - shares if stage == 3 else 0
+        # Before the first gradient: stages 1 and 2 have none, stage 3 has its partition of them and nothing gathered.
+        persistent = {1: memory.weights_bytes, 2: memory.weights_bytes, 3: 2 * shares}[stage]
+        assert before == pytest.approx(persistent + memory.optimizer_bytes, rel=0.1)
+        assert between <= memory.state_bytes * 1.1
+        assert after <= memory.state_bytes * 1.1
+        if stage < 3:
+            assert between == pytest.approx(memory.state_bytes, rel=0.1)
+        else:
+            assert memory.state_bytes - gathered <= between * 1.1
+
+
+LAYOUTS = [
+    (2, {"zero_stage": 1}),
+    (2, {"zero_stage": 2}),
+    (2, {"zero_stage": 3}),
+    (2, {"tensor": 2}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"tensor": 2, "sequence": True, "recompute": "full"}),
+    (4, {"tensor": 4}),
+    (4, {"tensor": 2, "zero_stage": 2}),
+    (2, {"context": 2}),
+    (2, {"context": 2, "recompute": "full"}),
+    (2, {"pipeline": 2}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+]
+
+
+def handed_on_rank(values: dict) -> tuple[int, Counter]:
+    """The rank's pipeline stage, and what it hands over in its second step."""
+    from sambalm.model.heads import kv_copies
+    from sambalm.parallel.state import start_world
+    from sambalm.pretrain.trainer import build_training
+
+    config = RunConfig.model_validate(values)
+    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+        training = build_training(config, world=world, checkpoint=None)
+        shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
+        tokens = torch.randint(0, 64, shape)
+        micro_batches = [(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
+        training.execution.train_step(micro_batches)
+        with HandedBytes() as handed:
+            training.execution.train_step(micro_batches)
+    return world.pipeline.rank, handed.by_operation
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=str)
+def test_communication_is_what_a_real_step_hands_over(ranks, parallel):
+    config = config_of(parallel=parallel, hidden_size=128, mlp_size=256, vocab_size=1024)
+    found: dict[int, Counter] = {}
+    for stage, handed in run_world(handed_on_rank, config.model_dump(), ranks=ranks):
+        found[stage] = found.get(stage, Counter()) | handed  # of the rank that hands over most
+    for stage, counted in found.items():
+        expected: Counter = Counter()
+        for transfer in step_transfers(config, stage=stage, world_size=ranks):
+            expected[transfer.operation] += transfer.handed_bytes
+        assert expected == pytest.approx(+counted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size", "measured"), [("samba_421m", 8, 126_300), ("samba_1.3b", 4, 47_000)]
+)
+def test_one_gpu_is_estimated_near_a_measured_step(name, micro_batch_size, measured):
+    """The measurement is plain PyTorch with the same kernels on an H100 (docs/planning.md)."""
+    overrides = [f"train.micro_batch_size={micro_batch_size}", f"train.global_batch_tokens={micro_batch_size * 4096}"]
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    assert plan_of(config, world_size=1, hardware=DEVICES["h100"]).tokens_per_s == pytest.approx(measured, rel=0.15)
+
+
+def test_plans_fit_and_are_sorted_and_allowed():
+    config = load_config(CONFIGS / "samba_1.3b.yaml")
+    plans = find_plans(config, world_size=8, memory_gib=80, hardware=DEVICES["h100"])
+    assert len(plans) > 10
+    steps = [plan.time.total_s for plan in plans]
+    assert steps == sorted(steps)
+    for plan in plans:
+        plan.config.check_world(8)
+        parse_config(copy.deepcopy(plan.config.model_dump()), source="plan")
+        assert plan.memory.total_bytes <= 80 * GIB * USABLE_SHARE
+    assert len({plan.config.parallel for plan in plans}) == len(plans)
+
+
+def test_too_small_a_cluster_is_one_sentence():
+    config = load_config(CONFIGS / "samba_3.8b.yaml")
+    with pytest.raises(ConfigError, match=r"no layout of 8 GPUs fits 8 GiB.*the smallest is TP8"):
+        find_plans(config, world_size=8, memory_gib=8, hardware=DEVICES["h100"])
+    with pytest.raises(ConfigError, match="no layout of 7 GPUs can take"):
+        find_plans(config, world_size=7, memory_gib=80, hardware=DEVICES["h100"])
+
+
+def test_the_slowest_stage_decides():
+    even = config_of(parallel={"pipeline": 2, "pipeline_layers": [2, 2]})
+    uneven = config_of(parallel={"pipeline": 2, "pipeline_layers": [1, 3]})
+    times = [plan_of(config, world_size=2, hardware=DEVICES["h100"]).time for config in (even, uneven)]
+    assert times[1].compute_s > times[0].compute_s
+    assert times[0].bubble_s == pytest.approx((times[0].compute_s + times[0].layout_s) / 2)  # 2 stages, 2 micro-batches
+
+
+def test_dry_run_checks_thousands_of_ranks_without_data():
+    config = str(CONFIGS / "samba_3.8b.yaml")
+    options = ["--dry-run", "--world-size", "8192", "parallel.tensor=4", "parallel.pipeline=4"]
+    start_s = time.perf_counter()
+    result = CliRunner().invoke(app, ["train", config, *options])
+    assert time.perf_counter() - start_s < 5
+    assert result.exit_code == 0
+    assert result.output.startswith("8,192 ranks: DP512 TP4 PP4 ZeRO-1, recompute none; 4 micro-batches of 1 a step; ")
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_dry_run_refuses_what_a_run_would():
+    config = load_config(CONFIGS / "samba_3.8b.yaml")
+    with pytest.raises(ConfigError, match="is not a multiple of"):
+        describe_run(config, world_size=8192)
+    result = CliRunner().invoke(app, ["train", str(CONFIGS / "demo.yaml"), "--world-size", "2"])
+    assert result.exit_code == 2
