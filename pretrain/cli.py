@@ -100,12 +100,11 @@ def tokenizer(
     text_key: TextKey = "text",
 ) -> None:
     """Train a SentencePiece BPE tokenizer with byte fallback."""
-    from sambalm.data_pipeline.documents import expand_inputs
     from sambalm.data_pipeline.tokenizer import train_tokenizer
 
     with _Progress("training the tokenizer") as progress:
         train_tokenizer(
-            expand_inputs([*inputs, *(more_inputs or [])]),
+            [*inputs, *(more_inputs or [])],
             vocab_size=vocab_size,
             output=output,
             text_key=text_key,
@@ -131,12 +130,11 @@ def preprocess(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
 ) -> None:
     """Tokenise JSONL documents into megatron-core's indexed shards, in input order, an end-of-text after each."""
-    from sambalm.data_pipeline.documents import expand_inputs
     from sambalm.data_pipeline.preprocess import preprocess as run
 
     with _Progress("tokenising") as progress:
         summary = run(
-            expand_inputs([*inputs, *(more_inputs or [])]),
+            [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,
             output_prefix=output,
             workers=workers,
