@@ -124,8 +124,8 @@ class FastPath:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._encoder = tokenizer.fast()
-        # Two characters of each, because some vocabularies have hundreds and a text rarely holds even those two.
-        self._hints = sorted({literal[:2] for literal in tokenizer.literals})
+        # Looked for first, because few texts hold one, and finding a single character is the fastest search there is.
+        self._first_characters = sorted({literal[:1] for literal in tokenizer.literals})
         self._literals = re.compile("|".join(map(re.escape, sorted(tokenizer.literals))) or r"(?!)")
         # Normalisation can bring a literal about that the text itself does not hold; its id tells.
         self._forbidden = np.zeros(max(tokenizer.vocab_size, self._encoder.vocab_size), dtype=bool)
@@ -178,7 +178,7 @@ class FastPath:
         return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
     def _holds_literal(self, text: str) -> bool:
-        return any(hint in text for hint in self._hints) and self._literals.search(text) is not None
+        return any(first in text for first in self._first_characters) and self._literals.search(text) is not None
 
 
 def _encode_exactly(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

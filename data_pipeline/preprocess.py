@@ -27,7 +27,7 @@ from .shard_sequence import ShardSequence
 from .shards import Manifest, TokenizerEntry, manifest_path, read_manifest
 
 _PIECES_IN_FLIGHT_PER_WORKER = 3
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 15
 
 
 @dataclass(frozen=True)
