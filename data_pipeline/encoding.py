@@ -138,6 +138,8 @@ class FastPath:
             fast = cls(tokenizer)
         except Exception as error:  # the formats that it does not know raise many
             raise NotProven(f"gigatoken cannot load {tokenizer.path}: {str(error).splitlines()[0]}") from error
+        if not any(texts):
+            raise NotProven("there was no text to prove the fast path on")
         ids, counts = fast.encode(texts)
         parts = np.split(ids, np.cumsum(counts)[:-1])
         for text, part, expected in zip(texts, parts, tokenizer.encode_batch(texts), strict=True):

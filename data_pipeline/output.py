@@ -94,6 +94,7 @@ def merge_parts(
     skipped = sum(source.skipped for source in sources)
     malformed = sum(source.malformed for source in sources)
     if not shards:
+        _remove_logs(prefix, part)
         raise DataError(
             f"the inputs hold no tokens: {skipped} documents are empty and {malformed} records are malformed"
         )
@@ -106,9 +107,13 @@ def merge_parts(
         options=run.options,
     )
     write_manifest(prefix, manifest)
+    _remove_logs(prefix, part)
+    return manifest
+
+
+def _remove_logs(prefix: Path, part: Part) -> None:
     for other in part.all():
         other.progress_path(prefix).unlink(missing_ok=True)
-    return manifest
 
 
 def _numbered(progress: Progress, sources: list[SourceEntry]) -> list[ShardEntry]:

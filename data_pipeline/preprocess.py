@@ -208,7 +208,9 @@ class _Run:
         work = (
             (span.source, piece)
             for span in spans
-            for piece in pieces(self._files[span.source], reading, start=span.start, stop=span.stop)
+            for piece in pieces(
+                self._files[span.source], reading, start=span.start, stop=span.stop, piece_bytes=PIECE_BYTES
+            )
         )
         if self._config.workers == 1:
             alone = Encoder(encoder, self._tokenizer, fast_path=self._prove())

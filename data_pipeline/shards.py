@@ -121,13 +121,11 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 def narrow_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """Integer ids [n] in the dtype of shards. Raises DataError for an id that is not in the vocabulary."""
-    if ids.size:
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= vocab_size:
-            raise DataError(
-                f"token id {lowest if lowest < 0 else highest} is outside the vocabulary of {vocab_size}; "
-                "use the tokenizer with that vocabulary"
-            )
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise DataError(
+            f"token id {bad} is outside the vocabulary of {vocab_size}; use the tokenizer with that vocabulary"
+        )
     return ids.astype(token_dtype(vocab_size), copy=False)
 
 
@@ -188,7 +186,9 @@ class ShardWriter:
         try:
             content = memoryview(narrow_ids(tokens, self._vocab_size)).cast("B")
         except DataError as error:
-            raise DataError(f"document {len(self._lengths)} or later of {self._prefix}: {error}") from None
+            bad = int(np.argmax((tokens < 0) | (tokens >= self._vocab_size)))
+            number = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), bad, side="right"))
+            raise DataError(f"document {number} of {self._prefix}: {error}") from None
         self._bin.write(content)
         self._checksums.update(content)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
@@ -315,7 +315,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     path = manifest_path(prefix)
     try:
         record = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the manifest {path} ({error}); preprocess the data again") from error
