@@ -42,12 +42,14 @@ def main() -> None:
 
 def _print_error(error: Exception) -> None:
     """Once for a whole run where every rank meets the same error, which is before their process group exists."""
-    import torch.distributed as dist
-
     rank = os.environ.get("RANK")
-    if rank is not None and dist.is_initialized():
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
-    elif rank in (None, "0"):
+    if rank is not None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
+            return
+    if rank in (None, "0"):
         print(f"error: {error}", file=sys.stderr)
 
 
@@ -70,8 +72,15 @@ def _example(*lines: str) -> str:
     return "Example:\n\n" + "\n\n".join(lines)
 
 
-TextKey = Annotated[str, typer.Option(help="Key of the text in each JSON line.")]
-Inputs = Annotated[list[str], typer.Option("--input", help="JSONL files: a path or a quoted glob; may be repeated.")]
+TextKey = Annotated[str, typer.Option(help="Key of the text in each JSON line, or Parquet column.")]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        help="Text: .jsonl or .txt, also .gz or .zst, or .parquet; a path, a quoted glob, a URL such as s3://..., or "
+        "@FILE with one of these a line; may be repeated.",
+    ),
+]
 MoreInputs = Annotated[list[str] | None, typer.Argument(metavar="[MORE INPUTS]...", help="Further input files.")]
 
 
@@ -113,23 +122,58 @@ def tokenizer(
     print(f"{output}: {vocab_size:,} pieces")
 
 
+class OnError(StrEnum):
+    """What a malformed record does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class TextDocuments(StrEnum):
+    """What a document is in a .txt file."""
+
+    file = "file"
+    line = "line"
+
+
 @data.command(
     "preprocess",
     epilog=_example(
-        "sambalm data preprocess --input 'text/*.jsonl' --tokenizer tokenizer.model --output data/text --workers 8"
+        "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
+        "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
     ),
 )
 def preprocess(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model file.")],
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece .model, Hugging Face tokenizer.json or .tiktoken.")],
     output: Annotated[Path, typer.Option(help="Prefix of the shards: OUTPUT_00000.bin, OUTPUT_00000.idx, ...")],
     more_inputs: MoreInputs = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read and tokenise.", show_default="one a core")
+    ] = None,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a new shard begins.")] = 2**30,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N machines' shares of the input, number I from 0.")
+    ] = "0/1",
+    on_error: Annotated[
+        OnError, typer.Option(help="At a malformed record: stop, or skip and count it.")
+    ] = OnError.stop,
     text_key: TextKey = "text",
+    text_documents: Annotated[
+        TextDocuments, typer.Option(help="In .txt files, a document is a whole file or a line.")
+    ] = (TextDocuments.file),
+    eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's end-of-text token.")] = True,
+    eos_token: Annotated[str | None, typer.Option(help="That token, where the tokenizer does not name it.")] = None,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Let special tokens written out in the text become their ids.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
 ) -> None:
-    """Tokenise JSONL documents into megatron-core's indexed shards, in input order, an end-of-text after each."""
+    """Tokenise documents into megatron-core's indexed shards, in input order, an end-of-text after each.
+
+    Killed and run again, it goes on after the last complete shard.
+    """
+    from sambalm.data_pipeline.parts import Part
     from sambalm.data_pipeline.preprocess import preprocess as run
 
     with _Progress("tokenising") as progress:
@@ -137,13 +181,19 @@ def preprocess(
             [*inputs, *(more_inputs or [])],
             tokenizer=tokenizer,
             output_prefix=output,
-            workers=workers,
-            shard_tokens=shard_tokens,
-            text_key=text_key,
+            part=Part.parse(part),
             overwrite=overwrite,
             progress=progress,
+            workers=workers or len(os.sched_getaffinity(0)),
+            shard_tokens=shard_tokens,
+            text_key=text_key,
+            text_documents=text_documents.value,
+            append_eos=eos,
+            eos_token=eos_token,
+            special_tokens=special_tokens,
+            on_error=on_error.value,
         )
-    print(f"{output}: {summary.documents:,} documents, {summary.tokens:,} tokens")
+    print(summary.describe(output))
 
 
 @app.command(
