@@ -39,6 +39,11 @@ def shard_files(prefix: Path, part: Part) -> list[Path]:
     return [path for path, match in _listing(prefix) if match["number"] and match["part"] == wanted]
 
 
+def shard_files_of_any_part(prefix: Path) -> list[Path]:
+    """All .bin and .idx files under the prefix, sorted by name."""
+    return [path for path, match in _listing(prefix) if match["number"]]
+
+
 def foreign_files(prefix: Path, part: Part, run: RunIdentity) -> list[Path]:
     """What this part of this run would replace: a manifest, shards of its own names, and those of another split.
 
