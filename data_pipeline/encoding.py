@@ -2,6 +2,7 @@
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class FastPath:
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids [n] int64 or uint32 and their numbers [texts]."""
-        exact = [number for number, text in enumerate(texts) if self._holds_literal(text)]
+        exact = [number for number, text in enumerate(texts) if self._must_be_exact(text)]
         if exact:
             return self._mixed(texts, exact)
         ids, counts = self._encode(texts)
@@ -179,8 +180,26 @@ class FastPath:
             parts[number] = np.array(ids, dtype=np.uint32)
         return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
-    def _holds_literal(self, text: str) -> bool:
-        return any(first in text for first in self._first_characters) and self._literals.search(text) is not None
+    def _must_be_exact(self, text: str) -> bool:
+        if any(first in text for first in self._first_characters) and self._literals.search(text) is not None:
+            return True
+        return self._tokenizer.splits_by_unicode and not text.isascii() and _holds_new_characters(text)
+
+
+def _holds_new_characters(text: str) -> bool:
+    """Whether libraries that know different versions of Unicode may take a character for a letter or not.
+
+    All of them know what Python's version has assigned.
+    """
+    return bool(_unassigned_characters()[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].any())
+
+
+@functools.cache
+def _unassigned_characters() -> np.ndarray:
+    """bool [0x110000]; from 0x40000 on nothing but private use is or will be assigned soon."""
+    table = np.zeros(0x110000, dtype=bool)
+    table[[number for number in range(0x40000) if unicodedata.category(chr(number)) == "Cn"]] = True
+    return table
 
 
 def _encode_exactly(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

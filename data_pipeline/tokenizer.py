@@ -29,10 +29,12 @@ class Tokenizer(ABC):
 
     A special token written out in a text, such as "</s>", stays text unless the tokenizer was loaded with
     `special_tokens`. `vocab_size` is the highest id plus one; `bos_id` and `eos_id` are -1 where there is none.
-    `literals` are the texts that a faster implementation might take for special tokens.
+    `literals` are the texts that a faster implementation might take for special tokens. `splits_by_unicode` tells
+    whether ids depend on what a library takes for a letter or a digit.
     """
 
     kind: ClassVar[str]
+    splits_by_unicode: ClassVar[bool] = True
     vocab_size: int
     bos_id: int
     eos_id: int
@@ -95,6 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, by SentencePiece itself."""
 
     kind = "sentencepiece"
+    splits_by_unicode = False
 
     def __init__(self, path: Path, *, special_tokens: bool = False) -> None:
         """Raises DataError where the file is no such model, or special tokens are to be read from texts."""
