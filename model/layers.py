@@ -5,6 +5,7 @@ are views of the same memory. S: sequence, B: batch, D: Mamba's channels, N: its
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.heads import HeadShare, share_heads
+from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import Kernels
 from sambalm.model.ops.window_attention import apply_rotary
-from sambalm.model.sequence_scan import context_parallel_scan
+from sambalm.model.sequence_scan import context_parallel_scan, decay_over
 from sambalm.parallel.context_parallel import tokens_before
 from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
 from sambalm.parallel.state import ContextParallel, TensorParallel
@@ -33,8 +35,13 @@ from sambalm.parallel.tensor_parallel import (
 class SequenceContext:
     """What the sublayers need to know of the batch besides its activations."""
 
-    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [sequence, head dim / 2]
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [(B, 1,) S, head dim / 2]
     cp: ContextParallel  # where this rank's part of the sequence lies
+    documents: Documents | None = None  # of packed sequences, where states and attention end with them
+
+    @property
+    def resets(self) -> Tensor | None:
+        return self.documents.resets if self.documents else None
 
 
 class RMSNorm(nn.Module):
@@ -68,21 +75,15 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         x_SBD, z_SBD = self.in_proj(x)
-        u_BSD = self.conv(x_SBD.transpose(0, 1), context.cp)
+        u_BSD = self.conv(x_SBD.transpose(0, 1), context)
         dt, B, C = self.x_proj(u_BSD).split(self.state_sizes, dim=-1)
         dt_BSD, dt_bias = self.dt_proj(dt)
-        y_BSD = context_parallel_scan(
-            self.kernels.scan,
-            u_BSD,
-            dt_BSD,
-            -torch.exp(self.A_log),
-            B,
-            C,
-            D=self.D,
-            z=z_SBD.transpose(0, 1),
-            dt_bias=dt_bias,
-            cp=context.cp,
+        A, z_BSD = -torch.exp(self.A_log), z_SBD.transpose(0, 1)
+        scan = partial(
+            self.kernels.scan, u_BSD, dt_BSD, A, B, C, D=self.D, z=z_BSD, dt_bias=dt_bias, resets=context.resets
         )
+        decay = partial(decay_over, dt_BSD, A, dt_bias, context.resets)
+        y_BSD = context_parallel_scan(scan, decay=decay, cp=context.cp)
         return self.out_proj(y_BSD.transpose(0, 1))
 
 
@@ -95,11 +96,12 @@ class CausalConv(nn.Module):
         self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
         self.bias = sharded_parameter((0,), {"bias": channels}, init=init.linear(taps))
 
-    def forward(self, x_BSD: Tensor, cp: ContextParallel) -> Tensor:
-        if cp.size == 1:
-            return self.kernel(x_BSD, self.weight, self.bias)[0]
-        before = tokens_before(x_BSD, self.taps - 1, cp=cp)
-        y_BSD, _ = self.kernel(torch.cat((before, x_BSD), dim=1), self.weight, self.bias)
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+        if context.cp.size == 1:
+            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)[0]
+        before = tokens_before(x_BSD, self.taps - 1, cp=context.cp)
+        resets = context.documents.resets_from(before.shape[1]) if context.documents else None
+        y_BSD, _ = self.kernel(torch.cat((before, x_BSD), dim=1), self.weight, self.bias, resets=resets)
         return y_BSD[:, before.shape[1] :]
 
 
@@ -170,7 +172,11 @@ class WindowAttention(nn.Module):
             kv_BSHd = torch.cat((k_BHSd, v_BHSd), dim=1).transpose(1, 2)  # one message instead of two
             before = tokens_before(kv_BSHd, self.window - 1, cp=context.cp)
             k_BHSd, v_BHSd = torch.cat((before, kv_BSHd), dim=1).transpose(1, 2).chunk(2, dim=1)
-        y_BHSd = self.kernel(q_BHSd, k_BHSd, v_BHSd, window=self.window)
+        documents = None
+        if context.documents:
+            queries, keys = q_BHSd.shape[2], k_BHSd.shape[2]
+            documents = context.documents.attention(range(queries), keys_before=keys - queries)
+        y_BHSd = self.kernel(q_BHSd, k_BHSd, v_BHSd, window=self.window, documents=documents)
         return self.o_proj(y_BHSd.permute(2, 0, 1, 3).flatten(2))
 
 

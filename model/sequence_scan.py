@@ -1,38 +1,37 @@
 """The selective scan over a sequence that is cut over context-parallel ranks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sambalm.model.ops.kernels import ScanKernel
-from sambalm.model.ops.selective_scan import selective_scan
 from sambalm.parallel.context_parallel import state_at_start
 from sambalm.parallel.state import ContextParallel
 
 
 def context_parallel_scan(
-    kernel: ScanKernel,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor,
-    z: Tensor,
-    dt_bias: Tensor,
-    cp: ContextParallel,
+    scan: Callable[..., tuple[Tensor, Tensor]], *, decay: Callable[[], Tensor], cp: ContextParallel
 ) -> Tensor:
-    """The gated scan of this rank's part of the sequence, going on from the states that the ranks before it reach.
+    """The scan of this rank's part of the sequence, going on from the states that the ranks before it reach.
 
-    Shapes and dtypes are those of `gated_selective_scan`. Over its part a rank's state is decay * (state at its start)
-    + (state reached from zero); both factors are found locally, gathered, and composed to the state at each rank's
-    start. What is sent is two numbers a channel and state, however long the sequence.
+    Over its part a rank's state is decay * (state at its start) + (state reached from zero); both factors are found
+    locally, gathered, and composed to the state at each rank's start. What is sent is two numbers a channel and state,
+    however long the sequence.
+
+    Args:
+        scan: a kernel with this rank's part; called with initial_state=[batch, channels, d_state] or without, it
+            returns the output and the final state.
+        decay: see `decay_over`.
     """
     if cp.size == 1:
-        return kernel(u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias)[0]
+        return scan()[0]
+    _, reached = scan()
+    return scan(initial_state=state_at_start(decay(), reached, cp=cp))[0]
+
+
+def decay_over(dt: Tensor, A: Tensor, dt_bias: Tensor, resets: Tensor | None) -> Tensor:
+    """What is left of a state after a whole part, [batch, channels, d_state] in A's dtype; arguments as of the scan."""
     steps = F.softplus(dt.to(A.dtype) + dt_bias)
-    _, reached = selective_scan(u.to(A.dtype), steps, A, B, C)
-    decay = torch.exp(steps.sum(1).unsqueeze(-1) * A)  # [batch, channels, d_state]
-    initial_state = state_at_start(decay, reached, cp=cp)
-    return kernel(u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)[0]
+    decay = torch.exp(steps.sum(1).unsqueeze(-1) * A)
+    return decay if resets is None else decay.masked_fill(resets.any(1)[:, None, None], 0)
