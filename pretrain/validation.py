@@ -39,9 +39,9 @@ class Validator:
             vocab_size=self.config.model.vocab_size,
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
-            parts = [(context.part(b.tokens).to(device), context.part(b.labels).to(device)) for b in group]
-            for batch, losses in zip(group, execution.losses(parts), strict=True):
-                total += (losses.double() * batch.weights.to(device).unsqueeze(1)).sum()
+            parts = [(context.part(b.tokens).to(device), context.part(b.labels).to(device)) for b, _ in group]
+            for (_, weights), losses in zip(group, execution.losses(parts), strict=True):
+                total += (losses.double() * weights.to(device).unsqueeze(1)).sum()
         return self.world.sum_over_replicas(total).item() / (len(dataset) * dataset.sequence_length)
 
     def _dataset(self, multiple: int) -> SampleDataset:
