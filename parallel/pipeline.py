@@ -21,6 +21,10 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     document_starts: Tensor | None = None  # where documents run as if alone; see the model
 
+    def on_rank(self, world: World) -> "MicroBatch":
+        """This rank's part of a micro-batch of whole sequences, on its device."""
+        return MicroBatch(*(None if t is None else world.context.part(t).to(world.device) for t in self))
+
 
 class Part(nn.Module):
     """One part of the model as the schedules know it; they set its input before each call."""
