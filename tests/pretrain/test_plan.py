@@ -214,6 +214,7 @@ LAYOUTS = [
 def handed_on_rank(values: dict) -> tuple[int, Counter]:
     """The rank's pipeline stage, and what it hands over in its second step."""
     from sambalm.model.heads import kv_copies
+    from sambalm.parallel.pipeline import MicroBatch
     from sambalm.parallel.state import start_world
     from sambalm.pretrain.trainer import build_training
 
@@ -222,7 +223,7 @@ def handed_on_rank(values: dict) -> tuple[int, Counter]:
         training = build_training(config, world=world, checkpoint=None)
         shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
         tokens = torch.randint(0, 64, shape)
-        micro_batches = [(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
+        micro_batches = [MicroBatch(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
         training.execution.train_step(micro_batches)
         with HandedBytes() as handed:
             training.execution.train_step(micro_batches)
