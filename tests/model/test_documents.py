@@ -12,6 +12,7 @@ import torch
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops import selective_scan as scan_module
 from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.cuda import Circumstances, why_unavailable
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import TORCH_KERNELS
 from sambalm.model.ops.selective_scan import gated_selective_scan
@@ -217,3 +218,9 @@ def test_positions_are_counted_from_a_documents_start_on_every_part():
     assert torch.equal(part.positions, whole[:, 20:])
     assert torch.equal(part.resets_from(0), part.resets)
     assert part.resets_from(3)[:, 3:].equal(part.resets)
+
+
+def test_a_kernel_that_cannot_reset_is_refused_in_a_sentence():
+    where = Circumstances(torch.device("cuda"), torch.bfloat16, resets=True)
+    assert "data.reset_at_document" in why_unavailable("mamba-ssm", where)
+    assert "data.reset_at_document" not in (why_unavailable("mamba-ssm", replace(where, resets=False)) or "")
