@@ -121,14 +121,17 @@ def kept_on_rank(values: dict) -> int:
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}, {"context": 4}], ids=str
+)
 def test_activations_of_layouts_are_what_a_real_rank_keeps(parallel, precision, recompute):
     config = config_of(parallel=parallel | {"recompute": recompute}, train={"precision": precision})
-    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=2))
-    memory = rank_memory(config, stage=0, world_size=2, kernels=CPU)
+    ranks = config.parallel.model_ranks
+    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=ranks))
+    memory = rank_memory(config, stage=0, world_size=ranks, kernels=CPU)
     # The buffer for gathered sequences is alive as well.
     gathered = memory.communication_bytes % (4 * 500_000_000)
-    assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.1)
+    assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
