@@ -1,0 +1,138 @@
+// y of a channel and step, and its decay and input before: two floats a channel, padded against bank conflicts.
+struct ForwardRow { float2 channel[WARP_CHANNELS + 2]; };
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
+    const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides
+    const float* bc,                                       // [batch, length, 2, N]
+    const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
+    const unsigned char* resets,                           // [batch, length] or null
+    const float* start,                                    // [batch, segments, channels, N] or null: zeros
+    Element* out,                                          // [batch, length, channels] by strides
+    uint4* borders,                                        // the states before each tile, for the backward, or null
+    float* end,                                            // [batch, channels, N]; ENDS: [batch, segments, channels, N]
+    float* steps,                                          // ENDS: sum of dt, [batch, segments, channels]
+    int length, int channels, int segment_tiles,
+    int64 u_batch, int64 u_time, int64 dt_batch, int64 dt_time, int64 z_batch, int64 z_time, int64 o_batch, int64 o_time)
+{
+    __shared__ Projections projections[2];
+    __shared__ __align__(16) ForwardRow slots[WARPS][TILE];
+
+    const Place at;
+    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int row = at.lane >> 1, half = at.lane & 1;
+    const int eight = at.first_channel + 8 * half;  // the first of this lane's channels in the elementwise phases
+    const bool has_channels = eight < channels;
+    ForwardRow* slot = slots[at.warp];
+
+    float a[CH][4], h[CH][4], bias[8], skip[8], sum[CH];
+    read_states(A, 0, at, channels, a);
+    read_states(start, int64(batch * segments + segment) * channels, at, channels, h);
+#pragma unroll
+    for (int i = 0; i < CH; ++i) {
+        sum[i] = 0.f;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a[i][j] *= LOG2E;
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        bias[k] = has_channels ? dt_bias[eight + k] : 0.f;
+        skip[k] = has_channels ? D[eight + k] : 0.f;
+    }
+
+    const int tiles = (length + TILE - 1) / TILE;
+    const int first_tile = segment * segment_tiles, last_tile = min(tiles, first_tile + segment_tiles);
+    int time = first_tile * TILE + row;
+    bool inside = has_channels && time < length;
+    Eight next_u = load_eight(u + batch * u_batch + time * u_time + eight, inside);
+    Eight next_dt = load_eight(dt + batch * dt_batch + time * dt_time + eight, inside);
+    Eight next_z = load_eight(z + batch * z_batch + time * z_time + eight, inside && !ENDS);
+    unsigned char next_reset = resets && time < length ? resets[int64(batch) * length + time] : 0;
+    Fill fill = load_projections(bc, int64(batch) * length + first_tile * TILE, length - first_tile * TILE);
+
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+        Projections& projection = projections[tile & 1];
+        store_projections(projection, fill);
+        const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z;
+        const bool reset = next_reset, here = inside;
+        const int now = time;
+        __syncthreads();
+
+        time += TILE;
+        inside = has_channels && time < length && tile + 1 < last_tile;
+        next_u = load_eight(u + batch * u_batch + time * u_time + eight, inside);
+        next_dt = load_eight(dt + batch * dt_batch + time * dt_time + eight, inside);
+        next_z = load_eight(z + batch * z_batch + time * z_time + eight, inside && !ENDS);
+        next_reset = resets && inside ? resets[int64(batch) * length + time] : 0;
+        fill = load_projections(bc, int64(batch) * length + (tile + 1) * TILE, length - (tile + 1) * TILE);
+
+        if (borders && at.first_channel < channels) {
+            const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
+            store_states(borders + place * (32 * STATE_WORDS), pack_states(h), at.lane);
+        }
+
+        float x[8], step[8];
+        unpack(raw_u, x);
+        unpack(raw_dt, step);
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+            float4 pair;
+            const float s0 = here ? softplus(step[k] + bias[k]) : 0.f;
+            const float s1 = here ? softplus(step[k + 1] + bias[k + 1]) : 0.f;
+            pair = make_float4(reset ? FORGET : s0, s0 * x[k], reset ? FORGET : s1, s1 * x[k + 1]);
+            *reinterpret_cast<float4*>(&slot[row].channel[8 * half + k]) = pair;
+        }
+        __syncwarp();
+
+#pragma unroll 4
+        for (int t = 0; t < TILE; ++t) {
+            float b[4], c[4], y[CH];
+            const int copy = at.r & (COPIES - 1);
+            load_four(projection.b[t][copy][at.q], b);
+            if (!ENDS) load_four(projection.c[t][copy][at.q], c);
+#pragma unroll
+            for (int i = 0; i < CH; ++i) {
+                const float2 in = slot[t].channel[at.channel(i)];
+                y[i] = 0.f;
+                if (ENDS) sum[i] += in.x;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
+                    if (!ENDS) y[i] += c[j] * h[i][j];
+                }
+            }
+            if (!ENDS) {
+#pragma unroll
+                for (int m = CH / 2; m >= 1; m /= 2)
+#pragma unroll
+                    for (int i = 0; i < m; ++i) y[i] += across(y[i + m], m);
+#pragma unroll
+                for (int m = CH; m < Q; m *= 2) y[0] += across(y[0], m);
+                if (at.q < CH) slot[t].channel[at.channel(0)].x = y[0];
+            }
+        }
+        if (ENDS) { __syncwarp(); continue; }
+        __syncwarp();
+
+        float gate[8], result[8];
+        unpack(raw_z, gate);
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+            const float4 pair = *reinterpret_cast<const float4*>(&slot[row].channel[8 * half + k]);
+            result[k] = (pair.x + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
+            result[k + 1] = (pair.z + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
+        }
+        if (here) store_eight(out + batch * o_batch + now * o_time + eight, result);
+        __syncwarp();
+    }
+
+    if (ENDS) {
+        write_states(end, int64(batch * segments + segment) * channels, at, channels, h);
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+            const int channel = at.first_channel + at.channel(i);
+            if (at.q < CH && i == 0 && channel < channels) steps[int64(batch * segments + segment) * channels + channel] = sum[0];
+        }
+    } else if (segment == segments - 1) {
+        write_states(end, int64(batch) * channels, at, channels, h);
+    }
+}
