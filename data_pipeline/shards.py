@@ -26,6 +26,7 @@ CHECKSUM_BLOCK_BYTES = 1 << 22
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+LENGTHS_OFFSET_BYTES = _HEADER.size  # in .idx
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK_DOCUMENTS = 1 << 20

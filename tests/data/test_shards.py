@@ -5,9 +5,9 @@ import zlib
 import numpy as np
 import pytest
 from data_support import listing, write_shard
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from sambalm.data_pipeline import shards
-from sambalm.data_pipeline.dataset import IndexedDataset
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shards import ShardWriter, check_shard, read_manifest, shard_prefixes
 

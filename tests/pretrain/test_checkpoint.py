@@ -101,7 +101,8 @@ def load_and_save(values, target):
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
         training = build_training(config, world=world, checkpoint=find_resume_point(config, world=world))
-        save_checkpoint(training, config=parse_config(target, source="test"), world=world, step=3)
+        target_config = parse_config(target, source="test")
+        save_checkpoint(training, config=target_config, world=world, step=3, samples=24, data={})
 
 
 def stored_tensors(path):
