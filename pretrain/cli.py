@@ -196,6 +196,73 @@ def preprocess(
     print(summary.describe(output))
 
 
+Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]
+
+
+@data.command("verify", epilog=_example("sambalm data verify data/text"))
+def verify(
+    prefix: Prefix,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Of data without a manifest.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one a core")] = None,
+) -> None:
+    """Read every byte of the shards and compare it with the manifest and the vocabulary; exit code 1 for damage."""
+    from sambalm.data_pipeline.verify import verify as run
+
+    with _Progress("verifying") as progress:
+        cores = len(os.sched_getaffinity(0))
+        found = run(prefix, vocab_size=vocab_size, workers=workers or cores, progress=progress)
+    for problem in found.problems:
+        print(problem)
+    if found.problems:
+        raise typer.Exit(1)
+    print(f"{prefix}: sound; shards: {found.shards:,}, tokens: {found.tokens:,}")
+
+
+@data.command("inspect", epilog=_example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
+def inspect(
+    prefix: Prefix,
+    document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Show this training sample of a run on PREFIX alone.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of that sample.")] = 4096,
+    seed: Annotated[int, typer.Option(help="That run's seed.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Default: the one that the manifest names.")] = None,
+) -> None:
+    """Show statistics of a prefix, a document, or a training sample as text with the borders of its documents."""
+    from sambalm.data_pipeline.inspection import Inspector
+
+    inspector = Inspector(prefix, tokenizer=tokenizer)
+    if document is not None:
+        print(inspector.document(document))
+    if sample is not None:
+        from sambalm.data_pipeline.config import DataConfig
+        from sambalm.data_pipeline.dataset import build_train_dataset
+        from sambalm.data_pipeline.sources import open_sources
+
+        config = DataConfig(train=str(prefix), sequence_length=sequence_length, reset_at_document=True)
+        tokens, _, starts = build_train_dataset(config, open_sources(config), seed=seed)[sample]
+        print(inspector.sample(tokens.numpy(), starts.numpy()))
+    if document is None and sample is None:
+        with _Progress("counting") as progress:
+            found = inspector.statistics(progress=progress)
+        print(inspector.describe(found))
+
+
+@data.command("blend", epilog=_example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
+def blend(
+    sources: Annotated[list[str], typer.Argument(metavar="PREFIX=WEIGHT...", help="Without weights: by their tokens.")],
+    tokens: Annotated[float, typer.Option(min=1, help="Training tokens of the run.")],
+    validation_fraction: Annotated[float, typer.Option(min=0.0, max=0.99, help="Held-out fraction.")] = 0.01,
+) -> None:
+    """Show how many tokens and epochs a run will draw from each source, from the manifests alone."""
+    from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_sources
+    from sambalm.data_pipeline.config import DataConfig
+
+    config = DataConfig(train=parse_sources(sources), sequence_length=1, validation_fraction=validation_fraction)
+    print(describe_draws(blend_draws(config, tokens=round(tokens))))
+
+
 @app.command(
     epilog=_example(
         "sambalm train configs/demo.yaml train.steps=50",
