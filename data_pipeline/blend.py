@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from .config import DataConfig, WeightedSource
 from .errors import DataError
 from .shards import Manifest, read_manifest
@@ -26,8 +28,17 @@ class Draw:
         return self.drawn_tokens / self.train_tokens
 
 
-def parse_sources(texts: Sequence[str]) -> list[str | WeightedSource]:
+def parse_blend(texts: Sequence[str], *, validation_fraction: float) -> DataConfig:
     """PREFIX or PREFIX=WEIGHT each, all with a weight or none. Raises DataError for what is neither."""
+    try:
+        return DataConfig(train=_sources(texts), sequence_length=1, validation_fraction=validation_fraction)
+    except ValidationError as error:
+        raise DataError(
+            error.errors()[0]["msg"].removeprefix("Value error, ").replace("data.train", "the blend")
+        ) from None
+
+
+def _sources(texts: Sequence[str]) -> list[str | WeightedSource]:
     sources = []
     for text in texts:
         prefix, separator, weight = text.rpartition("=")

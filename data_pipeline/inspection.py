@@ -156,7 +156,7 @@ class Inspector:
         begins = np.flatnonzero(np.diff(document_starts, prepend=document_starts[0] - 1))
         parts = []
         for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):
-            cut = " (its beginning is in another sample)" if begin == 0 else ""
+            cut = " (perhaps from within a document)" if begin == 0 else ""
             parts.append(f"--- tokens {begin} to {end - 1}{cut}\n{self.text(tokens[begin:end])}")
         return "\n".join([*parts, f"--- {len(parts)} document{'s' * (len(parts) != 1)} in {len(tokens):,} tokens"])
 

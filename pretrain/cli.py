@@ -253,13 +253,12 @@ def inspect(
 def blend(
     sources: Annotated[list[str], typer.Argument(metavar="PREFIX=WEIGHT...", help="Without weights: by their tokens.")],
     tokens: Annotated[float, typer.Option(min=1, help="Training tokens of the run.")],
-    validation_fraction: Annotated[float, typer.Option(min=0.0, max=0.99, help="Held-out fraction.")] = 0.01,
+    validation_fraction: Annotated[float, typer.Option(min=0.001, max=0.99, help="Held-out fraction.")] = 0.01,
 ) -> None:
     """Show how many tokens and epochs a run will draw from each source, from the manifests alone."""
-    from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_sources
-    from sambalm.data_pipeline.config import DataConfig
+    from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_blend
 
-    config = DataConfig(train=parse_sources(sources), sequence_length=1, validation_fraction=validation_fraction)
+    config = parse_blend(sources, validation_fraction=validation_fraction)
     print(describe_draws(blend_draws(config, tokens=round(tokens))))
 
 
