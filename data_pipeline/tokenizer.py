@@ -192,6 +192,8 @@ def train_tokenizer(
     except (RuntimeError, ValueError, OSError) as error:
         if sentences.error:
             raise sentences.error from None
+        if not sentences.begun:
+            raise DataError("the inputs hold no text to train a tokenizer on; give other inputs") from None
         raise DataError(_training_failure(error, vocab_size=vocab_size)) from error
     if sentences.error:
         raise sentences.error
@@ -206,13 +208,16 @@ class _Sentences:
     def __init__(self, documents: Iterator[Document]) -> None:
         self._lines = _lines(documents)
         self.error: BaseException | None = None
+        self.begun = False
 
     def __iter__(self) -> "_Sentences":
         return self
 
     def __next__(self) -> str:
         try:
-            return next(self._lines)
+            line = next(self._lines)
+            self.begun = True
+            return line
         except StopIteration:
             raise
         except BaseException as error:
