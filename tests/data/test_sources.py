@@ -207,7 +207,7 @@ def test_sources_of_one_name_are_told_apart(tmp_path):
 def test_progress_counts_the_shards(prefix):
     seen = []
     shards = len(open_sources(_config(prefix), progress=lambda *values: seen.append(values))[0].shards)
-    assert seen == [(prefix, number, shards) for number in range(1, shards + 1)]
+    assert seen == [(number, shards) for number in range(1, shards + 1)]
 
 
 def sources_on_rank(folder: str, nodes: int) -> tuple[list[str], list[str], str | None]:
