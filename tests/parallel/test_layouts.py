@@ -99,10 +99,10 @@ def test_documents_change_what_is_trained():
 
 
 def a_document_that_begins_in_a_part_lets_the_state_through(monkeypatch):
-    from sambalm.model import layers
+    from sambalm.model import sequence_scan
 
-    decay = layers.decay_over
-    monkeypatch.setattr(layers, "decay_over", lambda dt, A, bias, resets: decay(dt, A, bias, None))
+    decay = sequence_scan.decay_over
+    monkeypatch.setattr(sequence_scan, "decay_over", lambda dt, A, bias, resets: decay(dt, A, bias, None))
 
 
 def a_document_that_begins_at_a_neighbour_is_not_seen_by_the_convolution(monkeypatch):
@@ -217,10 +217,10 @@ def states_between_ranks_carry_no_gradient(monkeypatch):
 
 
 def tokens_of_neighbours_carry_no_gradient(monkeypatch):
-    from sambalm.model import layers
+    from sambalm.parallel.context_parallel import TokensBefore
 
-    with_gradient = layers.tokens_before
-    monkeypatch.setattr(layers, "tokens_before", lambda x, tokens, cp: with_gradient(x, tokens, cp=cp).detach())
+    with_gradient = TokensBefore.wait
+    monkeypatch.setattr(TokensBefore, "wait", lambda neighbours: with_gradient(neighbours).detach())
 
 
 def copies_of_a_tied_embedding_are_not_summed(monkeypatch):
