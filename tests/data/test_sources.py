@@ -119,7 +119,7 @@ def _swap(folder) -> None:
 DAMAGES = {
     "a flipped bit": (
         lambda d: _flip(d / "d_00002.bin", 400),
-        r"d_00002\.bin is not the file that .*d\.json describes",
+        r"d_00002\.bin has changed since it was written, in bytes 0 to \d+; fetch",
     ),
     "an id out of vocabulary": (
         lambda d: _flip(d / "d_00002.bin", 401, bit=6),
