@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import DataError
 from .files import atomic_write, sha256_file
 from .shards import Manifest, ShardEntry, check_shard, manifest_path, read_manifest, shard_prefixes
+from .verify import changed_blocks, read_bin
 
 FORMAT_VERSION = 1
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -187,10 +188,8 @@ def _checked(prefix: str, entry: ShardEntry | None, *, vocab_size: int | None, r
         if vocab_size is not None:
             check_ids(prefix, ids, vocab_size=vocab_size, of=f"the tokenizer in {manifest_path(request.prefix)}")
         if entry and bin_sha256 != entry.bin_sha256:
-            raise DataError(
-                f"{prefix}.bin is not the file that {manifest_path(request.prefix)} describes (its SHA-256 differs); "
-                "restore it or preprocess the data again"
-            )
+            path = Path(f"{prefix}.bin")
+            raise DataError(next(changed_blocks(path, read_bin(path).crc32, entry)))
     elif entry:
         bin_sha256 = entry.bin_sha256
     else:

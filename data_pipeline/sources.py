@@ -55,7 +55,7 @@ class Source:
 def open_sources(config: DataConfig, *, progress: Callable[[str, int, int | None], None] | None = None) -> list[Source]:
     """Every source of `config.train`, through its index; what the index lacks is checked first, once.
 
-    `progress` receives (prefix, shards checked, shards) while an index is made.
+    `progress` receives (shards checked, shards) while the index of a source is made.
     Raises DataError for missing or damaged files.
     """
     names = _names(config.prefixes)
@@ -63,7 +63,7 @@ def open_sources(config: DataConfig, *, progress: Callable[[str, int, int | None
     weights = config.weights or [None] * len(names)
     for prefix, weight, fraction in zip(config.prefixes, weights, config.validation_fractions, strict=True):
         request = IndexRequest(prefix, fraction, config.verify, config.cache_path)
-        shards = indexed_shards(request, progress=progress and _named(progress, prefix))
+        shards = indexed_shards(request, progress=progress)
         manifest = read_manifest(prefix)
         train_tokens = float(sum(shard.train_tokens for shard in shards))
         sources.append(
@@ -77,10 +77,6 @@ def open_sources(config: DataConfig, *, progress: Callable[[str, int, int | None
             )
         )
     return sources
-
-
-def _named(progress: Callable[[str, int, int | None], None], prefix: str) -> Callable[[int, int | None], None]:
-    return lambda done, total: progress(prefix, done, total)
 
 
 def _names(prefixes: list[str]) -> dict[str, str]:

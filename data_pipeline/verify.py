@@ -103,12 +103,12 @@ def _problems_of_a_shard(
     if not _bin(prefix).exists():
         return
     dtype = index.dtype if index else None
-    read = _read(_bin(prefix), dtype=dtype, vocab_size=vocab_size)
+    read = read_bin(_bin(prefix), dtype=dtype, vocab_size=vocab_size)
     if entry and read.sha256 != entry.bin_sha256:
         if read.sha256 in by_content:
             yield f"{_bin(prefix)} holds the content of {by_content[read.sha256]}"
         else:
-            yield from _changed_blocks(_bin(prefix), read.crc32, entry)
+            yield from changed_blocks(_bin(prefix), read.crc32, entry)
     if read.bad is not None:
         token_id, offset_bytes = read.bad
         yield (
@@ -118,7 +118,7 @@ def _problems_of_a_shard(
 
 
 @dataclass(frozen=True)
-class _Read:
+class BinContent:
     """What one pass over a .bin found: checksums, and the first id outside the vocabulary with its offset in bytes."""
 
     sha256: str
@@ -126,7 +126,8 @@ class _Read:
     bad: tuple[int, int] | None
 
 
-def _read(path: Path, *, dtype: np.dtype | None, vocab_size: int | None) -> _Read:
+def read_bin(path: Path, *, dtype: np.dtype | None = None, vocab_size: int | None = None) -> BinContent:
+    """Read a whole .bin in bounded memory; ids are compared where dtype and vocabulary are known."""
     sha256, crc32, bad, offset = hashlib.sha256(), [], None, 0
     with open(path, "rb") as file:
         while content := file.read(CHECKSUM_BLOCK_BYTES):
@@ -138,10 +139,11 @@ def _read(path: Path, *, dtype: np.dtype | None, vocab_size: int | None) -> _Rea
                     first = int(np.argmax((ids >= vocab_size) | (ids < 0)))
                     bad = (int(ids[first]), offset + first * dtype.itemsize)
             offset += len(content)
-    return _Read(sha256.hexdigest(), crc32, bad)
+    return BinContent(sha256.hexdigest(), crc32, bad)
 
 
-def _changed_blocks(path: Path, crc32: list[int], entry: ShardEntry) -> Iterator[str]:
+def changed_blocks(path: Path, crc32: list[int], entry: ShardEntry) -> Iterator[str]:
+    """A sentence for each run of blocks of a .bin whose checksums now differ from those of its entry."""
     if not entry.bin_crc32:
         yield f"{path} has changed since it was written; fetch or preprocess it again"
         return

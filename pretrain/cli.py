@@ -262,6 +262,20 @@ def blend(
     print(describe_draws(blend_draws(config, tokens=round(tokens))))
 
 
+@data.command("index", epilog=_example("sambalm data index configs/samba_421m.yaml data.train=data/slimpajama"))
+def index(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+) -> None:
+    """Check a run's shards ahead of time, so that no GPU waits for it, and show what the run draws from each source."""
+    from sambalm.pretrain.config import load_config
+    from sambalm.pretrain.data_index import index_data
+
+    checked = load_config(config, overrides or [])
+    with _Progress("checking shards") as progress:
+        index_data(checked, progress=progress)
+
+
 @app.command(
     epilog=_example(
         "sambalm train configs/demo.yaml train.steps=50",

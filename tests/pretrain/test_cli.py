@@ -47,7 +47,7 @@ def test_help_has_an_example_and_appears_without_the_slow_packages():
     words = [(), ("data",), ("convert",), *leaf_commands()]
     script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
     shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
-    assert len(words) == 3 + 12
+    assert len(words) == 3 + 13
     for name, text in zip(words, shown["helps"], strict=True):
         assert "Usage:" in text
         if name in leaf_commands():
@@ -64,7 +64,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 15
+    assert parsed == 16
 
 
 @pytest.fixture
@@ -271,18 +271,29 @@ def patched_shard(tokens, tmp_path):
 def test_an_id_out_of_range_in_a_bare_shard_is_refused_before_the_run(refused, config, patched_shard):
     patched_shard.with_suffix(".json").unlink()
     override = f"data.train={patched_shard}_00000"
-    refused("train", config, override, names=["tokens_00000.bin", "token id 60000 at byte 10000", "vocab_size=384"])
+    refused(
+        "train",
+        config,
+        override,
+        names=["tokens_00000.bin", "token id 60000 at byte 10000", "384 ids of model.vocab_size"],
+    )
     refused("train", config, override, names=["token id 60000 at byte 10000"])  # from the cache
 
 
-def test_an_id_out_of_range_in_a_shard_changed_later_ends_the_run(config, patched_shard):
-    """Its manifest still answers for it, so the batch that holds it is refused: in one epoch, one of the steps."""
-    arguments = ["train", config, f"data.train={patched_shard}", "train.global_batch_tokens=8192", "train.steps=200"]
+def test_an_id_out_of_range_in_a_shard_with_a_manifest_is_refused_before_the_run(refused, config, patched_shard):
+    names = ["tokens_00000.bin", "token id 60000 at byte 10000", "384 ids of the tokenizer"]
+    refused("train", config, f"data.train={patched_shard}", names=names)
+    refused("data", "index", config, f"data.train={patched_shard}", names=names)
+
+
+def test_an_id_out_of_range_in_a_shard_that_nobody_verified_ends_the_run(config, patched_shard):
+    """The batch that holds it is refused: in one epoch, one of the steps."""
+    size = ["train.global_batch_tokens=8192", "train.steps=200"]
+    arguments = ["train", config, f"data.train={patched_shard}", "data.verify=false", *size]
     ended = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
     assert ended.returncode == 2, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
-    assert line.startswith("error: shard ")
-    assert "tokens_00000 holds token id 60000" in line
+    assert "tokens_00000.bin holds token id 60000 at byte 10000 (in sample " in line
     assert "Traceback" not in ended.stderr
 
 
