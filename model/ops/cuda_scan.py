@@ -77,7 +77,6 @@ class _Shape:
     channels: int
     states: int
     segment_tiles: int
-    warps: int  # of a block
 
     @classmethod
     def of(cls, u: Tensor, A: Tensor) -> "_Shape":
@@ -89,13 +88,7 @@ class _Shape:
         if warps < SEGMENT_BELOW * WARPS_PER_MULTIPROCESSOR * processors:
             segments = max(1, min(WARPS_PER_MULTIPROCESSOR * processors // warps, tiles // MIN_SEGMENT_TILES))
 
-        def most_warps(block: int) -> int:
-            """Of a multiprocessor, with blocks of so many warps: the others wait for it."""
-            return math.ceil(math.ceil(channels / (WARP_CHANNELS * block)) * batch * segments / processors) * block
-
-        # The larger block where it makes no difference: each writes its own sum of the gradients of B and C.
-        block = 2 if A.shape[1] == 64 else min((4, 3, 2), key=most_warps)
-        return cls(u.dtype, batch, length, channels, A.shape[1], math.ceil(tiles / segments), block)
+        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=math.ceil(tiles / segments))
 
     @property
     def tiles(self) -> int:
@@ -106,8 +99,19 @@ class _Shape:
         return math.ceil(self.tiles / self.segment_tiles)
 
     @property
+    def warps(self) -> int:
+        """Of a block; four tiles of 64 states would not fit into shared memory."""
+        return 2 if self.states == 64 else 4
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         return math.ceil(self.channels / (WARP_CHANNELS * self.warps)), self.batch, self.segments
+
+    @property
+    def grid_of_ends(self) -> tuple[int, int, int]:
+        """Of the first pass, in which one of the segments has nothing to tell."""
+        blocks, batch, segments = self.grid
+        return blocks, batch, segments - 1
 
     @property
     def state_bytes(self) -> int:
@@ -115,17 +119,17 @@ class _Shape:
         return WARP_CHANNELS * self.states * (4 if self.dtype == torch.float32 else 2)
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.length, self.channels, self.segment_tiles
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.length, self.channels, self.segments, self.segment_tiles
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
-        dense = self.dtype != torch.float32 and self.states == 16
+        compact = self.dtype != torch.float32 and self.states == 16
         defines = {
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
             "ENDS": int(ends),
             "WARPS": self.warps,
-            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if dense else 1,
+            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if compact else 1,
         }
         # BackwardShared: projections in two turns, two floats a channel; for each step 18 float4 and the states, and
         # the states before the tile besides.
@@ -154,12 +158,12 @@ class _Scan(torch.autograd.Function):
         shape = _Shape.of(u, A)
         threads = 32 * shape.warps
         per_segment = (shape.batch, shape.segments, shape.channels)
-        start, steps = initial_state, None
+        start = initial_state
         inputs, at = (u, dt, z, BC, A, D, dt_bias, resets), (*dense_strides(u), *strides(z))
         if shape.segments > 1:
             reached, steps = A.new_empty(*per_segment, shape.states), A.new_empty(per_segment)
             shape.kernel("scan_forward", ends=True)(
-                shape.grid, threads, *inputs, None, None, None, reached, steps, *shape.sizes, *at
+                shape.grid_of_ends, threads, *inputs, None, None, None, reached, steps, *shape.sizes, *at
             )
             start = shape.at_segments(reached, steps, A, initial_state, backwards=False)
         out, end = sequence_first(u), A.new_empty(shape.batch, shape.channels, shape.states)
@@ -171,13 +175,13 @@ class _Scan(torch.autograd.Function):
             )
         shape.kernel("scan_forward")(shape.grid, threads, *inputs, start, out, borders, end, None, *shape.sizes, *at)
         ctx.shape, ctx.has_start = shape, initial_state is not None
-        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, resets, borders, steps)
+        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, resets, borders)
         return out, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_end):
-        u, dt, A, BC, D, z, dt_bias, resets, borders, steps = ctx.saved_tensors
+        u, dt, A, BC, D, z, dt_bias, resets, borders = ctx.saved_tensors
         shape: _Shape = ctx.shape
         threads, per_segment = 32 * shape.warps, (shape.batch, shape.segments, shape.channels)
         grad_out = torch.zeros_like(u) if grad_out is None else dense(grad_out)
@@ -185,9 +189,9 @@ class _Scan(torch.autograd.Function):
         inputs = (u, dt, z, BC, A, D, dt_bias, resets, borders, grad_out)
         at = (*dense_strides(u), *strides(z))
         if shape.segments > 1:
-            handed = A.new_empty(*per_segment, shape.states)
+            handed, steps = A.new_empty(*per_segment, shape.states), A.new_empty(per_segment)
             shape.kernel("scan_backward", ends=True)(
-                shape.grid, threads, *inputs, None, *7 * [None], handed, *shape.sizes, *at
+                shape.grid_of_ends, threads, *inputs, *7 * [None], steps, handed, *shape.sizes, *at
             )
             grad_end = shape.at_segments(handed, steps, A, grad_end, backwards=True)
         grad_u, grad_dt, grad_z = (sequence_first(u) for _ in range(3))

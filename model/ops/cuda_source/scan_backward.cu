@@ -173,7 +173,6 @@ __device__ __forceinline__ void add_over_warps(float* to, const StateRow (*state
 #pragma unroll
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);
-        if (FOURS % THREADS && f >= FOURS) break;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) {
@@ -205,16 +204,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     Element* grad_u, Element* grad_dt, Element* grad_z,     // [batch, length, channels]
     float* grad_bc,                                        // [blocks of channels, batch, length, 2, N]
     float* grad_A,                                         // [batch, segments, channels, N]
-    float* grad_D, float* grad_bias,                       // [batch, segments, channels]
+    float* grad_D, float* grad_bias,                       // [batch, segments, channels]; ENDS: none and the sum of dt
     float* grad_start,                                     // [batch, channels, N]; ENDS: [batch, segments, channels, N]
-    int length, int channels, int segment_tiles,
+    int length, int channels, int segments, int segment_tiles,
     int64 batch_stride, int time_stride, int64 z_batch, int z_time)
 {
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *reinterpret_cast<BackwardShared*>(memory);
 
     const Place at;
-    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int batch = blockIdx.y, segment = blockIdx.z + ENDS;  // ENDS: of all but the first
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;
     const int first_of_block = blockIdx.x * BLOCK_CHANNELS;
@@ -229,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const float4* bias = reinterpret_cast<const float4*>(shared.bias + (eight - first_of_block));
     const float4* skip = reinterpret_cast<const float4*>(shared.skip + (eight - first_of_block));
 
-    float a[CH][4], carry[CH][4], sum_a[CH][4], sum_skip[8], sum_bias[8];
+    float a[CH][4], carry[CH][4], sum_a[CH][4], sum_skip[8], sum_bias[8], sum_steps[CH] = {};
     read_states(A, 0, at, channels, a);
     read_states(grad_end, int64(batch * segments + segment) * channels, at, channels, carry);
 #pragma unroll
@@ -291,6 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
 #pragma unroll
             for (int i = 0; i < CH; ++i) {
                 const float4 in = slot[t].channel[places[i]];
+                sum_steps[i] += in.x;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) carry[i][j] = exp2_fast(in.x * a[i][j]) * (c[j] * in.z + carry[i][j]);
             }
@@ -319,6 +319,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const int64 place = int64(batch * segments + segment) * channels;
 #if ENDS
     write_states(grad_start, place, at, channels, carry);
+    const int channel = at.first_channel + at.channel(0);
+    if (at.q < CH && channel < channels) grad_bias[place + channel] = sum_steps[0];
 #else
     if (segment == 0) write_states(grad_start, int64(batch) * channels, at, channels, carry);
     write_states(grad_A, place, at, channels, sum_a);

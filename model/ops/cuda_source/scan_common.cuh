@@ -24,8 +24,7 @@ constexpr int Q = N / 4;            // lanes over states
 constexpr int R = 32 / Q;           // lanes over channels
 constexpr int CH = N / 8;           // channels of a thread
 constexpr int COPIES = R / 2;       // of a tile's B and C, one for each order of states
-constexpr int FOURS = 2 * Q * TILE; // 16-byte words of a tile's B and C
-constexpr int FILLS = (FOURS + THREADS - 1) / THREADS;  // of a thread
+constexpr int FILLS = Q / WARPS;    // 16-byte loads of a thread for a tile's B and C
 constexpr float FORGET = 1e30f;     // a step size so large that the state before it is lost: a document begins
 
 #if INPUT == 0
@@ -107,7 +106,7 @@ __device__ __forceinline__ Fill load_projections(const float* bc, int64 first_ro
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q);
         const float4* row = reinterpret_cast<const float4*>(bc + (first_row + step) * (2 * N));
-        fill.value[k] = f < FOURS && step < rows ? __ldg(row + f % (2 * Q)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        fill.value[k] = step < rows ? __ldg(row + f % (2 * Q)) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
     return fill;
 }
@@ -117,7 +116,6 @@ __device__ __forceinline__ void store_projections(Projections& to, const Fill& f
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);
         const float4 v = fill.value[k];
-        if (FOURS % THREADS && f >= FOURS) break;
         float4(*rows)[Q] = place < Q ? to.b[step] : to.c[step];
         const int group = place % Q;
         rows[0][group] = v;

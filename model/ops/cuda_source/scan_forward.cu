@@ -57,14 +57,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     uint4* borders,                                        // the states before each tile, for the backward, or null
     float* end,                                            // [batch, channels, N]; ENDS: [batch, segments, channels, N]
     float* steps,                                          // ENDS: sum of dt, [batch, segments, channels]
-    int length, int channels, int segment_tiles,
+    int length, int channels, int segments, int segment_tiles,
     int64 batch_stride, int time_stride, int64 z_batch, int z_time)
 {
     __shared__ Projections projections[2];
     __shared__ __align__(16) ForwardRow slots[WARPS][TILE];
 
     const Place at;
-    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int batch = blockIdx.y, segment = blockIdx.z;  // ENDS: of all but the last
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;  // the first of this lane's channels in the elementwise phases
     const bool has_channels = eight < channels;
