@@ -21,10 +21,10 @@ from sambalm.model.samba import Sublayer
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.sharding import cut
 from sambalm.parallel.state import TensorParallel
-from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config import DTYPES, RunConfig
 
 FP32_BYTES = 4
-ACTIVATION_BYTES = {"bf16": 2, "fp32": 4}
+ACTIVATION_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
 
 # DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stages 1 and 2 allocate the bucket while gradients

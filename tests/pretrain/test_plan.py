@@ -17,13 +17,12 @@ from sambalm.model.ops.kernels import TORCH_KERNELS
 from sambalm.model.samba import Samba
 from sambalm.parallel.state import TensorParallel
 from sambalm.pretrain.cli import app
-from sambalm.pretrain.config import RunConfig, load_config, parse_config
+from sambalm.pretrain.config import DTYPES, RunConfig, load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import DEVICES
 from sambalm.pretrain.plan_memory import CPU, rank_memory, stage_parameters, stage_parts
-from sambalm.pretrain.trainer import DTYPES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
