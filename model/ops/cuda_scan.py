@@ -58,7 +58,7 @@ def cuda_selective_scan(
 
 
 def _filled_up(x: Tensor, *more: int) -> Tensor:
-    """With that many zeros after the last, the last but one, ... dimension; unlike F.pad no copy where there are none."""
+    """With that many zeros after the last, the last but one, ... dimension; no copy where there are none."""
     return F.pad(x, [n for size in more for n in (0, size)]) if any(more) else x
 
 
@@ -79,17 +79,25 @@ class _Shape:
     channels: int
     states: int
     segment_tiles: int
+    warps: int  # of a block
 
     @classmethod
     def of(cls, u: Tensor, A: Tensor) -> "_Shape":
         batch, length, channels = u.shape
         tiles = math.ceil(length / TILE_TOKENS)
         warps = batch * math.ceil(channels / WARP_CHANNELS)
-        device_warps = WARPS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(u.device).multi_processor_count
+        processors = torch.cuda.get_device_properties(u.device).multi_processor_count
         segments = 1
-        if warps < SEGMENT_BELOW * device_warps:
-            segments = max(1, min(device_warps // warps, tiles // MIN_SEGMENT_TILES))
-        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=math.ceil(tiles / segments))
+        if warps < SEGMENT_BELOW * WARPS_PER_MULTIPROCESSOR * processors:
+            segments = max(1, min(WARPS_PER_MULTIPROCESSOR * processors // warps, tiles // MIN_SEGMENT_TILES))
+
+        def most_warps(block: int) -> int:
+            """Of a multiprocessor, with blocks of so many warps: the others wait for it."""
+            return math.ceil(math.ceil(channels / (WARP_CHANNELS * block)) * batch * segments / processors) * block
+
+        # The larger block where it makes no difference: each writes its own sum of the gradients of B and C.
+        block = 2 if A.shape[1] == 64 else min((4, 3, 2), key=most_warps)
+        return cls(u.dtype, batch, length, channels, A.shape[1], math.ceil(tiles / segments), block)
 
     @property
     def tiles(self) -> int:
@@ -98,11 +106,6 @@ class _Shape:
     @property
     def segments(self) -> int:
         return math.ceil(self.tiles / self.segment_tiles)
-
-    @property
-    def warps(self) -> int:
-        """Of a block."""
-        return 2 if self.states == 64 else 4
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -124,10 +127,13 @@ class _Shape:
             "N": self.states,
             "ENDS": int(ends),
             "WARPS": self.warps,
-            "BLOCKS": 3 if dense else 1,
+            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if dense else 1,
         }
-        # BackwardShared: projections in two turns, a float4 for each of 18 places and a warp's states, a step.
-        backward_bytes = 2 * 2 * TILE_TOKENS * 256 + self.warps * TILE_TOKENS * (18 * 16 + self.state_bytes)
+        # BackwardShared: projections in two turns, two floats a channel; for each step 18 float4 and the states, and
+        # the states before the tile besides.
+        rows = TILE_TOKENS + 1
+        warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + rows * self.state_bytes
+        backward_bytes = 2 * (2 * rows * 256 + 64) + self.warps * warp_bytes
         shared_bytes = backward_bytes if name == "scan_backward" else 0
         return kernel(name, "scan_common.cuh", f"{name}.cu", defines=defines, shared_bytes=shared_bytes)
 
@@ -144,7 +150,7 @@ class _Shape:
 
 
 def _strides(*tensors: Tensor) -> list[Stride]:
-    return [Stride(tensor.stride(dim)) for tensor in tensors for dim in (0, 1)]
+    return [stride for tensor in tensors for stride in (Stride(tensor.stride(0)), tensor.stride(1))]
 
 
 def _sequence_first(like: Tensor) -> Tensor:

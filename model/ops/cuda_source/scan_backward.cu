@@ -2,13 +2,17 @@
 // place; the halves of a row are shifted against bank conflicts.
 struct BackwardRow {
     float4 channel[WARP_CHANNELS + 2];
-    __device__ __forceinline__ float4& at(int k) { return channel[k + (k >= 8)]; }
+    __device__ __forceinline__ static int place(int k) { return k + k / 8; }
 };
 
+typedef uint4 StateRow[32 * STATE_WORDS];
+
 struct BackwardShared {
+    float bias[BLOCK_CHANNELS], skip[BLOCK_CHANNELS];  // first, so that the row before the projections' first is there
     Projections projections[2];
     BackwardRow slots[WARPS][TILE];
-    uint4 states[WARPS][TILE][32 * STATE_WORDS];  // after each step; then the warp's gradients of B and C at that step
+    // Before the tile, and after each of its steps; then there the warp's gradients of B and C at that step.
+    StateRow states[WARPS][1 + TILE];
 };
 
 // Gradients of B and C summed over the warp's channels: a lane gets 8 / R of the 2 N sums.
@@ -29,62 +33,72 @@ __device__ __forceinline__ void add_over_channels(
 
 // The elementwise work before the recurrence, on one step of eight channels.
 __device__ __forceinline__ void before_tile(
-    BackwardRow& row, int half, const Eight& raw_u, const Eight& raw_dt, const Eight& raw_z, const Eight& raw_grad,
-    const float (&bias)[8], bool here, bool reset)
+    float4* eight, const Eight& raw_u, const Eight& raw_dt, const Eight& raw_z, const Eight& raw_grad,
+    const float* bias, bool here, bool reset)
 {
     float u[8], x[8], z[8], grad[8];
     unpack(raw_u, u); unpack(raw_dt, x); unpack(raw_z, z); unpack(raw_grad, grad);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-        const float step = here ? softplus(x[k] + bias[k]) : 0.f;
-        row.at(8 * half + k) = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * sigmoid(z[k]), step);
+        float step = softplus(x[k], bias[k]);
+        step = here ? step : 0.f;
+        eight[k] = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * sigmoid(z[k]), step);
     }
 }
 
 // The states after each step of a tile, again, from those before it; h holds the last.
 __device__ __forceinline__ void states_of_tile(
-    BackwardRow* slot, uint4 (*states)[32 * STATE_WORDS], const Projections& projection, const Place& at, int copy,
-    const float (&a)[CH][4], float (&h)[CH][4])
+    BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
+    const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4])
 {
+    float4 in[CH], b4 = projection.b[0][copy][at.q];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) in[i] = slot[0].channel[places[i]];
 #pragma unroll 4
     for (int t = 0; t < TILE; ++t) {
         float b[4];
-        load_four(projection.b[t][copy][at.q], b);
+        float4 next_in[CH];  // read ahead of this step's write; past the tile a row that is not used
+        load_four(b4, b);
+        b4 = projection.b[t + 1][copy][at.q];
+#pragma unroll
+        for (int i = 0; i < CH; ++i) next_in[i] = slot[t + 1].channel[places[i]];
 #pragma unroll
         for (int i = 0; i < CH; ++i) {
-            const float4 in = slot[t].at(at.channel(i));
 #pragma unroll
-            for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
+            for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in[i].x * a[i][j]) * h[i][j] + in[i].y * b[j];
+            in[i] = next_in[i];
         }
         store_states(states[t], pack_states(h), at.lane);
     }
 }
 
 // The recurrence of the gradient, backwards through a tile. carry: the gradient that reaches the state after the tile,
-// and then the one before it.
+// and then the one before it. states: before the tile and after each step.
 __device__ __forceinline__ void gradients_of_tile(
-    BackwardRow* slot, uint4 (*states)[32 * STATE_WORDS], const States& border, const Projections& projection,
-    const Place& at, int copy, const float (&a)[CH][4], float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4])
+    BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
+    const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4])
 {
+    const bool first_lanes = at.q < CH;  // they get the sums for u and dt of their channel, the others those for z
     float4 in[CH];
-    float b[4], c[4];
+    float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
+    float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (first_lanes ? 0 : 1);
 #pragma unroll
-    for (int i = 0; i < CH; ++i) in[i] = slot[TILE - 1].at(at.channel(i));
-    load_four(projection.b[TILE - 1][copy][at.q], b);
-    load_four(projection.c[TILE - 1][copy][at.q], c);
-    States before = load_states(states[TILE - 2], at.lane);
-#pragma unroll 2
+    for (int i = 0; i < CH; ++i) in[i] = slot[TILE - 1].channel[places[i]];
+    States before = load_states(states[TILE - 1], at.lane);
+#pragma unroll 4
     for (int t = TILE - 1; t >= 0; --t) {
-        // What the next turn needs is read ahead of this one's writes, which the compiler could not do.
-        const int next = t > 0 ? t - 1 : 0;
+        // What the next turn needs is read ahead of this one's writes, which the compiler could not do. Before the tile
+        // it reads a row that is not used.
         float4 next_in[CH];
 #pragma unroll
-        for (int i = 0; i < CH; ++i) next_in[i] = slot[next].at(at.channel(i));
-        const float4 next_b = projection.b[next][copy][at.q], next_c = projection.c[next][copy][at.q];
-        const States next_before = load_states(states[t > 1 ? t - 2 : 0], at.lane);
-
-        float previous[CH][4], grad_b[4] = {}, grad_c[4] = {}, over_states[3][CH];
+        for (int i = 0; i < CH; ++i) next_in[i] = slot[t - 1].channel[places[i]];
+        float b[4], c[4], previous[CH][4], grad_b[4] = {}, grad_c[4] = {}, over_states[3][CH];
+        load_four(b4, b);
+        load_four(c4, c);
+        b4 = projection.b[t - 1][copy][at.q], c4 = projection.c[t - 1][copy][at.q];
         unpack_states(before, previous);
+        before = load_states(states[t - 1], at.lane);
+        const float step = in[0].w;
 #pragma unroll
         for (int i = 0; i < CH; ++i) {
             float grad_input = 0.f, grad_decay = 0.f, y = 0.f;
@@ -104,26 +118,22 @@ __device__ __forceinline__ void gradients_of_tile(
             over_states[0][i] = grad_input;
             over_states[1][i] = grad_decay;
             over_states[2][i] = y;
+            in[i] = next_in[i];
         }
-        float* sums = reinterpret_cast<float*>(states[t]);  // read before, by all lanes
-        add_over_channels(sums, at, grad_b, grad_c);
+        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, grad_b, grad_c);
 #pragma unroll
-        for (int k = 0; k < 3; ++k) {
+        for (int k = 0; k < 3; ++k)
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
                 for (int i = 0; i < m; ++i) over_states[k][i] += across(over_states[k][i + m], m);
-#pragma unroll
-            for (int m = CH; m < Q; m *= 2) over_states[k][0] += across(over_states[k][0], m);
-        }
-        float4& result = slot[t].at(at.channel(0));
-        if (at.q < CH) *reinterpret_cast<float2*>(&result.x) = make_float2(over_states[0][0], over_states[1][0]);
-        else if (at.q < 2 * CH) result.z = over_states[2][0];
-        load_four(next_b, b);
-        load_four(next_c, c);
-#pragma unroll
-        for (int i = 0; i < CH; ++i) in[i] = next_in[i];
-        before = t > 1 ? next_before : border;
+        // One exchange is left, between the first lanes and the others.
+        const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
+        const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
+        const float input_or_y = kept + across(sent, CH);
+        const float decay = over_states[1][0] + across(over_states[1][0], CH);
+        *result = make_float2(input_or_y, first_lanes ? decay : step);
+        result -= sizeof(BackwardRow) / sizeof(float2);
     }
 }
 
@@ -131,33 +141,34 @@ struct Gradients { float u[8], dt[8], z[8]; };
 
 // The elementwise work after the recurrence.
 __device__ __forceinline__ void after_tile(
-    BackwardRow& row, int half, const Eight& raw_u, const Eight& raw_z, const Eight& raw_grad, const float (&skip)[8],
-    bool here, Gradients& g, float (&sum_skip)[8], float (&sum_bias)[8])
+    const float4* eight, const Eight& raw_u, const Eight& raw_z, const Eight& raw_grad, const float* skip,
+    Gradients& g, float (&sum_skip)[8], float (&sum_bias)[8])
 {
     float u[8], z[8], grad[8];
     unpack(raw_u, u); unpack(raw_z, z); unpack(raw_grad, grad);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-        const float4 found = row.at(8 * half + k);
+        const float4 found = eight[k];
         const float step = found.w, gate = sigmoid(z[k]), grad_y = grad[k] * z[k] * gate;
         g.u[k] = found.x * step + skip[k] * grad_y;
         g.dt[k] = (found.x * u[k] + LN2 * found.y) * sigmoid_of_softplus(step);
         g.z[k] = grad[k] * (found.z + skip[k] * u[k]) * gate * (1.f + z[k] * (1.f - gate));
         sum_skip[k] += grad_y * u[k];
-        sum_bias[k] += here ? g.dt[k] : 0.f;
+        sum_bias[k] += g.dt[k];  // zero beyond the sequence, where steps are
     }
 }
 
 // The block's sums over channels for the steps of a tile.
-__device__ __forceinline__ void add_over_warps(float* to, const uint4 (*states)[TILE][32 * STATE_WORDS], int rows)
+__device__ __forceinline__ void add_over_warps(float* to, const StateRow (*states)[1 + TILE], int rows)
 {
 #pragma unroll
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);
+        if (FOURS % THREADS && f >= FOURS) break;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) {
-            const float4 part = reinterpret_cast<const float4*>(states[warp][step])[place];
+            const float4 part = reinterpret_cast<const float4*>(states[warp][1 + step])[place];
             sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
         }
         if (step < rows) reinterpret_cast<float4*>(to + step * (2 * N))[place] = sum;
@@ -187,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     float* grad_D, float* grad_bias,                       // [batch, segments, channels]
     float* grad_start,                                     // [batch, channels, N]; ENDS: [batch, segments, channels, N]
     int length, int channels, int segment_tiles,
-    int64 u_batch, int64 u_time, int64 dt_batch, int64 dt_time, int64 z_batch, int64 z_time, int64 g_batch,
-    int64 g_time, int64 o_batch, int64 o_time)
+    int64 u_batch, int u_time, int64 dt_batch, int dt_time, int64 z_batch, int z_time, int64 grad_batch, int grad_time,
+    int64 out_batch, int out_time)
 {
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *reinterpret_cast<BackwardShared*>(memory);
@@ -197,12 +208,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;
+    const int first_of_block = blockIdx.x * BLOCK_CHANNELS;
     const bool has_channels = eight < channels;
     const int copy = at.r & (COPIES - 1);
     BackwardRow* slot = shared.slots[at.warp];
-    uint4(*states)[32 * STATE_WORDS] = shared.states[at.warp];
+    float4* mine = &slot[row].channel[BackwardRow::place(8 * half)];
+    StateRow* states = shared.states[at.warp];
+    int places[CH];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) places[i] = BackwardRow::place(at.channel(i));
+    const float *bias = shared.bias + (eight - first_of_block), *skip = shared.skip + (eight - first_of_block);
 
-    float a[CH][4], carry[CH][4], sum_a[CH][4], bias[8], skip[8], sum_skip[8], sum_bias[8];
+    float a[CH][4], carry[CH][4], sum_a[CH][4], sum_skip[8], sum_bias[8];
     read_states(A, 0, at, channels, a);
     read_states(grad_end, int64(batch * segments + segment) * channels, at, channels, carry);
 #pragma unroll
@@ -211,21 +228,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         for (int j = 0; j < 4; ++j) { a[i][j] *= LOG2E; sum_a[i][j] = 0.f; }
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-        bias[k] = has_channels ? dt_bias[eight + k] : 0.f;
-        skip[k] = has_channels ? D[eight + k] : 0.f;
         sum_skip[k] = sum_bias[k] = 0.f;
     }
+    if (threadIdx.x < BLOCK_CHANNELS) {
+        const int channel = first_of_block + threadIdx.x;
+        shared.bias[threadIdx.x] = channel < channels ? dt_bias[channel] : 0.f;
+        shared.skip[threadIdx.x] = channel < channels ? D[channel] : 0.f;
+    }
 
-    const int tiles = (length + TILE - 1) / TILE, warps = (channels + 15) / 16;
+    const int tiles = (length + TILE - 1) / TILE;
     const int first_tile = segment * segment_tiles, last_tile = min(tiles, first_tile + segment_tiles) - 1;
     const int64 row_of_batch = int64(batch) * length;
     int time = last_tile * TILE + row;
     bool inside = has_channels && time < length;
-    Eight next_u = load_eight(u + batch * u_batch + time * u_time + eight, inside);
-    Eight next_dt = load_eight(dt + batch * dt_batch + time * dt_time + eight, inside);
-    Eight next_z = load_eight(z + batch * z_batch + time * z_time + eight, inside);
-    Eight next_grad = load_eight(grad_out + batch * g_batch + time * g_time + eight, inside);
-    unsigned char next_reset = resets && time < length ? resets[row_of_batch + time] : 0;
+    const Column u_column(u, u_batch, u_time, eight), dt_column(dt, dt_batch, dt_time, eight);
+    const Column z_column(z, z_batch, z_time, eight), grad_column(grad_out, grad_batch, grad_time, eight);
+    Eight next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
+    Eight next_z = z_column.load(time, inside), next_grad = grad_column.load(time, inside);
+    int next_reset = load_flag(resets, row_of_batch + time, inside);
     Fill fill = load_projections(bc, row_of_batch + last_tile * TILE, length - last_tile * TILE);
 
     for (int tile = last_tile; tile >= first_tile; --tile) {
@@ -233,27 +253,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         store_projections(projection, fill);
         const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z, raw_grad = next_grad;
         const bool reset = next_reset, here = inside;
-        const int64 now = time;
-        States border;
-        float h[CH][4];
-        if (!ENDS && at.first_channel < channels) {
-            const int64 place = (int64(batch) * tiles + tile) * warps + at.first_channel / 16;
+        const int now = time;
+#if !ENDS
+        States border = States();
+        if (at.first_channel < channels) {
+            const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
             border = load_states(borders + place * (32 * STATE_WORDS), at.lane);
-        } else {
-            border = States();
         }
+#endif
         __syncthreads();
 
         time -= TILE;
         inside = has_channels && tile > first_tile;
-        next_u = load_eight(u + batch * u_batch + time * u_time + eight, inside && !ENDS);
-        next_dt = load_eight(dt + batch * dt_batch + time * dt_time + eight, inside);
-        next_z = load_eight(z + batch * z_batch + time * z_time + eight, inside);
-        next_grad = load_eight(grad_out + batch * g_batch + time * g_time + eight, inside);
-        next_reset = resets && inside ? resets[row_of_batch + time] : 0;
+        next_u = u_column.load(time, inside && !ENDS), next_dt = dt_column.load(time, inside);
+        next_z = z_column.load(time, inside), next_grad = grad_column.load(time, inside);
+        next_reset = load_flag(resets, row_of_batch + time, inside);
         fill = load_projections(bc, row_of_batch + (tile - 1) * TILE, tile > first_tile ? TILE : 0);
 
-        before_tile(slot[row], half, raw_u, raw_dt, raw_z, raw_grad, bias, here, reset);
+        before_tile(mine, raw_u, raw_dt, raw_z, raw_grad, bias, here, reset);
         __syncwarp();
 #if ENDS
 #pragma unroll 4
@@ -262,24 +279,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
             load_four(projection.c[t][copy][at.q], c);
 #pragma unroll
             for (int i = 0; i < CH; ++i) {
-                const float4 in = slot[t].at(at.channel(i));
+                const float4 in = slot[t].channel[places[i]];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) carry[i][j] = exp2_fast(in.x * a[i][j]) * (c[j] * in.z + carry[i][j]);
             }
         }
         __syncwarp();
 #else
+        float h[CH][4];
         unpack_states(border, h);
-        states_of_tile(slot, states, projection, at, copy, a, h);
-        gradients_of_tile(slot, states, border, projection, at, copy, a, h, carry, sum_a);
+        store_states(states[0], border, at.lane);
+        states_of_tile(slot, states + 1, projection, at, copy, places, a, h);
+        gradients_of_tile(slot, states, projection, at, copy, places, a, h, carry, sum_a);
         __syncwarp();
         Gradients g;
-        after_tile(slot[row], half, raw_u, raw_z, raw_grad, skip, here, g, sum_skip, sum_bias);
+        after_tile(mine, raw_u, raw_z, raw_grad, skip, g, sum_skip, sum_bias);
         if (here) {
-            const int64 to = batch * o_batch + now * o_time + eight;
-            store_eight(grad_u + to, g.u);
-            store_eight(grad_dt + to, g.dt);
-            store_eight(grad_z + to, g.z);
+            Column(grad_u, out_batch, out_time, eight).store(now, g.u);
+            Column(grad_dt, out_batch, out_time, eight).store(now, g.dt);
+            Column(grad_z, out_batch, out_time, eight).store(now, g.z);
         }
         __syncthreads();
         add_over_warps(grad_bc + (int64(blockIdx.x) * gridDim.y * length + row_of_batch + tile * TILE) * (2 * N),

@@ -2,7 +2,7 @@
 //   INPUT    0 float32, 1 bfloat16, 2 float16: u, dt, z and their gradients; states and sums are always float32
 //   N        states of a channel: 16, 32 or 64
 //   ENDS     1: only the state that each time segment reaches from zero (backward: the gradient that it hands back)
-//   WARPS    of a block: 4, or 2 where their tiles would not fit into shared memory
+//   WARPS    of a block
 //   BLOCKS   of the kernel that a multiprocessor shall hold at once
 //
 // A warp owns 16 channels with all their states; a thread N / 8 channels x 4 states, so that most of both sums, over
@@ -27,7 +27,8 @@ constexpr int Q = N / 4;            // lanes over states
 constexpr int R = 32 / Q;           // lanes over channels
 constexpr int CH = N / 8;           // channels of a thread
 constexpr int COPIES = R / 2;       // of a tile's B and C, one for each order of states
-constexpr int FILLS = Q / WARPS;    // 16-byte loads of a thread for a tile's B and C
+constexpr int FOURS = 2 * Q * TILE; // 16-byte words of a tile's B and C
+constexpr int FILLS = (FOURS + THREADS - 1) / THREADS;  // of a thread
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float FORGET = 1e30f;     // a step size so large that the state before it is lost: a document begins
@@ -100,6 +101,22 @@ __device__ __forceinline__ void store_eight(Element* to, const float (&x)[8]) {
 #endif
 }
 
+// This lane's eight channels in an activation, [length, ...] of one sequence.
+struct Column {
+    const char* first;
+    int row_bytes;
+    __device__ __forceinline__ Column(const Element* x, int64 batch_stride, int time_stride, int channel)
+        : first(reinterpret_cast<const char*>(x + blockIdx.y * batch_stride + channel)),
+          row_bytes(time_stride * int(sizeof(Element))) {}
+    __device__ __forceinline__ const Element* at(int time) const {
+        return reinterpret_cast<const Element*>(first + int64(time) * row_bytes);
+    }
+    __device__ __forceinline__ Eight load(int time, bool inside) const { return load_eight(at(time), inside); }
+    __device__ __forceinline__ void store(int time, const float (&x)[8]) const {
+        store_eight(const_cast<Element*>(at(time)), x);
+    }
+};
+
 __device__ __forceinline__ States pack_states(const float (&h)[CH][4]) {
     States packed;
 #pragma unroll
@@ -146,14 +163,14 @@ __device__ __forceinline__ States load_states(const uint4* from, int lane) {
     return states;
 }
 
-__device__ __forceinline__ float softplus(float x) {
+// ln(1 + exp(x + bias)); with 16-bit inputs its error is below their rounding from steps of 1e-4 on.
+__device__ __forceinline__ float softplus(float x, float bias) {
 #if INPUT == 0
+    x += bias;
     return x > 20.f ? x : log1pf(expf(x));
 #else
-    const float e = exp2_fast(x * LOG2E);
-    const float series = e * (1.f - e * (0.5f - e * (1.f / 3.f)));  // where log2(1 + e) would lose e's digits
-    const float near = e < 0.03f ? series : LN2 * log2_fast(1.f + e);
-    return x > 20.f ? x : near;
+    const float scaled = fmaf(x, LOG2E, bias * LOG2E), grown = log2_fast(1.f + exp2_fast(scaled));
+    return LN2 * (scaled > 30.f ? scaled : grown);
 #endif
 }
 
@@ -162,8 +179,7 @@ __device__ __forceinline__ float sigmoid_of_softplus(float step) {
 #if INPUT == 0
     return -expm1f(-step);
 #else
-    const float near = step * (1.f - step * (0.5f - step * (1.f / 6.f)));
-    return step < 0.03f ? near : 1.f - exp2_fast(-step * LOG2E);
+    return 1.f - exp2_fast(-LOG2E * step);
 #endif
 }
 
@@ -173,6 +189,13 @@ __device__ __forceinline__ float sigmoid(float x) {
 #else
     return reciprocal(1.f + exp2_fast(-x * LOG2E));
 #endif
+}
+
+// An int and not a byte: the compiler would wait for a byte at once, to put it into its place in a register.
+__device__ __forceinline__ int load_flag(const unsigned char* flags, int64 place, bool inside) {
+    int flag = 0;
+    if (flags && inside) flag = __ldg(flags + place);
+    return flag;
 }
 
 // Where a thread stands in the recurrence.
@@ -189,7 +212,9 @@ struct Place {
 
 // A tile's B and C in shared memory, in each order of states that a lane may hold them in.
 struct Projections {
-    float4 b[TILE][COPIES][Q], c[TILE][COPIES][Q];
+    float4 b[TILE + 1][COPIES][Q];
+    float4 shift[4];  // threads write B and C at once: this puts them into different banks
+    float4 c[TILE + 1][COPIES][Q];
 };
 
 struct Fill { float4 value[FILLS]; };
@@ -200,7 +225,7 @@ __device__ __forceinline__ Fill load_projections(const float* bc, int64 first_ro
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q);
         const float4* row = reinterpret_cast<const float4*>(bc + (first_row + step) * (2 * N));
-        fill.value[k] = step < rows ? __ldg(row + f % (2 * Q)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        fill.value[k] = f < FOURS && step < rows ? __ldg(row + f % (2 * Q)) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
     return fill;
 }
@@ -210,6 +235,7 @@ __device__ __forceinline__ void store_projections(Projections& to, const Fill& f
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);
         const float4 v = fill.value[k];
+        if (FOURS % THREADS && f >= FOURS) break;
         float4(*rows)[Q] = place < Q ? to.b[step] : to.c[step];
         const int group = place % Q;
         rows[0][group] = v;

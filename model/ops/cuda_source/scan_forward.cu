@@ -1,6 +1,50 @@
 // y of a channel and step, and its decay and input before: two floats a channel, padded against bank conflicts.
 struct ForwardRow { float2 channel[WARP_CHANNELS + 2]; };
 
+// The recurrence through a tile. What the next step needs is read ahead of this one's writes, which the compiler could
+// not do; past the tile it reads a row more, which is there and not used.
+__device__ __forceinline__ void walk_tile(
+    ForwardRow* slot, const Projections& projection, const Place& at, const float (&a)[CH][4], float (&h)[CH][4],
+    float (&sum)[CH])
+{
+    const int copy = at.r & (COPIES - 1);
+    float2 in[CH];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) in[i] = slot[0].channel[at.channel(i)];
+    float4 b4 = projection.b[0][copy][at.q], c4 = projection.c[0][copy][at.q];
+#pragma unroll 4
+    for (int t = 0; t < TILE; ++t) {
+        float2 next_in[CH];
+        float b[4], c[4], y[CH];
+        load_four(b4, b);
+        load_four(c4, c);
+#pragma unroll
+        for (int i = 0; i < CH; ++i) next_in[i] = slot[t + 1].channel[at.channel(i)];
+        b4 = projection.b[t + 1][copy][at.q];
+        if (!ENDS) c4 = projection.c[t + 1][copy][at.q];
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+            y[i] = 0.f;
+            if (ENDS) sum[i] += in[i].x;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                h[i][j] = exp2_fast(in[i].x * a[i][j]) * h[i][j] + in[i].y * b[j];
+                if (!ENDS) y[i] += c[j] * h[i][j];
+            }
+            in[i] = next_in[i];
+        }
+        if (!ENDS) {
+#pragma unroll
+            for (int m = CH / 2; m >= 1; m /= 2)
+#pragma unroll
+                for (int i = 0; i < m; ++i) y[i] += across(y[i + m], m);
+#pragma unroll
+            for (int m = CH; m < Q; m *= 2) y[0] += across(y[0], m);
+            if (at.q < CH) slot[t].channel[at.channel(0)].x = y[0];
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides
     const float* bc,                                       // [batch, length, 2, N]
@@ -12,10 +56,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     float* end,                                            // [batch, channels, N]; ENDS: [batch, segments, channels, N]
     float* steps,                                          // ENDS: sum of dt, [batch, segments, channels]
     int length, int channels, int segment_tiles,
-    int64 u_batch, int64 u_time, int64 dt_batch, int64 dt_time, int64 z_batch, int64 z_time, int64 o_batch, int64 o_time)
+    int64 u_batch, int u_time, int64 dt_batch, int dt_time, int64 z_batch, int z_time, int64 out_batch, int out_time)
 {
     __shared__ Projections projections[2];
-    __shared__ __align__(16) ForwardRow slots[WARPS][TILE];
+    __shared__ __align__(16) ForwardRow slots[WARPS][TILE + 1];
 
     const Place at;
     const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
@@ -43,10 +87,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const int first_tile = segment * segment_tiles, last_tile = min(tiles, first_tile + segment_tiles);
     int time = first_tile * TILE + row;
     bool inside = has_channels && time < length;
-    Eight next_u = load_eight(u + batch * u_batch + time * u_time + eight, inside);
-    Eight next_dt = load_eight(dt + batch * dt_batch + time * dt_time + eight, inside);
-    Eight next_z = load_eight(z + batch * z_batch + time * z_time + eight, inside && !ENDS);
-    unsigned char next_reset = resets && time < length ? resets[int64(batch) * length + time] : 0;
+    const Column u_column(u, u_batch, u_time, eight), dt_column(dt, dt_batch, dt_time, eight);
+    const Column z_column(z, z_batch, z_time, eight), out_column(out, out_batch, out_time, eight);
+    Eight next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
+    Eight next_z = z_column.load(time, inside && !ENDS);
+    int next_reset = load_flag(resets, int64(batch) * length + time, inside);
     Fill fill = load_projections(bc, int64(batch) * length + first_tile * TILE, length - first_tile * TILE);
 
     for (int tile = first_tile; tile < last_tile; ++tile) {
@@ -59,10 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
 
         time += TILE;
         inside = has_channels && time < length && tile + 1 < last_tile;
-        next_u = load_eight(u + batch * u_batch + time * u_time + eight, inside);
-        next_dt = load_eight(dt + batch * dt_batch + time * dt_time + eight, inside);
-        next_z = load_eight(z + batch * z_batch + time * z_time + eight, inside && !ENDS);
-        next_reset = resets && inside ? resets[int64(batch) * length + time] : 0;
+        next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
+        next_z = z_column.load(time, inside && !ENDS);
+        next_reset = load_flag(resets, int64(batch) * length + time, inside);
         fill = load_projections(bc, int64(batch) * length + (tile + 1) * TILE, length - (tile + 1) * TILE);
 
         if (borders && at.first_channel < channels) {
@@ -75,41 +119,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
         unpack(raw_dt, step);
 #pragma unroll
         for (int k = 0; k < 8; k += 2) {
-            float4 pair;
-            const float s0 = here ? softplus(step[k] + bias[k]) : 0.f;
-            const float s1 = here ? softplus(step[k + 1] + bias[k + 1]) : 0.f;
-            pair = make_float4(reset ? FORGET : s0, s0 * x[k], reset ? FORGET : s1, s1 * x[k + 1]);
-            *reinterpret_cast<float4*>(&slot[row].channel[8 * half + k]) = pair;
+            float s0 = softplus(step[k], bias[k]), s1 = softplus(step[k + 1], bias[k + 1]);
+            s0 = here ? s0 : 0.f;
+            s1 = here ? s1 : 0.f;
+            *reinterpret_cast<float4*>(&slot[row].channel[8 * half + k]) =
+                make_float4(reset ? FORGET : s0, s0 * x[k], reset ? FORGET : s1, s1 * x[k + 1]);
         }
         __syncwarp();
 
-#pragma unroll 4
-        for (int t = 0; t < TILE; ++t) {
-            float b[4], c[4], y[CH];
-            const int copy = at.r & (COPIES - 1);
-            load_four(projection.b[t][copy][at.q], b);
-            if (!ENDS) load_four(projection.c[t][copy][at.q], c);
-#pragma unroll
-            for (int i = 0; i < CH; ++i) {
-                const float2 in = slot[t].channel[at.channel(i)];
-                y[i] = 0.f;
-                if (ENDS) sum[i] += in.x;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
-                    if (!ENDS) y[i] += c[j] * h[i][j];
-                }
-            }
-            if (!ENDS) {
-#pragma unroll
-                for (int m = CH / 2; m >= 1; m /= 2)
-#pragma unroll
-                    for (int i = 0; i < m; ++i) y[i] += across(y[i + m], m);
-#pragma unroll
-                for (int m = CH; m < Q; m *= 2) y[0] += across(y[0], m);
-                if (at.q < CH) slot[t].channel[at.channel(0)].x = y[0];
-            }
-        }
+        walk_tile(slot, projection, at, a, h, sum);
         if (ENDS) { __syncwarp(); continue; }
         __syncwarp();
 
@@ -121,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
             result[k] = (pair.x + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
             result[k + 1] = (pair.z + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
         }
-        if (here) store_eight(out + batch * o_batch + now * o_time + eight, result);
+        if (here) out_column.store(now, result);
         __syncwarp();
     }
 
