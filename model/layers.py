@@ -23,7 +23,7 @@ from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    column_parallel_linear,
+    column_parallel_parts,
     copy_to_region,
     reduce_from_region,
     replicated_weight,
@@ -34,7 +34,7 @@ from sambalm.parallel.tensor_parallel import (
 class SequenceContext:
     """What the sublayers need to know of the batch besides its activations."""
 
-    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [(B, 1,) S, head dim / 2]
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]
     cp: ContextParallel  # where this rank's part of the sequence lies
     documents: Documents | None = None  # of packed sequences, where states and attention end with them
 
@@ -154,7 +154,7 @@ class QKVProjection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = torch.cat((self.query.to(x.dtype), copy_to_region(self.key_value, self.copies).to(x.dtype)))
-        return column_parallel_linear(x, weight, self.tp).split(self.local_sizes, dim=-1)
+        return column_parallel_parts(x, weight, self.tp, sizes=self.local_sizes)
 
 
 class WindowAttention(nn.Module):
@@ -169,8 +169,9 @@ class WindowAttention(nn.Module):
         self.o_proj = RowParallelLinear(share.query, width, tp=tp, init=init.residual_linear(width, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q_BHSd, k_BHSd, v_BHSd = (t.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for t in self.qkv_proj(x))
-        q_BHSd, k_BHSd = (self.rotary(t, *context.rotary) for t in (q_BHSd, k_BHSd))
+        q_SBHd, k_SBHd, v_SBHd = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
+        q_SBHd, k_SBHd = (self.rotary(t, *context.rotary) for t in (q_SBHd, k_SBHd))
+        q_BHSd, k_BHSd, v_BHSd = (t.permute(1, 2, 0, 3) for t in (q_SBHd, k_SBHd, v_SBHd))
         if context.cp.size == 1:
             y_SBHd = self._attend(q_BHSd, k_BHSd, v_BHSd, context, first=0)
         else:

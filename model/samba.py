@@ -129,8 +129,8 @@ class Samba(nn.Module):
         first = self.cp.rank * tokens.shape[1]
         documents = None if document_starts is None else Documents(document_starts, first)
         if documents:
-            positions = documents.positions.unsqueeze(1)  # the same for all heads
+            positions = documents.positions.t()
         else:
-            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        rotary = rotary_tables(positions, head_dim=self.config.head_dim, base=self.config.rope_base)
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(1)
+        rotary = rotary_tables(positions.unsqueeze(2), head_dim=self.config.head_dim, base=self.config.rope_base)
         return SequenceContext(rotary=rotary, cp=self.cp, documents=documents)

@@ -19,7 +19,8 @@ _MODULES = {
     "apex": "apex.normalization.fused_layer_norm",
     "cuda": "cuda.bindings.nvrtc",
 }
-_HALF_ONLY = ("flash-attn", "torch-flash")
+_HALF_ONLY = ("flash-attn", "torch-flash", "flex")
+_COMPILED = ("compiled", "flex")
 
 
 class KernelError(Exception):
@@ -50,7 +51,7 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
-    if name == "compiled":
+    if name in _COMPILED:
         return why_not_compiled()
     if name in _MODULES:
         try:
