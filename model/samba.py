@@ -68,6 +68,7 @@ class Samba(nn.Module):
         super().__init__()
         layers = range(len(config.pattern)) if layers is None else layers
         self.config, self.tp, self.cp, self.dtype, self.recompute_layers = config, tp, cp, dtype, recompute_layers
+        self.token_losses = kernels.elementwise.token_losses
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(config.pattern)
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = VocabParallelEmbedding(
@@ -122,7 +123,7 @@ class Samba(nn.Module):
         logits = self.head(self.final_norm(x))
         if labels is None:
             return logits.transpose(0, 1)
-        return cross_entropy(logits, labels.t(), self.tp).t()
+        return cross_entropy(logits, labels.t(), self.tp, token_losses=self.token_losses).t()
 
     def _context(self, tokens: Tensor, document_starts: Tensor | None) -> SequenceContext:
         first = self.cp.rank * tokens.shape[1]

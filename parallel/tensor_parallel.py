@@ -4,7 +4,7 @@ Weights are fp32 and are cast to the input's dtype where they are used: they are
 activations [sequence, batch, width], as megatron-core's sequence parallelism needs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,11 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
-        return column_parallel_linear(x, self.weight, self.tp).split(self.local_sizes, dim=-1)
+        return self.whole(x).split(self.local_sizes, dim=-1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The same as one tensor, the parts one after the other in its last dimension."""
+        return column_parallel_linear(x, self.weight, self.tp)
 
 
 class RowParallelLinear(nn.Module):
@@ -133,16 +137,19 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_region(partial, self.tp)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, tp: TensorParallel) -> Tensor:
-    """Negative log-likelihood of each label in fp32; consumes fp32 logits (they are overwritten).
+def cross_entropy(
+    logits: Tensor, labels: Tensor, tp: TensorParallel, *, token_losses: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Negative log-likelihood of each label in fp32.
 
     Args:
         logits: [sequence, batch, vocabulary / tp].
         labels: int64 [sequence, batch].
+        token_losses: of logits [tokens, vocabulary] and labels [tokens], for a process that has the whole vocabulary.
 
     Returns:
         fp32 [sequence, batch].
     """
     if tp.size == 1:
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+        return token_losses(logits.flatten(0, 1), labels.flatten()).view_as(labels)
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.contiguous())
