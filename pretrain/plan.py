@@ -69,12 +69,16 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
     limit_bytes, kernels = memory_gib * GIB * USABLE_SHARE, planned_kernels(config)
     best: dict[ParallelConfig, Plan] = {}
     smallest: tuple[int, RunConfig] | None = None
+    full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
     for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
+        if candidate.parallel == full:
+            continue
         stages = stage_memories(candidate, world_size=world_size, kernels=kernels)
         needed = max(memory.total_bytes for memory in stages)
         if smallest is None or needed < smallest[0]:
             smallest = needed, candidate
         if needed > limit_bytes:
+            full = candidate.parallel
             continue
         plan = _plan(candidate, stages, world_size=world_size, hardware=hardware, kernels=kernels)
         key = candidate.parallel.model_copy(update={"recompute": "none"})
@@ -132,6 +136,7 @@ def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterato
         for recompute, size in itertools.product(("none", "selective", "full"), sizes):
             candidate = checked.model_copy(
                 update={
+                    "model": config.model,  # one object, which caches then know at once
                     "parallel": checked.parallel.model_copy(update={"recompute": recompute}),
                     "train": checked.train.model_copy(update={"micro_batch_size": size}),
                 }

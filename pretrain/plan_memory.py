@@ -270,6 +270,8 @@ def _mamba_bytes(config: RunConfig, size: LocalSizes, kernels: KernelNames, insi
     # x and z are one tensor: it stays whole for a kernel that keeps either.
     keeps_z = kernels.scan == "cuda" or (kernels.scan == "torch" and not narrow) or not inside
     total += a * T * 2 * D if keeps_z or kernels.conv != "torch" else 0
+    # PyTorch's convolution has batches first, so that x_proj keeps a copy beside what such a kernel keeps.
+    total += a * T * D if keeps_z and kernels.conv == "torch" and config.train.micro_batch_size > 1 else 0
     if not inside:
         return total + a * T * D  # dt
     return total + _state_bytes_of(config, D, kernels=kernels) + _scan_bytes(config, D, kernels)
