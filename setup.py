@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=[f"sambalm.{folder}" for folder in FOLDERS],
+    package_data={"sambalm.model.ops": ["cuda_source/*"]},
     package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
     install_requires=[
         "deepspeed==0.19.8",
@@ -33,8 +34,9 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        # CUDA kernels; NVIDIA apex is optional too, but only from source (docs/gpu.md).
-        "gpu": ["causal-conv1d>=1.5", "flash-attn>=2.7", "mamba-ssm>=2.2"],
+        # cuda-bindings compiles our kernels. The others are CUDA kernels; NVIDIA apex is optional too, but only from
+        # source (docs/gpu.md).
+        "gpu": ["causal-conv1d>=1.5", "cuda-bindings>=13.0", "flash-attn>=2.7", "mamba-ssm>=2.2"],
         "test": ["pytest>=8", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["sambalm = sambalm.pretrain.cli:main"]},
