@@ -1,7 +1,9 @@
 """The program `sambalm`. Commands import what they need when they run, so that help appears at once."""
 
+import json
 import os
 import sys
+import time
 import warnings
 from enum import StrEnum
 from importlib.metadata import version
@@ -42,6 +44,9 @@ def main() -> None:
 
 def _print_error(error: Exception) -> None:
     """Once for a whole run where every rank meets the same error, which is before their process group exists."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:  # torchrun's summary at its end shows the message of the rank that failed first
+        Path(report).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
     rank = os.environ.get("RANK")
     if rank is not None:
         import torch.distributed as dist

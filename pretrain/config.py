@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -19,6 +20,7 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
 
 FORMAT_VERSION = 1
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of train.precision
 
 
 class RunSection(BaseModel):

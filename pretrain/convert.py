@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.config import DataConfig
@@ -16,12 +15,11 @@ from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpoint import Checkpoint, newest_checkpoint
-from sambalm.pretrain.config import RunConfig, parse_config
+from sambalm.pretrain.config import DTYPES, RunConfig, parse_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.metrics import read_metrics
 
 VERIFIED_DOCUMENTS = 1000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def checkpoint_to_hf(

@@ -16,6 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from sambalm.model.durable_files import flush, write_json
+from sambalm.model.ops.kernels import Kernels
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.execution import Execution
 from sambalm.parallel.sharding import CanonicalSlice, canonical_slices
@@ -35,6 +37,7 @@ class Training:
     engine: Engine
     parts: Sequence[nn.Module]
     execution: Execution
+    kernels: Kernels
 
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
@@ -111,9 +114,9 @@ def save_checkpoint(
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
         if world.is_main:
-            files.write_json(partial / files.STATE, _state(config, step, samples=samples, data=data))
+            write_json(partial / files.STATE, _state(config, step, samples=samples, data=data))
             files.write_manifest(partial)
-            files.sync_folder(partial)
+            flush(partial)
     except (OSError, CheckpointException) as error:
         failure = f"{type(error).__name__}: {error}"
     failures: list[str | None] = [None] * world.size

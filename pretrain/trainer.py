@@ -1,5 +1,6 @@
 """The training loop: fetch, forward and backward, step, and what happens between steps."""
 
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +19,7 @@ from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.state import World, is_main_process, start_world, world_size
 from sambalm.parallel.zero import gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
-from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config import DTYPES, RunConfig
 from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.metrics import RunReport, StepResult
 from sambalm.pretrain.run_state import (
@@ -31,8 +32,6 @@ from sambalm.pretrain.run_state import (
     save_checkpoint,
 )
 from sambalm.pretrain.validation import Validator
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def train(config: RunConfig) -> None:
@@ -62,6 +61,9 @@ class Trainer:
         self.step, self.samples = (checkpoint.step, checkpoint.state["samples"]) if checkpoint else (0, 0)
         self.validator = Validator(config, sources, world=world)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
+        if world.is_main:
+            names = " ".join(self.training.kernels.names)
+            print(f"{world.size} x {world.device.type}, from step {self.step}; {names}", file=sys.stderr)
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             micro_batch_samples=config.train.micro_batch_size,
@@ -127,16 +129,17 @@ class Trainer:
 def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Training:
     """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective."""
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
+    kernels = config.kernels.build(
+        device=world.device,
+        dtype=dtype,
+        initial_states=parallel.context > 1,
+        resets=config.data.reset_at_document,
+    )
     parts = build_parts(
         config.model,
         parallel,
         world=world,
-        kernels=config.kernels.build(
-            device=world.device,
-            dtype=dtype,
-            initial_states=parallel.context > 1,
-            resets=config.data.reset_at_document,
-        ),
+        kernels=kernels,
         dtype=dtype,
         sequence_length=config.data.sequence_length,
     )
@@ -161,4 +164,4 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
     run = execution(
         engine, parts, world=world, hidden_size=config.model.hidden_size, dtype=dtype, tied_weight=tied_weight
     )
-    return Training(engine=engine, parts=parts, execution=run)
+    return Training(engine=engine, parts=parts, execution=run, kernels=kernels)

@@ -349,6 +349,20 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_torchruns_own_report_of_a_refusal_ends_with_the_sentence(run_values, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values))
+    ended = subprocess.run(
+        [*TORCHRUN, "train", tmp_path / "run.yaml", "parallel.tensor=5"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert ended.returncode != 0
+    summary = ended.stderr.split("Root Cause")[1]
+    assert "which parallel.tensor 5 does not divide" in summary
+
+
 @pytest.mark.slow
 def test_torchrun_trains_on_two_ranks(run_values, tmp_path):
     values = changed(run_values, parallel={"tensor": 2, "sequence": True})
