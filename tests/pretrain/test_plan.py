@@ -24,7 +24,7 @@ from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, p
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import DEVICES
 from sambalm.pretrain.plan_kernels import TORCH_ON_CPU, KernelNames
-from sambalm.pretrain.plan_memory import rank_memory, stage_parameters, stage_parts
+from sambalm.pretrain.plan_memory import stage_memories, stage_parameters, stage_parts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -88,7 +88,7 @@ def counted_activations(config: RunConfig) -> tuple[int, int]:
 def test_activations_are_what_a_real_run_keeps(model, precision, recompute):
     config = config_of(parallel={"recompute": recompute}, train={"precision": precision}, **model)
     kept, peak = counted_activations(config)
-    memory = rank_memory(config, stage=0, world_size=1, kernels=TORCH_ON_CPU)
+    memory, *_ = stage_memories(config, world_size=1, kernels=TORCH_ON_CPU)
     assert memory.saved_bytes == pytest.approx(kept, rel=0.02)
     assert memory.saved_bytes + memory.workspace_bytes == pytest.approx(peak, rel=0.1)
 
@@ -130,7 +130,7 @@ def test_activations_of_layouts_are_what_a_real_rank_keeps(parallel, precision, 
     config = config_of(parallel=parallel | {"recompute": recompute}, train={"precision": precision})
     ranks = config.parallel.model_ranks
     kept = max(run_world(kept_on_rank, config.model_dump(), ranks=ranks))
-    memory = rank_memory(config, stage=0, world_size=ranks, kernels=TORCH_ON_CPU)
+    memory, *_ = stage_memories(config, world_size=ranks, kernels=TORCH_ON_CPU)
     # The buffer for gathered sequences is alive as well.
     gathered = memory.communication_bytes % (4 * 500_000_000)
     assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.05)
@@ -185,7 +185,7 @@ def test_states_are_what_deepspeed_holds(stage, ranks):
     config = config_of(
         parallel={"zero_stage": stage}, train=train, pattern="M-*- x 2", hidden_size=256, mlp_size=512, vocab_size=4096
     )
-    memory = rank_memory(config, stage=0, world_size=ranks, kernels=TORCH_ON_CPU)
+    memory, *_ = stage_memories(config, world_size=ranks, kernels=TORCH_ON_CPU)
     for before, between, after in run_world(states_on_rank, config.model_dump(), ranks=ranks):
         shares = memory.optimizer_bytes // 3
         gathered = memory.weights_bytes - shares if stage == 3 else 0
