@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.config import DataConfig
-from sambalm.data_pipeline.documents import expand_inputs, read_documents
+from sambalm.data_pipeline.documents import read_documents
+from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.model.hf.export import export_hf
@@ -64,7 +65,7 @@ def _documents(pattern: str | None, data: DataConfig, tokenizer: Tokenizer) -> l
     texts = (
         stored_documents(data, tokenizer)
         if pattern is None
-        else (document.text for path in expand_inputs([pattern]) for document in read_documents(path))
+        else (document.text for file in expand_inputs([pattern]) for document in read_documents(file))
     )
     return list(itertools.islice(texts, VERIFIED_DOCUMENTS))
 

@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def run_days(self) -> float:
-        return self.config.train.steps * self.time.total_s / DAY_S
+        return self.days_to(self.config.run_tokens)
 
     def days_to(self, tokens: float) -> float:
         return tokens / self.tokens_per_s / DAY_S

@@ -26,6 +26,7 @@ from sambalm.parallel.zero import MOMENTS, Engine, set_moment, whole_moment, who
 from sambalm.pretrain import checkpoint as files
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.data_record import data_change
 from sambalm.pretrain.errors import CheckpointError, ConfigError
 
 
@@ -76,8 +77,28 @@ def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
         return error
 
 
-def save_checkpoint(training: Training, *, config: RunConfig, world: World, step: int) -> Path:
+def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunConfig) -> None:
+    """Compares what a checkpoint says of the data with what is there now.
+
+    Raises:
+        ConfigError: the samples to come would not be those that the run had before it; unless data.allow_changed.
+    """
+    changed = data_change(checkpoint.state.get("data"), record)
+    if changed and not config.data.allow_changed:
+        raise ConfigError(
+            f"{changed} since {checkpoint.path} was saved: restore it, or set data.allow_changed=true to go on with it "
+            "as it is now"
+        )
+
+
+def save_checkpoint(
+    training: Training, *, config: RunConfig, world: World, step: int, samples: int, data: dict[str, Any]
+) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
+
+    Args:
+        samples: training samples consumed so far.
+        data: what `data_record` says of the run's data.
 
     Raises:
         CheckpointError: on every rank, when any rank failed to write; nothing is left.
@@ -93,7 +114,7 @@ def save_checkpoint(training: Training, *, config: RunConfig, world: World, step
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
         if world.is_main:
-            write_json(partial / files.STATE, _state(config, step))
+            write_json(partial / files.STATE, _state(config, step, samples=samples, data=data))
             files.write_manifest(partial)
             flush(partial)
     except (OSError, CheckpointException) as error:
@@ -112,12 +133,13 @@ def save_checkpoint(training: Training, *, config: RunConfig, world: World, step
     return final
 
 
-def _state(config: RunConfig, step: int) -> dict[str, Any]:
+def _state(config: RunConfig, step: int, *, samples: int, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the run besides its tensors."""
     return {
         "step": step,
-        "samples": step * config.global_batch_samples,
-        "tokens": step * config.train.global_batch_tokens,
+        "samples": samples,
+        "tokens": samples * config.data.sequence_length,
+        "data": data,
         "config": config.model_dump(),
         "versions": {package: version(package) for package in PACKAGES},
     }

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from sambalm.data_pipeline.checks import check_vocabulary
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
+from sambalm.data_pipeline.shared import shared_sources
+from sambalm.data_pipeline.sources import check_vocabulary, open_sources
 from sambalm.model.build import build_parts, tied_copy
 from sambalm.model.heads import kv_copies
 from sambalm.parallel.execution import execution
@@ -19,9 +20,11 @@ from sambalm.parallel.state import World, is_main_process, start_world, world_si
 from sambalm.parallel.zero import gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.metrics import RunReport, StepResult
 from sambalm.pretrain.run_state import (
     Training,
+    check_data,
     find_resume_point,
     load_moments,
     load_weights,
@@ -39,7 +42,7 @@ def train(config: RunConfig) -> None:
     """
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
-        check_vocabulary(config.data, config.model.vocab_size)
+        check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
         Trainer(config, world).fit()
 
@@ -51,13 +54,25 @@ class Trainer:
         self.config, self.world = config, world
         self.run_dir = Path(config.run.dir)
         checkpoint = find_resume_point(config, world=world)
-        self.step = checkpoint.step if checkpoint else 0
+        sources = shared_sources(config.data)
+        self.data_record = data_record(config, sources)
+        if checkpoint:
+            check_data(checkpoint, self.data_record, config=config)
+        self.step, self.samples = (checkpoint.step, checkpoint.state["samples"]) if checkpoint else (0, 0)
+        self.validator = Validator(config, sources, world=world)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
             names = " ".join(self.training.kernels.names)
             print(f"{world.size} x {world.device.type}, from step {self.step}; {names}", file=sys.stderr)
-        self.loader = self._build_loader()
-        self.validator = Validator(config, world=world)
+        self.loader = BatchLoader(
+            build_train_dataset(config.data, sources, seed=config.run.seed),
+            micro_batch_samples=config.train.micro_batch_size,
+            data_rank=world.data_rank,
+            data_size=world.data_size,
+            start_sample=self.samples,
+            vocab_size=config.model.vocab_size,
+            workers=config.data.workers,
+        )
 
     def fit(self) -> None:
         """Trains to the last step, with validation and checkpoints on the way."""
@@ -70,8 +85,18 @@ class Trainer:
                 validate = last or self.step % validation.every_steps == 0
                 report.step(self.step, result, self.validator.losses(self.training.execution) if validate else {})
                 if last or self.step % checkpoint.every_steps == 0:
-                    save_checkpoint(self.training, config=self.config, world=self.world, step=self.step)
+                    self._save()
                     remove_old_checkpoints(self.run_dir, keep=checkpoint.keep, world=self.world)
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.training,
+            config=self.config,
+            world=self.world,
+            step=self.step,
+            samples=self.samples,
+            data=self.data_record,
+        )
 
     def _train_step(self) -> StepResult:
         """One optimizer step over the global batch."""
@@ -81,9 +106,15 @@ class Trainer:
         lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
         for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.training.execution.train_step([self._micro_batch() for _ in range(self.micro_batches)])
+        batch_samples = self.config.batch_schedule.step_samples(self.samples)
+        micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
+        loss = self.training.execution.train_step([self._micro_batch() for _ in range(micro_batches)])
         mean_loss = (self.world.sum_over_replicas(loss) / self.world.replica_size).item()
+        self.samples += batch_samples
+        length = self.config.data.sequence_length
         return StepResult(
+            tokens=self.samples * length,
+            batch_tokens=batch_samples * length,
             loss=mean_loss,
             grad_norm=gradient_norm(self.training.engine),
             lr=lr,
@@ -93,24 +124,6 @@ class Trainer:
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
         return MicroBatch(*self.loader.next_micro_batch()).on_rank(self.world)
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return self.config.accumulation_steps(data_size=self.world.data_size)
-
-    def _build_loader(self) -> BatchLoader:
-        config, batch_samples = self.config, self.config.global_batch_samples
-        dataset = build_train_dataset(config.data, num_samples=config.train.steps * batch_samples, seed=config.run.seed)
-        return BatchLoader(
-            dataset,
-            global_batch_samples=batch_samples,
-            micro_batch_samples=config.train.micro_batch_size,
-            data_rank=self.world.data_rank,
-            data_size=self.world.data_size,
-            start_sample=self.step * batch_samples,
-            vocab_size=config.model.vocab_size,
-        )
 
 
 def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Training:
@@ -142,7 +155,6 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
         world=world,
         zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,
-        accumulation_steps=config.accumulation_steps(data_size=world.data_size),
         clip_norm=config.optimizer.clip_norm,
         done_steps=checkpoint.step if checkpoint else 0,
     )

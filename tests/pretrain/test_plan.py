@@ -155,6 +155,7 @@ def test_parameters_are_those_of_the_real_parts(parallel, tied):
 def states_on_rank(values: dict) -> tuple[int, int, int]:
     """Live bytes before a step, between a step's micro-batches and after it, without DeepSpeed's bucket."""
     from sambalm.parallel.state import start_world
+    from sambalm.parallel.zero import set_accumulation
     from sambalm.pretrain.trainer import build_training
 
     config, counts = RunConfig.model_validate(values), []
@@ -167,7 +168,9 @@ def states_on_rank(values: dict) -> tuple[int, int, int]:
         training = build_training(config, world=world, checkpoint=None)
         engine = training.engine
         tokens = torch.randint(0, 64, (config.train.micro_batch_size, config.data.sequence_length))
-        for _ in range(config.accumulation_steps(data_size=world.data_size)):
+        micro_batches = config.accumulation_steps(data_size=world.data_size)
+        set_accumulation(engine, micro_batches)
+        for _ in range(micro_batches):
             count()
             loss = engine(tokens, tokens).mean()
             engine.backward(loss)
