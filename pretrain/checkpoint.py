@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
-from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError
 
 FORMAT_VERSION = 1
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -112,7 +112,8 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None]) -> Checkpoint:
         warn: called with one sentence for each newer checkpoint that is damaged.
 
     Raises:
-        CheckpointError: there is no checkpoint, or none that is good.
+        CheckpointError: there is no checkpoint.
+        CheckpointsDamagedError: there is none that is good.
     """
     if (path / MANIFEST).is_file():
         return open_checkpoint(path)
@@ -126,12 +127,23 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None]) -> Checkpoint:
             return open_checkpoint(folder)
         except CheckpointError as error:
             warn(str(error))
-    raise CheckpointError(f"every checkpoint in {path / 'checkpoints'} is damaged: restore one from a copy")
+    raise CheckpointsDamagedError(f"every checkpoint in {path / 'checkpoints'} is damaged: restore one from a copy")
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step_*"))
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of a run's committed checkpoints, unopened; 0 without one."""
+    return max((int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(run_dir)), default=0)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what killed attempts left half-written or half-removed."""
+    for leftover in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover)
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

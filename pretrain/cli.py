@@ -163,6 +163,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, alone or under torchrun; goes on from the run folder's newest checkpoint."""
+    from sambalm.pretrain.signals import Signals
+
+    signals = Signals()
+    if not dry_run:
+        signals.listen()  # before the slow imports, so that a signal meets them too
     from sambalm.pretrain.config import load_config
 
     checked = load_config(config, overrides or [])
@@ -175,7 +180,7 @@ def train(
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun says how many ranks train")
     from sambalm.pretrain.trainer import train as run
 
-    run(checked)
+    raise typer.Exit(run(checked, signals=signals))
 
 
 class Device(StrEnum):

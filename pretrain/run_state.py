@@ -1,10 +1,11 @@
 """Between a live run and its checkpoints: what every rank does together to save and to resume."""
 
+import functools
 import itertools
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from sambalm.parallel.zero import MOMENTS, Engine, set_moment, whole_moment, who
 from sambalm.pretrain import checkpoint as files
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import CheckpointError, ConfigError
+from sambalm.pretrain.errors import CheckpointError, ConfigError, NotSavedError, RunInUseError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
     """The newest good checkpoint of the run's folder; None for a new run. Collective.
 
     Raises:
-        CheckpointError: every checkpoint is damaged.
+        CheckpointsDamagedError: every checkpoint is damaged.
         ConfigError: the checkpoint holds another model.
     """
     found: list[Any] = [None]
@@ -73,40 +74,67 @@ def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
         return error
 
 
-def save_checkpoint(training: Training, *, config: RunConfig, world: World, step: int) -> Path:
+def save_checkpoint(
+    training: Training,
+    *,
+    config: RunConfig,
+    world: World,
+    step: int,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
 
+    Args:
+        before_commit: called on the main rank once all is written; an error of it commits nothing.
+
     Raises:
-        CheckpointError: on every rank, when any rank failed to write; nothing is left.
+        NotSavedError: on every rank, when any rank failed to write; nothing is left.
+        RunInUseError: on every rank, when before_commit raised it.
     """
     final = files.checkpoint_folder(Path(config.run.dir), step)
     partial = final.with_name(f".{final.name}.partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    failure = None
-    try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
-        if world.is_main:
-            files.write_json(partial / files.STATE, _state(config, step))
-            files.write_manifest(partial)
-            files.sync_folder(partial)
-    except (OSError, CheckpointException) as error:
-        failure = f"{type(error).__name__}: {error}"
-    failures: list[str | None] = [None] * world.size
-    dist.all_gather_object(failures, failure)
-    if world.is_main:
-        if any(failures):
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            files.commit(partial, final)
-    dist.barrier()
-    for rank, reason in enumerate(failures):
-        if reason:
-            raise CheckpointError(f"the checkpoint of step {step} was not saved: rank {rank}: {reason}")
+    together = functools.partial(_together, world=world, step=step, partial=partial)
+    together(lambda: _make_empty(partial), ranks=[0])
+    together(lambda: _write(training, partial, config=config, world=world, step=step))
+    together(before_commit, ranks=[0])
+    together(lambda: files.commit(partial, final), ranks=[0])
     return final
+
+
+def _together(
+    action: Callable[[], None], *, world: World, step: int, partial: Path, ranks: Sequence[int] | None = None
+) -> None:
+    """Runs a part of a save on some ranks (None: all), and fails on all where it fails on one. Collective."""
+    failure: Exception | None = None
+    if ranks is None or world.rank in ranks:
+        try:
+            action()
+        except (OSError, CheckpointException, RunInUseError) as error:
+            failure = error if isinstance(error, RunInUseError) else OSError(f"{type(error).__name__}: {error}")
+    failures: list[Exception | None] = [None] * world.size
+    dist.all_gather_object(failures, failure)
+    if any(failures) and world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    for rank, error in enumerate(failures):
+        if isinstance(error, RunInUseError):
+            raise error
+        if error:
+            raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {error}")
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write(training: Training, partial: Path, *, config: RunConfig, world: World, step: int) -> None:
+    """Everything but the folder's final name. Collective."""
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
+    if world.is_main:
+        files.write_json(partial / files.STATE, _state(config, step))
+        files.write_manifest(partial)
+        files.sync_folder(partial)
 
 
 def _state(config: RunConfig, step: int) -> dict[str, Any]:

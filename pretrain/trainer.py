@@ -18,7 +18,9 @@ from sambalm.parallel.state import World, is_main_process, start_world, world_si
 from sambalm.parallel.zero import gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.metrics import RunReport, StepResult
+from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
     Training,
     find_resume_point,
@@ -27,29 +29,39 @@ from sambalm.pretrain.run_state import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from sambalm.pretrain.signals import Request, Signals, take_switches
 from sambalm.pretrain.validation import Validator
 
+LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def train(config: RunConfig) -> None:
-    """Runs to train.steps, from the newest good checkpoint of run.dir where there is one.
+def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
+    """Runs to train.steps or until it is asked to leave, from the newest good checkpoint of run.dir where there is one.
 
     Raises:
-        ConfigError, ParallelError, DataError, KernelError, CheckpointError: one sentence each, for the user.
+        ConfigError, ParallelError, DataError, KernelError, CheckpointError, NoProgressError, StoppedError,
+        RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
         check_vocabulary(config.data, config.model.vocab_size)
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
-        Trainer(config, world).fit()
+    with (
+        open_run_folder(config) as folder,
+        start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world,
+        folder.shared(),
+    ):
+        trainer = Trainer(config, world, folder=folder, signals=signals or Signals())
+        exit_code = trainer.fit()
+        folder.end(exit_code, step=trainer.step)
+        return exit_code
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals) -> None:
+        self.config, self.world, self.folder, self.signals = config, world, folder, signals
         self.run_dir = Path(config.run.dir)
         checkpoint = find_resume_point(config, world=world)
         self.step = checkpoint.step if checkpoint else 0
@@ -57,22 +69,24 @@ class Trainer:
         self.loader = self._build_loader()
         self.validator = Validator(config, world=world)
 
-    def fit(self) -> None:
-        """Trains to the last step, with validation and checkpoints on the way."""
-        steps, validation, checkpoint = self.config.train.steps, self.config.validation, self.config.checkpoint
+    def fit(self) -> ExitCode:
+        """Trains to the last step or to a request to leave, with validation and checkpoints on the way."""
+        steps, validation = self.config.train.steps, self.config.validation
         with RunReport(self.config, world=self.world, done_steps=self.step) as report, closing(self.loader):
+            self.signals.training_starts()
             while self.step < steps:
-                result = self._train_step()
+                result, request = self._train_step()
                 self.step += 1
-                last = self.step == steps
-                validate = last or self.step % validation.every_steps == 0
+                validate = self.step == steps or self.step % validation.every_steps == 0
                 report.step(self.step, result, self.validator.losses(self.training.execution) if validate else {})
-                if last or self.step % checkpoint.every_steps == 0:
-                    save_checkpoint(self.training, config=self.config, world=self.world, step=self.step)
-                    remove_old_checkpoints(self.run_dir, keep=checkpoint.keep, world=self.world)
+                if request or self.step == steps or self.step % self.config.checkpoint.every_steps == 0:
+                    self._save()
+                if request in LEAVING and self.step < steps:
+                    return LEAVING[request]
+        return ExitCode.FINISHED
 
-    def _train_step(self) -> StepResult:
-        """One optimizer step over the global batch."""
+    def _train_step(self) -> tuple[StepResult, Request]:
+        """One optimizer step over the global batch, and what any rank was asked for by its end."""
         start_s = time.perf_counter()
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
@@ -80,13 +94,32 @@ class Trainer:
         for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
         loss = self.training.execution.train_step([self._micro_batch() for _ in range(self.micro_batches)])
-        mean_loss = (self.world.sum_over_replicas(loss) / self.world.replica_size).item()
-        return StepResult(
-            loss=mean_loss,
+        mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
+        request = self.world.largest(self._asked())
+        # Reading these is the step's one wait for the device.
+        loss_value, request_value = torch.stack([mean_loss.double(), request.double()]).tolist()
+        result = StepResult(
+            loss=loss_value,
             grad_norm=gradient_norm(self.training.engine),
             lr=lr,
             step_time_s=time.perf_counter() - start_s,
         )
+        return result, Request(int(request_value))
+
+    def _asked(self) -> Request:
+        """What this rank is asked for."""
+        asked = self.signals.take()
+        return max(asked, take_switches(self.run_dir)) if self.world.is_main else asked
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.training,
+            config=self.config,
+            world=self.world,
+            step=self.step,
+            before_commit=self.folder.check_lease,
+        )
+        remove_old_checkpoints(self.run_dir, keep=self.config.checkpoint.keep, world=self.world)
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
