@@ -5,7 +5,7 @@ The ranges below say what the code works with; ``requirements.lock`` pins what `
 
 from setuptools import setup
 
-FOLDERS = ("data_pipeline", "model", "model.hf", "model.ops", "parallel", "pretrain")
+FOLDERS = ("data_pipeline", "model", "model.hf", "model.ops", "parallel", "pretrain", "slurm")
 
 setup(
     name="sambalm",
@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[f"sambalm.{folder}" for folder in FOLDERS],
     package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
+    package_data={"sambalm.slurm": ["*.sbatch", "*.sh"]},
     install_requires=[
         "deepspeed==0.19.8",
         "matplotlib>=3.9",

@@ -1,0 +1,94 @@
+# The life of a job, sourced by every slurm/*.sbatch. docs/operations.md has the signals and exit codes.
+# Each cluster's particulars are in configs/clusters/$SAMBALM_CLUSTER.env.
+
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR"
+clusters=${SAMBALM_CLUSTERS:-configs/clusters}
+set -a; . "$clusters/${SAMBALM_CLUSTER:-generic}.env"; set +a
+python=${SAMBALM_PYTHON:-$SLURM_SUBMIT_DIR/.venv/bin/python}
+job_name="job$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+steps=0       # of this job, each with a rendezvous port of its own
+leaving=      # why this job is to end soon
+FINISHED=0 REQUEUE=75
+
+say() { echo "$(date '+%F %T') $job_name: $*"; }
+
+# Runs a command on nodes: on_nodes LOG NODE,NODE,... COMMAND... Signals are for the ranks; this waits for them.
+on_nodes() {
+    local log=$1 nodes=$2 count; shift 2
+    count=$(tr ',' '\n' <<<"$nodes" | wc -l)
+    srun --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$nodes" --kill-on-bad-exit=1 --wait=60 \
+        --cpu-bind=none --export=ALL --open-mode=append --output="$log" \
+        bash -c 'trap "" USR1; exec "$@"' - "$@" &
+    local pid=$! status
+    while wait $pid; status=$?; kill -0 $pid 2>/dev/null; do :; done
+    return $status
+}
+
+# Runs ranks on nodes: ranks_on LOG ATTEMPT_DIR NODES MODULE ARGUMENTS...
+ranks_on() {
+    local log=$1 attempt=$2 nodes=$3; shift 3
+    local port=$((20000 + (SLURM_JOB_ID * 16 + steps++) % 20000))
+    on_nodes "$log" "$nodes" "$python" -m sambalm.slurm.agent "$attempt" $port "$RANKS_PER_NODE" "$@"
+}
+
+# Nodes of the job that Slurm holds for up, separated by commas.
+living_nodes() {
+    sinfo --noheader --Node --format='%N %T' --nodes="$SLURM_JOB_NODELIST" |
+        awk '$2 !~ /down|fail|drain|unk|boot|\*/ && !seen[$1]++ {print $1}' | paste -sd,
+}
+
+# Sets $nodes to those to train on, from the health checks; bad ones are reported and, at a restart, not taken again.
+pick_nodes() {
+    local needed=$1 run_dir=$2 attempt=$3 living; shift 3
+    living=$(living_nodes)
+    on_nodes "$attempt/health.log" "$living" timeout 120 "$python" -m sambalm.slurm.health node "$attempt/health" "$run_dir"
+    nodes=$("$python" -m sambalm.slurm.health pick "$attempt/health" "$needed" ${living//,/ }) || return 1
+    if [[ ${CHECK_LINKS:-1} == 1 ]]; then
+        ranks_on "$attempt/health.log" "$attempt/health" "$nodes" sambalm.slurm.health links "$attempt/links"
+        "$python" -m sambalm.slurm.health pick "$attempt/links" "$needed" ${nodes//,/ } >/dev/null || return 1
+    fi
+}
+
+# Starts this job again from its newest checkpoint, unless its successor will (`sambalm slurm submit --chain`).
+start_again() {
+    if [[ ${SAMBALM_SUCCESSOR:-0} == 1 ]]; then
+        say "$1; the next job of the chain goes on"
+        exit 0
+    fi
+    if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-200})); then
+        say "$1; not requeued: MAX_RESTARTS=${MAX_RESTARTS:-200} is reached"
+        exit $REQUEUE
+    fi
+    say "$1; requeueing"
+    trap '' TERM USR1
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        say "Slurm does not requeue this job: submit it again to go on"
+        exit $REQUEUE
+    fi
+    sleep 600 # Slurm ends this script
+}
+
+# train_job CONFIG NODES [section.key=value]...
+train_job() {
+    local config=$1 needed=$2 run_dir attempt nodes code reason; shift 2
+    run_dir=$("$python" -m sambalm.slurm.prepare $((needed * RANKS_PER_NODE)) "$config" "$@") || exit
+    trap 'leaving="told to leave"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+    for ((try = 0; ; try++)); do
+        export SAMBALM_ATTEMPT="$job_name.$try"
+        attempt=$run_dir/attempts/$SAMBALM_ATTEMPT
+        mkdir -p "$attempt"
+        pick_nodes "$needed" "$run_dir" "$attempt" || start_again "too few nodes are fit to train"
+        [[ $leaving ]] && start_again "$leaving"
+        say "training on $nodes; logs: $attempt/NODE.log"
+        ranks_on "$attempt/%N.log" "$attempt" "$nodes" sambalm.pretrain.cli train "$config" "$@"
+        code=$(sed -n 's/.*"exit_code": \([0-9]*\).*/\1/p' "$attempt/outcome.json" 2>/dev/null)
+        reason=$(sed -n 's/.*"reason": "\(.*\)",$/\1/p' "$attempt/outcome.json" 2>/dev/null)
+        case ${code:-crashed} in
+            "$FINISHED") say "finished"; exit 0 ;;
+            "$REQUEUE") start_again "$reason" ;;
+            crashed | 74) say "attempt $SAMBALM_ATTEMPT crashed: see $attempt"; [[ $leaving ]] && start_again "$leaving" ;;
+            *) say "not started again: $reason"; exit "$code" ;;
+        esac
+    done
+}
