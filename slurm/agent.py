@@ -34,9 +34,7 @@ def main() -> None:
     sys.exit(exit_code if exit_code >= 0 else 128 - exit_code)
 
 
-def torchrun_arguments(
-    environment: Mapping[str, str], *, port: str, ranks_per_node: str, head: str
-) -> list[str]:
+def torchrun_arguments(environment: Mapping[str, str], *, port: str, ranks_per_node: str, head: str) -> list[str]:
     """For a task of a step with one task a node."""
     node = environment["SLURMD_NODENAME"]
     return [
@@ -56,6 +54,7 @@ def torchrun_arguments(
 def run_ranks(arguments: Sequence[str]) -> int:
     """Runs torchrun in this process; returns 0, or the exit code of the rank that failed first (negative: a signal)."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
@@ -65,6 +64,9 @@ def run_ranks(arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         print(f"rank {rank} on {os.environ['SLURMD_NODENAME']} ended with {_ending(failure.exitcode)}", file=sys.stderr)
         return failure.exitcode
+    except RendezvousConnectionError:
+        print("the agent of the first node is gone, and with it the rendezvous", file=sys.stderr)
+        return 1
     return 0
 
 

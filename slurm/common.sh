@@ -2,13 +2,14 @@
 # Each cluster's particulars are in configs/clusters/$SAMBALM_CLUSTER.env.
 
 set -uo pipefail
+leaving= # why this job is to end soon
+trap 'leaving="told to leave"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 cd "$SLURM_SUBMIT_DIR"
 clusters=${SAMBALM_CLUSTERS:-configs/clusters}
 set -a; . "$clusters/${SAMBALM_CLUSTER:-generic}.env"; set +a
 python=${SAMBALM_PYTHON:-$SLURM_SUBMIT_DIR/.venv/bin/python}
 job_name="job$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-steps=0       # of this job, each with a rendezvous port of its own
-leaving=      # why this job is to end soon
+steps=0 # of this job, each with a rendezvous port of its own
 FINISHED=0 REQUEUE=75
 
 say() { echo "$(date '+%F %T') $job_name: $*"; }
@@ -38,26 +39,38 @@ living_nodes() {
         awk '$2 !~ /down|fail|drain|unk|boot|\*/ && !seen[$1]++ {print $1}' | paste -sd,
 }
 
-# Sets $nodes to those to train on, from the health checks; bad ones are reported and, at a restart, not taken again.
+# Sets $nodes to those to train on, by the health checks; bad ones are reported in the attempt's folder.
 pick_nodes() {
     local needed=$1 run_dir=$2 attempt=$3 living; shift 3
     living=$(living_nodes)
-    on_nodes "$attempt/health.log" "$living" timeout 120 "$python" -m sambalm.slurm.health node "$attempt/health" "$run_dir"
-    nodes=$("$python" -m sambalm.slurm.health pick "$attempt/health" "$needed" ${living//,/ }) || return 1
+    on_nodes "$attempt/health.log" "$living" timeout 120 \
+        "$python" -m sambalm.slurm.health node "$attempt/health" "$run_dir"
+    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" 1 ${living//,/ } 2>>"$attempt/health.log") || return 1
     if [[ ${CHECK_LINKS:-1} == 1 ]]; then
-        ranks_on "$attempt/health.log" "$attempt/health" "$nodes" sambalm.slurm.health links "$attempt/links"
-        "$python" -m sambalm.slurm.health pick "$attempt/links" "$needed" ${nodes//,/ } >/dev/null || return 1
+        if ! ranks_on "$attempt/health.log" "$attempt/health" "$nodes" sambalm.slurm.health links "$attempt/links"; then
+            say "the nodes did not come together for an all-reduce: see $attempt/health.log"
+            return 1
+        fi
     fi
+    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" "$needed" ${nodes//,/ }) || return 1
+    nodes=$(cut -d, -f"1-$needed" <<<"$nodes")
 }
 
-# Starts this job again from its newest checkpoint, unless its successor will (`sambalm slurm submit --chain`).
+# Starts this job again from its newest checkpoint, elsewhere than on bad nodes; or leaves that to its successor
+# (`sambalm slurm submit --chain`), or to Slurm where it is ending the job already: scancel, a preemption.
 start_again() {
+    local state bad
     if [[ ${SAMBALM_SUCCESSOR:-0} == 1 ]]; then
         say "$1; the next job of the chain goes on"
         exit 0
     fi
-    if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-200})); then
-        say "$1; not requeued: MAX_RESTARTS=${MAX_RESTARTS:-200} is reached"
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    if [[ $state != RUNNING ]]; then
+        say "$1; Slurm is ending this job ($state)"
+        exit $REQUEUE
+    fi
+    if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
+        say "$1; not requeued: MAX_RESTARTS=$MAX_RESTARTS is reached"
         exit $REQUEUE
     fi
     say "$1; requeueing"
@@ -66,19 +79,20 @@ start_again() {
         say "Slurm does not requeue this job: submit it again to go on"
         exit $REQUEUE
     fi
-    sleep 600 # Slurm ends this script
+    bad=$(cat "$run_dir/attempts/$SAMBALM_ATTEMPT/bad_nodes" 2>/dev/null)
+    [[ $bad ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"
+    exit 0
 }
 
 # train_job CONFIG NODES [section.key=value]...
 train_job() {
     local config=$1 needed=$2 run_dir attempt nodes code reason; shift 2
-    run_dir=$("$python" -m sambalm.slurm.prepare $((needed * RANKS_PER_NODE)) "$config" "$@") || exit
-    trap 'leaving="told to leave"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+    run_dir=$("$python" -W ignore -m sambalm.slurm.prepare $((needed * RANKS_PER_NODE)) "$config" "$@") || exit
     for ((try = 0; ; try++)); do
         export SAMBALM_ATTEMPT="$job_name.$try"
         attempt=$run_dir/attempts/$SAMBALM_ATTEMPT
         mkdir -p "$attempt"
-        pick_nodes "$needed" "$run_dir" "$attempt" || start_again "too few nodes are fit to train"
+        pick_nodes "$needed" "$run_dir" "$attempt" || start_again "${leaving:-too few nodes are fit to train}"
         [[ $leaving ]] && start_again "$leaving"
         say "training on $nodes; logs: $attempt/NODE.log"
         ranks_on "$attempt/%N.log" "$attempt" "$nodes" sambalm.pretrain.cli train "$config" "$@"

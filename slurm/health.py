@@ -1,8 +1,8 @@
 """Whether the nodes of a job are fit to train, asked before each attempt by slurm/common.sh.
 
     srun --ntasks-per-node=1 ... python -m sambalm.slurm.health node FOLDER RUN_DIR     each node on its own
-    agent ... sambalm.slurm.health links FOLDER                                        all ranks together
-    python -m sambalm.slurm.health pick FOLDER NEEDED NODE...                          prints the nodes to use
+    python -m sambalm.slurm.agent ... sambalm.slurm.health links FOLDER                all ranks together
+    python -m sambalm.slurm.health pick ATTEMPT_DIR NEEDED NODE...                     prints the good nodes
 
 Limits come from the cluster's file (configs/clusters/*.env): RANKS_PER_NODE, MIN_GPU_FREE_GIB, MIN_DISK_FREE_GIB,
 MIN_NODE_GB_PER_S, MIN_PAIR_GB_PER_S. A node that says nothing counts as bad.
@@ -71,7 +71,9 @@ def check_links(folder: Path) -> None:
     tensor = torch.ones((64 if gpu else 1) * 2**20, device="cuda" if gpu else "cpu")
     within = _bandwidths([[node] for node in range(nodes)], tensor, per_node).get(node)
     between = [_bandwidths(pairs, tensor, per_node).get(node) for pairs in (_pairs(nodes, 0), _pairs(nodes, 1))]
-    problem = _too_slow("MIN_NODE_GB_PER_S", within) or _too_slow("MIN_PAIR_GB_PER_S", max(filter(None, between), default=None))
+    problem = _too_slow("MIN_NODE_GB_PER_S", within) or _too_slow(
+        "MIN_PAIR_GB_PER_S", max(filter(None, between), default=None)
+    )
     if os.environ["LOCAL_RANK"] == "0":
         write_result(folder, problem, node_gb_per_s=within, pair_gb_per_s=between)
     dist.barrier()
@@ -133,27 +135,29 @@ def write_result(folder: Path, problem: str | None, **measured: object) -> None:
     os.replace(draft, path)
 
 
-def bad_nodes(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
+def find_problems(attempt: Path, nodes: Sequence[str]) -> dict[str, str]:
     """Nodes and what is wrong with each."""
     found = {}
     for node in nodes:
-        path = folder / f"{node}.json"
-        problem = json.loads(path.read_text())["problem"] if path.exists() else "no answer"
-        if problem:
+        answers = [attempt / check / f"{node}.json" for check in ("health", "links")]
+        problems = [json.loads(path.read_text())["problem"] for path in answers if path.exists()]
+        if problem := next(filter(None, problems), None if problems else "no answer"):
             found[node] = problem
     return found
 
 
-def pick(folder: Path, needed: int, nodes: Sequence[str]) -> list[str]:
-    """The nodes to use, in order; reports bad ones. Exits with 1 when too few are left."""
-    bad = bad_nodes(folder, nodes)
+def pick(attempt: Path, needed: int, nodes: Sequence[str]) -> list[str]:
+    """The good nodes, in order; bad ones are reported, and written to attempt/bad_nodes. Exits with 1 for too few."""
+    bad = find_problems(attempt, nodes)
     for node, problem in bad.items():
         print(f"node {node} is left out: {problem}", file=sys.stderr)
+    if bad:
+        (attempt / "bad_nodes").write_text(",".join(bad) + "\n")
     good = [node for node in nodes if node not in bad]
     if len(good) < needed:
         print(f"{len(good)} of {len(nodes)} nodes are fit to train, and {needed} are needed", file=sys.stderr)
         sys.exit(1)
-    return good[:needed]
+    return good
 
 
 def main() -> None:

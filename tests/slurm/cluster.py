@@ -87,7 +87,7 @@ class Cluster:
         key.chmod(0o600)
         (folder / "munge").chmod(0o755)
         lines = [
-            f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=64000 "
+            f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=128000 "
             f"Gres=gpu:{GPUS_OF_NODES} State=UNKNOWN"
             for node, port in zip(NODES, ports, strict=False)
         ]
