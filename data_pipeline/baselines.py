@@ -33,8 +33,8 @@ def baseline_losses(
     """
     dataset = build_validation_dataset(config, num_samples=validation_samples, seed=seed)
     samples = [dataset[number] for number in range(len(dataset))]
-    tokens = np.concatenate([tokens.numpy() for tokens, _ in samples])
-    labels = np.concatenate([labels.numpy() for _, labels in samples])
+    tokens = np.concatenate([sample.tokens.numpy() for sample in samples])
+    labels = np.concatenate([sample.labels.numpy() for sample in samples])
     train_tokens = _train_tokens(config, limit_tokens=max_train_tokens)
     return Baselines(
         unigram_entropy=entropy(labels),

@@ -29,6 +29,11 @@ class DataConfig(BaseModel):
     validation_fraction: float = Field(
         default=0.01, gt=0, lt=1, description="Fraction of each shard's documents, its last ones, held out."
     )
+    reset_at_document: bool = Field(
+        default=False,
+        description="Whether a document sees nothing of those before it in its sample: attention, convolution, Mamba "
+        "state and rotary positions start anew.",
+    )
     cache_dir: str | None = Field(
         default=None, description="Directory of the sample index; default: .index_cache beside the first prefix."
     )

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +37,28 @@ with warnings.catch_warnings():
 _VISIBLE_AFTER_S = 60
 
 
+class Sample(NamedTuple):
+    """int64 [S] each: tokens; labels, the tokens one position later; and for each token where its document begins.
+
+    `document_starts` is None unless data.reset_at_document.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    document_starts: torch.Tensor | None
+
+
 class SampleDataset(torch.utils.data.Dataset):
-    """Samples by number: (tokens[S], labels[S]), both int64, labels being the tokens one position later.
+    """Samples by number.
 
     `len` is the number of samples that may be asked for; beyond it indexing raises IndexError.
     """
 
-    def __init__(self, dataset: GPTDataset | BlendedDataset, *, num_samples: int, prefixes: list[str]) -> None:
+    def __init__(
+        self, dataset: GPTDataset | BlendedDataset, *, num_samples: int, prefixes: list[str], reset_at_document: bool
+    ) -> None:
         self._dataset = dataset
+        self._reset_at_document = reset_at_document
         self._num_samples = num_samples
         self._prefixes = prefixes
         self.sequence_length: int = dataset.config.sequence_length
@@ -51,11 +66,23 @@ class SampleDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < self._num_samples:
             raise IndexError(f"sample {number} of {self._num_samples}")
         sample = self._dataset[number]
-        return sample["tokens"], sample["labels"]
+        starts = self._document_starts(number) if self._reset_at_document else None
+        return Sample(sample["tokens"], sample["labels"], starts)
+
+    def _document_starts(self, number: int) -> torch.Tensor:
+        dataset = self._dataset
+        if isinstance(dataset, BlendedDataset):
+            dataset, number = dataset.datasets[dataset.dataset_index[number]], dataset.dataset_sample_index[number]
+        place = dataset.shuffle_index[number]
+        (first, offset), (last, _) = dataset.sample_index[place], dataset.sample_index[place + 1]
+        lengths = dataset.dataset.sequence_lengths[dataset.document_index[first : last + 1]].astype(np.int64)
+        bounds = np.concatenate(([0], np.cumsum(lengths)[:-1] - offset))
+        positions = np.arange(self.sequence_length)
+        return torch.from_numpy(bounds[np.searchsorted(bounds, positions, side="right") - 1])
 
     def shard_prefix(self, number: int) -> str:
         """Path prefix of the shard that a sample comes from."""
@@ -199,7 +226,12 @@ def _build(plan: _Plan, shards: list[Shard], config: DataConfig) -> SampleDatase
     _wait_for(directory)
     _refuse_pickles(directory)
     dataset = _assemble(plan, shards, directory, key=key)
-    return SampleDataset(dataset, num_samples=plan.num_samples, prefixes=[shard.prefix for shard in shards])
+    return SampleDataset(
+        dataset,
+        num_samples=plan.num_samples,
+        prefixes=[shard.prefix for shard in shards],
+        reset_at_document=config.reset_at_document,
+    )
 
 
 def _wait_for(directory: Path) -> None:

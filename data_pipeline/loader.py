@@ -5,7 +5,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,13 +13,33 @@ from .dataset import SampleDataset
 from .errors import DataError
 
 
-@dataclass(frozen=True)
-class Batch:
-    """tokens and labels [micro_batch, S] int64; weights [micro_batch] float32, 0 for rows that must not count."""
+class Batch(NamedTuple):
+    """A micro-batch, int64 [micro_batch, S] each.
+
+    `document_starts` is for each token the position in its row of the first token of its document; a document that
+    began in an earlier sample starts at 0. None unless data.reset_at_document.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    document_starts: torch.Tensor | None
+
+
+class ValidationBatch(NamedTuple):
+    """A micro-batch and its rows' weights [micro_batch] float32, 0 for rows that must not count."""
+
+    batch: Batch
     weights: torch.Tensor
+
+
+def cu_seqlens(document_starts: torch.Tensor) -> torch.Tensor:
+    """Where documents of [micro_batch, S] begin in the flattened micro-batch, and its length; int32 [documents + 1].
+
+    What variable-length attention kernels call cumulative sequence lengths.
+    """
+    first = document_starts == torch.arange(document_starts.shape[1], device=document_starts.device)
+    bounds = first.flatten().nonzero().flatten()
+    return torch.cat([bounds, bounds.new_tensor([document_starts.numel()])]).to(torch.int32)
 
 
 class BatchLoader:
@@ -86,7 +106,7 @@ def validation_batches(
     data_rank: int,
     data_size: int,
     vocab_size: int,
-) -> Iterator[Batch]:
+) -> Iterator[ValidationBatch]:
     """One rank's share of the first `num_samples` samples; over all ranks each occurs once with weight 1.
 
     Every rank gets the same number of batches, since forward passes may be collective: what is missing at the end
@@ -99,17 +119,18 @@ def validation_batches(
         numbers = [min(number, num_samples - 1) for number in wanted]
         batch = _read_batch(dataset, numbers, vocab_size=vocab_size)
         weights = torch.tensor([float(number < num_samples) for number in wanted])
-        yield Batch(batch.tokens, batch.labels, weights)
+        yield ValidationBatch(batch, weights)
 
 
 def _read_batch(dataset: SampleDataset, numbers: range | list[int], *, vocab_size: int) -> Batch:
     if numbers[-1] >= len(dataset):
         raise DataError(f"sample {numbers[-1]} was asked for, but the dataset was built with {len(dataset)} samples")
     samples = [dataset[number] for number in numbers]
+    starts = [sample.document_starts for sample in samples]
     batch = Batch(
-        tokens=torch.stack([tokens for tokens, _ in samples]),
-        labels=torch.stack([labels for _, labels in samples]),
-        weights=torch.ones(len(samples)),
+        tokens=torch.stack([sample.tokens for sample in samples]),
+        labels=torch.stack([sample.labels for sample in samples]),
+        document_starts=torch.stack(starts) if starts[0] is not None else None,
     )
     # Labels are the tokens one later, so the first token is the only one that they lack.
     lowest = min(batch.labels.min(), batch.tokens[:, 0].min())

@@ -5,6 +5,7 @@ are views of the same memory. S: sequence, B: batch, D: Mamba's channels, N: its
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.heads import HeadShare, share_heads
+from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import Kernels
 from sambalm.model.ops.window_attention import apply_rotary
 from sambalm.model.sequence_scan import context_parallel_scan
-from sambalm.parallel.context_parallel import tokens_before
+from sambalm.parallel.context_parallel import TokensBefore
 from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
 from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import (
@@ -33,8 +35,13 @@ from sambalm.parallel.tensor_parallel import (
 class SequenceContext:
     """What the sublayers need to know of the batch besides its activations."""
 
-    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [sequence, head dim / 2]
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [(B, 1,) S, head dim / 2]
     cp: ContextParallel  # where this rank's part of the sequence lies
+    documents: Documents | None = None  # of packed sequences, where states and attention end with them
+
+    @property
+    def resets(self) -> Tensor | None:
+        return self.documents.resets if self.documents else None
 
 
 class RMSNorm(nn.Module):
@@ -68,21 +75,12 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         x_SBD, z_SBD = self.in_proj(x)
-        u_BSD = self.conv(x_SBD.transpose(0, 1), context.cp)
+        u_BSD = self.conv(x_SBD.transpose(0, 1), context)
         dt, B, C = self.x_proj(u_BSD).split(self.state_sizes, dim=-1)
         dt_BSD, dt_bias = self.dt_proj(dt)
-        y_BSD = context_parallel_scan(
-            self.kernels.scan,
-            u_BSD,
-            dt_BSD,
-            -torch.exp(self.A_log),
-            B,
-            C,
-            D=self.D,
-            z=z_SBD.transpose(0, 1),
-            dt_bias=dt_bias,
-            cp=context.cp,
-        )
+        A, z_BSD, resets = -torch.exp(self.A_log), z_SBD.transpose(0, 1), context.resets
+        scan = partial(self.kernels.scan, u_BSD, dt_BSD, A, B, C, D=self.D, z=z_BSD, dt_bias=dt_bias, resets=resets)
+        y_BSD = context_parallel_scan(scan, dt=dt_BSD, A=A, dt_bias=dt_bias, resets=resets, cp=context.cp)
         return self.out_proj(y_BSD.transpose(0, 1))
 
 
@@ -95,12 +93,17 @@ class CausalConv(nn.Module):
         self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
         self.bias = sharded_parameter((0,), {"bias": channels}, init=init.linear(taps))
 
-    def forward(self, x_BSD: Tensor, cp: ContextParallel) -> Tensor:
-        if cp.size == 1:
-            return self.kernel(x_BSD, self.weight, self.bias)[0]
-        before = tokens_before(x_BSD, self.taps - 1, cp=cp)
-        y_BSD, _ = self.kernel(torch.cat((before, x_BSD), dim=1), self.weight, self.bias)
-        return y_BSD[:, before.shape[1] :]
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+        if context.cp.size == 1:
+            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)[0]
+        reach = self.taps - 1
+        neighbours = TokensBefore(x_BSD, reach, cp=context.cp)
+        y_BSD, _ = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
+        before = neighbours.wait()
+        start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
+        resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
+        y_start, _ = self.kernel(start, self.weight, self.bias, resets=resets)
+        return torch.cat((y_start[:, before.shape[1] :], y_BSD[:, reach:]), dim=1)
 
 
 class StateProjection(nn.Module):
@@ -166,12 +169,33 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         q_BHSd, k_BHSd, v_BHSd = (t.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for t in self.qkv_proj(x))
         q_BHSd, k_BHSd = (apply_rotary(t, *context.rotary) for t in (q_BHSd, k_BHSd))
-        if context.cp.size > 1:
-            kv_BSHd = torch.cat((k_BHSd, v_BHSd), dim=1).transpose(1, 2)  # one message instead of two
-            before = tokens_before(kv_BSHd, self.window - 1, cp=context.cp)
-            k_BHSd, v_BHSd = torch.cat((before, kv_BSHd), dim=1).transpose(1, 2).chunk(2, dim=1)
-        y_BHSd = self.kernel(q_BHSd, k_BHSd, v_BHSd, window=self.window)
-        return self.o_proj(y_BHSd.permute(2, 0, 1, 3).flatten(2))
+        if context.cp.size == 1:
+            y_SBHd = self._attend(q_BHSd, k_BHSd, v_BHSd, context, first=0)
+        else:
+            y_SBHd = self._attend_over_parts(q_BHSd, k_BHSd, v_BHSd, context)
+        return self.o_proj(y_SBHd.flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext, *, first: int) -> Tensor:
+        """[queries, B, H, d] of the part's queries from `first` on, with keys that end with them."""
+        queries, documents = q.shape[2], None
+        if context.documents:
+            numbers = range(first, first + queries)
+            documents = context.documents.attention(numbers, keys_before=k.shape[2] - queries)
+        return self.kernel(q, k, v, window=self.window, documents=documents).permute(2, 0, 1, 3)
+
+    def _attend_over_parts(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
+        """The same of a context-parallel rank: queries that only see its own keys are computed while others arrive."""
+        near = min(self.window - 1, q.shape[2])  # queries that see neighbours' keys
+        kv_BSHd = torch.cat((k, v), dim=1).transpose(1, 2)  # one message instead of two
+        neighbours = TokensBefore(kv_BSHd, self.window - 1, cp=context.cp)
+        near_q, far_q = q.split([near, q.shape[2] - near], dim=2)
+        parts = []
+        if far_q.shape[2]:
+            parts.append(self._attend(far_q, *kv_BSHd.transpose(1, 2).chunk(2, dim=1), context, first=near))
+        if near:
+            near_kv = torch.cat((neighbours.wait(), kv_BSHd[:, :near]), dim=1).transpose(1, 2)
+            parts.append(self._attend(near_q, *near_kv.chunk(2, dim=1), context, first=0))
+        return torch.cat(parts[::-1])
 
 
 class SwiGLU(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.layers import MambaMixer, RMSNorm, SequenceContext, SwiGLU, WindowAttention
+from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import TORCH_KERNELS, Kernels
 from sambalm.model.ops.window_attention import rotary_tables
 from sambalm.parallel.recompute import recomputed
@@ -91,19 +92,29 @@ class Samba(nn.Module):
         rows = equal_cut(self.config.vocab_size, self.tp)
         return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, *, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        hidden: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             tokens, labels: int64 [batch, this rank's part of the sequence].
             hidden: the stage before's output [sequence (/ tp under sequence parallelism), batch, width]; None on the
                 first.
+            document_starts: for each token the position in the whole sequence of its document's first token, int64
+                [batch, this rank's part of the sequence]: each document is then run as if it were alone. None: the
+                sequence is one stream.
 
         Returns:
             On the last stage fp32 losses [batch, sequence] of the labels, or without labels this rank's logits [batch,
             sequence, vocabulary / tp]; on other stages the hidden states for the next.
         """
         x = self.embedding(tokens, self.dtype) if self.is_first else hidden
-        context = self._context(tokens)
+        context = self._context(tokens, document_starts)
         for layer in self.layers.values():
             x = recomputed(layer, x, context) if self.recompute_layers and self.training else layer(x, context)
         if not self.is_last:
@@ -113,8 +124,12 @@ class Samba(nn.Module):
             return logits.transpose(0, 1)
         return cross_entropy(logits, labels.t(), self.tp).t()
 
-    def _context(self, tokens: Tensor) -> SequenceContext:
-        length = tokens.shape[1]
-        positions = torch.arange(length, device=tokens.device) + self.cp.rank * length
+    def _context(self, tokens: Tensor, document_starts: Tensor | None) -> SequenceContext:
+        first = self.cp.rank * tokens.shape[1]
+        documents = None if document_starts is None else Documents(document_starts, first)
+        if documents:
+            positions = documents.positions.unsqueeze(1)  # the same for all heads
+        else:
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         rotary = rotary_tables(positions, head_dim=self.config.head_dim, base=self.config.rope_base)
-        return SequenceContext(rotary=rotary, cp=self.cp)
+        return SequenceContext(rotary=rotary, cp=self.cp, documents=documents)

@@ -14,61 +14,96 @@ from torch import Tensor
 from sambalm.parallel.state import ContextParallel
 
 
-def tokens_before(x: Tensor, tokens: int, *, cp: ContextParallel) -> Tensor:
-    """The tokens just before this rank's part of a sequence; differentiable.
+class TokensBefore:
+    """The tokens just before this rank's part of a sequence, under way from the ranks before until `wait`.
+
+    Differentiable, and what is computed between making it and `wait` overlaps with the messages in both directions: the
+    backward of `wait` posts the gradients' messages, and only the backward of the beginning waits for them.
 
     Args:
         x: [batch, this rank's tokens, ...], of one shape on all ranks.
         tokens: how many to fetch; near the start of the sequence there are fewer.
-
-    Returns:
-        [batch, min(tokens, tokens on the ranks before), ...].
     """
-    return _TokensBefore.apply(x, tokens, cp)
+
+    def __init__(self, x: Tensor, tokens: int, *, cp: ContextParallel) -> None:
+        self._exchange = _Exchange(tokens, part_tokens=x.shape[1], cp=cp)
+        self._pieces = _Post.apply(x, self._exchange)
+
+    def wait(self) -> Tensor:
+        """[batch, min(tokens, tokens on the ranks before), ...].
+
+        The loss must depend on it on every rank, also where it is empty: the backward is collective.
+        """
+        return _Arrive.apply(self._exchange, *self._pieces)
 
 
-class _TokensBefore(torch.autograd.Function):
+class _Exchange:
+    """Messages to the ranks after and from the ranks before, or the other way round."""
+
+    def __init__(self, tokens: int, *, part_tokens: int, cp: ContextParallel) -> None:
+        self.group = cp.group
+        hops = min(math.ceil(tokens / part_tokens), cp.size - 1)
+        portions = {hop: min(part_tokens, tokens - (hop - 1) * part_tokens) for hop in range(1, hops + 1)}
+        # Ranks and how many of its last tokens the earlier one of two passes on; in the order of the sequence.
+        self.before = [(cp.rank - hop, n) for hop, n in reversed(portions.items()) if hop <= cp.rank]
+        self.after = [(cp.rank + hop, n) for hop, n in portions.items() if cp.rank + hop < cp.size]
+        self._under_way: list[dist.Work] = []
+        self._tensors: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})  # which must live until then
+
+    def post(self, sent: dict[int, Tensor], wanted: dict[int, Tensor]) -> None:
+        """Begins to send to ranks and to fill the wanted buffers from ranks."""
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
+            for operation, tensors in ((dist.isend, sent), (dist.irecv, wanted))
+            for rank, tensor in tensors.items()
+        ]
+        self._tensors = sent, wanted
+        self._under_way = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> dict[int, Tensor]:
+        """What was received, by rank."""
+        for request in self._under_way:
+            request.wait()
+        _, received = self._tensors
+        self._under_way, self._tensors = [], ({}, {})
+        return received
+
+
+class _Post(torch.autograd.Function):
+    """Sends a rank's last tokens on. The results are empty buffers until `_Arrive`."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, tokens: int, cp: ContextParallel) -> Tensor:
-        ctx.cp, ctx.portions = cp, _portions(tokens, part_tokens=x.shape[1], cp=cp)
-        ctx.shape = x.shape
-        sent = {cp.rank + hop: x[:, x.shape[1] - n :].contiguous() for hop, n in ctx.portions.items()}
-        wanted = {cp.rank - hop: x.new_empty(x.shape[0], n, *x.shape[2:]) for hop, n in ctx.portions.items()}
-        received = _exchange(sent, wanted, cp=cp)
-        # The farthest neighbour's tokens come first in the sequence.
-        return torch.cat([received[rank] for rank in sorted(received)] or [x[:, :0]], dim=1)
+    def forward(ctx, x: Tensor, exchange: _Exchange) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.shape = exchange, x.shape
+        sent = {rank: x[:, x.shape[1] - n :].contiguous() for rank, n in exchange.after}
+        wanted = {rank: x.new_empty(x.shape[0], n, *x.shape[2:]) for rank, n in exchange.before}
+        exchange.post(sent, wanted)
+        return tuple(wanted.values()) or (torch.empty_like(x[:, :0]),)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cp, sources = ctx.cp, {ctx.cp.rank - hop: n for hop, n in ctx.portions.items() if ctx.cp.rank >= hop}
-        pieces = gradient.split([sources[rank] for rank in sorted(sources)], dim=1)
-        sent = {rank: piece.contiguous() for rank, piece in zip(sorted(sources), pieces, strict=True)}
-        wanted = {cp.rank + hop: gradient.new_empty(ctx.shape[0], n, *ctx.shape[2:]) for hop, n in ctx.portions.items()}
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         total = gradient.new_zeros(ctx.shape)
-        for part in _exchange(sent, wanted, cp=cp).values():
+        for part in ctx.exchange.wait().values():
             total[:, ctx.shape[1] - part.shape[1] :] += part
-        return total, None, None
+        return total, None
 
 
-def _portions(tokens: int, *, part_tokens: int, cp: ContextParallel) -> dict[int, int]:
-    """How many of its last tokens a rank sends to the rank so many hops after it."""
-    hops = min(math.ceil(tokens / part_tokens), cp.size - 1)
-    return {hop: min(part_tokens, tokens - (hop - 1) * part_tokens) for hop in range(1, hops + 1)}
+class _Arrive(torch.autograd.Function):
+    """Joins what `_Post` asked for. The backward sends the gradients back, for the other ranks' `_Post`."""
 
+    @staticmethod
+    def forward(ctx, exchange: _Exchange, *pieces: Tensor) -> Tensor:
+        ctx.exchange, ctx.sizes = exchange, [piece.shape[1] for piece in pieces]
+        exchange.wait()
+        return torch.cat(pieces, dim=1)
 
-def _exchange(sent: dict[int, Tensor], wanted: dict[int, Tensor], *, cp: ContextParallel) -> dict[int, Tensor]:
-    """Sends to and receives from ranks of the group, those beyond its ends excepted; returns what was received."""
-    inside = range(cp.size)
-    wanted = {rank: buffer for rank, buffer in wanted.items() if rank in inside}
-    operations = [
-        dist.P2POp(operation, tensor, group=cp.group, group_peer=rank)
-        for operation, tensors in ((dist.isend, sent), (dist.irecv, wanted))
-        for rank, tensor in tensors.items()
-        if rank in inside
-    ]
-    for request in dist.batch_isend_irecv(operations) if operations else ():
-        request.wait()
-    return wanted
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, pieces = ctx.exchange, gradient.split(ctx.sizes, dim=1)
+        sent = {rank: piece.contiguous() for (rank, _), piece in zip(exchange.before, pieces, strict=False)}
+        wanted = {rank: gradient.new_empty(len(gradient), n, *gradient.shape[2:]) for rank, n in exchange.after}
+        exchange.post(sent, wanted)
+        return None, *pieces
 
 
 def state_at_start(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Tensor:
@@ -84,6 +119,23 @@ def state_at_start(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Te
         A tensor of that shape; zeros on the first rank.
     """
     return _StateAtStart.apply(torch.stack((decay, reached)), cp)
+
+
+def after(result: Tensor, other: Tensor) -> Tensor:
+    """The result, with the backward of another tensor run too: a collective one has to be run on every rank."""
+    return _After.apply(result, other)
+
+
+class _After(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, result: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(other)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (other,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(other)
 
 
 class _StateAtStart(torch.autograd.Function):

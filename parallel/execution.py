@@ -31,8 +31,8 @@ class WholeModel:
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         losses = []
-        for tokens, labels in micro_batches:
-            loss = self.engine(tokens, labels).mean()
+        for batch in micro_batches:
+            loss = self._forward(batch).mean()
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
@@ -41,9 +41,12 @@ class WholeModel:
     @torch.no_grad()
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         self.engine.eval()
-        losses = [self.engine(tokens, labels) for tokens, labels in micro_batches]
+        losses = [self._forward(batch) for batch in micro_batches]
         self.engine.train()
         return losses
+
+    def _forward(self, batch: MicroBatch) -> Tensor:
+        return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
 
 class PipelinedModel:

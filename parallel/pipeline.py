@@ -1,6 +1,7 @@
 """Pipeline parallelism: megatron-core's schedules (1F1B and interleaved) over this rank's parts of a model."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core import ModelParallelConfig
@@ -11,7 +12,18 @@ from torch import Tensor, nn
 from sambalm.parallel.state import World
 
 Reduce = Callable[[Tensor], Tensor]
-MicroBatch = tuple[Tensor, Tensor]  # tokens and labels, int64 [batch, this rank's part of the sequence]
+
+
+class MicroBatch(NamedTuple):
+    """Each int64 [batch, this rank's part of the sequence]."""
+
+    tokens: Tensor
+    labels: Tensor
+    document_starts: Tensor | None = None  # where documents run as if alone; see the model
+
+    def on_rank(self, world: World) -> "MicroBatch":
+        """This rank's part of a micro-batch of whole sequences, on its device."""
+        return MicroBatch(*(None if t is None else world.context.part(t).to(world.device) for t in self))
 
 
 class Part(nn.Module):
@@ -26,15 +38,16 @@ class Part(nn.Module):
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         (self.hidden,) = tensors
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        return self.module(tokens, labels, hidden=self.hidden)
+    def forward(self, batch: MicroBatch) -> Tensor:
+        return self.module(batch.tokens, batch.labels, hidden=self.hidden, document_starts=batch.document_starts)
 
 
 class PipelineSchedule:
     """Runs micro-batches through the stages.
 
     Args:
-        modules: this rank's parts of the model in order; called with (tokens, labels, hidden=the part before's output).
+        modules: this rank's parts of the model in order; called with (tokens, labels, hidden=the part before's output,
+            document_starts=the micro-batch's).
         hidden_size, dtype: of the activations between parts.
     """
 
@@ -70,7 +83,7 @@ class PipelineSchedule:
         # The interleaved schedule takes whole rounds of the stages; what fills the last one up is dropped.
         filled = [*micro_batches, *[micro_batches[-1]] * (-len(micro_batches) % self.world.pipeline.size)]
         found = self._run(filled, forward_only=True, reduce=lambda losses: losses)
-        found = found or [torch.zeros_like(tokens, dtype=torch.float32) for tokens, _ in filled]
+        found = found or [torch.zeros_like(batch.tokens, dtype=torch.float32) for batch in filled]
         return list(self.world.from_last_stage(torch.stack(found)))[: len(micro_batches)]
 
     def _run(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool, reduce: Reduce) -> list[Tensor]:
@@ -79,9 +92,9 @@ class PipelineSchedule:
             return output.mean() / self.world.context.size, reduce(output.detach())
 
         def forward(iterator, part: Part):
-            return part(*next(iterator)), loss
+            return part(next(iterator)), loss
 
-        tokens, _ = micro_batches[0]
+        tokens = micro_batches[0].tokens
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[iter(micro_batches) for _ in self.parts],

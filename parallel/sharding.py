@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from sambalm.parallel.state import TensorParallel
@@ -106,8 +105,7 @@ def sharded_parameter(
     parameter.counted = counted
     # What DeepSpeed's gradient norm reads: the first counts a parameter on every tensor-parallel rank instead of the
     # first alone, the second on none.
-    set_tensor_model_parallel_attributes(parameter, counted, dim, len(slices))
-    parameter.ds_pipe_replicated = not counted
+    parameter.tensor_model_parallel, parameter.ds_pipe_replicated = counted, not counted
     return parameter
 
 

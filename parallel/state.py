@@ -8,10 +8,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from sambalm.parallel.config import ParallelConfig, check_world_size
+from sambalm.parallel.megatron import parallel_state
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,9 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    linear_with_grad_accumulation_and_async_allreduce,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
 from torch import Tensor, nn
 
+from sambalm.parallel.megatron import tensor_parallel
 from sambalm.parallel.sharding import Cut, Init, equal_cut, sharded_parameter
 from sambalm.parallel.state import TensorParallel
 
@@ -37,14 +31,14 @@ def copy_to_region(x: Tensor, tp: TensorParallel) -> Tensor:
     """Identity; the backward sums the gradient over the tensor-parallel ranks, each of which used x for its part."""
     if tp.size == 1:
         return x
-    return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(x, group=tp.group))
+    return _ContiguousGradient.apply(tensor_parallel.copy_to_tensor_model_parallel_region(x, group=tp.group))
 
 
 def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum over tensor-parallel ranks; the backward is the identity."""
     if tp.size == 1:
         return x
-    return reduce_from_tensor_model_parallel_region(x.contiguous(), group=tp.group)
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(x.contiguous(), group=tp.group)
 
 
 def replicated_weight(weight: Tensor, tp: TensorParallel) -> Tensor:
@@ -65,7 +59,7 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Ten
     weight = weight.to(x.dtype)
     if tp.size == 1:
         return F.linear(x, weight)
-    return linear_with_grad_accumulation_and_async_allreduce(
+    return tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
         x.contiguous(),
         weight,
         None,
@@ -107,7 +101,7 @@ class RowParallelLinear(nn.Module):
         """[sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""
         partial = F.linear(x, self.weight.to(x.dtype))
         if self.tp.sequence:
-            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
         return reduce_from_region(partial, self.tp)
 
 
@@ -135,7 +129,7 @@ class VocabParallelEmbedding(nn.Module):
         partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
         partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0)
         if self.tp.sequence:
-            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
         return reduce_from_region(partial, self.tp)
 
 
@@ -151,4 +145,4 @@ def cross_entropy(logits: Tensor, labels: Tensor, tp: TensorParallel) -> Tensor:
     """
     if tp.size == 1:
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
-    return vocab_parallel_cross_entropy(logits.float(), labels.contiguous())
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.contiguous())

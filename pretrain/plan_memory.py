@@ -262,17 +262,19 @@ def _norm_bytes(config: RunConfig, kernels: KernelSet) -> int:
 def _mamba_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
     a, T, D = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config), size.channels
     N, R = config.model.d_state, config.model.dt_rank_size
-    scan_cuda, narrow, context = kernels.scan_is_cuda(config), a < FP32_BYTES, config.parallel.context > 1
+    scan_cuda, narrow = kernels.scan_is_cuda(config), a < FP32_BYTES
     halo = config.train.micro_batch_size * (config.model.d_conv - 1)
     total = 2 * D * N * FP32_BYTES  # A's exponential and its negative
     total += a * T * D * 2 + a * T * (R + 2 * N)  # the outputs of conv and scan, x_proj's output
     total += 0 if kernels.cuda else a * (2 * T + halo) * D  # the convolution's input with what precedes, and its sum
-    if context:
-        total += (
-            a * T * D
-            + FP32_BYTES * T * (D * (3 if narrow else 2) + 2 * N)
-            + _state_bytes_of(config, D, kernels=kernels)
-        )
+    states = FP32_BYTES * config.train.micro_batch_size * D * N
+    if config.parallel.context > 1:  # all ranks' decays and reached states, and the state at the start
+        total += (2 * config.parallel.context + 2) * states
+    if config.parallel.context > 2:  # a rank between others: the step sizes and the decay that it passes on
+        total += FP32_BYTES * T * D + 2 * states
+        if inside:  # and a scan from zero, of which the output and so the gate are not kept
+            total += _state_bytes_of(config, D, kernels=kernels)
+            total += FP32_BYTES * T * (3 * D + 2 * N if narrow else 2 * D)
     # x and z are one tensor: it stays whole for a kernel that keeps either.
     total += a * T * 2 * D if kernels.cuda or not narrow or not inside else 0
     if not inside:
@@ -295,24 +297,36 @@ def _state_bytes_of(config: RunConfig, channels: int, *, kernels: KernelSet) -> 
 
 def _attention_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
     a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
-    length, context = config.data.sequence_length // config.parallel.context, config.parallel.context
+    context = config.parallel.context
     total = a * T * 2 * size.query  # the rotated queries, and o_proj's input
-    if context > 1:  # keys and values with the neighbours', in one tensor
-        before = min(config.model.window - 1, (context - 1) * length)
-        total += a * config.train.micro_batch_size * (length + before) * 2 * size.kv
+    if context > 1:  # keys and values in one tensor, and once more those that are joined to the neighbours'
+        keys = sum(queries + before for queries, before in _attention_calls(config))
+        total += a * config.train.micro_batch_size * keys * 2 * size.kv
     else:
         total += a * T * (size.query + 3 * size.kv)  # the projections, for the values, and the rotated keys
     if not inside:
         return total
     total += a * T * size.query + FP32_BYTES * T * size.query // config.model.head_dim  # output, log-sum-exp
-    return total + (0 if kernels.cuda else _joined_blocks_bytes(config, size))
+    if kernels.cuda:
+        return total
+    return total + sum(_joined_blocks_bytes(config, size, *call) for call in _attention_calls(config))
 
 
-def _joined_blocks_bytes(config: RunConfig, size: LocalSizes) -> int:
-    """The masks of the attention in plain PyTorch, and the keys and values that each block of queries joins."""
+def _attention_calls(config: RunConfig) -> list[tuple[int, int]]:
+    """Queries, and keys before the first of them, of each call of the attention kernel on a sequence's last rank."""
+    length, window, context = config.data.sequence_length, config.model.window, config.parallel.context
+    part = length // context
+    if context == 1:
+        return [(length, 0)]
+    near = min(window - 1, part)
+    calls = [(near, min(window - 1, (context - 1) * part)), (part - near, near)]
+    return [(queries, before) for queries, before in calls if queries]
+
+
+def _joined_blocks_bytes(config: RunConfig, size: LocalSizes, length: int, before: int) -> int:
+    """Of one call of the attention in plain PyTorch: the masks, and the keys and values that each block joins."""
     a, window = ACTIVATION_BYTES[config.train.precision], config.model.window
-    length = config.data.sequence_length // config.parallel.context
-    before = min(window - 1, (config.parallel.context - 1) * length)
+    before = min(before, window - 1)
     if before == 0 and length <= window:
         return 0
     block = max(MIN_BLOCK_QUERIES, min(window, MAX_BLOCK_QUERIES))

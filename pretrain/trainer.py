@@ -123,8 +123,7 @@ class Trainer:
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
-        batch, world = self.loader.next_micro_batch(), self.world
-        return world.context.part(batch.tokens).to(world.device), world.context.part(batch.labels).to(world.device)
+        return MicroBatch(*self.loader.next_micro_batch()).on_rank(self.world)
 
     @property
     def micro_batches(self) -> int:
@@ -152,7 +151,12 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
         config.model,
         parallel,
         world=world,
-        kernels=config.kernels.build(device=world.device, dtype=dtype, initial_states=parallel.context > 1),
+        kernels=config.kernels.build(
+            device=world.device,
+            dtype=dtype,
+            initial_states=parallel.context > 1,
+            resets=config.data.reset_at_document,
+        ),
         dtype=dtype,
         sequence_length=config.data.sequence_length,
     )

@@ -7,6 +7,7 @@ import torch
 from sambalm.data_pipeline.dataset import SampleDataset, build_validation_dataset
 from sambalm.data_pipeline.loader import validation_batches
 from sambalm.parallel.execution import Execution
+from sambalm.parallel.pipeline import MicroBatch
 from sambalm.parallel.state import World
 from sambalm.pretrain.config import RunConfig
 
@@ -28,8 +29,7 @@ class Validator:
         }
 
     def _loss(self, execution: Execution, dataset: SampleDataset, multiple: int) -> float:
-        device, context = self.world.device, self.world.context
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         batches = validation_batches(
             dataset,
             num_samples=len(dataset),
@@ -39,9 +39,9 @@ class Validator:
             vocab_size=self.config.model.vocab_size,
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
-            parts = [(context.part(b.tokens).to(device), context.part(b.labels).to(device)) for b in group]
-            for batch, losses in zip(group, execution.losses(parts), strict=True):
-                total += (losses.double() * batch.weights.to(device).unsqueeze(1)).sum()
+            parts = [MicroBatch(*batch).on_rank(self.world) for batch, _ in group]
+            for (_, weights), losses in zip(group, execution.losses(parts), strict=True):
+                total += (losses.double() * weights.to(total.device).unsqueeze(1)).sum()
         return self.world.sum_over_replicas(total).item() / (len(dataset) * dataset.sequence_length)
 
     def _dataset(self, multiple: int) -> SampleDataset:

@@ -6,7 +6,12 @@ from torch import Tensor
 
 
 def causal_conv_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SiLU of a depthwise convolution in which each output sees its own input and the d_conv - 1 before it.
 
@@ -14,10 +19,11 @@ def causal_conv_silu(
         x: [batch, length, channels].
         weight: [channels, d_conv], the last tap for the current token. bias: [channels].
         initial_state: the d_conv - 1 inputs before x, [batch, d_conv - 1, channels]; zeros when None.
+        resets: bool [batch, length], True for tokens that do not see what is before them; none when None.
 
     Returns:
         The output [batch, length, channels] in x's dtype, and the last d_conv - 1 inputs (the next call's
-        initial_state).
+        initial_state), zeros where a later token is a reset.
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
@@ -27,5 +33,24 @@ def causal_conv_silu(
     # A sum of shifted products: on a CPU, with channels innermost, twice as fast as a grouped conv1d.
     weight, output = weight.to(x.dtype), bias.to(x.dtype)
     for tap in range(taps):
-        output = torch.addcmul(output, padded[:, tap : tap + length], weight[:, tap])
-    return F.silu(output), padded[:, length:]
+        seen = padded[:, tap : tap + length]
+        if resets is not None:
+            seen = seen.masked_fill(_resets_within(resets, taps - 1 - tap).unsqueeze(-1), 0)
+        output = torch.addcmul(output, seen, weight[:, tap])
+    return F.silu(output), padded[:, length:] if resets is None else last_inputs(padded, resets, taps=taps)
+
+
+def _resets_within(resets: Tensor, tokens: int) -> Tensor:
+    """Whether any of so many tokens up to each one is a reset; bool [batch, length]."""
+    found = torch.zeros_like(resets)
+    for back in range(min(tokens, resets.shape[1])):
+        found[:, back:] |= resets[:, : resets.shape[1] - back]
+    return found
+
+
+def last_inputs(x: Tensor, resets: Tensor, *, taps: int) -> Tensor:
+    """The last taps - 1 of x [batch, at least that, channels], zeros before the last reset among them."""
+    tail, flags = x[:, x.shape[1] - taps + 1 :], resets[:, -(taps - 1) :]
+    flags = F.pad(flags, (tail.shape[1] - flags.shape[1], 0))
+    after = flags.flip(1).cumsum(1).flip(1) - flags.long()  # resets later than each input
+    return tail.masked_fill((after > 0).unsqueeze(-1), 0)

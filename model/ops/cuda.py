@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.causal_conv import last_inputs
+from sambalm.model.ops.documents import AttentionDocuments
+
 _MODULES = {
     "mamba-ssm": "mamba_ssm.ops.selective_scan_interface",
     "causal-conv1d": "causal_conv1d",
@@ -30,6 +33,7 @@ class Circumstances:
     device: torch.device
     dtype: torch.dtype  # of activations
     initial_states: bool = False  # whether the scan must start from given states
+    resets: bool = False  # whether states must be dropped at the beginnings of documents
 
 
 def why_unavailable(name: str, where: Circumstances) -> str | None:
@@ -42,6 +46,8 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return f"it computes in bf16 or fp16, not {str(where.dtype).removeprefix('torch.')}"
     if name == "mamba-ssm" and where.initial_states:
         return "it takes no initial state, which context parallelism needs"
+    if name == "mamba-ssm" and where.resets:
+        return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
     if name in _MODULES:
         try:
             importlib.import_module(_MODULES[name])
@@ -55,9 +61,22 @@ def _function(name: str, attribute: str) -> Callable:
 
 
 def mamba_ssm_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, z: Tensor, dt_bias: Tensor
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    initial_state: None = None,
+    resets: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """mamba-ssm's fused scan. It wants time innermost, so the inputs are copied; the final state has no gradient."""
+    """mamba-ssm's fused scan, without initial state and resets (`why_unavailable`); the final state has no gradient.
+
+    It wants time innermost, so the inputs are copied.
+    """
     u, dt, B, C, z = (t.transpose(1, 2).contiguous() for t in (u, dt, B, C, z))
     y, state = _function("mamba-ssm", "selective_scan_fn")(
         u, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
@@ -65,26 +84,44 @@ def mamba_ssm_scan(
     return y.transpose(1, 2), state
 
 
-def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """causal-conv1d's fused convolution, which reads channels-last input as it is."""
-    y = _function("causal-conv1d", "causal_conv1d_fn")(x.transpose(1, 2), weight, bias, activation="silu")
-    return y.transpose(1, 2), x[:, x.shape[1] - weight.shape[1] + 1 :]
+def causal_conv1d_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
+    documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
+    y = _function("causal-conv1d", "causal_conv1d_fn")(
+        x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
+    )
+    taps = weight.shape[1]
+    last = x[:, x.shape[1] - taps + 1 :] if resets is None else last_inputs(x, resets, taps=taps)
+    return y.transpose(1, 2), last
 
 
-def flash_attn_window(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+def flash_attn_window(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: AttentionDocuments | None = None
+) -> Tensor:
     """flash-attn's window attention."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = _function("flash-attn", "flash_attn_func")(q, k, v, causal=True, window_size=(window - 1, 0))
-    return y.transpose(1, 2)
+    span = {"causal": True, "window_size": (window - 1, 0)}
+    if documents is None:
+        return _function("flash-attn", "flash_attn_func")(q, k, v, **span).transpose(1, 2)
+    lengths, joined = documents.variable_lengths, (t.flatten(0, 1) for t in (q, k, v))
+    y = _function("flash-attn", "flash_attn_varlen_func")(*joined, **vars(lengths), **span)
+    return y.unflatten(0, q.shape[:2]).transpose(1, 2)
 
 
-def torch_flash_window(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+def torch_flash_window(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: AttentionDocuments | None = None
+) -> Tensor:
     """The flash kernel inside PyTorch's CUDA build, whose operator takes a window (SDPA does not pass one on)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    joined, lengths = (q, k, v), (None, None, q.shape[1], k.shape[1])
+    if documents is not None:
+        joined, lengths = (t.flatten(0, 1) for t in joined), vars(documents.variable_lengths).values()
     y, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, window_size_left=window - 1, window_size_right=0
+        *joined, *lengths, 0.0, True, False, window_size_left=window - 1, window_size_right=0
     )
-    return y.transpose(1, 2)
+    return y.reshape(q.shape).transpose(1, 2)
 
 
 def apex_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,38 +16,11 @@ from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import window_attention
 from sambalm.parallel.recompute import recomputed
 
-
-class ScanKernel(Protocol):
-    """See `selective_scan.gated_selective_scan`, the reference; shapes and dtypes are the same."""
-
-    def __call__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        *,
-        D: Tensor,
-        z: Tensor,
-        dt_bias: Tensor,
-        initial_state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class AttentionKernel(Protocol):
-    """See `window_attention.window_attention`, the reference."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor: ...
-
-
-class NormKernel(Protocol):
-    """See `rms_norm.rms_norm`, the reference."""
-
-    def __call__(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor: ...
-
-
-ConvKernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # see causal_conv.causal_conv_silu
+# Arguments, shapes and dtypes of a kernel are those of its PyTorch reference.
+ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
+ConvKernel = Callable[..., tuple[Tensor, Tensor]]  # causal_conv.causal_conv_silu, without initial_state
+AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
+NormKernel = Callable[..., Tensor]  # rms_norm.rms_norm
 
 
 @dataclass(frozen=True)
@@ -77,15 +50,18 @@ class KernelConfig(BaseModel):
     )
     norm: Literal["auto", "torch", "apex"] = Field("auto", description="RMSNorm")
 
-    def build(self, *, device: torch.device, dtype: torch.dtype, initial_states: bool = False) -> Kernels:
+    def build(
+        self, *, device: torch.device, dtype: torch.dtype, initial_states: bool = False, resets: bool = False
+    ) -> Kernels:
         """
         Args:
             initial_states: whether the scan must start from given states.
+            resets: whether states must be dropped at the beginnings of documents.
 
         Raises:
             KernelError: a kernel is asked for that cannot run here.
         """
-        where = cuda.Circumstances(device, dtype, initial_states)
+        where = cuda.Circumstances(device, dtype, initial_states, resets)
         chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
         functions = {operation: _IMPLEMENTATIONS[operation][name] for operation, name in chosen.items()}
         return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))

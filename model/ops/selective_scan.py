@@ -18,7 +18,14 @@ MAX_CHUNK_TOKENS = 128
 
 
 def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence over a whole sequence, differentiably in every argument and in both results.
 
@@ -28,6 +35,7 @@ def selective_scan(
         A: state decay rates, negative, [channels, d_state].
         B, C: input and output projections of the state, [batch, length, d_state].
         initial_state: the state before the first token, [batch, channels, d_state]; zeros when None.
+        resets: bool [batch, length], True for tokens before which the state is dropped; none when None.
 
     Returns:
         y [batch, length, channels] in u's dtype, and the state after the last token [batch, channels, d_state] in fp32
@@ -37,7 +45,7 @@ def selective_scan(
     if initial_state is None:
         initial_state = u.new_zeros(batch, channels, A.shape[1])
     work = torch.promote_types(u.dtype, torch.float32)
-    y, state = _SelectiveScan.apply(*(t.to(work) for t in (u, dt, A, B, C, initial_state)))
+    y, state = _SelectiveScan.apply(*(t.to(work) for t in (u, dt, A, B, C, initial_state)), resets)
     return y.to(u.dtype), state
 
 
@@ -45,7 +53,9 @@ class _SelectiveScan(torch.autograd.Function):
     """Inside, time comes first and channels last ([time, batch, d_state, channels]): the innermost loop is long."""
 
     @staticmethod
-    def forward(ctx, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor):
+    def forward(
+        ctx, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, resets: Tensor | None
+    ):
         length = u.shape[1]
         chunk_tokens = _chunk_tokens(u, d_state=A.shape[1])
         decay_rates = A.t().contiguous()
@@ -56,17 +66,17 @@ class _SelectiveScan(torch.autograd.Function):
             border_states.append(state)
             span = slice(start, start + chunk_tokens)
             u_c, dt_c, B_c, C_c = (_time_first(t[:, span]) for t in (u, dt, B, C))
-            _, states = _chunk_states(state, u_c, dt_c, decay_rates, B_c)
+            _, states = _chunk_states(state, u_c, dt_c, decay_rates, B_c, resets=_of_chunk(resets, span))
             y[:, span] = torch.matmul(C_c.unsqueeze(-2), states).squeeze(-2).transpose(0, 1)
             state = states[-1].clone()  # a view would keep the whole chunk alive
-        ctx.save_for_backward(u, dt, A, B, C, *border_states)
+        ctx.save_for_backward(u, dt, A, B, C, resets, *border_states)
         ctx.chunk_tokens = chunk_tokens
         return y, state.transpose(1, 2).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y: Tensor, grad_final_state: Tensor):
-        u, dt, A, B, C, *border_states = ctx.saved_tensors
+        u, dt, A, B, C, resets, *border_states = ctx.saved_tensors
         decay_rates = A.t().contiguous()
         grad_u, grad_dt, grad_B, grad_C = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, dt, B, C)
@@ -77,7 +87,8 @@ class _SelectiveScan(torch.autograd.Function):
         for chunk in reversed(range(len(border_states))):
             span = slice(chunk * ctx.chunk_tokens, (chunk + 1) * ctx.chunk_tokens)
             u_c, dt_c, B_c, C_c, grad_y_c = (_time_first(t[:, span]) for t in (u, dt, B, C, grad_y))
-            decay, states = _chunk_states(border_states[chunk], u_c, dt_c, decay_rates, B_c)
+            chunk_resets = _of_chunk(resets, span)
+            decay, states = _chunk_states(border_states[chunk], u_c, dt_c, decay_rates, B_c, resets=chunk_resets)
             grad_C[:, span] = _over_channels(states, grad_y_c)
 
             grads = C_c.unsqueeze(-1) * grad_y_c.unsqueeze(-2)  # [time, batch, d_state, channels]
@@ -96,7 +107,7 @@ class _SelectiveScan(torch.autograd.Function):
             # Products and sums, not einsum: its batched matrix products of width one are 15 times slower here.
             grad_decay_rates += (grads * dt_c.unsqueeze(-2)).sum((0, 1))
             grad_dt[:, span] = (grad_input * u_c + (grads * decay_rates).sum(-2)).transpose(0, 1)
-        return grad_u, grad_dt, grad_decay_rates.t(), grad_B, grad_C, grad_state.transpose(1, 2)
+        return grad_u, grad_dt, grad_decay_rates.t(), grad_B, grad_C, grad_state.transpose(1, 2), None
 
 
 def _chunk_tokens(u: Tensor, *, d_state: int) -> int:
@@ -108,9 +119,17 @@ def _time_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous()
 
 
-def _chunk_states(state: Tensor, u: Tensor, dt: Tensor, decay_rates: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _of_chunk(resets: Tensor | None, span: slice) -> Tensor | None:
+    return None if resets is None else _time_first(resets[:, span])
+
+
+def _chunk_states(
+    state: Tensor, u: Tensor, dt: Tensor, decay_rates: Tensor, B: Tensor, *, resets: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Decays and states of one chunk, both [time, batch, d_state, channels], from the state before it."""
     decay = torch.exp_(dt.unsqueeze(-2) * decay_rates)
+    if resets is not None:  # a decay of 0, and so no gradient through it either
+        decay.masked_fill_(resets[:, :, None, None], 0)
     states = B.unsqueeze(-1) * (dt * u).unsqueeze(-2)
     for t in range(len(states)):
         states[t].addcmul_(decay[t], state)
@@ -134,6 +153,7 @@ def gated_selective_scan(
     z: Tensor,
     dt_bias: Tensor,
     initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The scan with what surrounds it in Mamba-1: softplus(dt + dt_bias), the skip D * u and the gate SiLU(z).
 
@@ -142,11 +162,13 @@ def gated_selective_scan(
         A: [channels, d_state], fp32. B, C: [batch, length, d_state].
         D, dt_bias: [channels], fp32.
         initial_state: [batch, channels, d_state]; zeros when None.
+        resets: bool [batch, length], True for tokens before which the state is dropped; none when None.
 
     Returns:
         The gated output [batch, length, channels] in u's dtype and the final state [batch, channels, d_state] in fp32.
     """
     work = torch.promote_types(u.dtype, torch.float32)
     u_work = u.to(work)
-    y, state = selective_scan(u_work, F.softplus(dt.to(work) + dt_bias), A, B, C, initial_state)
+    steps = F.softplus(dt.to(work) + dt_bias)
+    y, state = selective_scan(u_work, steps, A, B, C, initial_state, resets=resets)
     return ((y + D * u_work) * F.silu(z.to(work))).to(u.dtype), state

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,13 @@ MAX_BLOCK_QUERIES = 512
 MIN_BLOCK_QUERIES = 64
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+class DocumentKeys(Protocol):
+    """Which keys are of a query's document."""
+
+    first_keys: Tensor  # int64 [batch, queries]: index of the first one
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: DocumentKeys | None = None) -> Tensor:
     """Attention in which each query sees its own position and the window - 1 before it.
 
     Queries are taken in blocks and each block meets only the keys that it can see, so time and memory grow with
@@ -23,6 +30,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
         k, v: [batch, kv heads, key length, head dim], key length >= query length; query heads are a multiple of kv
             heads and query head h reads kv head h // (query heads / kv heads).
         window: number of positions that a query sees, itself included.
+        documents: where the keys of each query's document begin, before which it sees none; None for one document.
 
     Returns:
         [batch, query heads, query length, head dim] in q's dtype; scores are scaled by 1 / sqrt(head dim).
@@ -32,7 +40,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
     k, v = k[:, :, unseen:], v[:, :, unseen:]
     before = k.shape[2] - queries  # how many keys come before the first query
     grouped = q.shape[1] != k.shape[1]
-    if before == 0 and queries <= window:
+    if before == 0 and queries <= window and documents is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     block_queries = max(MIN_BLOCK_QUERIES, min(window, MAX_BLOCK_QUERIES))
     # Keys and values are split once and joined for each block of queries. A slice for each block would have a gradient
@@ -47,11 +55,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
         end = starts[number + 1]
         first_query = end - q_block.shape[2]
         first_block = bisect.bisect_right(starts, max(0, first_query - window + 1)) - 1
-        mask = window_mask(
-            torch.arange(first_query, end, device=q.device),
-            torch.arange(starts[first_block], end, device=q.device),
-            window=window,
-        )
+        key_numbers = torch.arange(starts[first_block], end, device=q.device)
+        mask = window_mask(torch.arange(first_query, end, device=q.device), key_numbers, window=window)
+        if documents is not None:
+            first_keys = documents.first_keys[:, first_query - before : end - before, None] - unseen
+            mask = (mask & (key_numbers >= first_keys)).unsqueeze(1)
         seen_k, seen_v = (_join(blocks[first_block : number + 1]) for blocks in (k_blocks, v_blocks))
         outputs.append(F.scaled_dot_product_attention(q_block, seen_k, seen_v, attn_mask=mask, enable_gqa=grouped))
     return _join(outputs)

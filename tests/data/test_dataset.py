@@ -18,7 +18,7 @@ S = 16
 
 
 def _samples(dataset) -> list[tuple[list[int], list[int]]]:
-    return [tuple(part.tolist() for part in dataset[number]) for number in range(len(dataset))]
+    return [(dataset[number].tokens.tolist(), dataset[number].labels.tolist()) for number in range(len(dataset))]
 
 
 def _ids(dataset) -> set[int]:

@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 
@@ -6,9 +7,9 @@ import torch
 from data_support import counting_documents, write_shard
 
 from sambalm.data_pipeline.config import DataConfig
-from sambalm.data_pipeline.dataset import build_train_dataset
+from sambalm.data_pipeline.dataset import Sample, build_train_dataset
 from sambalm.data_pipeline.errors import DataError
-from sambalm.data_pipeline.loader import BatchLoader, validation_batches
+from sambalm.data_pipeline.loader import BatchLoader, cu_seqlens, validation_batches
 
 VOCAB_SIZE = 1000
 
@@ -28,7 +29,7 @@ class Numbers:
         self.reads.append(number)
         if number in self._bad:
             raise self._bad[number]
-        return torch.full((4,), number), torch.full((4,), number + 1)
+        return Sample(torch.full((4,), number), torch.full((4,), number + 1), None)
 
     def shard_prefix(self, number: int) -> str:
         return "shard"
@@ -57,12 +58,11 @@ def test_steps_consume_the_same_samples_for_any_number_of_ranks(data_size, micro
         assert [loader.consumed_samples for loader in loaders] == [8 * step + 8] * data_size
 
 
-def test_batches_are_int64_with_weight_one():
+def test_batches_are_int64():
     batch = _loader(Numbers()).next_micro_batch()
     assert batch.tokens.tolist() == [[0] * 4, [1] * 4]
     assert batch.labels.tolist() == [[1] * 4, [2] * 4]
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    assert batch.weights.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("start", [0, 2, 7, 8, 40])
@@ -112,7 +112,7 @@ def test_ids_outside_the_vocabulary_are_named(vocab_size, bad_id, sample):
 def test_the_first_token_is_checked_although_no_label_repeats_it(bad_id):
     class BadStart(Numbers):
         def __getitem__(self, number):
-            return torch.tensor([bad_id, 1]), torch.tensor([1, 2])
+            return Sample(torch.tensor([bad_id, 1]), torch.tensor([1, 2]), None)
 
     with pytest.raises(DataError, match=f"token id {bad_id} "):
         _loader(BadStart()).next_micro_batch()
@@ -161,10 +161,10 @@ def test_validation_covers_each_sample_once_with_equal_passes(data_size, num_sam
     ranks = [list(validation_batches(dataset, data_rank=rank, **options)) for rank in range(data_size)]
     assert len({len(batches) for batches in ranks}) == 1
     counted, shapes = [], set()
-    for batch in (batch for batches in ranks for batch in batches):
+    for batch, weights in (item for batches in ranks for item in batches):
         shapes.add(tuple(batch.tokens.shape))
-        assert set(batch.weights.tolist()) <= {0.0, 1.0}
-        counted += [int(row[0]) for row, weight in zip(batch.tokens, batch.weights, strict=True) if weight]
+        assert set(weights.tolist()) <= {0.0, 1.0}
+        counted += [int(row[0]) for row, weight in zip(batch.tokens, weights, strict=True) if weight]
     assert sorted(counted) == list(range(min(num_samples, 21)))
     assert shapes == {(2, 4)}
 
@@ -174,3 +174,22 @@ def test_validation_checks_ids():
         list(
             validation_batches(Numbers(), num_samples=8, micro_batch_samples=2, data_rank=0, data_size=1, vocab_size=3)
         )
+
+
+def test_document_starts_tell_where_each_token_s_document_begins(tmp_path):
+    documents = counting_documents(60)
+    prefix = write_shard(tmp_path / "d", documents)
+    first_of = {int(token): int(document[0]) for document in documents for token in document}
+    options = {"train": prefix, "sequence_length": 32}
+    dataset = build_train_dataset(DataConfig(**options, reset_at_document=True), num_samples=16, seed=0)
+    batch = _loader(dataset, vocab_size=60_000).next_micro_batch()
+    for tokens, starts in zip(batch.tokens.tolist(), batch.document_starts.tolist(), strict=True):
+        own = [first_of[token] for token in tokens]
+        assert starts == [own.index(document) for document in own]
+    bounds = cu_seqlens(batch.document_starts)
+    assert bounds.dtype == torch.int32
+    lengths = [len(list(run)) for row in batch.document_starts.tolist() for _, run in itertools.groupby(row)]
+    assert bounds.tolist() == list(itertools.accumulate(lengths, initial=0))
+
+    without = build_train_dataset(DataConfig(**options), num_samples=16, seed=0)
+    assert _loader(without, vocab_size=60_000).next_micro_batch().document_starts is None

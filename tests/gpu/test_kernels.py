@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import KernelConfig
 from sambalm.model.ops.rms_norm import rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
@@ -71,6 +72,33 @@ def test_conv(batch, length, channels):
     conv = kernel("conv", "causal-conv1d")
     inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
     check(lambda *t: conv(*t)[0], lambda *t: causal_conv_silu(*t)[0], inputs, fp32=(1, 2))
+
+
+def documents(batch, length):
+    """Documents in three sizes, others in each row, of which some are shorter than a kernel's block."""
+    begins = torch.stack([(torch.arange(length) * (row + 1)) % 97 == 0 for row in range(batch)])
+    begins |= torch.arange(length) == length // 2
+    return Documents((torch.arange(length) * begins).cummax(1).values.to(DEVICE), first=0)
+
+
+@pytest.mark.parametrize(("batch", "length", "channels"), [(2, 512, 256), (3, 77, 96), (1, 3, 64)])
+def test_conv_of_packed_documents(batch, length, channels):
+    conv, resets = kernel("conv", "causal-conv1d"), documents(batch, length).resets
+    inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
+    check(*(lambda *t, f=f: f(*t, resets=resets)[0] for f in (conv, causal_conv_silu)), inputs, fp32=(1, 2))
+
+
+@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "queries", "before", "window"),
+    [(12, 12, 128, 700, 0, 256), (11, 1, 256, 333, 60, 100), (4, 2, 64, 130, 255, 256), (4, 2, 64, 130, 500, 256)],
+)
+def test_attention_of_packed_documents(name, heads, kv_heads, head_dim, queries, before, window):
+    attention, length = kernel("attention", name), before + queries
+    packed = documents(2, length).attention(range(before, length), keys_before=before)
+    shapes = ((2, heads, queries, head_dim), *(2 * [(2, kv_heads, length, head_dim)]))
+    run = [lambda *t, f=f: f(*t, window=window, documents=packed) for f in (attention, window_attention)]
+    check(*run, [torch.randn(shape) for shape in shapes])
 
 
 @pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])

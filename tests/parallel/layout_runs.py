@@ -20,6 +20,9 @@ MODEL = {
     "vocab_size": 96,
 }
 LENGTH, SAMPLES, STEPS = 32, 4, 5
+# Where documents begin in each sample besides its start: often, nowhere, at the borders of context-parallel parts, and
+# within the convolution's reach before one.
+DOCUMENTS = [[3, 4, 15, 23], [], [8, 16, 25, 31], [14]]
 Slices = list[tuple[str, tuple[int, ...], np.ndarray]]  # canonical name, offsets and values of each slice of a rank
 
 
@@ -38,13 +41,19 @@ def run_values(
     parallel: dict[str, Any] | None = None,
     precision: str = "fp32",
     run_dir: str = "unused",
+    documents: bool = False,
 ) -> dict[str, Any]:
     """A run as plain values; its data are random and made by `batches`."""
     return {
         "format_version": 1,
         "run": {"dir": run_dir, "seed": 5},
         "model": MODEL | (model or {}),
-        "data": {"train": "unused", "sequence_length": LENGTH, "validation_fraction": 0.1},
+        "data": {
+            "train": "unused",
+            "sequence_length": LENGTH,
+            "validation_fraction": 0.1,
+            "reset_at_document": documents,
+        },
         "train": {
             "steps": STEPS,
             "global_batch_tokens": LENGTH * SAMPLES,
@@ -57,12 +66,19 @@ def run_values(
     }
 
 
-def batches(step: int, *, vocab_size: int, world) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(step: int, *, config, world) -> list:
     """This rank's micro-batches of a step, one sample each."""
+    from sambalm.parallel.pipeline import MicroBatch
+
     generator = torch.Generator().manual_seed(step)
-    samples = torch.randint(0, vocab_size, (SAMPLES, 1, LENGTH + 1), generator=generator)
-    mine = samples[world.data_rank :: world.data_size]
-    return [(world.context.part(s[:, :-1]), world.context.part(s[:, 1:])) for s in mine]
+    samples = torch.randint(0, config.model.vocab_size, (SAMPLES, 1, LENGTH + 1), generator=generator)
+    starts = [_document_starts(begins) if config.data.reset_at_document else None for begins in DOCUMENTS]
+    whole = [MicroBatch(s[:, :-1], s[:, 1:], start) for s, start in zip(samples, starts, strict=True)]
+    return [batch.on_rank(world) for batch in whole[world.data_rank :: world.data_size]]
+
+
+def _document_starts(begins: list[int]) -> torch.Tensor:
+    return torch.tensor([[max(start for start in [0, *begins] if start <= token) for token in range(LENGTH)]])
 
 
 def steps_on_rank(values: dict, steps: int = STEPS, mistake: Callable[[pytest.MonkeyPatch], None] | None = None):
@@ -83,7 +99,7 @@ def steps_on_rank(values: dict, steps: int = STEPS, mistake: Callable[[pytest.Mo
         training = build_training(config, world=world, checkpoint=None)
         losses, norms, gradients = [], [], []
         for step in range(steps):
-            loss = training.execution.train_step(batches(step, vocab_size=config.model.vocab_size, world=world))
+            loss = training.execution.train_step(batches(step, config=config, world=world))
             losses.append((world.sum_over_replicas(loss) / world.replica_size).item())
             norms.append(gradient_norm(training.engine))
             if step == 0:
@@ -114,14 +130,14 @@ def local_slices(parts, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> 
 
 
 @functools.cache
-def _one_process(model: tuple, precision: str) -> Steps:
-    (result,) = run_world(steps_on_rank, run_values(model=dict(model), precision=precision), ranks=1)
+def _one_process(model: tuple, values: tuple) -> Steps:
+    (result,) = run_world(steps_on_rank, run_values(model=dict(model), **dict(values)), ranks=1)
     return result
 
 
-def one_process(model: dict | None = None, *, precision: str = "fp32") -> Steps:
-    """Steps of a process alone, computed once for each model."""
-    return _one_process(tuple(sorted((model or {}).items())), precision)
+def one_process(model: dict | None = None, **values: Any) -> Steps:
+    """Steps of a process alone, computed once for each model and values of a run."""
+    return _one_process(tuple(sorted((model or {}).items())), tuple(sorted(values.items())))
 
 
 def whole(slices: Slices) -> dict[str, np.ndarray]:

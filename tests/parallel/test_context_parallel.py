@@ -13,14 +13,14 @@ BATCH, WIDTH, STATES = 2, 3, 4
 
 def tokens_before_on_rank(part_tokens: int, tokens: int) -> tuple:
     """What a rank fetches, and the gradient of its own tokens when each fetched token weighs its own amount."""
-    from sambalm.parallel.context_parallel import tokens_before
+    from sambalm.parallel.context_parallel import TokensBefore
     from sambalm.parallel.state import start_world, world_size
 
     with start_world(ParallelConfig(context=world_size())) as world:
         cp = world.context
         whole = torch.randn(BATCH, part_tokens * cp.size, WIDTH, generator=torch.Generator().manual_seed(0))
         own = cp.part(whole).clone().requires_grad_()
-        fetched = tokens_before(own, tokens, cp=cp)
+        fetched = TokensBefore(own, tokens, cp=cp).wait()
         (fetched * _weights(cp.rank, fetched)).sum().backward()
     return fetched.detach().numpy(), own.grad.numpy()
 
@@ -120,3 +120,52 @@ def test_what_a_neighbour_sends_grows_only_until_its_part_is_as_long_as_the_wind
         fetched = sum(min(window - 1, rank * length // 4) for rank in range(4))
         assert total == 2 * 4 * BATCH * fetched * kv, length
     assert totals[0] < totals[1] == totals[2]
+
+
+def order_on_rank(letter: str) -> tuple[list[str], list[str]]:
+    """What happens in a sublayer's forward and backward: kernels, and the exchanges' beginnings and ends."""
+    from dataclasses import replace
+
+    from sambalm.model.ops.kernels import TORCH_KERNELS
+    from sambalm.model.samba import Samba
+    from sambalm.parallel import context_parallel
+    from sambalm.parallel.sharding import initialize_parameters
+    from sambalm.parallel.state import start_world
+
+    events: list[str] = []
+
+    def recorded(kernel):
+        def run(*args, **kwargs):
+            events.append("kernel")
+            result = kernel(*args, **kwargs)
+            output = result[0] if isinstance(result, tuple) else result
+            output.register_hook(lambda gradient: events.append("kernel"))
+            return result
+
+        return run
+
+    with start_world(ParallelConfig(context=2)) as world, pytest.MonkeyPatch.context() as monkeypatch:
+        kernels = replace(TORCH_KERNELS, conv=recorded(TORCH_KERNELS.conv), attention=recorded(TORCH_KERNELS.attention))
+        model = Samba(ModelConfig(pattern=letter, **MODEL), cp=world.context, kernels=kernels)
+        initialize_parameters(model, seed=0)
+        for name in ("post", "wait"):
+            method = getattr(context_parallel._Exchange, name)
+            # `name` and `method` are bound now, since the loop goes on.
+            monkeypatch.setattr(
+                context_parallel._Exchange,
+                name,
+                lambda self, *args, name=name, method=method: (events.append(name), method(self, *args))[1],
+            )
+        tokens = torch.zeros(BATCH, 16, dtype=torch.int64)
+        loss = model(tokens, tokens).mean()
+        forward, events[:] = events.copy(), []
+        loss.backward()
+    return forward, events
+
+
+@pytest.mark.parametrize("letter", ["M", "*"])
+def test_local_work_runs_while_messages_are_under_way(letter):
+    """Of two kernel calls the one without neighbours' tokens lies between the exchange's beginning and its end."""
+    for forward, backward in run_world(order_on_rank, letter, ranks=2):
+        assert forward == ["post", "kernel", "wait", "kernel"]
+        assert backward == ["kernel", "post", "kernel", "wait"]

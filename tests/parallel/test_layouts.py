@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from layout_runs import STEPS, Slices, differences, one_process, run_values, steps_on_rank, whole
 from worlds import run_world
 
@@ -72,9 +73,77 @@ def test_real_head_counts_and_an_odd_width_are_dealt_to_ranks(size, tensor):
     _compare(tensor, {"tensor": tensor, "sequence": sequence}, SHORT | HEADS[size], steps=2)
 
 
-def _compare(ranks: int, parallel: dict, model: dict, *, steps: int = STEPS) -> None:
-    expected = one_process(model)
-    results = run_world(steps_on_rank, run_values(model=model, parallel=parallel), steps, ranks=ranks)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TP2+SP",
+        "PP2",
+        "PP2xVPP2",
+        "CP2",
+        "CP2, selective",
+        "CP4",
+        "CP2xTP2+SP, full",
+        "PP2xVPP2xCP2, full",
+        "DP2xCP2, ZeRO-3, full",
+        "DP4, ZeRO-2",
+    ],
+)
+def test_packed_documents_train_like_one_process(name):
+    ranks, parallel, tied = LAYOUTS[name]
+    _compare(ranks, parallel, {"tie_embeddings": tied}, documents=True)
+
+
+def test_documents_change_what_is_trained():
+    packed, stream = (one_process(documents=documents).gradients for documents in (True, False))
+    assert max(differences([stream], whole(packed)).values()) > 0.03
+
+
+def a_document_that_begins_in_a_part_lets_the_state_through(monkeypatch):
+    from sambalm.model import sequence_scan
+
+    decay = sequence_scan.decay_over
+    monkeypatch.setattr(sequence_scan, "decay_over", lambda dt, A, bias, resets: decay(dt, A, bias, None))
+
+
+def a_document_that_begins_at_a_neighbour_is_not_seen_by_the_convolution(monkeypatch):
+    from sambalm.model.ops.documents import Documents
+
+    def resets_from(self, tokens):
+        return torch.cat((torch.zeros_like(self.resets[:, :1]).expand(-1, tokens), self.resets), dim=1)
+
+    monkeypatch.setattr(Documents, "resets_from", resets_from)
+
+
+def a_document_that_begins_at_a_neighbour_is_not_seen_by_attention(monkeypatch):
+    from sambalm.model.ops.documents import AttentionDocuments, Documents
+
+    def attention(self, queries, *, keys_before):
+        starts = self.starts[:, queries.start : queries.stop]
+        local = torch.where(starts >= self.first, starts - self.first - queries.start + keys_before, 0)
+        return AttentionDocuments(local.clamp(min=0), keys_before + len(queries))
+
+    monkeypatch.setattr(Documents, "attention", attention)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        a_document_that_begins_in_a_part_lets_the_state_through,
+        a_document_that_begins_at_a_neighbour_is_not_seen_by_the_convolution,
+        a_document_that_begins_at_a_neighbour_is_not_seen_by_attention,
+    ],
+)
+def test_documents_dropped_between_ranks_are_seen(mistake):
+    expected = one_process(documents=True)
+    results = run_world(steps_on_rank, run_values(parallel={"context": 4}, documents=True), 1, mistake, ranks=4)
+    worst = differences([result.gradients for result in results], whole(expected.gradients))
+    assert max(worst.values()) > 1e-3
+
+
+def _compare(ranks: int, parallel: dict, model: dict, *, steps: int = STEPS, documents: bool = False) -> None:
+    expected = one_process(model, documents=documents)
+    values = run_values(model=model, parallel=parallel, documents=documents)
+    results = run_world(steps_on_rank, values, steps, ranks=ranks)
     for result in results:
         assert result.losses == pytest.approx(expected.losses[:steps], rel=1e-5)
         assert result.norms == pytest.approx(expected.norms[:steps], rel=1e-5)
@@ -148,10 +217,10 @@ def states_between_ranks_carry_no_gradient(monkeypatch):
 
 
 def tokens_of_neighbours_carry_no_gradient(monkeypatch):
-    from sambalm.model import layers
+    from sambalm.parallel.context_parallel import TokensBefore
 
-    with_gradient = layers.tokens_before
-    monkeypatch.setattr(layers, "tokens_before", lambda x, tokens, cp: with_gradient(x, tokens, cp=cp).detach())
+    with_gradient = TokensBefore.wait
+    monkeypatch.setattr(TokensBefore, "wait", lambda neighbours: with_gradient(neighbours).detach())
 
 
 def copies_of_a_tied_embedding_are_not_summed(monkeypatch):

@@ -95,7 +95,7 @@ def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
         assert (checkpoint is not None) == load
         training = build_training(config, world=world, checkpoint=checkpoint)
         if save_to:
-            training.execution.train_step(batches(0, vocab_size=config.model.vocab_size, world=world))
+            training.execution.train_step(batches(0, config=config, world=world))
             save_checkpoint(training, config=config, world=world, step=1)
         state = {"weights": local_slices(training.parts, whole_parameter)}
         for key in ("exp_avg", "exp_avg_sq"):

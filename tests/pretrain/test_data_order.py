@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from whole_runs import changed
+from whole_runs import changed, train
 from worlds import run_world
 
 
@@ -19,7 +19,7 @@ def batches_on_rank(values: dict) -> tuple[int, int, list]:
         train_step = execution.train_step
 
         def recorded(micro_batches):
-            steps.append([(tokens.numpy(), labels.numpy()) for tokens, labels in micro_batches])
+            steps.append([(batch.tokens.numpy(), batch.labels.numpy()) for batch in micro_batches])
             return train_step(micro_batches)
 
         execution.train_step = recorded
@@ -74,3 +74,14 @@ def test_the_order_of_samples_does_not_depend_on_the_layout(ranks, parallel, run
     found = samples_by_step(changed(values, parallel=parallel), ranks)
     for step, (samples, wanted) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(samples, wanted), step
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), [(2, {"context": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "sequence": True})]
+)
+def test_a_run_that_resets_at_documents_has_the_same_losses_on_every_layout(ranks, parallel, run_values, tmp_path):
+    values = changed(run_values, data={"reset_at_document": True})
+    alone = train(changed(values, run={"dir": str(tmp_path / "alone")}))
+    assert alone != train(changed(run_values, run={"dir": str(tmp_path / "stream")}))
+    for record, expected in zip(train(changed(values, parallel=parallel), ranks=ranks), alone, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4)

@@ -2,7 +2,8 @@
 
 import copy
 import gc
-import time
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -121,14 +122,17 @@ def kept_on_rank(values: dict) -> int:
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}, {"context": 4}], ids=str
+)
 def test_activations_of_layouts_are_what_a_real_rank_keeps(parallel, precision, recompute):
     config = config_of(parallel=parallel | {"recompute": recompute}, train={"precision": precision})
-    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=2))
-    memory = rank_memory(config, stage=0, world_size=2, kernels=CPU)
+    ranks = config.parallel.model_ranks
+    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=ranks))
+    memory = rank_memory(config, stage=0, world_size=ranks, kernels=CPU)
     # The buffer for gathered sequences is alive as well.
     gathered = memory.communication_bytes % (4 * 500_000_000)
-    assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.1)
+    assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -214,6 +218,7 @@ LAYOUTS = [
 def handed_on_rank(values: dict) -> tuple[int, Counter]:
     """The rank's pipeline stage, and what it hands over in its second step."""
     from sambalm.model.heads import kv_copies
+    from sambalm.parallel.pipeline import MicroBatch
     from sambalm.parallel.state import start_world
     from sambalm.pretrain.trainer import build_training
 
@@ -222,7 +227,7 @@ def handed_on_rank(values: dict) -> tuple[int, Counter]:
         training = build_training(config, world=world, checkpoint=None)
         shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
         tokens = torch.randint(0, 64, shape)
-        micro_batches = [(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
+        micro_batches = [MicroBatch(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
         training.execution.train_step(micro_batches)
         with HandedBytes() as handed:
             training.execution.train_step(micro_batches)
@@ -284,12 +289,31 @@ def test_the_slowest_stage_decides():
 def test_dry_run_checks_thousands_of_ranks_without_data():
     config = str(CONFIGS / "samba_3.8b.yaml")
     options = ["--dry-run", "--world-size", "8192", "parallel.tensor=4", "parallel.pipeline=4"]
-    start_s = time.perf_counter()
     result = CliRunner().invoke(app, ["train", config, *options])
-    assert time.perf_counter() - start_s < 5
     assert result.exit_code == 0
     assert result.output.startswith("8,192 ranks: DP512 TP4 PP4 ZeRO-1, recompute none; 4 micro-batches of 1 a step; ")
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "samba_3.8b.yaml", "--dry-run", "--world-size", "64"],
+        ["plan", "samba_421m.yaml", "--gpus", "2", "--gpu-memory-gib", "80"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_estimates_do_not_wait_for_what_only_training_needs(arguments):
+    """megatron-core and DeepSpeed take seconds to import."""
+    command, config, *options = arguments
+    code = f"""
+import sys
+from sambalm.pretrain.cli import app
+app({[command, str(CONFIGS / config), *options]!r}, standalone_mode=False)
+assert not {{"megatron", "deepspeed", "transformers"}} & set(sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_dry_run_refuses_what_a_run_would():

@@ -1,0 +1,323 @@
+// {step for the decay, dt * u, gradient of y, dt} of a channel and step, then {sum of g B, sum of g h' A, y} in the same
+// place; the halves of a row are shifted against bank conflicts.
+struct BackwardRow {
+    float4 channel[WARP_CHANNELS + 2];
+    __device__ __forceinline__ static int place(int k) { return k + k / 8; }
+};
+
+typedef uint4 StateRow[32 * STATE_WORDS];
+
+struct BackwardShared {
+    float bias[BLOCK_CHANNELS], skip[BLOCK_CHANNELS];  // first, so that the row before the projections' first is there
+    Projections projections[2];
+    BackwardRow slots[WARPS][TILE];
+    // Before the tile, and after each of its steps; then there the warp's gradients of B and C at that step.
+    StateRow states[WARPS][1 + TILE];
+};
+
+// Gradients of B and C summed over the warp's channels: a lane gets 8 / R of the 2 N sums.
+__device__ __forceinline__ void add_over_channels(
+    float* to, const Place& at, const float (&grad_b)[4], const float (&grad_c)[4])
+{
+    const bool top = at.r & (R / 2);
+    float v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = (top ? grad_c[j] : grad_b[j]) + across(top ? grad_b[j] : grad_c[j], R / 2 * Q);
+#pragma unroll
+    for (int m = 2, lanes = R / 4 * Q; lanes >= Q; m /= 2, lanes /= 2)
+#pragma unroll
+        for (int j = 0; j < m; ++j) v[j] += across(v[j + m], lanes);
+#pragma unroll
+    for (int j = 0; j < 8 / R; ++j) to[(top ? N : 0) + at.state(j)] = v[j];
+}
+
+// The elementwise work before the recurrence, on one step of eight channels.
+__device__ __forceinline__ void before_tile(
+    float4* eight, const Eight& raw_u, const Eight& raw_dt, const Eight& raw_z, const Eight& raw_grad,
+    const float* bias, bool here, bool reset)
+{
+    float u[8], x[8], z[8], grad[8];
+    unpack(raw_u, u); unpack(raw_dt, x); unpack(raw_z, z); unpack(raw_grad, grad);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        float step = softplus(x[k], bias[k]);
+        step = here ? step : 0.f;
+        eight[k] = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * sigmoid(z[k]), step);
+    }
+}
+
+// The states after each step of a tile, again, from those before it; h holds the last.
+__device__ __forceinline__ void states_of_tile(
+    BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
+    const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4])
+{
+    float4 in[CH], b4 = projection.b[0][copy][at.q];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) in[i] = slot[0].channel[places[i]];
+#pragma unroll 4
+    for (int t = 0; t < TILE; ++t) {
+        float b[4];
+        float4 next_in[CH];  // read ahead of this step's write; past the tile a row that is not used
+        load_four(b4, b);
+        b4 = projection.b[t + 1][copy][at.q];
+#pragma unroll
+        for (int i = 0; i < CH; ++i) next_in[i] = slot[t + 1].channel[places[i]];
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in[i].x * a[i][j]) * h[i][j] + in[i].y * b[j];
+            in[i] = next_in[i];
+        }
+        store_states(states[t], pack_states(h), at.lane);
+    }
+}
+
+// The recurrence of the gradient, backwards through a tile. carry: the gradient that reaches the state after the tile,
+// and then the one before it. states: before the tile and after each step.
+__device__ __forceinline__ void gradients_of_tile(
+    BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
+    const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4])
+{
+    const bool first_lanes = at.q < CH;  // they get the sums for u and dt of their channel, the others those for z
+    float4 in[CH];
+    float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
+    float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (first_lanes ? 0 : 1);
+#pragma unroll
+    for (int i = 0; i < CH; ++i) in[i] = slot[TILE - 1].channel[places[i]];
+    States before = load_states(states[TILE - 1], at.lane);
+#pragma unroll 4
+    for (int t = TILE - 1; t >= 0; --t) {
+        // What the next turn needs is read ahead of this one's writes, which the compiler could not do. Before the tile
+        // it reads a row that is not used.
+        float4 next_in[CH];
+#pragma unroll
+        for (int i = 0; i < CH; ++i) next_in[i] = slot[t - 1].channel[places[i]];
+        float b[4], c[4], previous[CH][4], grad_b[4] = {}, grad_c[4] = {}, over_states[3][CH];
+        load_four(b4, b);
+        load_four(c4, c);
+        b4 = projection.b[t - 1][copy][at.q], c4 = projection.c[t - 1][copy][at.q];
+        unpack_states(before, previous);
+        before = load_states(states[t - 1], at.lane);
+        const float step = in[0].w;
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+            float grad_input = 0.f, grad_decay = 0.f, y = 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float g = c[j] * in[i].z + carry[i][j];
+                y += c[j] * h[i][j];
+                grad_c[j] += h[i][j] * in[i].z;
+                grad_b[j] += g * in[i].y;
+                grad_input += g * b[j];
+                carry[i][j] = exp2_fast(in[i].x * a[i][j]) * g;
+                const float through = carry[i][j] * previous[i][j];
+                grad_decay += through * a[i][j];
+                sum_a[i][j] += through * in[i].x;
+                h[i][j] = previous[i][j];
+            }
+            over_states[0][i] = grad_input;
+            over_states[1][i] = grad_decay;
+            over_states[2][i] = y;
+            in[i] = next_in[i];
+        }
+        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, grad_b, grad_c);
+#pragma unroll
+        for (int k = 0; k < 3; ++k)
+#pragma unroll
+            for (int m = CH / 2; m >= 1; m /= 2)
+#pragma unroll
+                for (int i = 0; i < m; ++i) over_states[k][i] += across(over_states[k][i + m], m);
+        // One exchange is left, between the first lanes and the others.
+        const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
+        const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
+        const float input_or_y = kept + across(sent, CH);
+        const float decay = over_states[1][0] + across(over_states[1][0], CH);
+        *result = make_float2(input_or_y, first_lanes ? decay : step);
+        result -= sizeof(BackwardRow) / sizeof(float2);
+    }
+}
+
+struct Gradients { float u[8], dt[8], z[8]; };
+
+// The elementwise work after the recurrence.
+__device__ __forceinline__ void after_tile(
+    const float4* eight, const Eight& raw_u, const Eight& raw_z, const Eight& raw_grad, const float* skip,
+    Gradients& g, float (&sum_skip)[8], float (&sum_bias)[8])
+{
+    float u[8], z[8], grad[8];
+    unpack(raw_u, u); unpack(raw_z, z); unpack(raw_grad, grad);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const float4 found = eight[k];
+        const float step = found.w, gate = sigmoid(z[k]), grad_y = grad[k] * z[k] * gate;
+        g.u[k] = found.x * step + skip[k] * grad_y;
+        g.dt[k] = (found.x * u[k] + LN2 * found.y) * sigmoid_of_softplus(step);
+        g.z[k] = grad[k] * (found.z + skip[k] * u[k]) * gate * (1.f + z[k] * (1.f - gate));
+        sum_skip[k] += grad_y * u[k];
+        sum_bias[k] += g.dt[k];  // zero beyond the sequence, where steps are
+    }
+}
+
+// The block's sums over channels for the steps of a tile.
+__device__ __forceinline__ void add_over_warps(float* to, const StateRow (*states)[1 + TILE], int rows)
+{
+#pragma unroll
+    for (int k = 0; k < FILLS; ++k) {
+        const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);
+        if (FOURS % THREADS && f >= FOURS) break;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int warp = 0; warp < WARPS; ++warp) {
+            const float4 part = reinterpret_cast<const float4*>(states[warp][1 + step])[place];
+            sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
+        }
+        if (step < rows) reinterpret_cast<float4*>(to + step * (2 * N))[place] = sum;
+    }
+}
+
+// Sums over the 16 lanes that have the same channels.
+__device__ __forceinline__ void add_over_steps(float (&x)[8])
+{
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+#pragma unroll
+        for (int lanes = 2; lanes < 32; lanes *= 2) x[k] += across(x[k], lanes);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
+    const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides
+    const float* bc,                                       // [batch, length, 2, N]
+    const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
+    const unsigned char* resets,                           // [batch, length] or null
+    const uint4* borders,                                  // of the forward
+    const Element* grad_out,                               // [batch, length, channels] by strides
+    const float* grad_end,  // of the state after each segment, [batch, segments, channels, N], or null: zeros
+    Element* grad_u, Element* grad_dt, Element* grad_z,     // [batch, length, channels] by strides
+    float* grad_bc,                                        // [blocks of channels, batch, length, 2, N]
+    float* grad_A,                                         // [batch, segments, channels, N]
+    float* grad_D, float* grad_bias,                       // [batch, segments, channels]
+    float* grad_start,                                     // [batch, channels, N]; ENDS: [batch, segments, channels, N]
+    int length, int channels, int segment_tiles,
+    int64 u_batch, int u_time, int64 dt_batch, int dt_time, int64 z_batch, int z_time, int64 grad_batch, int grad_time,
+    int64 out_batch, int out_time)
+{
+    extern __shared__ __align__(16) char memory[];
+    BackwardShared& shared = *reinterpret_cast<BackwardShared*>(memory);
+
+    const Place at;
+    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int row = at.lane >> 1, half = at.lane & 1;
+    const int eight = at.first_channel + 8 * half;
+    const int first_of_block = blockIdx.x * BLOCK_CHANNELS;
+    const bool has_channels = eight < channels;
+    const int copy = at.r & (COPIES - 1);
+    BackwardRow* slot = shared.slots[at.warp];
+    float4* mine = &slot[row].channel[BackwardRow::place(8 * half)];
+    StateRow* states = shared.states[at.warp];
+    int places[CH];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) places[i] = BackwardRow::place(at.channel(i));
+    const float *bias = shared.bias + (eight - first_of_block), *skip = shared.skip + (eight - first_of_block);
+
+    float a[CH][4], carry[CH][4], sum_a[CH][4], sum_skip[8], sum_bias[8];
+    read_states(A, 0, at, channels, a);
+    read_states(grad_end, int64(batch * segments + segment) * channels, at, channels, carry);
+#pragma unroll
+    for (int i = 0; i < CH; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) { a[i][j] *= LOG2E; sum_a[i][j] = 0.f; }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        sum_skip[k] = sum_bias[k] = 0.f;
+    }
+    if (threadIdx.x < BLOCK_CHANNELS) {
+        const int channel = first_of_block + threadIdx.x;
+        shared.bias[threadIdx.x] = channel < channels ? dt_bias[channel] : 0.f;
+        shared.skip[threadIdx.x] = channel < channels ? D[channel] : 0.f;
+    }
+
+    const int tiles = (length + TILE - 1) / TILE;
+    const int first_tile = segment * segment_tiles, last_tile = min(tiles, first_tile + segment_tiles) - 1;
+    const int64 row_of_batch = int64(batch) * length;
+    int time = last_tile * TILE + row;
+    bool inside = has_channels && time < length;
+    const Column u_column(u, u_batch, u_time, eight), dt_column(dt, dt_batch, dt_time, eight);
+    const Column z_column(z, z_batch, z_time, eight), grad_column(grad_out, grad_batch, grad_time, eight);
+    Eight next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
+    Eight next_z = z_column.load(time, inside), next_grad = grad_column.load(time, inside);
+    int next_reset = load_flag(resets, row_of_batch + time, inside);
+    Fill fill = load_projections(bc, row_of_batch + last_tile * TILE, length - last_tile * TILE);
+
+    for (int tile = last_tile; tile >= first_tile; --tile) {
+        Projections& projection = shared.projections[tile & 1];
+        store_projections(projection, fill);
+        const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z, raw_grad = next_grad;
+        const bool reset = next_reset, here = inside;
+        const int now = time;
+#if !ENDS
+        States border = States();
+        if (at.first_channel < channels) {
+            const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
+            border = load_states(borders + place * (32 * STATE_WORDS), at.lane);
+        }
+#endif
+        __syncthreads();
+
+        time -= TILE;
+        inside = has_channels && tile > first_tile;
+        next_u = u_column.load(time, inside && !ENDS), next_dt = dt_column.load(time, inside);
+        next_z = z_column.load(time, inside), next_grad = grad_column.load(time, inside);
+        next_reset = load_flag(resets, row_of_batch + time, inside);
+        fill = load_projections(bc, row_of_batch + (tile - 1) * TILE, tile > first_tile ? TILE : 0);
+
+        before_tile(mine, raw_u, raw_dt, raw_z, raw_grad, bias, here, reset);
+        __syncwarp();
+#if ENDS
+#pragma unroll 4
+        for (int t = TILE - 1; t >= 0; --t) {
+            float c[4];
+            load_four(projection.c[t][copy][at.q], c);
+#pragma unroll
+            for (int i = 0; i < CH; ++i) {
+                const float4 in = slot[t].channel[places[i]];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) carry[i][j] = exp2_fast(in.x * a[i][j]) * (c[j] * in.z + carry[i][j]);
+            }
+        }
+        __syncwarp();
+#else
+        float h[CH][4];
+        unpack_states(border, h);
+        store_states(states[0], border, at.lane);
+        states_of_tile(slot, states + 1, projection, at, copy, places, a, h);
+        gradients_of_tile(slot, states, projection, at, copy, places, a, h, carry, sum_a);
+        __syncwarp();
+        Gradients g;
+        after_tile(mine, raw_u, raw_z, raw_grad, skip, g, sum_skip, sum_bias);
+        if (here) {
+            Column(grad_u, out_batch, out_time, eight).store(now, g.u);
+            Column(grad_dt, out_batch, out_time, eight).store(now, g.dt);
+            Column(grad_z, out_batch, out_time, eight).store(now, g.z);
+        }
+        __syncthreads();
+        add_over_warps(grad_bc + (int64(blockIdx.x) * gridDim.y * length + row_of_batch + tile * TILE) * (2 * N),
+                       shared.states, length - tile * TILE);
+#endif
+    }
+
+    const int64 place = int64(batch * segments + segment) * channels;
+#if ENDS
+    write_states(grad_start, place, at, channels, carry);
+#else
+    if (segment == 0) write_states(grad_start, int64(batch) * channels, at, channels, carry);
+    write_states(grad_A, place, at, channels, sum_a);
+    add_over_steps(sum_skip);
+    add_over_steps(sum_bias);
+    if (row == 0 && has_channels)
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            grad_D[place + eight + k] = sum_skip[k];
+            grad_bias[place + eight + k] = sum_bias[k];
+        }
+#endif
+}

@@ -1,0 +1,156 @@
+// y of a channel and step, and its decay and input before: two floats a channel, padded against bank conflicts.
+struct ForwardRow { float2 channel[WARP_CHANNELS + 2]; };
+
+// The recurrence through a tile. What the next step needs is read ahead of this one's writes, which the compiler could
+// not do; past the tile it reads a row more, which is there and not used.
+__device__ __forceinline__ void walk_tile(
+    ForwardRow* slot, const Projections& projection, const Place& at, const float (&a)[CH][4], float (&h)[CH][4],
+    float (&sum)[CH])
+{
+    const int copy = at.r & (COPIES - 1);
+    float2 in[CH];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) in[i] = slot[0].channel[at.channel(i)];
+    float4 b4 = projection.b[0][copy][at.q], c4 = projection.c[0][copy][at.q];
+#pragma unroll 4
+    for (int t = 0; t < TILE; ++t) {
+        float2 next_in[CH];
+        float b[4], c[4], y[CH];
+        load_four(b4, b);
+        load_four(c4, c);
+#pragma unroll
+        for (int i = 0; i < CH; ++i) next_in[i] = slot[t + 1].channel[at.channel(i)];
+        b4 = projection.b[t + 1][copy][at.q];
+        if (!ENDS) c4 = projection.c[t + 1][copy][at.q];
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+            y[i] = 0.f;
+            if (ENDS) sum[i] += in[i].x;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                h[i][j] = exp2_fast(in[i].x * a[i][j]) * h[i][j] + in[i].y * b[j];
+                if (!ENDS) y[i] += c[j] * h[i][j];
+            }
+            in[i] = next_in[i];
+        }
+        if (!ENDS) {
+#pragma unroll
+            for (int m = CH / 2; m >= 1; m /= 2)
+#pragma unroll
+                for (int i = 0; i < m; ++i) y[i] += across(y[i + m], m);
+#pragma unroll
+            for (int m = CH; m < Q; m *= 2) y[0] += across(y[0], m);
+            if (at.q < CH) slot[t].channel[at.channel(0)].x = y[0];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
+    const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides
+    const float* bc,                                       // [batch, length, 2, N]
+    const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
+    const unsigned char* resets,                           // [batch, length] or null
+    const float* start,                                    // [batch, segments, channels, N] or null: zeros
+    Element* out,                                          // [batch, length, channels] by strides
+    uint4* borders,                                        // the states before each tile, for the backward, or null
+    float* end,                                            // [batch, channels, N]; ENDS: [batch, segments, channels, N]
+    float* steps,                                          // ENDS: sum of dt, [batch, segments, channels]
+    int length, int channels, int segment_tiles,
+    int64 u_batch, int u_time, int64 dt_batch, int dt_time, int64 z_batch, int z_time, int64 out_batch, int out_time)
+{
+    __shared__ Projections projections[2];
+    __shared__ __align__(16) ForwardRow slots[WARPS][TILE + 1];
+
+    const Place at;
+    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int row = at.lane >> 1, half = at.lane & 1;
+    const int eight = at.first_channel + 8 * half;  // the first of this lane's channels in the elementwise phases
+    const bool has_channels = eight < channels;
+    ForwardRow* slot = slots[at.warp];
+
+    float a[CH][4], h[CH][4], bias[8], skip[8], sum[CH];
+    read_states(A, 0, at, channels, a);
+    read_states(start, int64(batch * segments + segment) * channels, at, channels, h);
+#pragma unroll
+    for (int i = 0; i < CH; ++i) {
+        sum[i] = 0.f;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a[i][j] *= LOG2E;
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        bias[k] = has_channels ? dt_bias[eight + k] : 0.f;
+        skip[k] = has_channels ? D[eight + k] : 0.f;
+    }
+
+    const int tiles = (length + TILE - 1) / TILE;
+    const int first_tile = segment * segment_tiles, last_tile = min(tiles, first_tile + segment_tiles);
+    int time = first_tile * TILE + row;
+    bool inside = has_channels && time < length;
+    const Column u_column(u, u_batch, u_time, eight), dt_column(dt, dt_batch, dt_time, eight);
+    const Column z_column(z, z_batch, z_time, eight), out_column(out, out_batch, out_time, eight);
+    Eight next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
+    Eight next_z = z_column.load(time, inside && !ENDS);
+    int next_reset = load_flag(resets, int64(batch) * length + time, inside);
+    Fill fill = load_projections(bc, int64(batch) * length + first_tile * TILE, length - first_tile * TILE);
+
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+        Projections& projection = projections[tile & 1];
+        store_projections(projection, fill);
+        const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z;
+        const bool reset = next_reset, here = inside;
+        const int now = time;
+        __syncthreads();
+
+        time += TILE;
+        inside = has_channels && time < length && tile + 1 < last_tile;
+        next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
+        next_z = z_column.load(time, inside && !ENDS);
+        next_reset = load_flag(resets, int64(batch) * length + time, inside);
+        fill = load_projections(bc, int64(batch) * length + (tile + 1) * TILE, length - (tile + 1) * TILE);
+
+        if (borders && at.first_channel < channels) {
+            const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
+            store_states(borders + place * (32 * STATE_WORDS), pack_states(h), at.lane);
+        }
+
+        float x[8], step[8];
+        unpack(raw_u, x);
+        unpack(raw_dt, step);
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+            float s0 = softplus(step[k], bias[k]), s1 = softplus(step[k + 1], bias[k + 1]);
+            s0 = here ? s0 : 0.f;
+            s1 = here ? s1 : 0.f;
+            *reinterpret_cast<float4*>(&slot[row].channel[8 * half + k]) =
+                make_float4(reset ? FORGET : s0, s0 * x[k], reset ? FORGET : s1, s1 * x[k + 1]);
+        }
+        __syncwarp();
+
+        walk_tile(slot, projection, at, a, h, sum);
+        if (ENDS) { __syncwarp(); continue; }
+        __syncwarp();
+
+        float gate[8], result[8];
+        unpack(raw_z, gate);
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+            const float4 pair = *reinterpret_cast<const float4*>(&slot[row].channel[8 * half + k]);
+            result[k] = (pair.x + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
+            result[k + 1] = (pair.z + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
+        }
+        if (here) out_column.store(now, result);
+        __syncwarp();
+    }
+
+    if (ENDS) {
+        write_states(end, int64(batch * segments + segment) * channels, at, channels, h);
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+            const int channel = at.first_channel + at.channel(i);
+            if (at.q < CH && i == 0 && channel < channels) steps[int64(batch * segments + segment) * channels + channel] = sum[0];
+        }
+    } else if (segment == segments - 1) {
+        write_states(end, int64(batch) * channels, at, channels, h);
+    }
+}

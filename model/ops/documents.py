@@ -1,0 +1,88 @@
+"""Where documents begin in packed sequences, in the forms that kernels need, each made once for a micro-batch."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VariableLengths:
+    """Sequences of a batch, joined end to end, as variable-length attention kernels take them."""
+
+    cu_seqlens_q: Tensor  # int32 [sequences + 1]: where each one's queries begin, and where the last one's end
+    cu_seqlens_k: Tensor  # int32 [sequences + 1], the same of its keys
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class AttentionDocuments:
+    """The documents of one call of an attention kernel, whose queries are the last of its keys' positions."""
+
+    first_keys: Tensor  # int64 [batch, queries]: index of the first key that is of the query's document
+    keys: int
+
+    @cached_property
+    def variable_lengths(self) -> VariableLengths:
+        """A sequence for each document of each row. Keys before the first query's document are one without queries."""
+        batch, queries = self.first_keys.shape
+        before = self.keys - queries
+        numbers = torch.arange(queries, device=self.first_keys.device)
+        begins = self.first_keys == before + numbers
+        begins[:, 0] = True
+        rows = torch.arange(batch, device=begins.device).unsqueeze(1)
+        first_queries, first_keys = rows * queries + numbers, rows * self.keys + before + numbers
+        first_keys[:, 0] = rows[:, 0] * self.keys + self.first_keys[:, 0]
+        if before:
+            begins, first_queries, first_keys = (
+                torch.cat((column, rest), dim=1)
+                for column, rest in (
+                    (torch.ones_like(begins[:, :1]), begins),
+                    (rows * queries, first_queries),
+                    (rows * self.keys, first_keys),
+                )
+            )
+        ends = torch.tensor([[batch * queries], [batch * self.keys]], device=begins.device)
+        borders = torch.cat((torch.stack((first_queries[begins], first_keys[begins])), ends), dim=1)
+        longest_q, longest_k = borders.diff(dim=1).amax(dim=1).tolist()
+        cu_seqlens_q, cu_seqlens_k = borders.to(torch.int32)
+        return VariableLengths(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of this rank's part of each sequence.
+
+    Args:
+        starts: int64 [batch, length]: for each token the position in the whole sequence of its document's first token.
+        first: position in the whole sequence of the part's first token.
+    """
+
+    starts: Tensor
+    first: int
+    _attention: dict[tuple[range, int], AttentionDocuments] = field(default_factory=dict, init=False, compare=False)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of each token in its document, int64 [batch, length]."""
+        return torch.arange(self.first, self.first + self.starts.shape[1], device=self.starts.device) - self.starts
+
+    @cached_property
+    def resets(self) -> Tensor:
+        """True for a document's first token, before which a state is dropped; bool [batch, length]."""
+        return self.positions == 0
+
+    def resets_from(self, tokens: int) -> Tensor:
+        """The same with as many tokens before the part, of which only the last document's matter; bool."""
+        before = torch.arange(self.first - tokens, self.first, device=self.starts.device)
+        return torch.cat((self.starts[:, :1] == before, self.resets), dim=1)
+
+    def attention(self, queries: range, *, keys_before: int) -> AttentionDocuments:
+        """Of an attention call on some of the part's tokens, with so many keys before the first of them."""
+        if (queries, keys_before) not in self._attention:
+            starts = self.starts[:, queries.start : queries.stop]
+            first_keys = (starts - self.first - queries.start + keys_before).clamp(min=0)
+            self._attention[queries, keys_before] = AttentionDocuments(first_keys, keys_before + len(queries))
+        return self._attention[queries, keys_before]

@@ -1,0 +1,16 @@
+"""megatron-core's modules, imported when they are first used: that takes two seconds, which a plan does not need."""
+
+import importlib
+from typing import Any
+
+
+class _Module:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+parallel_state = _Module("megatron.core.parallel_state")
+tensor_parallel = _Module("megatron.core.tensor_parallel")
