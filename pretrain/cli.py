@@ -260,6 +260,22 @@ def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> No
     print(show_status(run_dir))
 
 
+@slurm.command(
+    "estimate", epilog=_example("sambalm slurm estimate configs/samba_3.8b.yaml --nodes 64 --nodes 128 --nodes 1024")
+)
+def slurm_estimate(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout is searched.")],
+    nodes: Annotated[list[int], typer.Option(min=1, help="Nodes of 8 H100; may be repeated.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+) -> None:
+    """Estimate a run on so many nodes: step, saves, failures, goodput, days. docs/scaling.md explains the rows."""
+    from sambalm.pretrain.config import load_config
+    from sambalm.slurm.estimate import Cluster, estimate, print_estimates
+
+    checked = load_config(config, overrides or [])
+    print_estimates([estimate(checked, nodes=number, cluster=Cluster()) for number in nodes])
+
+
 class Precision(StrEnum):
     """Dtype of exported weights."""
 

@@ -19,7 +19,7 @@ on_nodes() {
     local log=$1 nodes=$2 count; shift 2
     count=$(tr ',' '\n' <<<"$nodes" | wc -l)
     srun --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$nodes" --kill-on-bad-exit=1 --wait=60 \
-        --cpu-bind=none --export=ALL --open-mode=append --output="$log" \
+        --overlap --cpu-bind=none --export=ALL --open-mode=append --output="$log" \
         bash -c 'trap "" USR1; exec "$@"' - "$@" &
     local pid=$! status
     while wait $pid; status=$?; kill -0 $pid 2>/dev/null; do :; done
@@ -33,9 +33,9 @@ ranks_on() {
     on_nodes "$log" "$nodes" "$python" -m sambalm.slurm.agent "$attempt" $port "$RANKS_PER_NODE" "$@"
 }
 
-# Nodes of the job that Slurm holds for up, separated by commas.
+# Nodes of the job that are up, separated by commas. Of a job with --no-kill, lost nodes leave the allocation.
 living_nodes() {
-    sinfo --noheader --Node --format='%N %T' --nodes="$SLURM_JOB_NODELIST" |
+    sinfo --noheader --Node --format='%N %T' --nodes="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%N)" |
         awk '$2 !~ /down|fail|drain|unk|boot|\*/ && !seen[$1]++ {print $1}' | paste -sd,
 }
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "parallel": set(),
     "model": {"parallel"},
     "pretrain": {"data_pipeline", "model", "parallel"},
-    "slurm": {"pretrain"},
+    "slurm": {"model", "pretrain"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -125,7 +125,7 @@ def test_a_node_that_loses_power_costs_a_requeue(cluster, values, tmp_path):
     job.wait_for_step(45)
     try:
         cluster.tell("kill", "n2")
-        assert job.wait_for_end(300) == "COMPLETED", job.text()
+        assert job.wait_for_end(450) == "COMPLETED", job.text()
     finally:
         cluster.tell("start", "n2")
         wait_until(lambda: "idle" in cluster.run("sinfo", "-h", "-n", "n2", "-p", "test", "-o", "%T").stdout, 90)
@@ -156,7 +156,7 @@ def test_a_crash_loop_stops_by_itself(cluster, values, tmp_path):
     metrics = str(Path(values["run"]["dir"]) / "metrics.jsonl")
     (tmp_path / "sitecustomize.py").write_text(KILL_AT_STEP.format(metrics=metrics, size=300))
     job = Job(cluster, values, PYTHONPATH=str(tmp_path))
-    assert job.wait_for_end(300) == "FAILED", job.text()
+    assert job.wait_for_end(450) == "FAILED", job.text()
     assert cluster.field(job.number, "ExitCode") == f"{int(ExitCode.NO_PROGRESS)}:0"
     assert cluster.field(job.number, "Restarts") == "0"
     assert [attempt.exit_code for attempt in job.attempts()] == [None, None, None, ExitCode.NO_PROGRESS]
