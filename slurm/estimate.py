@@ -45,6 +45,7 @@ class Estimate:
     nodes: int
     plan: Plan
     cluster: Cluster
+    parameters: int
 
     @property
     def step_s(self) -> float:
@@ -57,7 +58,7 @@ class Estimate:
 
     @property
     def checkpoint_bytes(self) -> float:
-        return STATE_TENSORS * FP32_BYTES * count_parameters(self.plan.config.model)["total"]
+        return STATE_TENSORS * FP32_BYTES * self.parameters
 
     @property
     def save_s(self) -> float:
@@ -132,7 +133,8 @@ def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
     """Of the layout that `sambalm plan` ranks first. Raises ConfigError when none fits."""
     world_size = nodes * H100.node_gpus
     plans = find_plans(config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100)
-    return Estimate(nodes=nodes, plan=plans[0], cluster=cluster)
+    parameters = count_parameters(config.model)["total"]
+    return Estimate(nodes=nodes, plan=plans[0], cluster=cluster, parameters=parameters)
 
 
 def print_estimates(estimates: Sequence[Estimate]) -> None:
