@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,10 +150,14 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the checksums of a folder's files, durably: the folder is complete after this and its rename."""
-    files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+def checksums(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of some files of a folder."""
+    return {name: _checksum(folder / name) for name in names}
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes the checksums of all of a folder's files, durably: the folder is complete after this and its rename."""
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))})
 
 
 def write_json(path: Path, value: Any) -> None:

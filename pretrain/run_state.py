@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 import os
 import shutil
 import warnings
@@ -95,7 +96,13 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     together = functools.partial(_together, world=world, step=step, partial=partial)
     together(lambda: _make_empty(partial), ranks=[0])
-    together(lambda: _write(training, partial, config=config, world=world, step=step))
+    together(lambda: _write_tensors(training, partial, world=world))
+    found: dict[str, dict[str, int]] = {}
+    names = _dealt_files(partial, world=world)
+    together(lambda: found.update(files.checksums(partial, names)))
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, found)
+    together(lambda: _complete(partial, _state(config, step), gathered), ranks=[0])
     together(before_commit, ranks=[0])
     together(lambda: files.commit(partial, final), ranks=[0])
     return final
@@ -127,14 +134,25 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write(training: Training, partial: Path, *, config: RunConfig, world: World, step: int) -> None:
-    """Everything but the folder's final name. Collective."""
+def _write_tensors(training: Training, partial: Path, *, world: World) -> None:
+    """Every rank's part. Collective."""
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
     dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
-    if world.is_main:
-        files.write_json(partial / files.STATE, _state(config, step))
-        files.write_manifest(partial)
-        files.sync_folder(partial)
+
+
+def _dealt_files(partial: Path, *, world: World) -> list[str]:
+    """This rank's share of the files, to compute checksums of. Collective: one rank lists them for all."""
+    listed = [sorted(path.name for path in partial.iterdir()) if world.is_main else None]
+    dist.broadcast_object_list(listed, src=0)
+    return listed[0][world.rank :: world.size]
+
+
+def _complete(partial: Path, state: dict[str, Any], gathered: Sequence[dict[str, dict[str, int]]]) -> None:
+    """What only the folder as a whole has."""
+    files.write_json(partial / files.STATE, state)
+    checksums = functools.reduce(operator.or_, gathered, files.checksums(partial, [files.STATE]))
+    files.write_manifest(partial, checksums)
+    files.sync_folder(partial)
 
 
 def _state(config: RunConfig, step: int) -> dict[str, Any]:

@@ -62,15 +62,18 @@ class Estimate:
 
     @property
     def save_s(self) -> float:
-        """All nodes write their shares; then the main rank reads everything back for the checksums."""
-        rate = min(self.nodes * self.cluster.node_disk_bytes_per_s, self.cluster.disk_bytes_per_s)
-        return self.checkpoint_bytes / rate + self.checkpoint_bytes / self.cluster.node_disk_bytes_per_s
+        """All nodes write their shares and read them back for the checksums."""
+        return 2 * self.checkpoint_bytes / self._disk_bytes_per_s
 
     @property
     def load_s(self) -> float:
         """The main rank checks every checksum; then each node reads every tensor once."""
-        rate = min(self.nodes * self.cluster.node_disk_bytes_per_s, self.cluster.disk_bytes_per_s)
-        return self.checkpoint_bytes / self.cluster.node_disk_bytes_per_s + self.nodes * self.checkpoint_bytes / rate
+        check_s = self.checkpoint_bytes / self.cluster.node_disk_bytes_per_s
+        return check_s + self.nodes * self.checkpoint_bytes / self._disk_bytes_per_s
+
+    @property
+    def _disk_bytes_per_s(self) -> float:
+        return min(self.nodes * self.cluster.node_disk_bytes_per_s, self.cluster.disk_bytes_per_s)
 
     @property
     def restart_s(self) -> float:

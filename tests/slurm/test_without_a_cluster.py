@@ -124,7 +124,7 @@ def large():
 
 
 def test_the_formula_of_goodput_agrees_with_runs_that_fail_at_random(large):
-    often = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=10_000.0))
+    often = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=4_000.0))
     for one in (large, often):
         assert one.goodput == pytest.approx(one.simulated_goodput(), abs=0.004)
     assert often.goodput < large.goodput - 0.02
@@ -134,11 +134,11 @@ def test_goodput_without_failures_is_what_saves_and_limits_leave(large):
     calm = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=1e12, time_limit_s=1e12))
     share = calm.save_interval_s / (calm.save_interval_s + calm.save_s)
     assert calm.goodput == pytest.approx(share, rel=1e-6)
-    assert calm.simulated_goodput() == pytest.approx(share, rel=1e-6)
+    assert calm.simulated_goodput() == pytest.approx(share, rel=1e-4)  # one more save, after the last step
 
 
 def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
-    often = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=10_000.0))
+    often = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=4_000.0))
 
     def goodput(steps):
         checkpoint = often.plan.config.checkpoint.model_copy(update={"every_steps": steps})
@@ -147,7 +147,7 @@ def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
 
     best = often.best_save_steps
     assert goodput(best) > max(goodput(best // 2), goodput(2 * best))
-    assert often.failure_interval_s / HOUR_S == pytest.approx(10_000 / 512)
+    assert often.failure_interval_s / HOUR_S == pytest.approx(4_000 / 512)
 
 
 @pytest.mark.slow
