@@ -10,7 +10,7 @@ set -a; . "$clusters/${SAMBALM_CLUSTER:-generic}.env"; set +a
 python=${SAMBALM_PYTHON:-$SLURM_SUBMIT_DIR/.venv/bin/python}
 job_name="job$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 steps=0 # of this job, each with a rendezvous port of its own
-FINISHED=0 REQUEUE=75
+FINISHED=0 REQUEUE=75 NO_PROGRESS=76
 
 say() { echo "$(date '+%F %T') $job_name: $*"; }
 
@@ -84,10 +84,15 @@ start_again() {
     exit 0
 }
 
+newest_checkpoint() { ls "$1/checkpoints" 2>/dev/null | grep '^step_' | tail -n 1; }
+
 # train_job CONFIG NODES [section.key=value]...
 train_job() {
-    local config=$1 needed=$2 run_dir attempt nodes code reason; shift 2
-    run_dir=$("$python" -W ignore -m sambalm.slurm.prepare $((needed * RANKS_PER_NODE)) "$config" "$@") || exit
+    local config=$1 needed=$2 prepared run_dir limit attempt nodes code reason; shift 2
+    prepared=$("$python" -W ignore -m sambalm.slurm.prepare $((needed * RANKS_PER_NODE)) "$config" "$@") || exit
+    limit=${prepared%% *} run_dir=${prepared#* }
+    local crashes=0 newest # since a checkpoint was made: the ranks count too, but not those that die as they start
+    newest=$(newest_checkpoint "$run_dir")
     for ((try = 0; ; try++)); do
         export SAMBALM_ATTEMPT="$job_name.$try"
         attempt=$run_dir/attempts/$SAMBALM_ATTEMPT
@@ -101,7 +106,15 @@ train_job() {
         case ${code:-crashed} in
             "$FINISHED") say "finished"; exit 0 ;;
             "$REQUEUE") start_again "$reason" ;;
-            crashed | 74) say "attempt $SAMBALM_ATTEMPT crashed: see $attempt"; [[ $leaving ]] && start_again "$leaving" ;;
+            crashed | 74)
+                say "attempt $SAMBALM_ATTEMPT crashed: see $attempt"
+                [[ $leaving ]] && start_again "$leaving"
+                [[ $(newest_checkpoint "$run_dir") == "$newest" ]] || crashes=0
+                newest=$(newest_checkpoint "$run_dir")
+                if ((++crashes > limit)); then
+                    say "not started again: $crashes crashes without a new checkpoint"
+                    exit $NO_PROGRESS
+                fi ;;
             *) say "not started again: $reason"; exit "$code" ;;
         esac
     done

@@ -1,6 +1,7 @@
 """What a job asks before it starts ranks: `python -m sambalm.slurm.prepare RANKS CONFIG [section.key=value]...`.
 
-Prints the run's folder; a config that cannot run on so many ranks ends in one sentence and exit code 2.
+Prints run.fruitless_attempts and the run's folder; a config that cannot run on so many ranks ends in one sentence and
+exit code 2.
 """
 
 import sys
@@ -20,7 +21,7 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_code)
-    print(config.run.dir)
+    print(config.run.fruitless_attempts, config.run.dir)
 
 
 if __name__ == "__main__":

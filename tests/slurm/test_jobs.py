@@ -1,7 +1,6 @@
 """Training jobs on real Slurm: to the end, and through everything that can interrupt them."""
 
 import time
-from pathlib import Path
 
 import pytest
 from conftest import wait_until
@@ -136,27 +135,30 @@ def test_a_node_that_loses_power_costs_a_requeue(cluster, values, tmp_path):
     assert job.records() == uninterrupted(values, tmp_path)
 
 
-KILL_AT_STEP = """
+KILLER = """
 import os, threading, time
 def watch():
-    while "RANK" in os.environ:
-        try:
-            if os.path.getsize({metrics!r}) > {size}:
-                os.kill(os.getpid(), 9)
-        except OSError:
-            pass
-        time.sleep(0.01)
-threading.Thread(target=watch, daemon=True).start()
+    while not os.path.exists({path!r}.format(**os.environ)):
+        time.sleep(0.05)
+    time.sleep({delay_s})
+    os.kill(os.getpid(), 9)
+if "RANK" in os.environ:
+    threading.Thread(target=watch, daemon=True).start()
 """
 
 
 @pytest.mark.slow
-def test_a_crash_loop_stops_by_itself(cluster, values, tmp_path):
-    """Ranks kill themselves once metrics.jsonl has a few steps, each time."""
-    metrics = str(Path(values["run"]["dir"]) / "metrics.jsonl")
-    (tmp_path / "sitecustomize.py").write_text(KILL_AT_STEP.format(metrics=metrics, size=300))
+@pytest.mark.parametrize("moment", ["as they start", "in the first steps"])
+def test_a_crash_loop_stops_by_itself(moment, cluster, values, tmp_path):
+    """Each rank of each attempt kills itself, before the attempt is recorded or after it."""
+    recorded = moment == "in the first steps"
+    path = f"{values['run']['dir']}/attempts/{{SAMBALM_ATTEMPT}}/attempt.json" if recorded else "/"
+    (tmp_path / "sitecustomize.py").write_text(KILLER.format(path=path, delay_s=0.5))
+    values = changed(values, train={"steps": 100000})
     job = Job(cluster, values, PYTHONPATH=str(tmp_path))
-    assert job.wait_for_end(450) == "FAILED", job.text()
-    assert cluster.field(job.number, "ExitCode") == f"{int(ExitCode.NO_PROGRESS)}:0"
+    assert job.wait_for_end(400) == "FAILED", job.text()
+    assert cluster.field(job.number, "ExitCode") == f"{int(ExitCode.NO_PROGRESS)}:0", job.text()
     assert cluster.field(job.number, "Restarts") == "0"
-    assert [attempt.exit_code for attempt in job.attempts()] == [None, None, None, ExitCode.NO_PROGRESS]
+    expected = [None, None, None, ExitCode.NO_PROGRESS] if recorded else []
+    assert [attempt.exit_code for attempt in job.attempts()] == expected
+    assert job.saved_steps() == []

@@ -15,7 +15,11 @@ from sambalm.pretrain.checkpoint import checkpoint_folders
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli"]
-ON_FAKE_NODES = {"SBATCH_PARTITION": "fake", "SAMBALM_CLUSTERS": str(ROOT / "configs" / "clusters")}
+ON_FAKE_NODES = {
+    "SBATCH_PARTITION": "fake",
+    "SAMBALM_CLUSTERS": str(ROOT / "configs" / "clusters"),
+    "SAMBALM_CLUSTER": "generic",
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -27,7 +31,7 @@ def test_slurm_takes_a_shipped_file_as_it_is(cluster, script):
 @pytest.mark.parametrize("name", ["infiniband", "efa"])
 def test_the_largest_run_is_accepted_with_its_spares(cluster, name):
     arguments = ("configs/samba_3.8b.yaml", "--nodes", "64", "--spares", "2", "--then", "convert", "--dry-run")
-    shown = cluster.run(*PROGRAM, "slurm", "submit", *arguments, **ON_FAKE_NODES, SAMBALM_CLUSTER=name).stdout
+    shown = cluster.run(*PROGRAM, "slurm", "submit", *arguments, **(ON_FAKE_NODES | {"SAMBALM_CLUSTER": name})).stdout
     assert "--nodes=64-66" in shown
     assert shown.count("to start at") == 2
 
