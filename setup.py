@@ -14,13 +14,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=[f"sambalm.{folder}" for folder in FOLDERS],
+    package_data={"sambalm.model.ops": ["cuda_source/*"], "sambalm.slurm": ["*.sbatch", "*.sh"]},
     package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
-    package_data={"sambalm.slurm": ["*.sbatch", "*.sh"]},
     install_requires=[
         "deepspeed==0.19.8",
+        "fsspec>=2024.6",
+        "gigatoken>=0.10,<0.11",
         "matplotlib>=3.9",
         "megatron-core==0.16.1",
         "numpy>=1.26",
+        "orjson>=3.10",
+        "protobuf>=5",
+        "pyarrow>=17",
         "pydantic>=2.12",
         "pyyaml>=6.0",
         "rich>=13.0",
@@ -28,14 +33,20 @@ setup(
         "sentencepiece>=0.2.0",
         "setuptools",  # deepspeed and tensorboard import it at run time
         "tensorboard>=2.18",
+        "tiktoken>=0.8",
         "tokenizers>=0.22",
         "torch>=2.11,<2.14",
         "transformers>=5.10,<6",
         "typer>=0.15",
+        "zstandard>=0.23",
     ],
     extras_require={
-        # CUDA kernels; NVIDIA apex is optional too, but only from source (docs/gpu.md).
-        "gpu": ["causal-conv1d>=1.5", "flash-attn>=2.7", "mamba-ssm>=2.2"],
+        # cuda-bindings compiles our kernels. The others are CUDA kernels; NVIDIA apex is optional too, but only from
+        # source (docs/gpu.md).
+        "gpu": ["causal-conv1d>=1.5", "cuda-bindings>=13.0", "flash-attn>=2.7", "mamba-ssm>=2.2"],
+        # Object stores as inputs of `sambalm data`.
+        "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2024.6"],
         "test": ["pytest>=8", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["sambalm = sambalm.pretrain.cli:main"]},

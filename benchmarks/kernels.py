@@ -1,9 +1,10 @@
-"""Times the selective scan's implementations side by side on a GPU, and says how near they are to the device's limits.
+"""Times the implementations of scan, convolution and attention side by side on a GPU.
 
     python benchmarks/kernels.py
 
-Medians, forward and backward apart. Bytes are those that must move once: forward u, dt, z and the output, backward
-these, the output's gradient and three gradients. Exponentials: one a state and step forward, two backward.
+Medians, forward and backward apart. mamba-ssm's scan includes the copies to its layout, which the layers need. The
+scan's bytes are those that must move once: forward u, dt, z and the output, backward these, the output's gradient and
+three gradients; its exponentials one a state and step forward, two backward. What is not installed shows as nan.
 """
 
 import argparse
@@ -12,10 +13,23 @@ import statistics
 import torch
 
 from sambalm.model.ops import cuda
+from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda_scan import cuda_selective_scan
+from sambalm.model.ops.flex_window import flex_window
 
 SHAPES = ((1, 3072, 4096), (8, 3072, 4096), (4, 4608, 4096), (1, 5632, 4096), (4, 5632, 4096), (1, 5632, 131072))
 D_STATE = 16
+# Sequences, query heads, kv heads, head dim, tokens: the paper's sizes, and a long sequence.
+HEADS = (
+    (8, 12, 12, 128, 4096),
+    (4, 18, 18, 128, 4096),
+    (4, 32, 4, 64, 4096),
+    (4, 11, 1, 256, 4096),
+    (1, 12, 12, 128, 65536),
+)
+WINDOW = 2048
+NOT_THERE = (float("nan"), float("nan"))
 
 
 def inputs_of(batch: int, channels: int, length: int) -> list[torch.Tensor]:
@@ -31,53 +45,99 @@ def inputs_of(batch: int, channels: int, length: int) -> list[torch.Tensor]:
 
 
 def median_ms(function, *, repeats: int) -> float:
+    """Of one call among several that were launched together, as in training, where the CPU runs ahead."""
     for _ in range(2):
         function()
-    times = []
+    calls, times = 5, []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(10_000_000)
         start.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / calls)
     return statistics.median(times)
+
+
+def runs(name: str) -> bool:
+    return cuda.why_unavailable(name, cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
 
 
 def measure(scan, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:
     u, dt, A, B, C, D, z, bias = inputs
+    return measure_call(lambda: scan(u, dt, A, B, C, D=D, z=z, dt_bias=bias)[0], inputs, repeats=repeats)
 
-    def forward() -> torch.Tensor:
-        return scan(u, dt, A, B, C, D=D, z=z, dt_bias=bias)[0]
 
+def measure_call(forward, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:
+    """Of forward and of backward, in ms."""
     y = forward()
     grad = torch.randn_like(y)
     backward = median_ms(lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True), repeats=repeats)
     return median_ms(forward, repeats=repeats), backward
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args()
-    properties = torch.cuda.get_device_properties(0)
-    print(f"{properties.name}, torch {torch.__version__}, bf16, d_state {D_STATE}, medians of {arguments.repeats}\n")
-    print(
-        "| batch | channels | tokens | forward, backward ms | mamba-ssm's forward, backward ms | times faster | GB/s "
-        "| exp/s |"
-    )
+def scans(repeats: int) -> None:
+    print("| batch | channels | tokens | forward, backward ms | mamba-ssm | times faster | GB/s | exp/s |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    peer = cuda.why_unavailable("mamba-ssm", cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
     for batch, channels, length in SHAPES:
         inputs = inputs_of(batch, channels, length)
-        forward, backward = measure(cuda_selective_scan, inputs, repeats=arguments.repeats)
-        other = measure(cuda.mamba_ssm_scan, inputs, repeats=arguments.repeats) if peer else (float("nan"),) * 2
+        forward, backward = measure(cuda_selective_scan, inputs, repeats=repeats)
+        other = measure(cuda.mamba_ssm_scan, inputs, repeats=repeats) if runs("mamba-ssm") else NOT_THERE
         elements, seconds = batch * channels * length, (forward + backward) * 1e-3
         print(
             f"| {batch} | {channels} | {length} | {forward:.3f}, {backward:.3f} | {other[0]:.3f}, {other[1]:.3f} "
             f"| {sum(other) / (forward + backward):.2f} | {elements * 2 * 12 / seconds / 1e9:,.0f} "
             f"| {elements * D_STATE * 3 / seconds / 1e12:.2f}e12 |"
         )
+
+
+def convolutions(repeats: int) -> None:
+    print("\n| batch | channels | tokens | forward, backward ms | causal-conv1d | torch | times faster |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for batch, channels, length in SHAPES:
+        x = inputs_of(batch, channels, length)[0]
+        weight, bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
+        inputs = [x, weight.requires_grad_(), bias.requires_grad_()]
+        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i)[0], inputs, repeats=repeats)
+        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i)[0], inputs, repeats=repeats)
+        other = NOT_THERE
+        if runs("causal-conv1d"):
+            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i)[0], inputs, repeats=repeats)
+        print(
+            f"| {batch} | {channels} | {length} | {own[0]:.3f}, {own[1]:.3f} | {other[0]:.3f}, {other[1]:.3f} "
+            f"| {torch_ms[0]:.3f}, {torch_ms[1]:.3f} | {sum(other) / sum(own):.2f} |"
+        )
+
+
+def attentions(repeats: int) -> None:
+    print("\n| batch | heads | head dim | tokens | window | flex forward, backward ms | torch-flash | times faster |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for batch, heads, kv_heads, head_dim, length in HEADS:
+        inputs = [
+            torch.randn(length, batch, n, head_dim, device="cuda", dtype=torch.bfloat16).permute(1, 2, 0, 3)
+            for n in (heads, kv_heads, kv_heads)
+        ]
+        inputs = [x.requires_grad_() for x in inputs]
+        own, other = (
+            measure_call(lambda f=f, i=inputs: f(*i, window=WINDOW), inputs, repeats=repeats)
+            for f in (flex_window, cuda.torch_flash_window)
+        )
+        print(
+            f"| {batch} | {heads}/{kv_heads} | {head_dim} | {length} | {WINDOW} | {own[0]:.3f}, {own[1]:.3f} "
+            f"| {other[0]:.3f}, {other[1]:.3f} | {sum(other) / sum(own):.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    properties = torch.cuda.get_device_properties(0)
+    print(f"{properties.name}, torch {torch.__version__}, bf16, medians of {arguments.repeats}\n")
+    for table in (scans, convolutions, attentions):
+        table(arguments.repeats)
 
 
 if __name__ == "__main__":

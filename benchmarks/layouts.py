@@ -1,10 +1,14 @@
-"""Trains the same model for a few steps on several layouts and prints losses, speed and memory side by side.
+"""Trains the same model for a few steps on several layouts, and prints losses, speed and memory beside the plan's.
 
     python benchmarks/layouts.py configs/samba_421m.yaml --data data/slimpajama --folder runs/layouts \
         train.global_batch_tokens=65536
+    python benchmarks/layouts.py configs/samba_421m.yaml --data data/slimpajama --folder runs/layouts \
+        --layouts 'one process' 'selective' 'full' 'micro-batches of 8' train.global_batch_tokens=65536
+    python benchmarks/layouts.py --read --folder runs/layouts
 
-Every layout sees the same samples in the same order from the same initial weights, so losses may differ by rounding
-alone. The difference that is printed is the largest over all steps from one process without any parallelism.
+Every layout sees the same samples in the same order from the same initial weights, so losses differ by rounding alone,
+which the first steps at a high learning rate amplify: their differences stand apart. Runs that are there are read, not
+run again; with --read none is run. Speed is the median of the last half of the steps. Both tables are Markdown.
 """
 
 import argparse
@@ -13,12 +17,19 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from sambalm.pretrain.config import DTYPES, RunConfig, load_config
+from sambalm.pretrain.metrics_file import read_metrics
+from sambalm.pretrain.plan import GIB, Plan, plan_of
+from sambalm.pretrain.plan_hardware import DEVICES
+from sambalm.pretrain.plan_kernels import KernelNames, planned_kernels
+
+# Name: processes and settings.
 LAYOUTS = {
     "one process": (1, []),
     "TP2": (2, ["parallel.tensor=2"]),
@@ -28,30 +39,83 @@ LAYOUTS = {
     "DP2, ZeRO-1": (2, ["parallel.zero_stage=1"]),
     "DP2, ZeRO-3": (2, ["parallel.zero_stage=3"]),
     "CP2": (2, ["parallel.context=2"]),
+    "selective": (1, ["parallel.recompute=selective"]),
+    "full": (1, ["parallel.recompute=full"]),
+    **{f"micro-batches of {size}": (1, [f"train.micro_batch_size={size}"]) for size in (1, 2, 4, 8, 16)},
 }
+TWO_PROCESSES = [name for name, (ranks, _) in LAYOUTS.items() if ranks == 2]
+LAYOUT_FILE = "layout.json"  # in a run's folder: the layout's name, processes and kernels
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, or as much as there is of one."""
+
+    name: str
+    ranks: int
+    kernels: KernelNames
+    config: RunConfig
+    records: list[dict]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        layout = json.loads((folder / LAYOUT_FILE).read_text())
+        config = load_config(folder / "config.yaml", [])
+        return cls(layout["name"], layout["ranks"], KernelNames(**layout["kernels"]), config, read_metrics(folder))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return statistics.median(r["tokens_per_second"] for r in self.records[len(self.records) // 2 :])
+
+    @property
+    def peak_gib(self) -> float | None:
+        peak = self.records[-1].get("peak_memory_bytes")
+        return peak and peak / GIB
+
+    def difference(self, base: "Run", steps: slice) -> str:
+        """The largest of the losses'."""
+        pairs = list(zip(self.records, base.records, strict=False))[steps]
+        return f"{max(abs(r['loss'] - b['loss']) for r, b in pairs):.1e}" if pairs and self is not base else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--data", required=True, help="prefix of token shards")
-    parser.add_argument("--folder", type=Path, required=True, help="where the runs go; a finished one is not run again")
+    parser.add_argument("config", nargs="?", help="not needed with --read")
+    parser.add_argument("--data", help="prefix of token shards")
+    parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS), metavar="LAYOUT")
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument("--early-steps", type=int, default=6, help="whose differences are printed apart")
+    parser.add_argument(
+        "--layouts",
+        nargs="*",
+        default=["one process", *TWO_PROCESSES],
+        choices=list(LAYOUTS),
+        metavar="LAYOUT",
+        help=f"the first is what the others are compared with; of {', '.join(LAYOUTS)}",
+    )
+    parser.add_argument("--device", choices=list(DEVICES), help="what the plan estimates for; default: this GPU")
+    parser.add_argument("--read", action="store_true", help="only read the runs that are in the folder")
+    arguments, overrides = parser.parse_known_intermixed_args()
+    if not arguments.read and not (arguments.config and arguments.data):
+        parser.error("a config and --data are needed, or --read")
 
-    runs = {}
-    for name in arguments.layouts:
-        ranks, layout = LAYOUTS[name]
-        folder = arguments.folder / name.replace(" ", "").replace(",", "-")
-        run(arguments, folder, ranks=ranks, overrides=[*overrides, *layout])
-        runs[name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    Console(width=110).print(table(runs))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    print(f"{device}, torch {torch.__version__}; {arguments.config} {' '.join(overrides)}, {arguments.steps} steps")
+    folders = [arguments.folder / name.replace(" ", "").replace(",", "-") for name in arguments.layouts]
+    for name, folder in zip(arguments.layouts, folders, strict=True):
+        if not arguments.read and not (folder / LAYOUT_FILE).exists():
+            run(name, folder, arguments, overrides)
+    runs = [Run.read(folder) for folder in folders if (folder / LAYOUT_FILE).exists()]
+    if not runs:
+        sys.exit(f"{arguments.folder} holds no finished run of {', '.join(arguments.layouts)}")
+    print_losses(runs, early_steps=arguments.early_steps)
+    device = arguments.device or device_here()
+    if device:
+        print_estimates([(r, plan_of_run(r, device)) for r in runs], device)
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    print(f"\nread on {here}, torch {torch.__version__}")
 
 
-def run(arguments: argparse.Namespace, folder: Path, *, ranks: int, overrides: list[str]) -> None:
+def run(name: str, folder: Path, arguments: argparse.Namespace, overrides: list[str]) -> None:
+    ranks, layout = LAYOUTS[name]
     values = {
         "run.dir": folder,
         "data.train": arguments.data,
@@ -61,34 +125,60 @@ def run(arguments: argparse.Namespace, folder: Path, *, ranks: int, overrides: l
         "checkpoint.every_steps": 1_000_000,
         "parallel.tensor": 1,
     }
-    settings = [f"{key}={value}" for key, value in values.items()]
+    settings = [*(f"{key}={value}" for key, value in values.items()), *overrides, *layout]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, "-m", "sambalm.pretrain.cli", "train", arguments.config]
-    subprocess.run([*command, *settings, *overrides], check=True)
+    command = [sys.executable, *launcher, "-m", "sambalm.pretrain.cli", "train", arguments.config, *settings]
+    subprocess.run(command, check=True)
+    kernels = kernels_here(load_config(folder / "config.yaml", []))
+    (folder / LAYOUT_FILE).write_text(json.dumps({"name": name, "ranks": ranks, "kernels": vars(kernels)}) + "\n")
 
 
-def table(runs: dict[str, list[dict]]) -> Table:
-    columns = (
-        "layout",
-        "last loss",
-        "largest loss difference",
-        "largest norm difference",
-        "tokens/s",
-        "peak GiB a rank",
+def kernels_here(config: RunConfig) -> KernelNames:
+    """What a run of this config takes on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = config.kernels.build(
+        device=device,
+        dtype=DTYPES[config.train.precision],
+        initial_states=config.parallel.context > 1,
+        resets=config.data.reset_at_document,
     )
-    result = Table(*columns)
-    base = next(iter(runs.values()))
-    for name, records in runs.items():
-        memory = records[-1].get("peak_memory_bytes")
-        result.add_row(
-            name,
-            f"{records[-1]['loss']:.4f}",
-            f"{max(abs(r['loss'] - b['loss']) for r, b in zip(records, base, strict=True)):.1e}",
-            f"{max(abs(r['grad_norm'] / b['grad_norm'] - 1) for r, b in zip(records, base, strict=True)):.1e}",
-            f"{statistics.median(r['tokens_per_second'] for r in records[len(records) // 2 :]):,.0f}",
-            f"{memory / 2**30:.1f}" if memory else "",
-        )
-    return result
+    chosen = dict(name.split("=") for name in built.names)
+    return KernelNames(**(vars(planned_kernels(config)) | chosen | {"device": device.type}))
+
+
+def device_here() -> str | None:
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((device for device in DEVICES if device in name), None)
+
+
+def plan_of_run(run: Run, device: str) -> Plan:
+    return plan_of(run.config, world_size=run.ranks, hardware=DEVICES[device], kernels=run.kernels)
+
+
+def print_losses(runs: Sequence[Run], *, early_steps: int) -> None:
+    base, last = runs[0], max(len(r.records) for r in runs)
+    columns = ["layout", f"loss, step {last}", f"difference from {base.name}, steps {early_steps + 1} to {last}"]
+    print_header([*columns, f"steps 1 to {early_steps}", "tokens/s", "peak GiB, rank 0"])
+    for r in runs:
+        loss = f"{r.records[-1]['loss']:.4f}" if len(r.records) == last else f"(ended after {len(r.records)})"
+        late, early = (r.difference(base, steps) for steps in (slice(early_steps, None), slice(early_steps)))
+        peak = f"{r.peak_gib:.1f}" if r.peak_gib else ""
+        print(f"| {r.name} | {loss} | {late} | {early} | {r.tokens_per_s:,.0f} | {peak} |")
+
+
+def print_estimates(plans: Sequence[tuple[Run, Plan]], device: str) -> None:
+    print(f"\nestimated for {device}\n")
+    columns = ["layout", "kernels", "GiB estimated", "measured", "tokens/s estimated", "measured"]
+    print_header([*columns, "estimated / measured"])
+    for r, plan in plans:
+        kernels = " ".join(name for operation, name in vars(r.kernels).items() if operation != "device")
+        gib, peak = plan.memory.total_bytes / GIB, f"{r.peak_gib:.1f}" if r.peak_gib else ""
+        speeds = f"{plan.tokens_per_s:,.0f} | {r.tokens_per_s:,.0f} | {plan.tokens_per_s / r.tokens_per_s:.2f}"
+        print(f"| {r.name} | {kernels} | {gib:.1f} | {peak} | {speeds} |")
+
+
+def print_header(columns: Sequence[str]) -> None:
+    print("| " + " | ".join(columns) + " |\n| --- |" + " ---: |" * (len(columns) - 1))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 
 from .config import DataConfig
 from .dataset import build_validation_dataset
-from .sources import open_sources
+from .sources import Source, open_sources
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ def baseline_losses(
     Counts the training documents in stored order, all sources alike, up to `max_train_tokens`.
     Raises DataError where the data is missing, damaged or too short.
     """
-    dataset = build_validation_dataset(config, num_samples=validation_samples, seed=seed)
+    sources = open_sources(config)
+    dataset = build_validation_dataset(config, sources, num_samples=validation_samples, seed=seed)
     samples = [dataset[number] for number in range(len(dataset))]
     tokens = np.concatenate([sample.tokens.numpy() for sample in samples])
     labels = np.concatenate([sample.labels.numpy() for sample in samples])
-    train_tokens = _train_tokens(config, limit_tokens=max_train_tokens)
+    train_tokens = _train_tokens(sources, limit_tokens=max_train_tokens)
     return Baselines(
         unigram_entropy=entropy(labels),
         unigram=unigram_cross_entropy(train_tokens, labels, vocab_size=vocab_size),
@@ -81,11 +82,10 @@ def bigram_cross_entropy(train_tokens: np.ndarray, tokens: np.ndarray, labels: n
     return float(-np.log(higher + backoff * lower).mean())
 
 
-def _train_tokens(config: DataConfig, *, limit_tokens: int) -> np.ndarray:
+def _train_tokens(sources: list[Source], *, limit_tokens: int) -> np.ndarray:
     parts = []
-    for source in open_sources(config):
-        for shard in source.shards:
-            part = shard.read(held_out=False, limit_tokens=limit_tokens)
-            parts.append(np.asarray(part, dtype=np.int64))
-            limit_tokens -= len(part)
+    for source in sources:
+        stream = source.stream(held_out=False)
+        parts.append(stream.read(0, min(limit_tokens, len(stream))))
+        limit_tokens -= len(parts[-1])
     return np.concatenate(parts)

@@ -1,5 +1,6 @@
 """The `data` section of a run's configuration."""
 
+from collections import Counter
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,7 +14,10 @@ class WeightedSource(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prefix: str = Field(description="Prefix that the data was preprocessed to.")
-    weight: float = Field(gt=0, description="Share of the samples, relative to the other weights.")
+    weight: float = Field(gt=0, allow_inf_nan=False, description="Share of the samples, relative to the other weights.")
+    validation_fraction: float | None = Field(
+        default=None, ge=0, lt=1, description="Held-out fraction of this source; default: data.validation_fraction."
+    )
 
 
 class DataConfig(BaseModel):
@@ -23,7 +27,7 @@ class DataConfig(BaseModel):
 
     train: str | list[str | WeightedSource] = Field(
         description="Prefix of token shards, or a list: prefixes, drawn in proportion to their tokens, or prefixes "
-        "with weights."
+        "with weights (and, where they differ, fractions to hold out)."
     )
     sequence_length: int = Field(gt=0, description="Tokens per training sample.")
     validation_fraction: float = Field(
@@ -34,8 +38,19 @@ class DataConfig(BaseModel):
         description="Whether a document sees nothing of those before it in its sample: attention, convolution, Mamba "
         "state and rotary positions start anew.",
     )
+    verify: bool = Field(
+        default=True,
+        description="Whether every token is read once, when the data is new, and compared with the manifest's "
+        "checksums and the vocabulary; false checks indices and sizes only.",
+    )
+    allow_changed: bool = Field(
+        default=False, description="Whether a run may go on from a checkpoint whose data, weights or seed were others."
+    )
+    workers: int = Field(default=2, gt=0, description="Threads of each rank that read batches ahead.")
     cache_dir: str | None = Field(
-        default=None, description="Directory of the sample index; default: .index_cache beside the first prefix."
+        default=None,
+        description="Directory of the index, which holds what was found in the shards; default: .index_cache beside "
+        "the first prefix.",
     )
     tokenizer: str | None = Field(
         default=None, description="SentencePiece model of the data; default: the one that the manifest names."
@@ -47,6 +62,9 @@ class DataConfig(BaseModel):
             raise ValueError(f"data.train is {self.train!r}: give at least one prefix")
         if isinstance(self.train, list) and len({type(source) for source in self.train}) > 1:
             raise ValueError("data.train mixes entries with and without a weight; give every entry a weight, or none")
+        prefix, times = Counter(self.prefixes).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"data.train names {prefix} {times} times: give it once, with the sum of the weights")
         return self
 
     @property
@@ -63,8 +81,15 @@ class DataConfig(BaseModel):
         return None
 
     @property
+    def validation_fractions(self) -> list[float]:
+        """Held-out fraction of each source."""
+        sources = [self.train] if isinstance(self.train, str) else self.train
+        own = [source.validation_fraction if isinstance(source, WeightedSource) else None for source in sources]
+        return [self.validation_fraction if fraction is None else fraction for fraction in own]
+
+    @property
     def cache_path(self) -> Path:
-        """Directory of the sample index."""
+        """Directory of the index."""
         return Path(self.cache_dir) if self.cache_dir else Path(self.prefixes[0]).parent / ".index_cache"
 
     def tokenizer_path(self) -> Path | None:

@@ -1,97 +1,354 @@
-"""Reading documents. Whatever is wrong with one is reported with its file and line."""
+"""Documents out of input files, in pieces that any process can read. What is wrong with one is named with its place."""
 
-import glob
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
+
+import orjson
 
 from .errors import DataError
+from .inputs import InputFile, input_file
+
+PIECE_BYTES = 1 << 22
+_MAX_TEXT_FILE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it was read. `size_bytes` is what it took up in its file, for progress."""
+    """One text. `position` is the offset of its record in the decompressed file in bytes, or its row in Parquet.
+
+    `size_bytes` is what the record takes up there.
+    """
 
     text: str
-    path: Path
-    line_number: int
+    position: int
     size_bytes: int
 
 
-def expand_inputs(patterns: Iterable[str | Path]) -> list[Path]:
-    """Files that the paths and globs name (`**` included), sorted, each once.
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that holds no document, and why: a line that is not JSON, a row without text, ..."""
 
-    Raises DataError for a pattern without a match, a directory, or a file whose extension has no reader.
+    reason: str
+    position: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How files become documents: the key or column of the text, and whether a .txt file is one or one a line."""
+
+    text_key: str = "text"
+    text_documents: Literal["file", "line"] = "file"
+
+    def has_lines(self, file: InputFile) -> bool:
+        """Whether the file's records are lines."""
+        return file.kind == "jsonl" or (file.kind == "text" and self.text_documents == "line")
+
+
+class Piece(Protocol):
+    """A part of a file. `size_bytes` are stored ones, for progress."""
+
+    file: InputFile
+    size_bytes: int
+
+    def records(self, options: ReadOptions) -> Iterator[Document | BadRecord]:
+        """Its records in order; blank lines are none. Raises DataError and OSError for what spoils the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineRange:
+    """Lines that begin in the bytes [start, stop) of an uncompressed file; whoever takes the piece reads them."""
+
+    file: InputFile
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stop - self.start
+
+    def records(self, options: ReadOptions) -> Iterator[Document | BadRecord]:
+        # One byte more in front tells whether a line begins at `start`.
+        before = max(self.start - 1, 0)
+        content = self.file.read_range(before, self.stop)
+        skipped = content.find(b"\n") + 1 if self.start else 0
+        if self.start and not skipped:
+            return  # one line covers the whole range, and belongs to the range that it begins in
+        if not content.endswith(b"\n"):
+            content += self._rest_of_line()
+        yield from _lines(content[skipped:], before + skipped, self.file, options)
+
+    def _rest_of_line(self) -> bytes:
+        parts, offset = [], self.stop
+        while offset < self.file.size_bytes:
+            part = self.file.read_range(offset, offset + PIECE_BYTES)
+            if not part:
+                break
+            end = part.find(b"\n")
+            if end >= 0:
+                parts.append(part[: end + 1])
+                break
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class LineBlock:
+    """Whole lines that were read already, because their file can only be read from its beginning."""
+
+    file: InputFile
+    position: int
+    content: bytes
+    size_bytes: int
+
+    def records(self, options: ReadOptions) -> Iterator[Document | BadRecord]:
+        yield from _lines(self.content, self.position, self.file, options)
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A .txt file that is one document."""
+
+    file: InputFile
+
+    @property
+    def size_bytes(self) -> int:
+        return self.file.size_bytes
+
+    def records(self, options: ReadOptions) -> Iterator[Document | BadRecord]:
+        parts, size_bytes = [], 0
+        for part, _ in self.file.stream():
+            parts.append(part)
+            size_bytes += len(part)
+            if size_bytes > _MAX_TEXT_FILE_BYTES:
+                raise DataError(
+                    f"{self.file.name} would be one document of more than {_MAX_TEXT_FILE_BYTES >> 20} MiB; "
+                    "take each line for a document, or split the file"
+                )
+        yield _decode(b"".join(parts), position=0, size_bytes=size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows [start, stop) of a Parquet file, which lie in the row groups [first_group, stop_group)."""
+
+    file: InputFile
+    first_group: int
+    stop_group: int
+    first_group_row: int
+    start: int
+    stop: int
+    size_bytes: int
+
+    def records(self, options: ReadOptions) -> Iterator[Document | BadRecord]:
+        import pyarrow
+
+        with _parquet(self.file) as parquet:
+            batches = parquet.iter_batches(
+                batch_size=1024,
+                row_groups=list(range(self.first_group, self.stop_group)),
+                columns=[options.text_key],
+                use_threads=False,
+            )
+            row = self.first_group_row
+            for batch in batches:
+                if row >= self.stop:
+                    return
+                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    if self.start <= row < self.stop:
+                        if content is None:
+                            yield BadRecord(f"the value of {options.text_key!r} is null", row, 0)
+                        else:
+                            yield _decode(content, position=row, size_bytes=len(content))
+                    row += 1
+
+
+def pieces(
+    file: InputFile, options: ReadOptions, *, start: int = 0, stop: int | None = None, piece_bytes: int = PIECE_BYTES
+) -> Iterator[Piece]:
+    """The file's records from position `start` (up to `stop` where they are lines or rows) in pieces, in order.
+
+    Raises DataError for a damaged file and a Parquet file without the column.
     """
-    paths = set()
-    for pattern in map(str, patterns):
-        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
-        if not matches:
-            raise DataError(f"no file matches the input {pattern!r}; check the path, and quote globs in the shell")
-        paths.update(map(Path, matches))
-    for path in paths:
-        if path.is_dir():
-            raise DataError(f"the input {path} is a directory; name its files, for example {path}/*.jsonl")
-        _reader(path)
-    return sorted(paths)
+    try:
+        if file.kind == "parquet":
+            yield from _row_pieces(file, options, start=start, stop=stop, piece_bytes=piece_bytes)
+        elif not options.has_lines(file):
+            if start == 0:
+                yield TextFile(file)
+        elif file.compression:
+            yield from _line_blocks(file, start=start, piece_bytes=piece_bytes)
+        else:
+            stop = file.size_bytes if stop is None else stop
+            for first in range(start, stop, piece_bytes):
+                yield LineRange(file, first, min(first + piece_bytes, stop))
+    except OSError as error:
+        raise DataError(f"cannot read {file.name}: {error.strerror or error}") from error
 
 
-def read_documents(path: Path, *, text_key: str = "text") -> Iterator[Document]:
+def read_documents(file: InputFile | str | Path, *, text_key: str = "text") -> Iterator[Document]:
     """Documents of one file, in order. Blank lines are skipped.
 
     Raises DataError with file and line for malformed JSON, a line that is not an object, a missing or non-string
-    `text_key`, text that is not valid Unicode, a file without documents, and an unknown extension.
+    `text_key`, text that is not valid Unicode, and an unknown extension.
     """
-    reader = _reader(path)
-    try:
-        yield from reader(path, text_key)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    file = file if isinstance(file, InputFile) else input_file(file)
+    options = ReadOptions(text_key)
+    for piece in pieces(file, options):
+        try:
+            for record in piece.records(options):
+                if isinstance(record, BadRecord):
+                    raise DataError(f"{place(file, record.position)}: {record.reason}")
+                yield record
+        except OSError as error:
+            raise DataError(f"cannot read {file.name}: {error.strerror or error}") from error
 
 
-def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
-    line_number, documents = 0, 0
-    with open(path, "rb") as file:
-        for line_number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            documents += 1
-            text = _parse_line(line, where=f"{path}:{line_number}", text_key=text_key)
-            yield Document(text, path, line_number, len(line))
-    if not documents:
-        raise DataError(f"{path}:{line_number}: the file ends without a document; remove it from the inputs")
+def place(file: InputFile, position: int) -> str:
+    """FILE:LINE of a record, for messages; reads the file up to there."""
+    if file.kind == "parquet":
+        return f"{file.name}: row {position}"
+    lines = 1
+    for content, _ in file.stream():
+        lines += content[:position].count(b"\n")
+        position -= len(content)
+        if position <= 0:
+            break
+    return f"{file.name}:{lines}"
 
 
-def _parse_line(line: bytes, *, where: str, text_key: str) -> str:
+def parquet_rows(file: InputFile) -> int:
+    """Number of rows of a Parquet file. Raises DataError where it is not one."""
+    with _parquet(file) as parquet:
+        return parquet.metadata.num_rows
+
+
+def _lines(content: bytes, position: int, file: InputFile, options: ReadOptions) -> Iterator[Document | BadRecord]:
+    text_key = options.text_key
+    for line in content.split(b"\n"):
+        size_bytes = len(line) + 1
+        if not line or line.isspace():
+            position += size_bytes
+            continue
+        if file.kind == "text":
+            yield _decode(line.removesuffix(b"\r"), position=position, size_bytes=size_bytes)
+        else:
+            try:
+                text = orjson.loads(line)[text_key]
+            except (orjson.JSONDecodeError, TypeError, KeyError):
+                text = None
+            if type(text) is str:
+                yield Document(text, position, size_bytes)
+            else:
+                yield _parse_carefully(line, text_key, position=position)
+        position += size_bytes
+
+
+def _parse_carefully(line: bytes, text_key: str, *, position: int) -> Document | BadRecord:
+    """What orjson refused or was not what it should be: numbers such as NaN may still be fine."""
+
+    def bad(reason: str) -> BadRecord:
+        return BadRecord(reason, position, len(line) + 1)
+
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start} of the line is not UTF-8; convert the file to UTF-8") from None
+        return bad(f"byte {error.start} of the line is not UTF-8; convert the file to UTF-8")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: malformed JSON ({error}); each line must hold one JSON object") from None
+        return bad(f"malformed JSON ({error}); each line must hold one JSON object")
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        return bad(f"expected a JSON object, found {type(record).__name__}")
     if text_key not in record:
         keys = ", ".join(list(record)[:5]) or "none"
-        raise DataError(f"{where}: no key {text_key!r} (keys: {keys}); choose the key of the text")
+        return bad(f"no key {text_key!r} (keys: {keys}); choose the key of the text")
     text = record[text_key]
     if not isinstance(text, str):
-        raise DataError(f"{where}: the value of {text_key!r} is {type(text).__name__}, not a string")
+        return bad(f"the value of {text_key!r} is {type(text).__name__}, not a string")
     # Only an escape can bring in half of a surrogate pair, which no tokenizer accepts.
-    if b"\\u" in line:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: character {error.start} of {text_key!r} is an unpaired surrogate") from None
-    return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return bad(f"character {error.start} of {text_key!r} is an unpaired surrogate")
+    return Document(text, position, len(line) + 1)
 
 
-_READERS = {".jsonl": _read_jsonl}
+def _decode(content: bytes, *, position: int, size_bytes: int) -> Document | BadRecord:
+    try:
+        return Document(content.decode("utf-8"), position, size_bytes)
+    except UnicodeDecodeError as error:
+        return BadRecord(f"byte {error.start} is not UTF-8; convert the file to UTF-8", position, size_bytes)
 
 
-def _reader(path: Path):
-    if path.suffix not in _READERS:
-        supported = ", ".join(_READERS)
-        raise DataError(f"the input {path} has the extension {path.suffix!r}; supported: {supported}")
-    return _READERS[path.suffix]
+def _line_blocks(file: InputFile, *, start: int, piece_bytes: int) -> Iterator[LineBlock]:
+    parts, held_bytes, stored_bytes, offset = [], 0, 0, 0
+    for content, taken in file.stream():
+        stored_bytes += taken
+        if offset < start:
+            dropped = min(start - offset, len(content))
+            offset += dropped
+            content = content[dropped:]
+        parts.append(content)
+        held_bytes += len(content)
+        if held_bytes < piece_bytes or b"\n" not in content:
+            continue
+        block = b"".join(parts)
+        end = block.rfind(b"\n") + 1
+        yield LineBlock(file, offset, block[:end], stored_bytes)
+        parts, held_bytes, stored_bytes, offset = [block[end:]], len(block) - end, 0, offset + end
+    if held_bytes or stored_bytes:
+        yield LineBlock(file, offset, b"".join(parts), stored_bytes)
+
+
+def _row_pieces(
+    file: InputFile, options: ReadOptions, *, start: int, stop: int | None, piece_bytes: int
+) -> Iterator[Rows]:
+    with _parquet(file) as parquet:
+        _check_column(file, parquet, options.text_key)
+        metadata = parquet.metadata
+        stop = metadata.num_rows if stop is None else stop
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        leaves = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
+        column = leaves.index(options.text_key)
+    first, first_row, row, held_bytes = 0, 0, 0, 0
+    for number, group in enumerate(groups):
+        row += group.num_rows
+        held_bytes += group.column(column).total_uncompressed_size
+        if held_bytes >= piece_bytes or number + 1 == len(groups):
+            low, high = max(first_row, start), min(row, stop)
+            if low < high:
+                stored_bytes = file.size_bytes * (high - low) // max(metadata.num_rows, 1)
+                yield Rows(file, first, number + 1, first_row, low, high, stored_bytes)
+            first, first_row, held_bytes = number + 1, row, 0
+
+
+def _check_column(file: InputFile, parquet, text_key: str) -> None:
+    import pyarrow.types as types
+
+    schema = parquet.schema_arrow
+    if text_key not in schema.names:
+        raise DataError(
+            f"{file.name}: no column {text_key!r} (columns: {', '.join(schema.names)}); choose the column of the text"
+        )
+    kind = schema.field(text_key).type
+    if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view)):
+        raise DataError(
+            f"{file.name}: the column {text_key!r} holds {kind}, not strings; choose the column of the text"
+        )
+
+
+@contextmanager
+def _parquet(file: InputFile):
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        # A buffer makes a row group's pages be read one after the other instead of all at once.
+        with file.open() as stored, parquet.ParquetFile(stored, buffer_size=1 << 20, pre_buffer=False) as opened:
+            yield opened
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file.name} is not a sound Parquet file ({error}); fetch it again") from error

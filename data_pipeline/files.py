@@ -30,6 +30,15 @@ def flush_to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def sync_directory(path: Path) -> None:
+    """Make renames and removals in a directory survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that appears as `path` when the block ends, and not at all when the block raises."""
@@ -40,6 +49,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             flush_to_disk(file)
         os.replace(temporary, path)
+        sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -1,15 +1,13 @@
-"""Micro-batches in a global order that depends on sample numbers only, not on how many ranks read them."""
+"""Micro-batches in a global order that depends on sample numbers only, not on how many ranks or threads read them."""
 
-import itertools
-import queue
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
-from .dataset import SampleDataset
+from .dataset import Samples, ValidationDataset
 from .errors import DataError
 
 
@@ -26,10 +24,11 @@ class Batch(NamedTuple):
 
 
 class ValidationBatch(NamedTuple):
-    """A micro-batch and its rows' weights [micro_batch] float32, 0 for rows that must not count."""
+    """A micro-batch and of each row [micro_batch] its weight, float32, 0 where it must not count, and its source."""
 
     batch: Batch
     weights: torch.Tensor
+    sources: torch.Tensor
 
 
 def cu_seqlens(document_starts: torch.Tensor) -> torch.Tensor:
@@ -43,88 +42,91 @@ def cu_seqlens(document_starts: torch.Tensor) -> torch.Tensor:
 
 
 class BatchLoader:
-    """Training micro-batches of one data-parallel rank, read ahead by a thread.
+    """Training micro-batches of one data-parallel rank, a bounded number of which threads read ahead.
 
     The micro-batches of all ranks, taken together and in turn, are the samples start_sample, start_sample + 1, ...
-    Hence a step consumes the same samples for any number of ranks, and a run resumes with the sample after the last.
+    Hence a step consumes the same samples for any number of ranks and threads, however many samples a step has, and
+    `consumed_samples` is all that a resumed run has to know.
     """
 
     def __init__(
         self,
-        dataset: SampleDataset,
+        dataset: Samples,
         *,
-        global_batch_samples: int,
         micro_batch_samples: int,
         data_rank: int,
         data_size: int,
         vocab_size: int,
         start_sample: int = 0,
-        prefetch_batches: int = 2,
+        workers: int = 1,
     ) -> None:
-        """Raises DataError unless micro_batch_samples * data_size divides global_batch_samples."""
-        self._stride_samples = micro_batch_samples * data_size
-        if global_batch_samples % self._stride_samples:
-            raise DataError(
-                f"a global batch of {global_batch_samples} samples cannot be split into micro-batches of "
-                f"{micro_batch_samples} on {data_size} data-parallel ranks; "
-                f"make it a multiple of {self._stride_samples}"
-            )
-        self.micro_batches_per_step = global_batch_samples // self._stride_samples
         self.consumed_samples = start_sample
-        first = start_sample + data_rank * micro_batch_samples
-        slices = (range(n, n + micro_batch_samples) for n in itertools.count(first, self._stride_samples))
+        self._dataset, self._vocab_size = dataset, vocab_size
+        self._micro_batch_samples = micro_batch_samples
+        self._stride_samples = micro_batch_samples * data_size
+        self._next = start_sample + data_rank * micro_batch_samples
         self._error: BaseException | None = None
-        self._ready = queue.Queue(maxsize=prefetch_batches)
-        stop = threading.Event()
-        batches = (_read_batch(dataset, numbers, vocab_size=vocab_size) for numbers in slices)
-        # The thread must not refer to this loader, or a forgotten loader would keep itself alive.
-        thread = threading.Thread(target=_produce, args=(batches, self._ready, stop), name="prefetch", daemon=True)
-        thread.start()
-        self.close: Callable[[], None] = weakref.finalize(self, _stop, thread, self._ready, stop)
+        self._closed = False
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        self._pending: deque[Future[Batch]] = deque()
+        for _ in range(workers + 1):  # one for each thread, and one that waits
+            self._read_ahead()
 
     def next_micro_batch(self) -> Batch:
         """This rank's next micro-batch; `consumed_samples` then includes those of all ranks.
 
-        Raises DataError for an id outside the vocabulary and past the last sample, and whatever reading raises.
+        Raises DataError for an id outside the vocabulary, and whatever reading raises.
         """
-        if self._error is None:
-            if not self.close.alive:
-                raise RuntimeError("next_micro_batch after close")
-            item = self._ready.get()
-            if isinstance(item, Batch):
-                self.consumed_samples += self._stride_samples
-                return item
-            self._error = item
-        raise self._error
+        if self._closed:
+            raise RuntimeError("next_micro_batch after close")
+        if self._error is not None:
+            raise self._error
+        try:
+            batch = self._pending.popleft().result()
+        except Exception as error:
+            self._error = error
+            raise
+        self._read_ahead()
+        self.consumed_samples += self._stride_samples
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        numbers = range(self._next, self._next + self._micro_batch_samples)
+        self._next += self._stride_samples
+        self._pending.append(self._pool.submit(_read_batch, self._dataset, numbers, vocab_size=self._vocab_size))
 
 
 def validation_batches(
-    dataset: SampleDataset,
+    dataset: ValidationDataset,
     *,
-    num_samples: int,
     micro_batch_samples: int,
     data_rank: int,
     data_size: int,
     vocab_size: int,
 ) -> Iterator[ValidationBatch]:
-    """One rank's share of the first `num_samples` samples; over all ranks each occurs once with weight 1.
+    """One rank's share of the samples; over all ranks each occurs once with weight 1.
 
     Every rank gets the same number of batches, since forward passes may be collective: what is missing at the end
     repeats the last sample with weight 0. Raises DataError for an id outside the vocabulary.
     """
-    num_samples = min(num_samples, len(dataset))
-    for first in range(0, num_samples, micro_batch_samples * data_size):
+    last = len(dataset) - 1
+    for first in range(0, len(dataset), micro_batch_samples * data_size):
         start = first + data_rank * micro_batch_samples
         wanted = range(start, start + micro_batch_samples)
-        numbers = [min(number, num_samples - 1) for number in wanted]
-        batch = _read_batch(dataset, numbers, vocab_size=vocab_size)
-        weights = torch.tensor([float(number < num_samples) for number in wanted])
-        yield ValidationBatch(batch, weights)
+        numbers = [min(number, last) for number in wanted]
+        yield ValidationBatch(
+            batch=_read_batch(dataset, numbers, vocab_size=vocab_size),
+            weights=torch.tensor([float(number <= last) for number in wanted]),
+            sources=torch.tensor([dataset.source_number(number) for number in numbers]),
+        )
 
 
-def _read_batch(dataset: SampleDataset, numbers: range | list[int], *, vocab_size: int) -> Batch:
-    if numbers[-1] >= len(dataset):
-        raise DataError(f"sample {numbers[-1]} was asked for, but the dataset was built with {len(dataset)} samples")
+def _read_batch(dataset: Samples, numbers: Sequence[int], *, vocab_size: int) -> Batch:
     samples = [dataset[number] for number in numbers]
     starts = [sample.document_starts for sample in samples]
     batch = Batch(
@@ -140,30 +142,11 @@ def _read_batch(dataset: SampleDataset, numbers: range | list[int], *, vocab_siz
     return batch
 
 
-def _raise_bad_id(dataset: SampleDataset, numbers: range | list[int], batch: Batch, *, vocab_size: int) -> None:
-    ids = torch.cat([batch.tokens, batch.labels], dim=1)
-    row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
-    number = numbers[row]
+def _raise_bad_id(dataset: Samples, numbers: Sequence[int], batch: Batch, *, vocab_size: int) -> None:
+    ids = torch.cat([batch.tokens[:, :1], batch.labels], dim=1)
+    row, position = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
+    path, offset_bytes = dataset.token_place(numbers[row], position)
     raise DataError(
-        f"shard {dataset.shard_prefix(number)} holds token id {int(ids[row, column])} (in sample {number}), outside "
-        f"model.vocab_size={vocab_size}; preprocess it again with the tokenizer of this model"
+        f"{path} holds token id {int(ids[row, position])} at byte {offset_bytes} (in sample {numbers[row]}), outside "
+        f"model.vocab_size={vocab_size}; restore the shard, or preprocess the data with the tokenizer of this model"
     )
-
-
-def _produce(batches: Iterator[Batch], ready: queue.Queue, stop: threading.Event) -> None:
-    try:
-        for batch in batches:
-            if stop.is_set():
-                return
-            ready.put(batch)
-    except BaseException as error:
-        ready.put(error)
-
-
-def _stop(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
-    stop.set()
-    # The thread may wait for room in the queue; it stops once it has some.
-    while thread.is_alive():
-        while not ready.empty():
-            ready.get_nowait()
-        thread.join(timeout=0.01)

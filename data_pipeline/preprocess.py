@@ -1,57 +1,112 @@
-"""JSONL to token shards: worker processes tokenise, this process writes, in the order of the input."""
+"""Documents to token shards: worker processes read and tokenise, this process writes, in the order of the input."""
 
-import functools
+import hashlib
+import json
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-
-from .documents import Document, expand_inputs, read_documents
+from .documents import PIECE_BYTES, Document, LineRange, Piece, ReadOptions, pieces, place
+from .encoding import Encoder, EncoderConfig, FastPath, NotProven, TokenBatch, encode_in_worker, start_in_worker
 from .errors import DataError
-from .shards import (
-    Manifest,
-    ShardEntry,
-    ShardWriter,
-    TokenizerEntry,
-    manifest_path,
-    write_manifest,
-)
-from .tokenizer import Tokenizer
+from .inputs import InputFile, expand_inputs
+from .output import foreign_files, merge_parts, shard_files
+from .parts import Part, Span, part_spans, spans_from
+from .progress import Position, Progress, ProgressLog, RunIdentity
+from .shard_sequence import ShardSequence
+from .shards import Manifest, TokenizerEntry, manifest_path, read_manifest
 
-_BATCH_BYTES = 1 << 20
-_BATCHES_IN_FLIGHT_PER_WORKER = 3
+_PIECES_IN_FLIGHT_PER_WORKER = 3
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 15
 
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What was written. `read_bytes` counts the input's lines, `skipped_documents` those without tokens."""
+    """What a prefix, or one part of it, holds now.
+
+    `resumed_shards` of the `shards` were there before. `complete` tells whether the manifest is written, which the
+    last of several parts does. `slow_because` is why the fast path was not taken, None where it was.
+    """
 
     documents: int
     skipped_documents: int
+    malformed_documents: int
     tokens: int
     shards: int
+    resumed_shards: int
     read_bytes: int
     duration_s: float
+    complete: bool
+    slow_because: str | None = None
+
+    def describe(self, prefix: Path) -> str:
+        """For people to read: a line, and one more for each thing that they may not expect."""
+        lines = [f"{prefix}: {self.documents:,} documents, {self.tokens:,} tokens"]
+        if self.resumed_shards:
+            lines.append(f"{self.resumed_shards:,} of {self.shards:,} shards were there already")
+        for count, what in ((self.skipped_documents, "empty"), (self.malformed_documents, "malformed")):
+            if count:
+                lines.append(f"{count:,} {what} documents were skipped")
+        if self.slow_because:
+            lines.append(f"this was the slow way: {self.slow_because}")
+        if not self.complete:
+            lines.append("this part is complete, and the last part to end writes the manifest")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _TokenBatch:
-    """Ids of consecutive documents, tokens [sum of lengths] int32, lengths [documents] int64."""
+class PreprocessConfig:
+    """How text becomes shards.
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    read_bytes: int
+    shard_tokens: a shard takes at most so many, or one longer document.
+    on_error: "stop" at a malformed record, or "skip" and count it.
+    eos_token, special_tokens: as in Tokenizer.load.
+    """
+
+    tokenizer: Path
+    workers: int = 1
+    shard_tokens: int = 2**30
+    text_key: str = "text"
+    text_documents: Literal["file", "line"] = "file"
+    append_eos: bool = True
+    eos_token: str | None = None
+    special_tokens: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "shard_tokens"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How files become documents."""
+        return ReadOptions(self.text_key, self.text_documents)
+
+    def encoder(self) -> EncoderConfig:
+        """How documents become ids."""
+        return EncoderConfig(
+            self.tokenizer,
+            self.reading,
+            append_eos=self.append_eos,
+            eos_token=self.eos_token,
+            special_tokens=self.special_tokens,
+        )
+
+    def recorded(self) -> dict[str, str | int | bool | None]:
+        """The options that the shards depend on."""
+        names = ("append_eos", "eos_token", "shard_tokens", "special_tokens", "text_documents", "text_key")
+        return {name: getattr(self, name) for name in names}
 
 
 def preprocess(
@@ -59,198 +114,262 @@ def preprocess(
     *,
     tokenizer: str | Path,
     output_prefix: str | Path,
-    workers: int = 1,
-    shard_tokens: int = 2**30,
-    text_key: str = "text",
-    append_eos: bool = True,
+    part: Part = Part(),
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
+    **options,
 ) -> PreprocessSummary:
     """Tokenise documents into shards OUTPUT_PREFIX_00000.bin/.idx, ... and write the manifest OUTPUT_PREFIX.json last.
 
-    A shard takes at most `shard_tokens` tokens, or one longer document. The files are the same bytes for any number
-    of `workers`. Until everything is tokenised there are only hidden temporary files, which a failure removes.
-    `progress` receives (bytes read, bytes of all inputs).
-    Raises DataError for bad input, existing output without `overwrite`, or output that cannot be written.
+    The files are the same bytes for any number of workers. A shard appears under its name when it is complete, and
+    OUTPUT_PREFIX.progress has a line for it; the same call after a crash goes on after the last one, and does nothing
+    where all is done. Of several parts, which may run at the same time on machines that share the output's directory,
+    each names its shards OUTPUT_PREFIX_PART_00000, and the last one to end writes the manifest.
+    `options` are fields of PreprocessConfig. `progress` receives (stored bytes read, bytes to read).
+    Raises DataError for bad input, output of something else without `overwrite`, or output that cannot be written.
     """
-    for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
-        if value < 1:
-            raise DataError(f"{name}={value} must be at least 1")
-    start_s = time.perf_counter()
-    paths = expand_inputs(inputs)
-    model = Tokenizer.load(tokenizer)
-    if append_eos and model.eos_id < 0:
-        raise DataError(f"the tokenizer {tokenizer} has no EOS; turn off append_eos or use another tokenizer")
-    existing = _existing_output(Path(output_prefix))
-    if existing and not overwrite:
-        raise DataError(f"{existing[0]} exists already; choose another output prefix, or overwrite it")
-
-    total_bytes = sum(path.stat().st_size for path in paths)
-    shards = _ShardSet(Path(output_prefix), vocab_size=model.vocab_size, shard_tokens=shard_tokens)
-    read_bytes = 0
-    try:
-        documents = (document for path in paths for document in read_documents(path, text_key=text_key))
-        eos_id = model.eos_id if append_eos else None
-        with closing(_tokenise(documents, model=model, eos_id=eos_id, workers=workers)) as batches:
-            for batch in batches:
-                shards.add(batch)
-                read_bytes += batch.read_bytes
-                if progress:
-                    progress(read_bytes, total_bytes)
-        options = {"append_eos": append_eos, "shard_tokens": shard_tokens, "text_key": text_key}
-        entries = shards.finish()
-        manifest = Manifest(
-            tokenizer=_tokenizer_entry(model, directory=Path(output_prefix).parent),
-            shards=entries,
-            skipped_documents=shards.skipped_documents,
-            sources=[str(path) for path in paths],
-            options=options,
-        )
-        shards.commit(manifest, replaced=existing)
-    except OSError as error:
-        raise DataError(f"cannot write {output_prefix}: {error.strerror or error}; check space and rights") from error
-    finally:
-        shards.discard()
-    return PreprocessSummary(
-        documents=sum(entry.documents for entry in entries),
-        skipped_documents=shards.skipped_documents,
-        tokens=sum(entry.tokens for entry in entries),
-        shards=len(entries),
-        read_bytes=read_bytes,
-        duration_s=time.perf_counter() - start_s,
-    )
+    config = PreprocessConfig(tokenizer=Path(tokenizer), **options)
+    return _Run(expand_inputs(inputs), config, Path(output_prefix), part).run(overwrite=overwrite, progress=progress)
 
 
-class _ShardSet:
-    """The shards of one output: starts the next when one is full, and commits all or none."""
+class _Run:
+    """One call of `preprocess`."""
 
-    def __init__(self, prefix: Path, *, vocab_size: int, shard_tokens: int) -> None:
-        self.skipped_documents = 0
+    def __init__(self, files: list[InputFile], config: PreprocessConfig, prefix: Path, part: Part) -> None:
+        self._start_s = time.perf_counter()
+        self._files = files
+        self._config = config
         self._prefix = prefix
-        self._vocab_size = vocab_size
-        self._shard_tokens = shard_tokens
-        self._writer: ShardWriter | None = None
-        self._finished: list[ShardWriter] = []
-        self._entries: list[ShardEntry] = []
+        self._part = part
+        self._tokenizer = config.encoder().load_tokenizer()
+        if config.append_eos and self._tokenizer.eos_id < 0:
+            raise DataError(
+                f"the tokenizer {config.tokenizer} names no EOS; name the token that ends a document, or append none"
+            )
+        self._identity = RunIdentity(
+            tokenizer_sha256=self._tokenizer.sha256,
+            options=config.recorded(),
+            inputs_sha256=_inputs_sha256(files),
+            parts=part.count,
+        )
+        self._read_bytes = 0
+        self._slow_because: str | None = None
 
-    def add(self, batch: _TokenBatch) -> None:
-        for tokens in np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]):
-            if tokens.size:
-                self._writer_for(tokens.size).add(tokens)
-            else:
-                self.skipped_documents += 1
+    def run(self, *, overwrite: bool, progress: Callable[[int, int | None], None] | None) -> PreprocessSummary:
+        manifest = read_manifest(self._prefix)
+        if manifest and not overwrite:
+            if self._made(manifest):
+                return self._summary(manifest, resumed_shards=len(manifest.shards))
+            raise DataError(
+                f"{manifest_path(self._prefix)} exists already; choose another output prefix, or overwrite it"
+            )
+        foreign = foreign_files(self._prefix, self._part, self._identity)
+        if foreign and not overwrite:
+            raise DataError(f"{foreign[0]} exists already; choose another output prefix, or overwrite it")
+        log = ProgressLog(self._part.progress_path(self._prefix), self._identity, overwrite=overwrite)
+        with closing(log):
+            resumed = len(log.progress.shards)
+            if not log.progress.complete:
+                self._write_shards(log, replaced=foreign, progress=progress)
+            self._remove_strays(log)
+            manifest = merge_parts(
+                self._prefix,
+                part=self._part,
+                run=self._identity,
+                files=self._files,
+                tokenizer=self._tokenizer_entry(),
+            )
+            return self._summary(manifest or log.progress, resumed_shards=resumed)
 
-    def _writer_for(self, tokens: int) -> ShardWriter:
-        if self._writer and self._writer.tokens + tokens > self._shard_tokens:
-            self._close_writer()
-        if not self._writer:
-            self._writer = ShardWriter(f"{self._prefix}_{len(self._finished):05d}", self._vocab_size)
-        return self._writer
-
-    def _close_writer(self) -> None:
-        self._entries.append(self._writer.finish())
-        self._finished.append(self._writer)
-        self._writer = None
-
-    def finish(self) -> list[ShardEntry]:
-        if not self._writer:
-            raise DataError(f"the inputs hold no tokens: all {self.skipped_documents} documents are empty")
-        self._close_writer()
-        return self._entries
-
-    def commit(self, manifest: Manifest, *, replaced: list[Path]) -> None:
-        # The old manifest goes first and the new one comes last, so that none ever describes other shards.
-        manifest_path(self._prefix).unlink(missing_ok=True)
-        for path in replaced:
-            path.unlink(missing_ok=True)
+    def _write_shards(
+        self, log: ProgressLog, *, replaced: list[Path], progress: Callable[[int, int | None], None] | None
+    ) -> None:
+        spans = part_spans(self._files, self._config.reading, self._part)
+        if following := log.progress.next:
+            spans = spans_from(spans, following.source, following.position)
+        spans = list(spans)
+        total_bytes = sum(_size_bytes(span, self._files[span.source], self._config.reading) for span in spans)
+        shards = ShardSequence(
+            log,
+            shard_prefix=lambda number: self._part.shard_prefix(self._prefix, number),
+            vocab_size=self._tokenizer.vocab_size,
+            shard_tokens=self._config.shard_tokens,
+            before_first_commit=lambda: _remove(replaced),
+        )
         try:
-            for writer in self._finished:
-                writer.commit()
-            write_manifest(self._prefix, manifest)
-        except BaseException:
-            for path in _existing_output(self._prefix):
-                path.unlink(missing_ok=True)
-            raise
+            with closing(self._encoded(spans)) as batches:
+                for source, piece, batch in batches:
+                    if batch.bad and self._config.on_error == "stop":
+                        first = batch.bad[0]
+                        raise DataError(f"{place(piece.file, first.position)}: {first.reason}")
+                    shards.add(source, batch)
+                    self._read_bytes += piece.size_bytes
+                    if progress:
+                        progress(self._read_bytes, total_bytes)
+            shards.finish(Position(source=len(self._files), position=0, record=0))
+        except OSError as error:
+            raise DataError(
+                f"cannot write {self._prefix}: {error.strerror or error}; make room, and the same command goes on "
+                "after the last complete shard"
+            ) from error
+        finally:
+            shards.discard()
+            log.remove_if_empty()
 
-    def discard(self) -> None:
-        """Remove temporary files; after `commit` there are none."""
-        for writer in [*self._finished, *filter(None, [self._writer])]:
-            writer.discard()
+    def _encoded(self, spans: list[Span]) -> Iterator[tuple[int, Piece, TokenBatch]]:
+        """Batches in the order of the input, each with its file's number. A bounded number of pieces is under way."""
+        reading, encoder = self._config.reading, self._config.encoder()
+        work = (
+            (span.source, piece)
+            for span in spans
+            for piece in pieces(
+                self._files[span.source], reading, start=span.start, stop=span.stop, piece_bytes=PIECE_BYTES
+            )
+        )
+        if self._config.workers == 1:
+            alone = Encoder(encoder, self._tokenizer, fast_path=self._prove())
+            for source, piece in work:
+                yield source, piece, alone.encode_piece(piece)
+            return
+        # Workers start with the fast path, which loads slowly, while this process proves it.
+        with _pool(self._config.workers, replace(encoder, fast=True)) as pool:
+            encoder = replace(encoder, fast=self._prove() is not None)
+            yield from _in_order(work, pool, encoder, workers=self._config.workers)
+
+    def _prove(self) -> FastPath | None:
+        try:
+            return FastPath.proven(self._tokenizer, _sample(self._files, self._config.reading))
+        except NotProven as reason:
+            self._slow_because = str(reason)
+            return None
+
+    def _remove_strays(self, log: ProgressLog) -> None:
+        """Shards of an overwritten run that a crash left, beyond those that this one has replaced."""
+        names = {shard.name for shard in log.progress.shards}
+        _remove([path for path in shard_files(self._prefix, self._part) if path.stem not in names])
+
+    def _made(self, manifest: Manifest) -> bool:
+        """Whether this call would write the same manifest, as far as names, sizes and times tell."""
+        made_ns = manifest_path(self._prefix).stat().st_mtime_ns
+        return (
+            manifest.tokenizer.sha256 == self._identity.tokenizer_sha256
+            and manifest.options == self._identity.options
+            and [(source.path, source.size_bytes) for source in manifest.sources]
+            == [(file.name, file.size_bytes) for file in self._files]
+            and all(int(file.modified) <= made_ns for file in self._files if file.modified.isdigit())
+        )
+
+    def _tokenizer_entry(self) -> TokenizerEntry:
+        model = self._tokenizer
+        return TokenizerEntry(
+            path=os.path.relpath(model.path.resolve(), self._prefix.parent.resolve()),
+            kind=model.kind,
+            sha256=model.sha256,
+            vocab_size=model.vocab_size,
+            eos_id=model.eos_id,
+        )
+
+    def _summary(self, made: Manifest | Progress, *, resumed_shards: int) -> PreprocessSummary:
+        ranges = [found for shard in made.shards for found in shard.sources]
+        if isinstance(made, Progress):
+            ranges += made.rest or []
+        return PreprocessSummary(
+            documents=sum(shard.documents for shard in made.shards),
+            skipped_documents=sum(found.skipped for found in ranges),
+            malformed_documents=sum(found.malformed for found in ranges),
+            tokens=sum(shard.tokens for shard in made.shards),
+            shards=len(made.shards),
+            resumed_shards=resumed_shards,
+            read_bytes=self._read_bytes,
+            duration_s=time.perf_counter() - self._start_s,
+            complete=isinstance(made, Manifest),
+            slow_because=self._slow_because,
+        )
 
 
-def _existing_output(prefix: Path) -> list[Path]:
-    """Manifest and shards that a run with this prefix would replace."""
-    if not prefix.parent.is_dir():
-        return []
-    name = re.compile(re.escape(prefix.name) + r"(\.json|_\d{5,}\.(bin|idx))")
-    return sorted(path for path in prefix.parent.iterdir() if name.fullmatch(path.name))
+def _remove(paths: list[Path]) -> None:
+    """A manifest goes before what it describes, so that none ever describes other shards."""
+    for path in sorted(paths, key=lambda path: path.suffix != ".json"):
+        path.unlink(missing_ok=True)
 
 
-def _tokenizer_entry(model: Tokenizer, *, directory: Path) -> TokenizerEntry:
-    return TokenizerEntry(
-        path=os.path.relpath(model.path.resolve(), directory.resolve()),
-        sha256=model.sha256,
-        vocab_size=model.vocab_size,
-        eos_id=model.eos_id,
-    )
+def _inputs_sha256(files: list[InputFile]) -> str:
+    listed = [[file.name, file.size_bytes, file.modified] for file in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _tokenise(
-    documents: Iterable[Document], *, model: Tokenizer, eos_id: int | None, workers: int
-) -> Iterator[_TokenBatch]:
-    """Batches in the order of the documents. With several workers a bounded number of batches is under way."""
-    batches = _batches(documents)
-    if workers == 1:
-        for texts, read_bytes in batches:
-            yield _encode(model, texts, eos_id, read_bytes)
-        return
+def _size_bytes(span: Span, file: InputFile, options: ReadOptions) -> int:
+    """Stored bytes of a span, as its pieces will report them or close to it."""
+    if options.has_lines(file) and not file.compression:
+        return max((file.size_bytes if span.stop is None else span.stop) - span.start, 0)
+    return file.size_bytes
+
+
+def _sample(files: list[InputFile], options: ReadOptions) -> list[str]:
+    """The beginnings of texts from places spread evenly over the input, the same for every part and attempt."""
+    total_bytes = sum(file.size_bytes for file in files)
+    texts, begin, places = [], 0, [total_bytes * number // _SAMPLES for number in range(_SAMPLES)]
+    for file in files:
+        inside = [place - begin for place in places if begin <= place < begin + file.size_bytes]
+        begin += file.size_bytes
+        for start in inside:
+            if options.has_lines(file) and not file.compression:
+                piece = LineRange(file, start, min(start + _SAMPLE_BYTES, file.size_bytes))
+            elif start == inside[0]:
+                piece = next(pieces(file, options, piece_bytes=_SAMPLE_BYTES), None)
+            if piece:
+                texts += _beginnings(piece, options)
+    return texts
+
+
+def _beginnings(piece: Piece, options: ReadOptions) -> list[str]:
+    texts, characters = [], 0
+    for record in piece.records(options):
+        if isinstance(record, Document):
+            texts.append(record.text[: _SAMPLE_BYTES - characters])
+            characters += len(texts[-1])
+            if characters >= _SAMPLE_BYTES:
+                break
+    return texts
+
+
+@contextmanager
+def _pool(workers: int, encoder: EncoderConfig) -> Iterator[ProcessPoolExecutor]:
     # spawn: the caller may have threads, such as a progress display's, and their locks would be forked while held.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    pending = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        for texts, read_bytes in batches:
-            pending.append(executor.submit(_encode_in_worker, str(model.path), texts, eos_id, read_bytes))
-            if len(pending) >= workers * _BATCHES_IN_FLIGHT_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for _ in range(workers):
+            pool.submit(start_in_worker, encoder)
+        yield pool
     except BrokenProcessPool as error:
-        raise DataError("a tokenising process was killed, perhaps for memory; use fewer workers") from error
+        raise DataError(
+            "a tokenising process was killed, perhaps for memory; use fewer workers, and the same command goes on "
+            "after the last complete shard"
+        ) from error
     finally:
-        executor.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    texts, read_bytes = [], 0
-    for document in documents:
-        texts.append(document.text)
-        read_bytes += document.size_bytes
-        if read_bytes >= _BATCH_BYTES:
-            yield texts, read_bytes
-            texts, read_bytes = [], 0
-    if texts:
-        yield texts, read_bytes
+def _in_order(
+    work: Iterator[tuple[int, Piece]], pool: ProcessPoolExecutor, encoder: EncoderConfig, *, workers: int
+) -> Iterator[tuple[int, Piece, TokenBatch]]:
+    most, most_bytes = workers * _PIECES_IN_FLIGHT_PER_WORKER, 2 * workers * _PIECES_IN_FLIGHT_PER_WORKER * PIECE_BYTES
+    pending: deque[tuple[int, Piece, Future[TokenBatch]]] = deque()
+    held_bytes = 0
 
+    def oldest() -> tuple[int, Piece, TokenBatch]:
+        source, piece, future = pending.popleft()
+        return source, piece, future.result()
 
-def _encode(model: Tokenizer, texts: list[str], eos_id: int | None, read_bytes: int) -> _TokenBatch:
-    documents = model.encode_batch(texts)
-    if eos_id is not None:
-        for ids in filter(None, documents):
-            ids.append(eos_id)
-    return _TokenBatch(
-        tokens=np.concatenate([np.array(ids, dtype=np.int32) for ids in documents]),
-        lengths=np.array([len(ids) for ids in documents], dtype=np.int64),
-        read_bytes=read_bytes,
-    )
-
-
-# Only worker processes, which live as long as one run, may keep a tokenizer by its path.
-_load_in_worker = functools.cache(Tokenizer.load)
-
-
-def _encode_in_worker(path: str, texts: list[str], eos_id: int | None, read_bytes: int) -> _TokenBatch:
-    return _encode(_load_in_worker(path), texts, eos_id, read_bytes)
+    for source, piece in work:
+        pending.append((source, piece, pool.submit(encode_in_worker, encoder, piece)))
+        held_bytes += piece.size_bytes
+        while len(pending) >= most or (held_bytes >= most_bytes and len(pending) > workers):
+            held_bytes -= pending[0][1].size_bytes
+            yield oldest()
+    while pending:
+        yield oldest()
 
 
 def _start_worker() -> None:

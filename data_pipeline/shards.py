@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import struct
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,28 +18,54 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import DataError
-from .files import atomic_write, create, flush_to_disk, sha256_file, temporary_name
+from .files import atomic_write, create, flush_to_disk, sha256_file, sync_directory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# A flipped bit is found in one of these, and a shard of 2 GiB takes 4 KiB of checksums in the manifest.
+CHECKSUM_BLOCK_BYTES = 1 << 22
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+LENGTHS_OFFSET_BYTES = _HEADER.size  # in .idx
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK_DOCUMENTS = 1 << 20
 
 
+class SourceRange(BaseModel):
+    """Consecutive records of one input file: `records` of them from number `first` on.
+
+    A record is a line that is not blank, a Parquet row or a whole text file. `skipped` of them have no tokens and
+    `malformed` ones hold no document; the others are documents of the shard. `source` numbers Manifest.sources.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: int
+    first: int
+    records: int
+    skipped: int = 0
+    malformed: int = 0
+
+
 class ShardEntry(BaseModel):
-    """One shard in a manifest. `name` is the file stem beside the manifest."""
+    """One shard in a manifest. `name` is the file stem beside the manifest.
+
+    `text_bytes` are those of its documents' texts, in UTF-8. `bin_crc32` holds 8 hexadecimal digits for every
+    CHECKSUM_BLOCK_BYTES of the .bin. `sources` say where its documents come from, in their order.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     documents: int
     tokens: int
+    text_bytes: int | None = None
     bin_bytes: int
     bin_sha256: str
+    bin_crc32: str = ""
     idx_sha256: str
+    sources: list[SourceRange] = []
 
 
 class TokenizerEntry(BaseModel):
@@ -47,9 +74,22 @@ class TokenizerEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     path: str
+    kind: str = "sentencepiece"
     sha256: str
     vocab_size: int
     eos_id: int
+
+
+class SourceEntry(BaseModel):
+    """One input file: its path or URL, stored bytes, and its records as in SourceRange."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    size_bytes: int | None = None
+    records: int | None = None
+    skipped: int = 0
+    malformed: int = 0
 
 
 class Manifest(BaseModel):
@@ -61,8 +101,9 @@ class Manifest(BaseModel):
     tokenizer: TokenizerEntry
     shards: list[ShardEntry]
     skipped_documents: int
-    sources: list[str]
-    options: dict[str, str | int | bool]
+    malformed_documents: int = 0
+    sources: list[SourceEntry]
+    options: dict[str, str | int | bool | None]
 
 
 @dataclass(frozen=True)
@@ -79,8 +120,43 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
+def narrow_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Integer ids [n] in the dtype of shards. Raises DataError for an id that is not in the vocabulary."""
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise DataError(
+            f"token id {bad} is outside the vocabulary of {vocab_size}; use the tokenizer with that vocabulary"
+        )
+    return ids.astype(token_dtype(vocab_size), copy=False)
+
+
+class _Checksums:
+    """SHA-256 of all bytes and CRC-32 of each block, taken as they pass."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._blocks: list[int] = []
+        self._size_bytes = 0
+
+    def update(self, content: memoryview) -> None:
+        self._sha256.update(content)
+        while content:
+            room = CHECKSUM_BLOCK_BYTES - self._size_bytes % CHECKSUM_BLOCK_BYTES
+            if room == CHECKSUM_BLOCK_BYTES:
+                self._blocks.append(0)
+            self._blocks[-1] = zlib.crc32(content[:room], self._blocks[-1])
+            self._size_bytes += len(content[:room])
+            content = content[room:]
+
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def crc32(self) -> str:
+        return "".join(f"{block:08x}" for block in self._blocks)
+
+
 class ShardWriter:
-    """Writes one shard, a document at a time, under temporary names until `commit`.
+    """Writes one shard under temporary names until `commit`. One process at a time may write a shard.
 
     Memory grows by 4 bytes a document. The owner calls `finish` and `commit`, or `discard`.
     """
@@ -92,34 +168,40 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._lengths = array("i")
         self._paths = {extension: Path(f"{prefix}.{extension}") for extension in ("bin", "idx")}
-        self._hash = hashlib.sha256()
-        self._bin = create(temporary_name(self._paths["bin"]))
+        self._checksums = _Checksums()
+        self._bin = create(temporary_shard_file(self._paths["bin"]))
 
     def add(self, tokens: np.ndarray | list[int]) -> None:
         """Append one document of integer ids [tokens]. Raises DataError for no tokens and ids not in the vocabulary."""
         ids = np.asarray(tokens)
-        document = len(self._lengths)
-        if ids.size == 0:
-            raise DataError(f"document {document} of {self._prefix} has no tokens; leave it out")
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= self._vocab_size:
-            bad = lowest if lowest < 0 else highest
-            raise DataError(
-                f"document {document} of {self._prefix}: token id {bad} is outside the vocabulary of "
-                f"{self._vocab_size}; use the tokenizer with that vocabulary"
-            )
-        content = ids.astype(self._dtype).tobytes()
+        self.add_documents(ids, np.array([ids.size]))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents of `lengths` [documents] whose integer ids [sum of lengths] lie in a row.
+
+        Raises DataError for a document without tokens and ids not in the vocabulary.
+        """
+        if not lengths.all():
+            number = len(self._lengths) + int(np.argmin(lengths))
+            raise DataError(f"document {number} of {self._prefix} has no tokens; leave it out")
+        try:
+            content = memoryview(narrow_ids(tokens, self._vocab_size)).cast("B")
+        except DataError as error:
+            bad = int(np.argmax((tokens < 0) | (tokens >= self._vocab_size)))
+            number = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), bad, side="right"))
+            raise DataError(f"document {number} of {self._prefix}: {error}") from None
         self._bin.write(content)
-        self._hash.update(content)
-        self._lengths.append(ids.size)
-        self.tokens += ids.size
+        self._checksums.update(content)
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self.tokens += tokens.size
 
     def finish(self) -> ShardEntry:
         """Complete both files, still under their temporary names."""
         flush_to_disk(self._bin)
         bin_bytes = self._bin.tell()
         self._bin.close()
-        with create(temporary_name(self._paths["idx"])) as file:
+        idx = temporary_shard_file(self._paths["idx"])
+        with create(idx) as file:
             for content in self._index_parts():
                 file.write(content)
             flush_to_disk(file)
@@ -128,20 +210,22 @@ class ShardWriter:
             documents=len(self._lengths),
             tokens=self.tokens,
             bin_bytes=bin_bytes,
-            bin_sha256=self._hash.hexdigest(),
-            idx_sha256=sha256_file(temporary_name(self._paths["idx"])),
+            bin_sha256=self._checksums.sha256(),
+            bin_crc32=self._checksums.crc32(),
+            idx_sha256=sha256_file(idx),
         )
 
     def commit(self) -> None:
-        """Move both files to their names, replacing what is there."""
+        """Move both files to their names, replacing what is there; the .idx, without which no reader starts, last."""
         for path in self._paths.values():
-            os.replace(temporary_name(path), path)
+            os.replace(temporary_shard_file(path), path)
+        sync_directory(self._paths["bin"].parent)
 
     def discard(self) -> None:
         """Remove what has not been committed."""
         self._bin.close()
         for path in self._paths.values():
-            temporary_name(path).unlink(missing_ok=True)
+            temporary_shard_file(path).unlink(missing_ok=True)
 
     def _index_parts(self) -> Iterator[bytes]:
         # In chunks, because pointers and document numbers of all documents at once would be 4 times the lengths.
@@ -153,6 +237,11 @@ class ShardWriter:
         for start in range(0, len(lengths) + 1, _CHUNK_DOCUMENTS):
             stop = min(start + _CHUNK_DOCUMENTS, len(lengths) + 1)
             yield np.arange(start, stop, dtype=np.int64).tobytes()
+
+
+def temporary_shard_file(path: Path) -> Path:
+    """Where a shard's file grows. Without the process in its name, so that the next attempt replaces a killed one's."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _pointer_chunks(lengths: np.ndarray, *, itemsize: int) -> Iterator[np.ndarray]:
@@ -227,11 +316,13 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     path = manifest_path(prefix)
     try:
         record = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the manifest {path} ({error}); preprocess the data again") from error
     version = record.get("format_version") if isinstance(record, dict) else None
+    if version == 1:
+        record, version = _from_version_1(record), FORMAT_VERSION
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format_version {version!r} and this program reads {FORMAT_VERSION}; "
@@ -243,6 +334,14 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: {where}: {first['msg']}; preprocess the data again") from error
+
+
+def _from_version_1(record: dict) -> dict:
+    """Version 1 knew the inputs' names only, and neither block checksums nor where a document came from."""
+    sources = record.get("sources")
+    if isinstance(sources, list):
+        record = {**record, "sources": [{"path": path} for path in sources]}
+    return {**record, "format_version": FORMAT_VERSION}
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:

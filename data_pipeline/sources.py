@@ -1,77 +1,116 @@
-"""The shards behind a DataConfig, checked, with what identifies their content and where the held-out part begins."""
+"""The sources of a run: their checked shards, their shares of the samples, and what identifies their content."""
 
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from .config import DataConfig
+from .errors import DataError
 from .files import sha256_file
-from .shards import Manifest, ShardEntry, ShardIndex, check_shard, read_manifest, shard_prefixes
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A checked shard. `content` changes whenever its tokens do; the first `train_documents` are trained on."""
-
-    index: ShardIndex
-    content: str
-    train_documents: int
-
-    @property
-    def prefix(self) -> str:
-        """Path prefix of the .bin and .idx files."""
-        return self.index.prefix
-
-    def documents(self, *, held_out: bool) -> range:
-        """Numbers of the documents of the held-out or of the training part."""
-        documents = len(self.index.lengths)
-        return range(self.train_documents, documents) if held_out else range(self.train_documents)
-
-    def tokens(self, *, held_out: bool) -> int:
-        """Tokens in the held-out or in the training part."""
-        part = self.documents(held_out=held_out)
-        return int(self.index.lengths[part.start : part.stop].sum(dtype=np.int64))
-
-    def read(self, *, held_out: bool, limit_tokens: int | None = None) -> np.ndarray:
-        """Tokens [n] of one part in document order, at most `limit_tokens`, as a read-only memory map."""
-        tokens = np.memmap(f"{self.prefix}.bin", dtype=self.index.dtype, mode="r")
-        boundary = self.tokens(held_out=False)
-        part = tokens[boundary:] if held_out else tokens[:boundary]
-        return part[:limit_tokens]
+from .shard_index import IndexRequest, Shard, check_ids, indexed_shards
+from .shards import TokenizerEntry, read_manifest
+from .token_stream import TokenStream
 
 
 @dataclass(frozen=True)
 class Source:
-    """One prefix: its shards and, where it was preprocessed by this package, its manifest."""
+    """One prefix. `name` is short and no other source's; `tokenizer` is None where there is no manifest."""
 
     prefix: str
-    manifest: Manifest | None
+    name: str
+    weight: float
+    validation_fraction: float
+    tokenizer: TokenizerEntry | None
     shards: list[Shard]
 
+    def tokens(self, *, held_out: bool) -> int:
+        """Tokens in the held-out or in the training part."""
+        train = sum(shard.train_tokens for shard in self.shards)
+        return sum(shard.tokens for shard in self.shards) - train if held_out else train
 
-def open_sources(config: DataConfig) -> list[Source]:
-    """Check and open every shard of `config.train`. Raises DataError for missing or damaged files."""
-    return [_open_source(prefix, config.validation_fraction) for prefix in config.prefixes]
+    def stream(self, *, held_out: bool) -> TokenStream:
+        """The held-out or the training part, in stored order."""
+        return TokenStream(self.shards, held_out=held_out)
+
+    def content(self) -> str:
+        """Hexadecimal SHA-256 over the tokens and the documents of all shards in order."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.content}\n".encode())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this source, as JSON."""
+        return {
+            "prefix": self.prefix,
+            "weight": self.weight,
+            "validation_fraction": self.validation_fraction,
+            "content": self.content(),
+        }
 
 
-def _open_source(prefix: str, validation_fraction: float) -> Source:
-    manifest = read_manifest(prefix)
-    prefixes = shard_prefixes(prefix)
-    entries = manifest.shards if manifest else [None] * len(prefixes)
-    shards = []
-    for shard_prefix, entry in zip(prefixes, entries, strict=True):
-        index = check_shard(shard_prefix, entry)
-        documents = len(index.lengths)
-        # At least one document is held out, but never the only one.
-        held_out = min(documents - 1, max(1, round(validation_fraction * documents)))
-        shards.append(Shard(index, _content(shard_prefix, entry), train_documents=documents - held_out))
-    return Source(prefix, manifest, shards)
+def open_sources(config: DataConfig, *, progress: Callable[[str, int, int | None], None] | None = None) -> list[Source]:
+    """Every source of `config.train`, through its index; what the index lacks is checked first, once.
+
+    `progress` receives (shards checked, shards) while the index of a source is made.
+    Raises DataError for missing or damaged files.
+    """
+    names = _names(config.prefixes)
+    sources = []
+    weights = config.weights or [None] * len(names)
+    for prefix, weight, fraction in zip(config.prefixes, weights, config.validation_fractions, strict=True):
+        request = IndexRequest(prefix, fraction, config.verify, config.cache_path)
+        shards = indexed_shards(request, progress=progress)
+        manifest = read_manifest(prefix)
+        train_tokens = float(sum(shard.train_tokens for shard in shards))
+        sources.append(
+            Source(
+                prefix=prefix,
+                name=names[prefix],
+                weight=train_tokens if weight is None else weight,
+                validation_fraction=fraction,
+                tokenizer=manifest.tokenizer if manifest else None,
+                shards=shards,
+            )
+        )
+    return sources
 
 
-def _content(prefix: str, entry: ShardEntry | None) -> str:
-    if entry:
-        return f"{entry.idx_sha256} {entry.bin_sha256}"
-    # Hashing a .bin of another tool could take an hour; its size and time change with it in practice.
-    status = Path(f"{prefix}.bin").stat()
-    return f"{sha256_file(Path(f'{prefix}.idx'))} {status.st_size} {status.st_mtime_ns}"
+def _names(prefixes: list[str]) -> dict[str, str]:
+    """The last part of each path, or all of it where two sources end alike."""
+    times = Counter(Path(prefix).name for prefix in prefixes)
+    return {prefix: Path(prefix).name if times[Path(prefix).name] == 1 else prefix for prefix in prefixes}
+
+
+def check_vocabulary(config: DataConfig, sources: Sequence[Source], *, vocab_size: int) -> None:
+    """Check that every id of the data is below `vocab_size`, and that all prefixes have the same tokenizer.
+
+    Raises DataError naming the prefix or the shard, the byte and both numbers.
+    """
+    _check_tokenizers(config, {source.prefix: source.tokenizer.sha256 for source in sources if source.tokenizer})
+    for source in sources:
+        tokenizer = source.tokenizer
+        if tokenizer and tokenizer.vocab_size > vocab_size:
+            raise DataError(
+                f"model.vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer "
+                f"{Path(source.prefix).parent / tokenizer.path} that made {source.prefix}; "
+                f"set model.vocab_size to at least {tokenizer.vocab_size}"
+            )
+        for shard in source.shards:
+            if shard.ids:
+                check_ids(shard.prefix, shard.ids, vocab_size=vocab_size, of="model.vocab_size")
+
+
+def _check_tokenizers(config: DataConfig, made_by: dict[str, str]) -> None:
+    if config.tokenizer and Path(config.tokenizer).is_file():
+        made_by = {f"data.tokenizer {config.tokenizer}": sha256_file(Path(config.tokenizer)), **made_by}
+    names = list(made_by)
+    for name in names[1:]:
+        if made_by[name] != made_by[names[0]]:
+            raise DataError(
+                f"{names[0]} and {name} belong to different tokenizers, so that their ids mean different text; "
+                "preprocess all data with one tokenizer"
+            )

@@ -16,7 +16,6 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.heads import HeadShare, share_heads
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import Kernels
-from sambalm.model.ops.window_attention import apply_rotary
 from sambalm.model.sequence_scan import context_parallel_scan
 from sambalm.parallel.context_parallel import TokensBefore
 from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
@@ -24,7 +23,7 @@ from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    column_parallel_linear,
+    column_parallel_parts,
     copy_to_region,
     reduce_from_region,
     replicated_weight,
@@ -35,7 +34,7 @@ from sambalm.parallel.tensor_parallel import (
 class SequenceContext:
     """What the sublayers need to know of the batch besides its activations."""
 
-    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [(B, 1,) S, head dim / 2]
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]
     cp: ContextParallel  # where this rank's part of the sequence lies
     documents: Documents | None = None  # of packed sequences, where states and attention end with them
 
@@ -75,10 +74,12 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         x_SBD, z_SBD = self.in_proj(x)
-        u_BSD = self.conv(x_SBD.transpose(0, 1), context)
-        dt, B, C = self.x_proj(u_BSD).split(self.state_sizes, dim=-1)
-        dt_BSD, dt_bias = self.dt_proj(dt)
-        A, z_BSD, resets = -torch.exp(self.A_log), z_SBD.transpose(0, 1), context.resets
+        u_SBD = self.conv(x_SBD.transpose(0, 1), context).transpose(0, 1)
+        # Projections take the memory's order; of another view they would make a copy.
+        dt, B, C = self.x_proj(u_SBD).split(self.state_sizes, dim=-1)
+        dt, dt_bias = self.dt_proj(dt)
+        u_BSD, dt_BSD, B, C, z_BSD = (t.transpose(0, 1) for t in (u_SBD, dt, B, C, z_SBD))
+        A, resets = -torch.exp(self.A_log), context.resets
         scan = partial(self.kernels.scan, u_BSD, dt_BSD, A, B, C, D=self.D, z=z_BSD, dt_bias=dt_bias, resets=resets)
         y_BSD = context_parallel_scan(scan, dt=dt_BSD, A=A, dt_bias=dt_bias, resets=resets, cp=context.cp)
         return self.out_proj(y_BSD.transpose(0, 1))
@@ -118,8 +119,8 @@ class StateProjection(nn.Module):
         self.tp = tp
         self.weight = sharded_parameter((out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1)
 
-    def forward(self, u_BSD: Tensor) -> Tensor:
-        partial = F.linear(u_BSD, self.weight.to(u_BSD.dtype))
+    def forward(self, u: Tensor) -> Tensor:
+        partial = F.linear(u, self.weight.to(u.dtype))
         return copy_to_region(reduce_from_region(partial, self.tp), self.tp)
 
 
@@ -153,7 +154,7 @@ class QKVProjection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = torch.cat((self.query.to(x.dtype), copy_to_region(self.key_value, self.copies).to(x.dtype)))
-        return column_parallel_linear(x, weight, self.tp).split(self.local_sizes, dim=-1)
+        return column_parallel_parts(x, weight, self.tp, sizes=self.local_sizes)
 
 
 class WindowAttention(nn.Module):
@@ -163,12 +164,14 @@ class WindowAttention(nn.Module):
         super().__init__()
         width, share = config.hidden_size, share_heads(config, tp)
         self.head_dim, self.window, self.kernel = config.head_dim, config.window, kernels.attention
+        self.rotary = kernels.elementwise.rotary
         self.qkv_proj = QKVProjection(config, share, tp=tp)
         self.o_proj = RowParallelLinear(share.query, width, tp=tp, init=init.residual_linear(width, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q_BHSd, k_BHSd, v_BHSd = (t.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for t in self.qkv_proj(x))
-        q_BHSd, k_BHSd = (apply_rotary(t, *context.rotary) for t in (q_BHSd, k_BHSd))
+        q_SBHd, k_SBHd, v_SBHd = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
+        q_SBHd, k_SBHd = (self.rotary(t, *context.rotary) for t in (q_SBHd, k_SBHd))
+        q_BHSd, k_BHSd, v_BHSd = (t.permute(1, 2, 0, 3) for t in (q_SBHd, k_SBHd, v_SBHd))
         if context.cp.size == 1:
             y_SBHd = self._attend(q_BHSd, k_BHSd, v_BHSd, context, first=0)
         else:
@@ -204,9 +207,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         width, inner = config.hidden_size, cut(config.mlp_size, tp)
+        self.kernel = kernels.elementwise.swiglu
         self.gate_up_proj = ColumnParallelLinear(width, {"gate": inner, "up": inner}, tp=tp, init=init.linear(width))
         self.down_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner.size, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        gate, up = self.gate_up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.kernel(self.gate_up_proj.whole(x)))

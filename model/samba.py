@@ -68,6 +68,7 @@ class Samba(nn.Module):
         super().__init__()
         layers = range(len(config.pattern)) if layers is None else layers
         self.config, self.tp, self.cp, self.dtype, self.recompute_layers = config, tp, cp, dtype, recompute_layers
+        self.token_losses = kernels.elementwise.token_losses
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(config.pattern)
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = VocabParallelEmbedding(
@@ -122,14 +123,14 @@ class Samba(nn.Module):
         logits = self.head(self.final_norm(x))
         if labels is None:
             return logits.transpose(0, 1)
-        return cross_entropy(logits, labels.t(), self.tp).t()
+        return cross_entropy(logits, labels.t(), self.tp, token_losses=self.token_losses).t()
 
     def _context(self, tokens: Tensor, document_starts: Tensor | None) -> SequenceContext:
         first = self.cp.rank * tokens.shape[1]
         documents = None if document_starts is None else Documents(document_starts, first)
         if documents:
-            positions = documents.positions.unsqueeze(1)  # the same for all heads
+            positions = documents.positions.t()
         else:
-            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        rotary = rotary_tables(positions, head_dim=self.config.head_dim, base=self.config.rope_base)
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(1)
+        rotary = rotary_tables(positions.unsqueeze(2), head_dim=self.config.head_dim, base=self.config.rope_base)
         return SequenceContext(rotary=rotary, cp=self.cp, documents=documents)

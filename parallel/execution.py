@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
 from sambalm.parallel.state import World
-from sambalm.parallel.zero import Engine
+from sambalm.parallel.zero import Engine, set_accumulation
 
 
 class Execution(Protocol):
@@ -31,7 +31,10 @@ class WholeModel:
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         losses = []
-        for batch in micro_batches:
+        set_accumulation(self.engine, len(micro_batches))
+        for number, batch in enumerate(micro_batches, start=1):
+            # The engine would count micro-batches over all steps, which goes wrong once steps differ in size.
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = self._forward(batch).mean()
             self.engine.backward(loss)
             self.engine.step()

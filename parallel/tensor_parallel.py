@@ -4,7 +4,7 @@ Weights are fp32 and are cast to the input's dtype where they are used: they are
 activations [sequence, batch, width], as megatron-core's sequence parallelism needs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,36 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Ten
     )
 
 
+class _LinearInParts(torch.autograd.Function):
+    """x @ weight.T cut into parts. The backward takes their gradients as they lie, without joining them first."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        return F.linear(x, weight).split(sizes, dim=-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        grad_x, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        weights, found = weight.split(ctx.sizes), grad_weight.split(ctx.sizes)
+        for number, gradient in enumerate(gradients):
+            gradient = gradient.reshape(-1, gradient.shape[-1])
+            torch.addmm(grad_x, gradient, weights[number], beta=min(number, 1), out=grad_x)
+            torch.mm(gradient.t(), rows, out=found[number])
+        return grad_x.view_as(x), grad_weight, None
+
+
+def column_parallel_parts(x: Tensor, weight: Tensor, tp: TensorParallel, *, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """`column_parallel_linear`, its result cut into parts of so many of the rank's features."""
+    if tp.size == 1:
+        return _LinearInParts.apply(x, weight.to(x.dtype), sizes)
+    return column_parallel_linear(x, weight, tp).split(sizes, dim=-1)
+
+
 class ColumnParallelLinear(nn.Module):
     """A linear layer without bias whose output features are cut over ranks.
 
@@ -86,7 +116,11 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
-        return column_parallel_linear(x, self.weight, self.tp).split(self.local_sizes, dim=-1)
+        return column_parallel_parts(x, self.weight, self.tp, sizes=self.local_sizes)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The same as one tensor, the parts one after the other in its last dimension."""
+        return column_parallel_linear(x, self.weight, self.tp)
 
 
 class RowParallelLinear(nn.Module):
@@ -133,16 +167,19 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_region(partial, self.tp)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, tp: TensorParallel) -> Tensor:
-    """Negative log-likelihood of each label in fp32; consumes fp32 logits (they are overwritten).
+def cross_entropy(
+    logits: Tensor, labels: Tensor, tp: TensorParallel, *, token_losses: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Negative log-likelihood of each label in fp32.
 
     Args:
         logits: [sequence, batch, vocabulary / tp].
         labels: int64 [sequence, batch].
+        token_losses: of logits [tokens, vocabulary] and labels [tokens], for a process that has the whole vocabulary.
 
     Returns:
         fp32 [sequence, batch].
     """
     if tp.size == 1:
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+        return token_losses(logits.flatten(0, 1), labels.flatten()).view_as(labels)
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.contiguous())

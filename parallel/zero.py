@@ -55,24 +55,21 @@ def zero_engine(
     world: World,
     zero_stage: int,
     micro_batch_size: int,
-    accumulation_steps: int,
     clip_norm: float,
     done_steps: int = 0,
 ) -> Engine:
     """Puts this rank's parts of the model, whose weights are already set, under ZeRO.
 
     The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. On a pipeline the gradients
-    come from its schedule, and the engine's step() alone reduces them; else call the engine, its backward() and step()
-    for each micro-batch.
+    come from its schedule, and the engine's step() alone reduces them; else call `set_accumulation` for each step, and
+    the engine, its backward() and step() for each micro-batch.
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     pipelined = world.pipeline.size > 1
-    engine_steps = 1 if pipelined else accumulation_steps
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": engine_steps,
-        "train_batch_size": micro_batch_size * engine_steps * world.replica_size,
+        "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": not pipelined,
         "gradient_clipping": clip_norm,
         "zero_optimization": {"stage": zero_stage},
@@ -85,6 +82,11 @@ def zero_engine(
     )
     _create_moments(engine, done_steps=done_steps)
     return engine
+
+
+def set_accumulation(engine: Engine, micro_batches: int) -> None:
+    """Says how many micro-batches of each rank the next step has; gradients are means over them."""
+    engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
 
 
 def _create_moments(engine: Engine, *, done_steps: int) -> None:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
+from sambalm.model.durable_files import flush, write_json
 from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError
 
 FORMAT_VERSION = 1
@@ -160,28 +161,11 @@ def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))})
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON and flushes it to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def commit(partial: Path, final: Path) -> None:
     """Gives a complete folder its final name, in one step and durably; replaces what an earlier attempt left there."""
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    sync_folder(final.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames within a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(final.parent)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -14,10 +15,12 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.heads import kv_copies
 from sambalm.model.ops.kernels import KernelConfig
 from sambalm.parallel.config import ParallelConfig, check_world_size
+from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
 
 FORMAT_VERSION = 1
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of train.precision
 
 
 class RunSection(BaseModel):
@@ -39,6 +42,9 @@ class TrainSection(BaseModel):
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run")
     global_batch_tokens: int = Field(gt=0, description="Tokens of one optimizer step over all ranks")
+    batch_ramp: BatchRamp | None = Field(
+        None, description="Smaller global batches at first; null: train.global_batch_tokens from the first step on"
+    )
     micro_batch_size: int = Field(gt=0, description="Sequences of one forward and backward pass on one rank")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Of activations and matrix products; weights, gradients, optimizer and losses are fp32"
@@ -94,27 +100,55 @@ class RunConfig(BaseModel):
     def global_batch_samples(self) -> int:
         return self.train.global_batch_tokens // self.data.sequence_length
 
+    @property
+    def batch_schedule(self) -> BatchSchedule:
+        final, length, ramp = self.global_batch_samples, self.data.sequence_length, self.train.batch_ramp
+        if ramp is None:
+            return BatchSchedule(final=final, start=final, increment=final, ramp_samples=0)
+        return BatchSchedule(
+            final=final,
+            start=ramp.start_tokens // length,
+            increment=ramp.increment_tokens // length,
+            ramp_samples=-(-ramp.ramp_tokens // length),
+        )
+
+    @property
+    def run_tokens(self) -> int:
+        """Training tokens of the whole run."""
+        return self.batch_schedule.consumed_samples(self.train.steps) * self.data.sequence_length
+
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError or ParallelError unless the run fits a number of processes."""
         check_world_size(self.parallel, world_size=world_size)
-        micro_batches = self.accumulation_steps(data_size=world_size // self.parallel.model_ranks)
-        if self.parallel.virtual_pipeline > 1 and micro_batches % self.parallel.pipeline:
-            raise ConfigError(
-                f"parallel.virtual_pipeline is {self.parallel.virtual_pipeline}, which takes micro-batches in rounds "
-                f"of parallel.pipeline {self.parallel.pipeline}, and a step has {micro_batches} on each rank: change "
-                "train.global_batch_tokens or train.micro_batch_size so that it is a multiple"
-            )
+        data_size = world_size // self.parallel.model_ranks
+        for batch_samples in reversed(self.batch_schedule.sizes()):
+            micro_batches = self.accumulation_steps(data_size=data_size, batch_samples=batch_samples)
+            if self.parallel.virtual_pipeline > 1 and micro_batches % self.parallel.pipeline:
+                raise ConfigError(
+                    f"parallel.virtual_pipeline is {self.parallel.virtual_pipeline}, which takes micro-batches in "
+                    f"rounds of parallel.pipeline {self.parallel.pipeline}, and a step has {micro_batches} on each "
+                    f"rank: change {self._batch_key(batch_samples)} or train.micro_batch_size so that it is a multiple"
+                )
 
-    def accumulation_steps(self, *, data_size: int) -> int:
-        """Micro-batches of one rank in a step. Raises ConfigError when the global batch cannot be cut so."""
-        samples = self.train.micro_batch_size * data_size
-        if self.global_batch_samples % samples:
+    def accumulation_steps(self, *, data_size: int, batch_samples: int | None = None) -> int:
+        """Micro-batches of one rank in a step of `batch_samples`, by default of the whole global batch.
+
+        Raises ConfigError when the batch cannot be cut so.
+        """
+        batch_samples = batch_samples or self.global_batch_samples
+        samples, length = self.train.micro_batch_size * data_size, self.data.sequence_length
+        if batch_samples % samples:
             raise ConfigError(
-                f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
+                f"{self._batch_key(batch_samples)} is {batch_samples * length}, which is not a multiple of "
                 f"train.micro_batch_size {self.train.micro_batch_size} x data.sequence_length "
-                f"{self.data.sequence_length} x {data_size} data-parallel ranks = {samples * self.data.sequence_length}"
+                f"{length} x {data_size} data-parallel ranks = {samples * length}"
             )
-        return self.global_batch_samples // samples
+        return batch_samples // samples
+
+    def _batch_key(self, batch_samples: int) -> str:
+        """What a message calls a global batch: the key, and of a batch within the ramp how that leads to it."""
+        final = batch_samples == self.global_batch_samples
+        return "train.global_batch_tokens" if final else "a global batch of train.batch_ramp"
 
     @model_validator(mode="after")
     def _check_together(self) -> "RunConfig":
@@ -123,6 +157,7 @@ class RunConfig(BaseModel):
                 f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
                 f"data.sequence_length {self.data.sequence_length}"
             )
+        self._check_batch_ramp()
         self._check_tensor_parallelism()
         self._check_sequence_cuts()
         layers = self.parallel.pipeline_layers
@@ -137,6 +172,24 @@ class RunConfig(BaseModel):
                 f"{len(self.model.pattern)} sublayers: make them equal"
             )
         return self
+
+    def _check_batch_ramp(self) -> None:
+        ramp, length = self.train.batch_ramp, self.data.sequence_length
+        if ramp is None:
+            return
+        for key in ("start_tokens", "increment_tokens"):
+            if getattr(ramp, key) % length:
+                raise ValueError(
+                    f"train.batch_ramp.{key} is {getattr(ramp, key)}, which is not a multiple of data.sequence_length "
+                    f"{length}"
+                )
+        growth_tokens = self.train.global_batch_tokens - ramp.start_tokens
+        if growth_tokens <= 0 or growth_tokens % ramp.increment_tokens:
+            raise ValueError(
+                f"train.batch_ramp.increment_tokens is {ramp.increment_tokens}, which does not lead from "
+                f"train.batch_ramp.start_tokens {ramp.start_tokens} to train.global_batch_tokens "
+                f"{self.train.global_batch_tokens}: their difference must be a multiple of it"
+            )
 
     def _check_tensor_parallelism(self) -> None:
         ranks, model = self.parallel.tensor, self.model

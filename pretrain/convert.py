@@ -5,22 +5,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.config import DataConfig
-from sambalm.data_pipeline.documents import expand_inputs, read_documents
+from sambalm.data_pipeline.documents import read_documents
+from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpoint import Checkpoint, newest_checkpoint
-from sambalm.pretrain.config import RunConfig, parse_config
+from sambalm.pretrain.config import DTYPES, RunConfig, parse_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.metrics_file import read_metrics
 
 VERIFIED_DOCUMENTS = 1000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def checkpoint_to_hf(
@@ -66,7 +65,7 @@ def _documents(pattern: str | None, data: DataConfig, tokenizer: Tokenizer) -> l
     texts = (
         stored_documents(data, tokenizer)
         if pattern is None
-        else (document.text for path in expand_inputs([pattern]) for document in read_documents(path))
+        else (document.text for file in expand_inputs([pattern]) for document in read_documents(file))
     )
     return list(itertools.islice(texts, VERIFIED_DOCUMENTS))
 

@@ -25,6 +25,8 @@ PLAIN_LINE_EVERY_S = 10.0
 class StepResult:
     """One optimizer step, as all ranks see it."""
 
+    tokens: int  # of the run so far
+    batch_tokens: int
     loss: float  # mean over the global batch, nats per token
     grad_norm: float  # before clipping
     lr: float
@@ -66,11 +68,9 @@ class RunReport:
         """Records a finished step and the validation after it, if any."""
         if not self._main:
             return
-        batch_tokens = self._config.train.global_batch_tokens
-        tokens_per_second = batch_tokens / result.step_time_s
+        tokens_per_second = result.batch_tokens / result.step_time_s
         record = {
             "step": step,
-            "tokens": step * batch_tokens,
             **asdict(result),
             "tokens_per_second": tokens_per_second,
             **validation,

@@ -10,6 +10,7 @@ from sambalm.pretrain.config import RunConfig, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import Hardware
+from sambalm.pretrain.plan_kernels import KernelNames, planned_kernels
 from sambalm.pretrain.plan_memory import RankMemory, rank_memory, stage_parameters
 from sambalm.pretrain.plan_time import StepTime, step_time
 
@@ -44,7 +45,7 @@ class Plan:
 
     @property
     def run_days(self) -> float:
-        return self.config.train.steps * self.time.total_s / DAY_S
+        return self.days_to(self.config.run_tokens)
 
     def days_to(self, tokens: float) -> float:
         return tokens / self.tokens_per_s / DAY_S
@@ -65,17 +66,21 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
     Raises:
         ConfigError: no layout is allowed, or none fits; the message says by how much.
     """
-    limit_bytes = memory_gib * GIB * USABLE_SHARE
+    limit_bytes, kernels = memory_gib * GIB * USABLE_SHARE, planned_kernels(config)
     best: dict[ParallelConfig, Plan] = {}
     smallest: tuple[int, RunConfig] | None = None
+    full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
     for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
-        stages = stage_memories(candidate, world_size=world_size)
+        if candidate.parallel == full:
+            continue
+        stages = stage_memories(candidate, world_size=world_size, kernels=kernels)
         needed = max(memory.total_bytes for memory in stages)
         if smallest is None or needed < smallest[0]:
             smallest = needed, candidate
         if needed > limit_bytes:
+            full = candidate.parallel
             continue
-        plan = _plan(candidate, stages, world_size=world_size, hardware=hardware)
+        plan = _plan(candidate, stages, world_size=world_size, hardware=hardware, kernels=kernels)
         key = candidate.parallel.model_copy(update={"recompute": "none"})
         if key not in best or plan.time.total_s < best[key].time.total_s:
             best[key] = plan
@@ -93,25 +98,28 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
     return sorted(best.values(), key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))
 
 
-def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware) -> Plan:
-    """The estimates of a config's own layout."""
-    stages = stage_memories(config, world_size=world_size)
-    return _plan(config, stages, world_size=world_size, hardware=hardware)
+def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames | None = None) -> Plan:
+    """The estimates of a config's own layout, with given kernels or those that it would run with."""
+    kernels = kernels or planned_kernels(config)
+    stages = stage_memories(config, world_size=world_size, kernels=kernels)
+    return _plan(config, stages, world_size=world_size, hardware=hardware, kernels=kernels)
 
 
-def stage_memories(config: RunConfig, *, world_size: int) -> tuple[RankMemory, ...]:
+def stage_memories(config: RunConfig, *, world_size: int, kernels: KernelNames) -> tuple[RankMemory, ...]:
     """The fullest rank of each pipeline stage."""
     stages = range(config.parallel.pipeline)
-    return tuple(rank_memory(config, stage=stage, world_size=world_size) for stage in stages)
+    return tuple(rank_memory(config, stage=stage, world_size=world_size, kernels=kernels) for stage in stages)
 
 
-def _plan(config: RunConfig, stages: tuple[RankMemory, ...], *, world_size: int, hardware: Hardware) -> Plan:
+def _plan(
+    config: RunConfig, stages: tuple[RankMemory, ...], *, world_size: int, hardware: Hardware, kernels: KernelNames
+) -> Plan:
     transfers = [step_transfers(config, stage=stage, world_size=world_size) for stage in range(len(stages))]
     return Plan(
         config=config,
         world_size=world_size,
         stages=stages,
-        time=step_time(config, transfers, world_size=world_size, hardware=hardware),
+        time=step_time(config, transfers, world_size=world_size, hardware=hardware, kernels=kernels),
         wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers),
     )
 
@@ -128,6 +136,7 @@ def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterato
         for recompute, size in itertools.product(("none", "selective", "full"), sizes):
             candidate = checked.model_copy(
                 update={
+                    "model": config.model,  # one object, which caches then know at once
                     "parallel": checked.parallel.model_copy(update={"recompute": recompute}),
                     "train": checked.train.model_copy(update={"micro_batch_size": size}),
                 }

@@ -42,6 +42,7 @@ class Transfer:
     operation: str
     ranks: int
     handed_bytes: float
+    messages: int
 
     @property
     def wire_bytes(self) -> float:
@@ -49,17 +50,19 @@ class Transfer:
 
 
 class _Ledger:
-    """Adds up bytes by dimension, operation and group size."""
+    """Adds up bytes and messages by dimension, operation and group size."""
 
     def __init__(self) -> None:
         self.handed: Counter[tuple[str, str, int]] = Counter()
+        self.messages: Counter[tuple[str, str, int]] = Counter()
 
-    def add(self, dimension: str, operation: str, ranks: int, handed_bytes: float) -> None:
-        if ranks > 1 and handed_bytes:
-            self.handed[dimension, operation, ranks] += handed_bytes
+    def add(self, dimension: str, operation: str, ranks: int, message_bytes: float, *, times: int) -> None:
+        if ranks > 1 and message_bytes:
+            self.handed[dimension, operation, ranks] += message_bytes * times
+            self.messages[dimension, operation, ranks] += times
 
     def transfers(self) -> list[Transfer]:
-        return [Transfer(*key, handed_bytes=handed) for key, handed in self.handed.items()]
+        return [Transfer(*key, handed_bytes=handed, messages=self.messages[key]) for key, handed in self.handed.items()]
 
 
 def step_transfers(config: RunConfig, *, stage: int, world_size: int) -> list[Transfer]:
@@ -85,25 +88,25 @@ def _tensor_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: in
     forwards = 2 if parallel.recompute == "full" else 1
     _linear_pair(ledger, config, forwards=forwards, passes=passes)
     if sequence:  # the norm's weight
-        ledger.add("tensor", "all-reduce", ranks, passes * model.hidden_size * FP32_BYTES)
+        ledger.add("tensor", "all-reduce", ranks, model.hidden_size * FP32_BYTES, times=passes)
     if letter == MAMBA:
         projected = a * tokens * (model.dt_rank_size + 2 * model.d_state)
-        ledger.add("tensor", "all-reduce", ranks, passes * (forwards + 1) * projected)
+        ledger.add("tensor", "all-reduce", ranks, projected, times=passes * (forwards + 1))
     if letter == ATTENTION and ranks > 1:
         copies, kv = kv_copies(model, ranks), local_sizes(model, letter, ranks).kv
-        ledger.add("tensor", "all-reduce", copies, passes * FP32_BYTES * 2 * kv * model.hidden_size)
+        ledger.add("tensor", "all-reduce", copies, FP32_BYTES * 2 * kv * model.hidden_size, times=passes)
 
 
 def _linear_pair(ledger: _Ledger, config: RunConfig, *, forwards: int, passes: int) -> None:
     """The column-parallel input and the row-parallel output of every sublayer."""
     ranks = config.parallel.tensor
-    whole = passes * _hidden_bytes(config)
+    whole = _hidden_bytes(config)
     if config.parallel.sequence:
         # Input: gathered forward and again backward, its gradient scattered. Output: scattered, its gradient gathered.
-        ledger.add("tensor", "all-gather", ranks, (forwards + 2) * whole / ranks)
-        ledger.add("tensor", "reduce-scatter", ranks, 2 * whole)
+        ledger.add("tensor", "all-gather", ranks, whole / ranks, times=passes * (forwards + 2))
+        ledger.add("tensor", "reduce-scatter", ranks, whole, times=passes * 2)
     else:
-        ledger.add("tensor", "all-reduce", ranks, 2 * whole)
+        ledger.add("tensor", "all-reduce", ranks, whole, times=passes * 2)
 
 
 def _hidden_bytes(config: RunConfig) -> int:
@@ -113,18 +116,18 @@ def _hidden_bytes(config: RunConfig) -> int:
 
 def _tensor_ends(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
     """The embedding's output, the head's input, and the loss's maximum, label and sum of each token in fp32."""
-    ranks, sequence, whole = config.parallel.tensor, config.parallel.sequence, micro_batches * _hidden_bytes(config)
+    ranks, sequence, whole = config.parallel.tensor, config.parallel.sequence, _hidden_bytes(config)
     if is_first(part, config.model):
-        ledger.add("tensor", "reduce-scatter" if sequence else "all-reduce", ranks, whole)
-        ledger.add("tensor", "all-gather", ranks, whole / ranks if sequence else 0)
+        ledger.add("tensor", "reduce-scatter" if sequence else "all-reduce", ranks, whole, times=micro_batches)
+        ledger.add("tensor", "all-gather", ranks, whole / ranks if sequence else 0, times=micro_batches)
     if is_last(part, config.model):
-        ledger.add("tensor", "all-reduce", ranks, micro_batches * 3 * FP32_BYTES * micro_batch_tokens(config))
+        ledger.add("tensor", "all-reduce", ranks, FP32_BYTES * micro_batch_tokens(config), times=3 * micro_batches)
         if sequence:
-            ledger.add("tensor", "all-gather", ranks, 2 * whole / ranks)
-            ledger.add("tensor", "reduce-scatter", ranks, whole)
-            ledger.add("tensor", "all-reduce", ranks, micro_batches * config.model.hidden_size * FP32_BYTES)
+            ledger.add("tensor", "all-gather", ranks, whole / ranks, times=2 * micro_batches)
+            ledger.add("tensor", "reduce-scatter", ranks, whole, times=micro_batches)
+            ledger.add("tensor", "all-reduce", ranks, config.model.hidden_size * FP32_BYTES, times=micro_batches)
         else:
-            ledger.add("tensor", "all-reduce", ranks, whole)
+            ledger.add("tensor", "all-reduce", ranks, whole, times=micro_batches)
 
 
 def _context_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: int) -> None:
@@ -135,14 +138,14 @@ def _context_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: i
     a, batch = ACTIVATION_BYTES[config.train.precision], config.train.micro_batch_size
     forwards = 2 if parallel.recompute == "full" else 1
     if letter == MAMBA:
-        states = passes * 2 * batch * size.channels * model.d_state * FP32_BYTES
-        ledger.add("context", "all-gather", ranks, forwards * states)
-        ledger.add("context", "reduce-scatter", ranks, ranks * states)
+        states = 2 * batch * size.channels * model.d_state * FP32_BYTES
+        ledger.add("context", "all-gather", ranks, states, times=passes * forwards)
+        ledger.add("context", "reduce-scatter", ranks, ranks * states, times=passes)
     halo, width = {MAMBA: (model.d_conv - 1, size.channels), ATTENTION: (model.window - 1, 2 * size.kv)}.get(
         letter, (0, 0)
     )
     tokens = _halo_tokens(halo, config=config, forwards=forwards)
-    ledger.add("context", "send", ranks, passes * a * batch * width * tokens)
+    ledger.add("context", "send", ranks, a * batch * width * tokens, times=passes)
 
 
 def _halo_tokens(halo: int, *, config: RunConfig, forwards: int) -> int:
@@ -157,7 +160,7 @@ def _pipeline(ledger: _Ledger, config: RunConfig, part: range, micro_batches: in
     """Outputs to the next part and gradients to the part before."""
     hidden = _hidden_bytes(config) // (config.parallel.tensor if config.parallel.sequence else 1)
     neighbours = (not is_first(part, config.model)) + (not is_last(part, config.model))
-    ledger.add("pipeline", "send", config.parallel.pipeline, micro_batches * neighbours * hidden)
+    ledger.add("pipeline", "send", config.parallel.pipeline, hidden, times=micro_batches * neighbours)
 
 
 def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int, micro_batches: int) -> None:
@@ -166,16 +169,18 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
     ranks = world_size // (parallel.tensor * parallel.pipeline)
     weights = stage_parameters(config, stage) * FP32_BYTES
     if parallel.zero_stage == 3:
-        ledger.add("data", "all-gather", ranks, _gathered_bytes(config, stage, micro_batches=micro_batches) / ranks)
-        ledger.add("data", "reduce-scatter", ranks, micro_batches * weights)
+        gathered = _gathered_bytes(config, stage, micro_batches=micro_batches)
+        ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)  # a module's start is counted apart
+        ledger.add("data", "reduce-scatter", ranks, weights, times=micro_batches)
     else:
-        ledger.add("data", "all-reduce", ranks, weights * (micro_batches if parallel.zero_stage == 2 else 1))
-        ledger.add("data", "all-gather", ranks, weights / ranks)
+        times = micro_batches if parallel.zero_stage == 2 else 1
+        ledger.add("data", "all-reduce", ranks, weights, times=times)
+        ledger.add("data", "all-gather", ranks, weights / ranks, times=1)
     ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
     at_end = stage in (0, parallel.pipeline - 1)
     if model.tie_embeddings and parallel.pipeline > 1 and ends and at_end:
         rows = model.vocab_size // parallel.tensor
-        ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES)
+        ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES, times=1)
 
 
 def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> float:

@@ -21,10 +21,11 @@ from sambalm.model.samba import Sublayer
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.sharding import cut
 from sambalm.parallel.state import TensorParallel
-from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.plan_kernels import KernelNames
 
 FP32_BYTES = 4
-ACTIVATION_BYTES = {"bf16": 2, "fp32": 4}
+ACTIVATION_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
 
 # DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stages 1 and 2 allocate the bucket while gradients
@@ -33,21 +34,8 @@ KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENT_ELEMENTS = 100_000
+CUDA_SCAN_CHUNK_TOKENS = 16  # model/ops/cuda_scan.py keeps states before each, in 16 bits with 16-bit inputs
 MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a pair of fp32 states for each
-
-
-@dataclass(frozen=True)
-class KernelSet:
-    """Which implementations' saved tensors to count."""
-
-    cuda: bool  # mamba-ssm, causal-conv1d and flash attention; else the ones in plain PyTorch
-
-    def scan_is_cuda(self, config: RunConfig) -> bool:
-        return self.cuda and config.parallel.context == 1  # mamba-ssm takes no initial state
-
-
-CUDA = KernelSet(cuda=True)
-CPU = KernelSet(cuda=False)
 
 
 @dataclass(frozen=True)
@@ -168,7 +156,7 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
 
 
-def rank_memory(config: RunConfig, *, stage: int, world_size: int, kernels: KernelSet = CUDA) -> RankMemory:
+def rank_memory(config: RunConfig, *, stage: int, world_size: int, kernels: KernelNames) -> RankMemory:
     """Estimates the fullest rank of a pipeline stage."""
     parallel = config.parallel
     weights, gradients, optimizer = _state_bytes(config, stage=stage, world_size=world_size)
@@ -216,7 +204,7 @@ def chunks_in_flight(config: RunConfig, *, stage: int, world_size: int) -> list[
     return [number // stages % chunks for number in range(forwards)]
 
 
-def part_saved_bytes(config: RunConfig, part: range, *, kernels: KernelSet) -> dict[str, int]:
+def part_saved_bytes(config: RunConfig, part: range, *, kernels: KernelNames) -> dict[str, int]:
     """What autograd keeps of one forward through a part, by kind of sublayer."""
     model, recompute = config.model, config.parallel.recompute
     saved = dict.fromkeys(("mamba", "attention", "mlp", "ends"), 0)
@@ -233,7 +221,7 @@ def part_saved_bytes(config: RunConfig, part: range, *, kernels: KernelSet) -> d
     return saved
 
 
-def sublayer_saved_bytes(config: RunConfig, letter: str, *, kernels: KernelSet, recompute: str) -> int:
+def sublayer_saved_bytes(config: RunConfig, letter: str, *, kernels: KernelNames, recompute: str) -> int:
     """What autograd keeps of one sublayer under a setting of parallel.recompute."""
     if recompute == "full":
         return _residual_bytes(config)
@@ -251,51 +239,67 @@ def _residual_bytes(config: RunConfig) -> int:
     return tokens * config.model.hidden_size * ACTIVATION_BYTES[config.train.precision]
 
 
-def _norm_bytes(config: RunConfig, kernels: KernelSet) -> int:
-    """The input in fp32 and its statistics, on the CPU also the input times them; and the output for what follows."""
+def _norm_bytes(config: RunConfig, kernels: KernelNames) -> int:
+    """The input, which PyTorch's own norm keeps in fp32, and its statistics; and the output for what follows."""
     residual = _residual_bytes(config)
     elements = residual // ACTIVATION_BYTES[config.train.precision]
-    wide = elements * FP32_BYTES * (1 if kernels.cuda else 2)
-    return wide + elements // config.model.hidden_size * FP32_BYTES + residual
+    kept = residual if kernels.norm != "torch" else elements * FP32_BYTES
+    if kernels.device == "cpu":
+        kept *= 2  # and the input times its statistics
+    return kept + elements // config.model.hidden_size * FP32_BYTES + residual
 
 
-def _mamba_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
+def _mamba_bytes(config: RunConfig, size: LocalSizes, kernels: KernelNames, inside: bool) -> int:
     a, T, D = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config), size.channels
     N, R = config.model.d_state, config.model.dt_rank_size
-    scan_cuda, narrow = kernels.scan_is_cuda(config), a < FP32_BYTES
+    narrow = a < FP32_BYTES
     halo = config.train.micro_batch_size * (config.model.d_conv - 1)
     total = 2 * D * N * FP32_BYTES  # A's exponential and its negative
     total += a * T * D * 2 + a * T * (R + 2 * N)  # the outputs of conv and scan, x_proj's output
-    total += 0 if kernels.cuda else a * (2 * T + halo) * D  # the convolution's input with what precedes, and its sum
+    if kernels.conv == "torch":
+        total += a * (2 * T + halo) * D  # the input with what precedes, and the sum
     states = FP32_BYTES * config.train.micro_batch_size * D * N
     if config.parallel.context > 1:  # all ranks' decays and reached states, and the state at the start
         total += (2 * config.parallel.context + 2) * states
     if config.parallel.context > 2:  # a rank between others: the step sizes and the decay that it passes on
         total += FP32_BYTES * T * D + 2 * states
         if inside:  # and a scan from zero, of which the output and so the gate are not kept
+            in_torch = FP32_BYTES * T * (3 * D + 2 * N if narrow else 2 * D)
+            total += in_torch if kernels.scan == "torch" else _scan_bytes(config, D, kernels)
             total += _state_bytes_of(config, D, kernels=kernels)
-            total += FP32_BYTES * T * (3 * D + 2 * N if narrow else 2 * D)
     # x and z are one tensor: it stays whole for a kernel that keeps either.
-    total += a * T * 2 * D if kernels.cuda or not narrow or not inside else 0
+    keeps_z = kernels.scan == "cuda" or (kernels.scan == "torch" and not narrow) or not inside
+    total += a * T * 2 * D if keeps_z or kernels.conv != "torch" else 0
+    # PyTorch's convolution has batches first, so that x_proj keeps a copy beside what such a kernel keeps.
+    total += a * T * D if keeps_z and kernels.conv == "torch" and config.train.micro_batch_size > 1 else 0
     if not inside:
         return total + a * T * D  # dt
-    total += _state_bytes_of(config, D, kernels=kernels)
-    if scan_cuda:
-        return total + a * T * (4 * D + 2 * N)  # u, dt, z, B and C time-innermost, and the output before the gate
+    return total + _state_bytes_of(config, D, kernels=kernels) + _scan_bytes(config, D, kernels)
+
+
+def _scan_bytes(config: RunConfig, channels: int, kernels: KernelNames) -> int:
+    """What a scan keeps for its backward besides states, u, z and its output."""
+    a, T, N = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config), config.model.d_state
+    if kernels.scan == "mamba-ssm":  # u, dt, z, B and C time-innermost, and the output before the gate
+        return a * T * (4 * channels + 2 * N)
+    if kernels.scan == "cuda":  # dt, and B and C in fp32
+        return T * (a * channels + FP32_BYTES * 2 * N)
     # u and z in fp32 where they were not; softplus's argument and result, the sum with the skip, the gate.
-    return total + FP32_BYTES * T * ((6 * D + 2 * N) if narrow else 4 * D)
+    return FP32_BYTES * T * ((6 * channels + 2 * N) if a < FP32_BYTES else 4 * channels)
 
 
-def _state_bytes_of(config: RunConfig, channels: int, *, kernels: KernelSet) -> int:
+def _state_bytes_of(config: RunConfig, channels: int, *, kernels: KernelNames) -> int:
     """The states that a scan keeps at the borders of its chunks."""
     batch, length = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
     one = batch * channels * config.model.d_state
-    if kernels.scan_is_cuda(config):
+    if kernels.scan == "mamba-ssm":
         return math.ceil(length / MAMBA_SSM_CHUNK_TOKENS) * 2 * one * FP32_BYTES
+    if kernels.scan == "cuda":
+        return math.ceil(length / CUDA_SCAN_CHUNK_TOKENS) * one * ACTIVATION_BYTES[config.train.precision]
     return math.ceil(length / _chunk_tokens(one, kernels)) * one * FP32_BYTES
 
 
-def _attention_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
+def _attention_bytes(config: RunConfig, size: LocalSizes, kernels: KernelNames, inside: bool) -> int:
     a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
     context = config.parallel.context
     total = a * T * 2 * size.query  # the rotated queries, and o_proj's input
@@ -307,7 +311,7 @@ def _attention_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, in
     if not inside:
         return total
     total += a * T * size.query + FP32_BYTES * T * size.query // config.model.head_dim  # output, log-sum-exp
-    if kernels.cuda:
+    if kernels.attention != "torch":
         return total
     return total + sum(_joined_blocks_bytes(config, size, *call) for call in _attention_calls(config))
 
@@ -342,27 +346,34 @@ def _joined_blocks_bytes(config: RunConfig, size: LocalSizes, length: int, befor
     return total
 
 
-def _mlp_bytes(config: RunConfig, size: LocalSizes, kernels: KernelSet, inside: bool) -> int:
-    """Gate and up, SiLU of the gate, and their product."""
-    return ACTIVATION_BYTES[config.train.precision] * micro_batch_tokens(config) * 4 * size.mlp
+def _mlp_bytes(config: RunConfig, size: LocalSizes, kernels: KernelNames, inside: bool) -> int:
+    """Gate and up, SiLU of the gate where it is an operation of its own, and their product."""
+    widths = 3 if kernels.elementwise == "compiled" else 4
+    return ACTIVATION_BYTES[config.train.precision] * micro_batch_tokens(config) * widths * size.mlp
 
 
-def head_saved_bytes(config: RunConfig, *, kernels: KernelSet) -> int:
+def head_saved_bytes(config: RunConfig, *, kernels: KernelNames) -> int:
     a, vocabulary = ACTIVATION_BYTES[config.train.precision], config.model.vocab_size // config.parallel.tensor
-    log_probabilities = FP32_BYTES * micro_batch_tokens(config) * vocabulary
+    # The log-probabilities in fp32, or of a fused loss the logits.
+    logit_bytes = a if _loss_is_fused(config, kernels) else FP32_BYTES
+    log_probabilities = logit_bytes * micro_batch_tokens(config) * vocabulary
     labels = 8 * micro_batch_tokens(config)
     cast = vocabulary * config.model.hidden_size * a if a < FP32_BYTES else 0
     return _norm_bytes(config, kernels) + log_probabilities + labels + cast
 
 
-def _workspace_bytes(config: RunConfig, part: range, *, kernels: KernelSet) -> int:
+def _loss_is_fused(config: RunConfig, kernels: KernelNames) -> bool:
+    return kernels.elementwise == "compiled" and config.parallel.tensor == 1
+
+
+def _workspace_bytes(config: RunConfig, part: range, *, kernels: KernelNames) -> int:
     """What the dearest moment of a part's backward needs beside all that its forward kept."""
     model, recompute = config.model, config.parallel.recompute
     a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
     moments, freed = [0], 0
     if is_last(part, model):
         # Gradients of the log-probabilities and of the logits; over several ranks the first is written in place.
-        widths = 2 * FP32_BYTES if config.parallel.tensor == 1 else 2 * a
+        widths = 2 * FP32_BYTES if config.parallel.tensor == 1 and not _loss_is_fused(config, kernels) else 2 * a
         moments.append(widths * T * model.vocab_size // config.parallel.tensor)
         freed = head_saved_bytes(config, kernels=kernels)  # before any sublayer's backward
     for letter in set(model.pattern[part.start : part.stop]):
@@ -374,7 +385,7 @@ def _workspace_bytes(config: RunConfig, part: range, *, kernels: KernelSet) -> i
     return max(moments)
 
 
-def _gradient_bytes(config: RunConfig, letter: str, *, kernels: KernelSet) -> int:
+def _gradient_bytes(config: RunConfig, letter: str, *, kernels: KernelNames) -> int:
     """The widest gradients that are alive together in a sublayer's backward, and that of its residual stream."""
     a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
     size = local_sizes(config.model, letter, config.parallel.tensor)
@@ -384,15 +395,15 @@ def _gradient_bytes(config: RunConfig, letter: str, *, kernels: KernelSet) -> in
         MLP: a * 4 * size.mlp,
     }[letter]
     chunk = 0
-    if letter == MAMBA and not kernels.scan_is_cuda(config):  # decays, states, gradients and a product of theirs
+    if letter == MAMBA and kernels.scan == "torch":  # decays, states, gradients and a product of theirs
         token = config.train.micro_batch_size * size.channels * config.model.d_state
         chunk = 4 * FP32_BYTES * token * _chunk_tokens(token, kernels)
     return T * widths + 2 * _residual_bytes(config) + chunk
 
 
-def _chunk_tokens(token_elements: int, kernels: KernelSet) -> int:
+def _chunk_tokens(token_elements: int, kernels: KernelNames) -> int:
     """Tokens that the scan in plain PyTorch takes at a time."""
-    elements = CHUNK_ELEMENTS["cuda" if kernels.cuda else "cpu"]
+    elements = CHUNK_ELEMENTS[kernels.device]
     return max(1, min(MAX_CHUNK_TOKENS, elements // token_elements))
 
 

@@ -42,7 +42,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _speed_table(plans: Sequence[Plan]) -> Table:
-    run_tokens = plans[0].config.train.steps * plans[0].config.train.global_batch_tokens
+    run_tokens = plans[0].config.run_tokens
     table = _table(
         "Estimated step of the slowest stage, fastest layout first",
         "layout",

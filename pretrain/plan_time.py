@@ -6,30 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
+from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.flops import flops_per_token
+from sambalm.pretrain import plan_hardware as assumed
+from sambalm.pretrain import plan_kernels as costs
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.plan_communication import Transfer
-from sambalm.pretrain.plan_hardware import (
-    ACTIVATION_PASSES,
-    ADAM_BYTES_PER_PARAMETER,
-    CAST_BYTES_PER_PARAMETER,
-    RECOMPUTED_SHARE,
-    TORCH_SCAN_PASSES,
-    TORCH_SCAN_TOKEN_S,
-    Hardware,
-)
+from sambalm.pretrain.plan_hardware import Hardware
+from sambalm.pretrain.plan_kernels import KernelNames, Seconds, Traffic
 from sambalm.pretrain.plan_memory import (
-    CUDA,
     FP32_BYTES,
-    head_saved_bytes,
+    is_first,
     is_last,
     local_sizes,
     micro_batch_tokens,
+    stage_letters,
     stage_parameters,
     stage_parts,
-    sublayer_saved_bytes,
 )
+
+# Modules with parameters of their own, by kind of sublayer; the norm included.
+MODULES = {MAMBA: 7, ATTENTION: 3, MLP: 3}
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,23 @@ class StepTime:
 
 
 def step_time(
-    config: RunConfig, transfers: Sequence[Sequence[Transfer]], *, world_size: int, hardware: Hardware
+    config: RunConfig,
+    transfers: Sequence[Sequence[Transfer]],
+    *,
+    world_size: int,
+    hardware: Hardware,
+    kernels: KernelNames,
 ) -> StepTime:
     """Of the slowest pipeline stage, which all others wait for.
 
     Args:
         transfers: `step_transfers` of each stage.
     """
-    seconds = {letter: _sublayer_s(config, letter, hardware) for letter in set(config.model.pattern)}
+    device = _Device(config, hardware, kernels)
+    seconds = {letter: device.sublayer_s(letter) for letter in set(config.model.pattern)}
     times = []
     for stage, sent in enumerate(transfers):
-        compute_s = sum(_part_s(config, part, seconds, hardware) for part in stage_parts(config)[stage])
+        compute_s = sum(device.part_s(part, seconds) for part in stage_parts(config)[stage])
         times.append(_stage_time(config, stage, sent, compute_s, world_size=world_size, hardware=hardware))
     return max(times, key=lambda time: time.total_s)
 
@@ -77,76 +80,146 @@ def _stage_time(
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
     sent_s = {dimension: 0.0 for dimension in ("tensor", "context", "pipeline", "data")}
     for transfer in transfers:
-        rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware)
-        sent_s[transfer.dimension] += transfer.wire_bytes / rate
+        rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware) * assumed.LINK_SHARE
+        sent_s[transfer.dimension] += transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
     layout_s = sent_s["tensor"] + sent_s["context"] + sent_s["pipeline"]
     busy_s = micro_batches * compute_s + layout_s
-    share = stage_parameters(config, stage) / (world_size // (parallel.tensor * parallel.pipeline))
+    moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
     return StepTime(
         compute_s=micro_batches * compute_s,
         layout_s=layout_s,
         bubble_s=busy_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
-        zero_s=sent_s["data"],
-        optimizer_s=share * ADAM_BYTES_PER_PARAMETER / hardware.memory_bytes_per_s,
+        zero_s=sent_s["data"] + moved_s,
+        optimizer_s=update_s,
     )
 
 
-def _part_s(config: RunConfig, part: range, seconds: dict[str, float], hardware: Hardware) -> float:
-    """Forward and backward of one micro-batch through a part of the model, on the rank with the largest shares.
-
-    Args:
-        seconds: of each kind of sublayer.
-    """
-    model = config.model
-    total = sum(seconds[letter] for letter in model.pattern[part.start : part.stop])
-    if is_last(part, model):
-        weights = model.vocab_size // config.parallel.tensor * model.hidden_size
-        total += _matrix_s(config, weights, hardware, passes=3)
-        total += _memory_s(head_saved_bytes(config, kernels=CUDA), hardware)
-    return total
-
-
-def _sublayer_s(config: RunConfig, letter: str, hardware: Hardware) -> float:
-    recompute = config.parallel.recompute
-    size = local_sizes(config.model, letter, config.parallel.tensor)
-    total = _matrix_s(config, size.matrix, hardware, passes=4 if recompute == "full" else 3)
-    saved = sublayer_saved_bytes(config, letter, kernels=CUDA, recompute="none")
-    total += _memory_s(saved, hardware) * (1 + (RECOMPUTED_SHARE["elementwise"] if recompute == "full" else 0))
-    inside = {MAMBA: _scan_s, ATTENTION: _attention_s}.get(letter)
-    return total + (inside(config, hardware) if inside else 0.0)
+def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
+    """What DeepSpeed does on the device with a step's gradients before and in the optimizer's step."""
+    parallel = config.parallel
+    replicas = world_size // (parallel.tensor * parallel.pipeline)
+    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    parameters = stage_parameters(config, stage)
+    share = parameters / replicas
+    rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
+    # Stage 1 adds up whole gradients and reduces them once; the others reduce each micro-batch's and add up shares.
+    summed, reductions = (parameters, 1) if parallel.zero_stage == 1 else (share, micro_batches)
+    moved_bytes = (
+        micro_batches - 1
+    ) * costs.ACCUMULATION_BYTES * summed + reductions * assumed.BUCKET_BYTES * parameters
+    hooks_s = 0.0
+    if parallel.zero_stage == 3:
+        modules = 2 + sum(count * MODULES[letter] for letter, count in stage_letters(config, stage))
+        forwards = 2 if parallel.recompute == "full" else 1
+        hooks_s = micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
+    return moved_bytes / rate + hooks_s, share * assumed.SHARE_BYTES / rate
 
 
-def _matrix_s(config: RunConfig, weights: int, hardware: Hardware, *, passes: int) -> float:
-    """Matrix products of a micro-batch with some weights, and the casts of those and of their gradients."""
-    flops = passes * 2.0 * weights * micro_batch_tokens(config)
-    cast_s = weights * CAST_BYTES_PER_PARAMETER / hardware.memory_bytes_per_s
-    return flops / (hardware.matrix_flops * hardware.matrix_efficiency) + cast_s
+@dataclass(frozen=True)
+class _Device:
+    """One rank's forward and backward of a micro-batch: the rank with the largest shares."""
+
+    config: RunConfig
+    hardware: Hardware
+    kernels: KernelNames
+
+    def part_s(self, part: range, seconds: dict[str, float]) -> float:
+        """Of a part of the model.
+
+        Args:
+            seconds: of each kind of sublayer.
+        """
+        config, model = self.config, self.config.model
+        total = sum(seconds[letter] for letter in model.pattern[part.start : part.stop])
+        vocabulary, tokens = model.vocab_size // config.parallel.tensor, micro_batch_tokens(config)
+        if is_first(part, model):
+            total += self._traffic_s(costs.EMBEDDING, tokens * model.hidden_size)
+        if is_last(part, model):
+            # Over several ranks the loss is megatron-core's, in single operations.
+            fused = self.kernels.elementwise if config.parallel.tensor == 1 else "torch"
+            total += self._matrix_s(vocabulary * model.hidden_size)
+            total += self._traffic_s(costs.LOSS[fused], tokens * vocabulary)
+            total += self._norm_s()
+        return total
+
+    def sublayer_s(self, letter: str) -> float:
+        size = local_sizes(self.config.model, letter, self.config.parallel.tensor)
+        inside = {MAMBA: self._mamba_s, ATTENTION: self._attention_s, MLP: self._mlp_s}[letter]()
+        again = self.config.parallel.recompute == "full"
+        residual_s = self._traffic_s(costs.RESIDUAL, self._residual_elements, again=again)
+        return self._matrix_s(size.matrix, again=again) + inside + self._norm_s(again=again) + residual_s
+
+    @property
+    def _residual_elements(self) -> int:
+        parallel = self.config.parallel
+        tokens = micro_batch_tokens(self.config) // (parallel.tensor if parallel.sequence else 1)
+        return tokens * self.config.model.hidden_size
+
+    def _norm_s(self, *, again: bool = False) -> float:
+        return self._traffic_s(costs.NORM[self.kernels.norm], self._residual_elements, again=again)
+
+    def _matrix_s(self, weights: int, *, again: bool = False) -> float:
+        """Products with some weights, the weights' casts and their gradients'."""
+        passes = 4 if again else 3
+        flops = passes * 2.0 * weights * micro_batch_tokens(self.config)
+        cast = Traffic(costs.WEIGHT_CAST_BYTES, costs.GRADIENT_CAST_BYTES, fused=True)
+        rate = self.hardware.matrix_flops * self.hardware.matrix_efficiency
+        return flops / rate + self._traffic_s(cast, weights, again=again)
+
+    def _traffic_s(self, traffic: Traffic, elements: float, *, again: bool = False) -> float:
+        share = assumed.FUSED_SHARE if traffic.fused else assumed.SINGLE_SHARE
+        moved = traffic.forward * (2 if again else 1) + traffic.backward
+        return elements * moved / (self.hardware.memory_bytes_per_s * share)
+
+    def _mamba_s(self) -> float:
+        config, kernels = self.config, self.kernels
+        size, full = local_sizes(config.model, MAMBA, config.parallel.tensor), config.parallel.recompute == "full"
+        elements = size.channels * micro_batch_tokens(config)
+        if kernels.conv == "torch":
+            conv_s = self._traffic_s(costs.CONV_TORCH, elements, again=full)
+        else:
+            bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
+            conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
+        layout_s = self._traffic_s(costs.SCAN_LAYOUT[kernels.scan], elements, again=full)
+        return conv_s + layout_s + self._traffic_s(costs.MAMBA_REST, elements, again=full) + self._scan_s(elements)
+
+    def _scan_s(self, elements: float) -> float:
+        config, kernels = self.config, self.kernels
+        again = config.parallel.recompute != "none"
+        # A rank between others scans for the state that it reaches and from the state that it starts at; at the ends of
+        # the sequence one rank waits for the other's scan instead.
+        scans = 2 if config.parallel.context > 1 else 1
+        if kernels.scan != "torch":
+            return scans * _kernel_s(costs.SCAN[kernels.scan], elements, again=again) / self.hardware.vector_rate
+        length = config.data.sequence_length // config.parallel.context
+        moved_bytes = elements * config.model.d_state * FP32_BYTES * assumed.TORCH_SCAN_PASSES
+        once_s = length * assumed.TORCH_SCAN_TOKEN_S + moved_bytes / self.hardware.memory_bytes_per_s
+        return once_s * (scans + (TORCH_FORWARD_SHARE if again else 0))
+
+    def _attention_s(self) -> float:
+        config, model = self.config, self.config.model
+        size, full = local_sizes(model, ATTENTION, config.parallel.tensor), config.parallel.recompute == "full"
+        tokens = micro_batch_tokens(config)
+        flops = _window_flops(model, config.data.sequence_length) * size.query / model.hidden_size * tokens
+        again = 0.0 if config.parallel.recompute == "none" else assumed.ATTENTION_RECOMPUTED
+        rotary = costs.ROTARY[self.kernels.elementwise]
+        return (
+            flops / self.hardware.attention_flops * (1 + again)
+            + self._traffic_s(rotary, tokens * (size.query + size.kv), again=full)
+            + self._traffic_s(costs.ATTENTION_LAYOUT, tokens * size.query, again=full)
+        )
+
+    def _mlp_s(self) -> float:
+        size = local_sizes(self.config.model, MLP, self.config.parallel.tensor)
+        elements, full = micro_batch_tokens(self.config) * size.mlp, self.config.parallel.recompute == "full"
+        return self._traffic_s(costs.SWIGLU[self.kernels.elementwise], elements, again=full)
 
 
-def _memory_s(saved_bytes: int, hardware: Hardware) -> float:
-    return saved_bytes * ACTIVATION_PASSES / hardware.memory_bytes_per_s
+TORCH_FORWARD_SHARE = 1 / 3  # of the scan's launches in plain PyTorch
 
 
-def _scan_s(config: RunConfig, hardware: Hardware) -> float:
-    parallel, model = config.parallel, config.model
-    elements = local_sizes(model, MAMBA, parallel.tensor).channels * micro_batch_tokens(config)
-    conv_s = elements * hardware.conv_element_s
-    again = 0.0 if parallel.recompute == "none" else RECOMPUTED_SHARE["scan"]
-    if CUDA.scan_is_cuda(config):
-        return conv_s + elements * hardware.scan_element_s * (1 + again)
-    length = config.data.sequence_length // parallel.context
-    moved_bytes = elements * model.d_state * FP32_BYTES * TORCH_SCAN_PASSES
-    once_s = length * TORCH_SCAN_TOKEN_S + moved_bytes / hardware.memory_bytes_per_s
-    # Once for the state that the rank reaches from zero, once from the state that it starts at.
-    return conv_s + once_s * (2 + again)
-
-
-def _attention_s(config: RunConfig, hardware: Hardware) -> float:
-    size = local_sizes(config.model, ATTENTION, config.parallel.tensor)
-    share = size.query / config.model.hidden_size
-    flops = _window_flops(config.model, config.data.sequence_length) * share
-    again = 0.0 if config.parallel.recompute == "none" else RECOMPUTED_SHARE["attention"]
-    return flops * micro_batch_tokens(config) / hardware.attention_flops * (1 + again)
+def _kernel_s(kernel: Seconds, elements: float, *, again: bool) -> float:
+    return elements * (kernel.forward * (2 if again else 1) + kernel.backward)
 
 
 @lru_cache(maxsize=8)

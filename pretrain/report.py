@@ -13,7 +13,7 @@ from sambalm.pretrain.config import RunConfig, load_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.metrics import plot_losses
 from sambalm.pretrain.metrics_file import read_metrics
-from sambalm.pretrain.validation import LOSS_AT
+from sambalm.pretrain.validation import LOSS_AT, SOURCE_LOSS_AT
 
 HF_FOLDER = "hf"
 
@@ -55,6 +55,10 @@ def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines) -> 
             length = int(name.removeprefix(LOSS_AT))
             multiple = length // config.data.sequence_length
             table.add_row(f"Samba, {length} tokens ({multiple}x the training length)", f"{value:.4f}")
+    of_source = f"{SOURCE_LOSS_AT}{config.data.sequence_length}/"
+    for name, value in record.items():
+        if name.startswith(of_source):
+            table.add_row(f"Samba, {name.removeprefix(of_source)} alone", f"{value:.4f}")
     for name, value in (
         ("unigram entropy of these tokens", baselines.unigram_entropy),
         ("bigram, Kneser-Ney, of the training tokens", baselines.bigram),

@@ -18,6 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from sambalm.model.durable_files import flush, write_json
+from sambalm.model.ops.kernels import Kernels
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.execution import Execution
 from sambalm.parallel.sharding import CanonicalSlice, canonical_slices
@@ -26,6 +28,7 @@ from sambalm.parallel.zero import MOMENTS, Engine, set_moment, whole_moment, who
 from sambalm.pretrain import checkpoint as files
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.data_record import data_change
 from sambalm.pretrain.errors import CheckpointError, ConfigError, NotSavedError, RunInUseError
 
 
@@ -36,6 +39,7 @@ class Training:
     engine: Engine
     parts: Sequence[nn.Module]
     execution: Execution
+    kernels: Kernels
 
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
@@ -75,17 +79,35 @@ def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
         return error
 
 
+def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunConfig) -> None:
+    """Compares what a checkpoint says of the data with what is there now.
+
+    Raises:
+        ConfigError: the samples to come would not be those that the run had before it; unless data.allow_changed.
+    """
+    changed = data_change(checkpoint.state.get("data"), record)
+    if changed and not config.data.allow_changed:
+        raise ConfigError(
+            f"{changed} since {checkpoint.path} was saved: restore it, or set data.allow_changed=true to go on with it "
+            "as it is now"
+        )
+
+
 def save_checkpoint(
     training: Training,
     *,
     config: RunConfig,
     world: World,
     step: int,
+    samples: int,
+    data: dict[str, Any],
     before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
 
     Args:
+        samples: training samples consumed so far.
+        data: what `data_record` says of the run's data.
         before_commit: called on the main rank once all is written; an error of it commits nothing.
 
     Raises:
@@ -102,7 +124,7 @@ def save_checkpoint(
     together(lambda: found.update(files.checksums(partial, names)))
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, found)
-    together(lambda: _complete(partial, _state(config, step), gathered), ranks=[0])
+    together(lambda: _complete(partial, _state(config, step, samples=samples, data=data), gathered), ranks=[0])
     together(before_commit, ranks=[0])
     together(lambda: files.commit(partial, final), ranks=[0])
     return final
@@ -149,18 +171,19 @@ def _dealt_files(partial: Path, *, world: World) -> list[str]:
 
 def _complete(partial: Path, state: dict[str, Any], gathered: Sequence[dict[str, dict[str, int]]]) -> None:
     """What only the folder as a whole has."""
-    files.write_json(partial / files.STATE, state)
+    write_json(partial / files.STATE, state)
     checksums = functools.reduce(operator.or_, gathered, files.checksums(partial, [files.STATE]))
     files.write_manifest(partial, checksums)
-    files.sync_folder(partial)
+    flush(partial)
 
 
-def _state(config: RunConfig, step: int) -> dict[str, Any]:
+def _state(config: RunConfig, step: int, *, samples: int, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the run besides its tensors."""
     return {
         "step": step,
-        "samples": step * config.global_batch_samples,
-        "tokens": step * config.train.global_batch_tokens,
+        "samples": samples,
+        "tokens": samples * config.data.sequence_length,
+        "data": data,
         "config": config.model_dump(),
         "versions": {package: version(package) for package in PACKAGES},
     }

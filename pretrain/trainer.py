@@ -1,14 +1,16 @@
 """The training loop: fetch, forward and backward, step, and what happens between steps."""
 
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from sambalm.data_pipeline.checks import check_vocabulary
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
+from sambalm.data_pipeline.shared import shared_sources
+from sambalm.data_pipeline.sources import check_vocabulary, open_sources
 from sambalm.model.build import build_parts, tied_copy
 from sambalm.model.heads import kv_copies
 from sambalm.parallel.execution import execution
@@ -17,12 +19,14 @@ from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.state import World, is_main_process, start_world, world_size
 from sambalm.parallel.zero import gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
-from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.metrics import RunReport, StepResult
 from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
     Training,
+    check_data,
     find_resume_point,
     load_moments,
     load_weights,
@@ -33,7 +37,6 @@ from sambalm.pretrain.signals import Request, Signals, take_switches
 from sambalm.pretrain.validation import Validator
 
 LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
@@ -45,7 +48,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
     """
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
-        check_vocabulary(config.data, config.model.vocab_size)
+        check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
     with (
         open_run_folder(config) as folder,
         start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world,
@@ -64,10 +67,25 @@ class Trainer:
         self.config, self.world, self.folder, self.signals = config, world, folder, signals
         self.run_dir = Path(config.run.dir)
         checkpoint = find_resume_point(config, world=world)
-        self.step = checkpoint.step if checkpoint else 0
+        sources = shared_sources(config.data)
+        self.data_record = data_record(config, sources)
+        if checkpoint:
+            check_data(checkpoint, self.data_record, config=config)
+        self.step, self.samples = (checkpoint.step, checkpoint.state["samples"]) if checkpoint else (0, 0)
+        self.validator = Validator(config, sources, world=world)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
-        self.loader = self._build_loader()
-        self.validator = Validator(config, world=world)
+        if world.is_main:
+            names = " ".join(self.training.kernels.names)
+            print(f"{world.size} x {world.device.type}, from step {self.step}; {names}", file=sys.stderr)
+        self.loader = BatchLoader(
+            build_train_dataset(config.data, sources, seed=config.run.seed),
+            micro_batch_samples=config.train.micro_batch_size,
+            data_rank=world.data_rank,
+            data_size=world.data_size,
+            start_sample=self.samples,
+            vocab_size=config.model.vocab_size,
+            workers=config.data.workers,
+        )
 
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, with validation and checkpoints on the way."""
@@ -93,12 +111,18 @@ class Trainer:
         lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
         for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.training.execution.train_step([self._micro_batch() for _ in range(self.micro_batches)])
+        batch_samples = self.config.batch_schedule.step_samples(self.samples)
+        micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
+        loss = self.training.execution.train_step([self._micro_batch() for _ in range(micro_batches)])
         mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
         request = self.world.largest(self._asked())
         # Reading these is the step's one wait for the device.
         loss_value, request_value = torch.stack([mean_loss.double(), request.double()]).tolist()
+        self.samples += batch_samples
+        length = self.config.data.sequence_length
         result = StepResult(
+            tokens=self.samples * length,
+            batch_tokens=batch_samples * length,
             loss=loss_value,
             grad_norm=gradient_norm(self.training.engine),
             lr=lr,
@@ -117,6 +141,8 @@ class Trainer:
             config=self.config,
             world=self.world,
             step=self.step,
+            samples=self.samples,
+            data=self.data_record,
             before_commit=self.folder.check_lease,
         )
         remove_old_checkpoints(self.run_dir, keep=self.config.checkpoint.keep, world=self.world)
@@ -125,38 +151,21 @@ class Trainer:
         """This rank's part of the next sequences."""
         return MicroBatch(*self.loader.next_micro_batch()).on_rank(self.world)
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return self.config.accumulation_steps(data_size=self.world.data_size)
-
-    def _build_loader(self) -> BatchLoader:
-        config, batch_samples = self.config, self.config.global_batch_samples
-        dataset = build_train_dataset(config.data, num_samples=config.train.steps * batch_samples, seed=config.run.seed)
-        return BatchLoader(
-            dataset,
-            global_batch_samples=batch_samples,
-            micro_batch_samples=config.train.micro_batch_size,
-            data_rank=self.world.data_rank,
-            data_size=self.world.data_size,
-            start_sample=self.step * batch_samples,
-            vocab_size=config.model.vocab_size,
-        )
-
 
 def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Training:
     """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective."""
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
+    kernels = config.kernels.build(
+        device=world.device,
+        dtype=dtype,
+        initial_states=parallel.context > 1,
+        resets=config.data.reset_at_document,
+    )
     parts = build_parts(
         config.model,
         parallel,
         world=world,
-        kernels=config.kernels.build(
-            device=world.device,
-            dtype=dtype,
-            initial_states=parallel.context > 1,
-            resets=config.data.reset_at_document,
-        ),
+        kernels=kernels,
         dtype=dtype,
         sequence_length=config.data.sequence_length,
     )
@@ -172,7 +181,6 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
         world=world,
         zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,
-        accumulation_steps=config.accumulation_steps(data_size=world.data_size),
         clip_norm=config.optimizer.clip_norm,
         done_steps=checkpoint.step if checkpoint else 0,
     )
@@ -182,4 +190,4 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
     run = execution(
         engine, parts, world=world, hidden_size=config.model.hidden_size, dtype=dtype, tied_weight=tied_weight
     )
-    return Training(engine=engine, parts=parts, execution=run)
+    return Training(engine=engine, parts=parts, execution=run, kernels=kernels)

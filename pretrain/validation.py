@@ -1,53 +1,64 @@
-"""Held-out losses at the training length and at multiples of it."""
+"""Held-out losses at the training length and at multiples of it, of all sources together and of each."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
-from sambalm.data_pipeline.dataset import SampleDataset, build_validation_dataset
+from sambalm.data_pipeline.dataset import ValidationDataset, build_validation_dataset
 from sambalm.data_pipeline.loader import validation_batches
+from sambalm.data_pipeline.sources import Source
 from sambalm.parallel.execution import Execution
 from sambalm.parallel.pipeline import MicroBatch
 from sambalm.parallel.state import World
 from sambalm.pretrain.config import RunConfig
 
 LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
+SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 
 
 class Validator:
     """Validates a run on the same held-out samples each time; they are found when the run starts."""
 
-    def __init__(self, config: RunConfig, *, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, sources: Sequence[Source], *, world: World) -> None:
+        self.config, self.sources, self.world = config, sources, world
         self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
 
     def losses(self, execution: Execution) -> dict[str, float]:
         """Mean loss in nats by metric name; every held-out token counts once. Collective."""
-        return {
-            f"{LOSS_AT}{dataset.sequence_length}": self._loss(execution, dataset, multiple)
-            for multiple, dataset in self.datasets.items()
-        }
+        found: dict[str, float] = {}
+        for multiple, dataset in self.datasets.items():
+            length = dataset.sequence_length
+            samples, sums = dataset.source_counts(), self._sums(execution, dataset, multiple)
+            found[f"{LOSS_AT}{length}"] = sum(sums) / (len(dataset) * length)
+            if len(self.sources) > 1:
+                for source, count, total in zip(self.sources, samples, sums, strict=True):
+                    if count:
+                        found[f"{SOURCE_LOSS_AT}{length}/{source.name}"] = total / (count * length)
+        return found
 
-    def _loss(self, execution: Execution, dataset: SampleDataset, multiple: int) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+    def _sums(self, execution: Execution, dataset: ValidationDataset, multiple: int) -> list[float]:
+        """Sum over the tokens of each source. Collective."""
+        totals = torch.zeros(len(self.sources), dtype=torch.float64, device=self.world.device)
         batches = validation_batches(
             dataset,
-            num_samples=len(dataset),
             micro_batch_samples=max(1, self.config.train.micro_batch_size // multiple),
             data_rank=self.world.data_rank,
             data_size=self.world.data_size,
             vocab_size=self.config.model.vocab_size,
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
-            parts = [MicroBatch(*batch).on_rank(self.world) for batch, _ in group]
-            for (_, weights), losses in zip(group, execution.losses(parts), strict=True):
-                total += (losses.double() * weights.to(total.device).unsqueeze(1)).sum()
-        return self.world.sum_over_replicas(total).item() / (len(dataset) * dataset.sequence_length)
+            parts = [MicroBatch(*item.batch).on_rank(self.world) for item in group]
+            for item, losses in zip(group, execution.losses(parts), strict=True):
+                of_rows = losses.double().sum(dim=1) * item.weights.to(totals.device)
+                totals.index_add_(0, item.sources.to(totals.device), of_rows)
+        return self.world.sum_over_replicas(totals).tolist()
 
-    def _dataset(self, multiple: int) -> SampleDataset:
+    def _dataset(self, multiple: int) -> ValidationDataset:
         length = multiple * self.config.data.sequence_length
         return build_validation_dataset(
             self.config.data,
+            self.sources,
             num_samples=max(1, self.config.validation.tokens // length),
             seed=self.config.run.seed,
             length_multiple=multiple,

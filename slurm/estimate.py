@@ -155,7 +155,6 @@ def print_estimates(estimates: Sequence[Estimate]) -> None:
 
 def _cells(one: Estimate) -> dict[str, str]:
     plan, config = one.plan, one.plan.config
-    tokens = config.train.steps * config.train.global_batch_tokens
     days = one.training_s / one.goodput / DAY_S
     return {
         "layout": layout_name(config),
@@ -176,5 +175,5 @@ def _cells(one: Estimate) -> dict[str, str]:
         "steps between saves, best": f"{one.best_save_steps:,}",
         "goodput by formula": f"{one.goodput:.2%}",
         "goodput simulated": f"{one.simulated_goodput():.2%}",
-        f"days for {tokens / 1e12:.1f}T tokens": f"{days:.1f}",
+        f"days for {config.run_tokens / 1e12:.1f}T tokens": f"{days:.1f}",
     }

@@ -56,7 +56,7 @@ def run_status(run_dir: Path) -> Status:
         step=last["step"],
         steps=steps,
         tokens=last["tokens"],
-        tokens_per_s=config["train"]["global_batch_tokens"] / recent_s if recent_s else None,
+        tokens_per_s=median(record["tokens_per_second"] for record in records[-RECENT_STEPS:]) if records else None,
         left_s=(steps - last["step"]) * recent_s if recent_s else None,
         training_share=trained_s / (now_s - attempts[0].started_s) if records else None,
         last_error=next(filter(None, map(_error, reversed(attempts))), None),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sambalm.model.ops as ops
 from sambalm.model.config import ModelConfig
+from sambalm.model.durable_files import flush, write_json
 
 from . import configuration_samba, modeling_samba
 from .configuration_samba import SambaConfig
@@ -134,35 +135,23 @@ def _put_into_place(folder: Path, output: Path) -> None:
         if old.is_dir():
             os.rename(old, output)
         raise
-    _flush(output.parent)
+    flush(output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush_to_disk(folder: Path) -> None:
     """Makes the folder's content survive a power loss; the rename alone may reach the disk before it."""
     for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        flush(path)
+    flush(folder)
 
 
 def _write_config(folder: Path, config: SambaConfig, tokens: dict[str, int | None]) -> None:
     content = config.to_diff_dict()
     content["dtype"] = str(config.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", content | {"architectures": ["SambaForCausalLM"], "auto_map": AUTO_MAP})
+    write_json(folder / "config.json", content | {"architectures": ["SambaForCausalLM"], "auto_map": AUTO_MAP})
     known = {name: index for name, index in tokens.items() if index is not None}
-    _write_json(folder / "generation_config.json", known)
+    write_json(folder / "generation_config.json", known)
 
 
 def _write_code(folder: Path) -> None:
@@ -194,7 +183,7 @@ def _write_weights(
             if progress:
                 progress(done, total)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def plan_shards(sizes: dict[str, int], *, max_shard_bytes: int) -> list[list[str]]:

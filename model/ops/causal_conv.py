@@ -37,7 +37,7 @@ def causal_conv_silu(
         if resets is not None:
             seen = seen.masked_fill(_resets_within(resets, taps - 1 - tap).unsqueeze(-1), 0)
         output = torch.addcmul(output, seen, weight[:, tap])
-    return F.silu(output), padded[:, length:] if resets is None else last_inputs(padded, resets, taps=taps)
+    return F.silu(output), last_inputs(padded, resets, taps=taps)
 
 
 def _resets_within(resets: Tensor, tokens: int) -> Tensor:
@@ -48,9 +48,12 @@ def _resets_within(resets: Tensor, tokens: int) -> Tensor:
     return found
 
 
-def last_inputs(x: Tensor, resets: Tensor, *, taps: int) -> Tensor:
+def last_inputs(x: Tensor, resets: Tensor | None, *, taps: int) -> Tensor:
     """The last taps - 1 of x [batch, at least that, channels], zeros before the last reset among them."""
-    tail, flags = x[:, x.shape[1] - taps + 1 :], resets[:, -(taps - 1) :]
+    tail = x[:, max(0, x.shape[1] - taps + 1) :]
+    if resets is None:
+        return tail
+    flags = resets[:, -(taps - 1) :]
     flags = F.pad(flags, (tail.shape[1] - flags.shape[1], 0))
     after = flags.flip(1).cumsum(1).flip(1) - flags.long()  # resets later than each input
     return tail.masked_fill((after > 0).unsqueeze(-1), 0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sambalm.model.ops.causal_conv import last_inputs
 from sambalm.model.ops.documents import AttentionDocuments
+from sambalm.model.ops.elementwise import why_not_compiled
 
 _MODULES = {
     "mamba-ssm": "mamba_ssm.ops.selective_scan_interface",
@@ -16,8 +17,10 @@ _MODULES = {
     "flash-attn": "flash_attn",
     # PyPI's `apex` is another project; NVIDIA's is the one with this module.
     "apex": "apex.normalization.fused_layer_norm",
+    "cuda": "cuda.bindings.nvrtc",
 }
-_HALF_ONLY = ("flash-attn", "torch-flash")
+_HALF_ONLY = ("flash-attn", "torch-flash", "flex")
+_COMPILED = ("compiled", "flex")
 
 
 class KernelError(Exception):
@@ -48,6 +51,8 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
+    if name in _COMPILED:
+        return why_not_compiled()
     if name in _MODULES:
         try:
             importlib.import_module(_MODULES[name])
@@ -92,9 +97,7 @@ def causal_conv1d_silu(
     y = _function("causal-conv1d", "causal_conv1d_fn")(
         x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
     )
-    taps = weight.shape[1]
-    last = x[:, x.shape[1] - taps + 1 :] if resets is None else last_inputs(x, resets, taps=taps)
-    return y.transpose(1, 2), last
+    return y.transpose(1, 2), last_inputs(x, resets, taps=weight.shape[1])
 
 
 def flash_attn_window(

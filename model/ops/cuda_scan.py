@@ -10,15 +10,23 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sambalm.model.ops.nvrtc import Kernel, Stride, kernel
+from sambalm.model.ops.cuda_memory import (
+    EIGHT,
+    INPUTS,
+    aligned,
+    dense,
+    dense_strides,
+    filled_up,
+    sequence_first,
+    strides,
+)
+from sambalm.model.ops.nvrtc import Kernel, kernel
 
 TILE_TOKENS = 16
 WARP_CHANNELS = 16
 D_STATES = (16, 32, 64)  # what the kernels are compiled for; others are filled up with zeros
-INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # A multiprocessor is busy with this many warps; below the share of it, time is cut into segments.
 WARPS_PER_MULTIPROCESSOR = 12
@@ -44,29 +52,19 @@ def cuda_selective_scan(
     With 16-bit inputs the backward takes states rounded to bf16; everything else is computed in fp32.
     """
     channels, states = A.shape
-    more_channels, more_states = -channels % 8, next(n for n in D_STATES if n >= states) - states
-    u, dt, z = (_aligned(_filled_up(t, more_channels)) for t in (u, dt.to(u.dtype), z.to(u.dtype)))
-    A = _filled_up(A.float(), more_states, more_channels)
-    BC = torch.cat([_filled_up(t, more_states) for t in (B, C)], dim=-1).float()
-    D, dt_bias = (_filled_up(t.float(), more_channels) for t in (D, dt_bias))
+    more_channels, more_states = -channels % EIGHT, next(n for n in D_STATES if n >= states) - states
+    u, dt, z = (filled_up(t, more_channels) for t in (u, dt.to(u.dtype), z.to(u.dtype)))
+    A = filled_up(A.float(), more_states, more_channels)
+    BC = torch.cat([filled_up(t, more_states) for t in (B, C)], dim=-1).float()
+    D, dt_bias = (filled_up(t.float(), more_channels) for t in (D, dt_bias))
     if initial_state is not None:
-        initial_state = _filled_up(initial_state.float(), more_states, more_channels).contiguous()
+        initial_state = filled_up(initial_state.float(), more_states, more_channels).contiguous()
     if resets is not None:
         resets = resets.to(torch.uint8).contiguous()
-    y, state = _Scan.apply(u, dt, A.contiguous(), BC, D.contiguous(), z, dt_bias.contiguous(), initial_state, resets)
+    y, state = _Scan.apply(
+        dense(u), dense(dt), A.contiguous(), BC, D.contiguous(), aligned(z), dt_bias.contiguous(), initial_state, resets
+    )
     return y[..., :channels], state[:, :channels, :states]
-
-
-def _filled_up(x: Tensor, *more: int) -> Tensor:
-    """With that many zeros after the last, the last but one, ... dimension; no copy where there are none."""
-    return F.pad(x, [n for size in more for n in (0, size)]) if any(more) else x
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """With channels innermost and each token's at a multiple of 16 bytes, as the kernels load them."""
-    rows = 8 if x.element_size() == 2 else 4
-    fits = x.stride(2) == 1 and not x.stride(0) % rows and not x.stride(1) % rows and not x.data_ptr() % 16
-    return x if fits else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ class _Shape:
     channels: int
     states: int
     segment_tiles: int
-    warps: int  # of a block
 
     @classmethod
     def of(cls, u: Tensor, A: Tensor) -> "_Shape":
@@ -91,13 +88,7 @@ class _Shape:
         if warps < SEGMENT_BELOW * WARPS_PER_MULTIPROCESSOR * processors:
             segments = max(1, min(WARPS_PER_MULTIPROCESSOR * processors // warps, tiles // MIN_SEGMENT_TILES))
 
-        def most_warps(block: int) -> int:
-            """Of a multiprocessor, with blocks of so many warps: the others wait for it."""
-            return math.ceil(math.ceil(channels / (WARP_CHANNELS * block)) * batch * segments / processors) * block
-
-        # The larger block where it makes no difference: each writes its own sum of the gradients of B and C.
-        block = 2 if A.shape[1] == 64 else min((4, 3, 2), key=most_warps)
-        return cls(u.dtype, batch, length, channels, A.shape[1], math.ceil(tiles / segments), block)
+        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=math.ceil(tiles / segments))
 
     @property
     def tiles(self) -> int:
@@ -108,8 +99,19 @@ class _Shape:
         return math.ceil(self.tiles / self.segment_tiles)
 
     @property
+    def warps(self) -> int:
+        """Of a block; four tiles of 64 states would not fit into shared memory."""
+        return 2 if self.states == 64 else 4
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         return math.ceil(self.channels / (WARP_CHANNELS * self.warps)), self.batch, self.segments
+
+    @property
+    def grid_of_ends(self) -> tuple[int, int, int]:
+        """Of the first pass, in which one of the segments has nothing to tell."""
+        blocks, batch, segments = self.grid
+        return blocks, batch, segments - 1
 
     @property
     def state_bytes(self) -> int:
@@ -117,17 +119,17 @@ class _Shape:
         return WARP_CHANNELS * self.states * (4 if self.dtype == torch.float32 else 2)
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.length, self.channels, self.segment_tiles
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.length, self.channels, self.segments, self.segment_tiles
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
-        dense = self.dtype != torch.float32 and self.states == 16
+        compact = self.dtype != torch.float32 and self.states == 16
         defines = {
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
             "ENDS": int(ends),
             "WARPS": self.warps,
-            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if dense else 1,
+            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if compact else 1,
         }
         # BackwardShared: projections in two turns, two floats a channel; for each step 18 float4 and the states, and
         # the states before the tile besides.
@@ -135,7 +137,7 @@ class _Shape:
         warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + rows * self.state_bytes
         backward_bytes = 2 * (2 * rows * 256 + 64) + self.warps * warp_bytes
         shared_bytes = backward_bytes if name == "scan_backward" else 0
-        return kernel(name, "scan_common.cuh", f"{name}.cu", defines=defines, shared_bytes=shared_bytes)
+        return kernel(name, "elements.cuh", "scan_common.cuh", f"{name}.cu", defines=defines, shared_bytes=shared_bytes)
 
     def at_segments(
         self, reached: Tensor, steps: Tensor, A: Tensor, start: Tensor | None, *, backwards: bool
@@ -149,16 +151,6 @@ class _Shape:
         return result
 
 
-def _strides(*tensors: Tensor) -> list[Stride]:
-    return [stride for tensor in tensors for stride in (Stride(tensor.stride(0)), tensor.stride(1))]
-
-
-def _sequence_first(like: Tensor) -> Tensor:
-    """An empty [batch, length, channels], a view of [length, batch, channels] as the layers' activations are."""
-    batch, length, channels = like.shape
-    return like.new_empty(length, batch, channels).transpose(0, 1)
-
-
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, dt, A, BC, D, z, dt_bias, initial_state, resets):
@@ -166,52 +158,48 @@ class _Scan(torch.autograd.Function):
         shape = _Shape.of(u, A)
         threads = 32 * shape.warps
         per_segment = (shape.batch, shape.segments, shape.channels)
-        start, steps = initial_state, None
-        inputs, strides = (u, dt, z, BC, A, D, dt_bias, resets), _strides(u, dt, z)
+        start = initial_state
+        inputs, at = (u, dt, z, BC, A, D, dt_bias, resets), (*dense_strides(u), *strides(z))
         if shape.segments > 1:
             reached, steps = A.new_empty(*per_segment, shape.states), A.new_empty(per_segment)
             shape.kernel("scan_forward", ends=True)(
-                shape.grid, threads, *inputs, None, None, None, reached, steps, *shape.sizes, *strides, *_strides(u)
+                shape.grid_of_ends, threads, *inputs, None, None, None, reached, steps, *shape.sizes, *at
             )
             start = shape.at_segments(reached, steps, A, initial_state, backwards=False)
-        out, end = _sequence_first(u), A.new_empty(shape.batch, shape.channels, shape.states)
+        out, end = sequence_first(u), A.new_empty(shape.batch, shape.channels, shape.states)
         borders = None
         if any(ctx.needs_input_grad):
             warps = math.ceil(shape.channels / WARP_CHANNELS)
             borders = torch.empty(
                 shape.batch * shape.tiles * warps * shape.state_bytes, dtype=torch.uint8, device=u.device
             )
-        shape.kernel("scan_forward")(
-            shape.grid, threads, *inputs, start, out, borders, end, None, *shape.sizes, *strides, *_strides(out)
-        )
+        shape.kernel("scan_forward")(shape.grid, threads, *inputs, start, out, borders, end, None, *shape.sizes, *at)
         ctx.shape, ctx.has_start = shape, initial_state is not None
-        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, resets, borders, steps)
+        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, resets, borders)
         return out, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_end):
-        u, dt, A, BC, D, z, dt_bias, resets, borders, steps = ctx.saved_tensors
+        u, dt, A, BC, D, z, dt_bias, resets, borders = ctx.saved_tensors
         shape: _Shape = ctx.shape
         threads, per_segment = 32 * shape.warps, (shape.batch, shape.segments, shape.channels)
-        grad_out = torch.zeros_like(u) if grad_out is None else _aligned(grad_out)
+        grad_out = torch.zeros_like(u) if grad_out is None else dense(grad_out)
         grad_end = None if grad_end is None else grad_end.contiguous()
         inputs = (u, dt, z, BC, A, D, dt_bias, resets, borders, grad_out)
-        strides = _strides(u, dt, z, grad_out)
+        at = (*dense_strides(u), *strides(z))
         if shape.segments > 1:
-            handed = A.new_empty(*per_segment, shape.states)
+            handed, steps = A.new_empty(*per_segment, shape.states), A.new_empty(per_segment)
             shape.kernel("scan_backward", ends=True)(
-                shape.grid, threads, *inputs, None, *7 * [None], handed, *shape.sizes, *strides, *_strides(u)
+                shape.grid_of_ends, threads, *inputs, *7 * [None], steps, handed, *shape.sizes, *at
             )
             grad_end = shape.at_segments(handed, steps, A, grad_end, backwards=True)
-        grad_u, grad_dt, grad_z = (_sequence_first(u) for _ in range(3))
+        grad_u, grad_dt, grad_z = (sequence_first(u) for _ in range(3))
         grad_BC = A.new_empty(shape.grid[0], *BC.shape)
         grad_A, grad_D, grad_bias = A.new_empty(*per_segment, shape.states), *(A.new_empty(per_segment) for _ in "ab")
         grad_start = A.new_empty(shape.batch, shape.channels, shape.states)
         outputs = (grad_u, grad_dt, grad_z, grad_BC, grad_A, grad_D, grad_bias, grad_start)
-        shape.kernel("scan_backward")(
-            shape.grid, threads, *inputs, grad_end, *outputs, *shape.sizes, *strides, *_strides(grad_u)
-        )
+        shape.kernel("scan_backward")(shape.grid, threads, *inputs, grad_end, *outputs, *shape.sizes, *at)
         grad_A, grad_D, grad_bias = (t.sum((0, 1)) for t in (grad_A, grad_D, grad_bias))
         grad_start = grad_start if ctx.has_start else None
         return grad_u, grad_dt, grad_A, grad_BC.sum(0), grad_D, grad_z, grad_bias, grad_start, None

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
+from sambalm.model.ops.cuda_scan import cuda_selective_scan
+from sambalm.model.ops.elementwise import Elementwise
+from sambalm.model.ops.flex_window import flex_window
 from sambalm.model.ops.rms_norm import rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import window_attention
@@ -31,6 +35,7 @@ class Kernels:
     conv: ConvKernel
     attention: AttentionKernel
     norm: NormKernel
+    elementwise: Elementwise
     names: tuple[str, ...]  # what was chosen, for the log
 
     def recomputing(self) -> "Kernels":
@@ -43,12 +48,23 @@ class KernelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scan: Literal["auto", "torch", "mamba-ssm"] = Field("auto", description="Selective scan")
-    conv: Literal["auto", "torch", "causal-conv1d"] = Field("auto", description="Mamba's causal convolution")
-    attention: Literal["auto", "torch", "torch-flash", "flash-attn"] = Field(
-        "auto", description="Sliding-window attention; torch-flash is the flash kernel inside PyTorch's CUDA build"
+    scan: Literal["auto", "torch", "cuda", "mamba-ssm"] = Field(
+        "auto", description="Selective scan; cuda is this project's own kernel"
     )
-    norm: Literal["auto", "torch", "apex"] = Field("auto", description="RMSNorm")
+    conv: Literal["auto", "torch", "cuda", "causal-conv1d"] = Field(
+        "auto", description="Mamba's causal convolution; cuda is this project's own kernel"
+    )
+    attention: Literal["auto", "torch", "flex", "torch-flash", "flash-attn"] = Field(
+        "auto",
+        description="Sliding-window attention; flex is PyTorch's flex_attention, torch-flash the flash kernel inside "
+        "its CUDA build",
+    )
+    norm: Literal["auto", "torch", "compiled", "apex"] = Field(
+        "auto", description="RMSNorm; compiled is PyTorch's, fused by torch.compile"
+    )
+    elementwise: Literal["auto", "torch", "compiled"] = Field(
+        "auto", description="SwiGLU, rotary positions and losses; compiled fuses each by torch.compile"
+    )
 
     def build(
         self, *, device: torch.device, dtype: torch.dtype, initial_states: bool = False, resets: bool = False
@@ -63,25 +79,37 @@ class KernelConfig(BaseModel):
         """
         where = cuda.Circumstances(device, dtype, initial_states, resets)
         chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
-        functions = {operation: _IMPLEMENTATIONS[operation][name] for operation, name in chosen.items()}
+        functions = {operation: _function(operation, name) for operation, name in chosen.items()}
         return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
 
 
 # For each operation its implementations by name, best first; the pure PyTorch one runs everywhere.
-_IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "scan": {"mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
-    "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "torch": causal_conv_silu},
+_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "scan": {"cuda": cuda_selective_scan, "mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
+    "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "cuda": cuda_causal_conv_silu, "torch": causal_conv_silu},
     "attention": {
+        "flex": flex_window,
         "flash-attn": cuda.flash_attn_window,
         "torch-flash": cuda.torch_flash_window,
         "torch": window_attention,
     },
-    "norm": {"apex": cuda.apex_rms_norm, "torch": rms_norm},
+    "norm": {"compiled": partial(torch.compile, rms_norm), "apex": cuda.apex_rms_norm, "torch": rms_norm},
+    "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
 }
 
 TORCH_KERNELS = Kernels(
-    scan=gated_selective_scan, conv=causal_conv_silu, attention=window_attention, norm=rms_norm, names=("torch",)
+    scan=gated_selective_scan,
+    conv=causal_conv_silu,
+    attention=window_attention,
+    norm=rms_norm,
+    elementwise=Elementwise(),
+    names=("torch",),
 )
+
+
+def _function(operation: str, name: str) -> Any:
+    implementation = _IMPLEMENTATIONS[operation][name]
+    return implementation() if name == "compiled" else implementation  # compiled when asked for, not at import
 
 
 def _choose(operation: str, name: str, where: cuda.Circumstances) -> str:

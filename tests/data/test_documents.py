@@ -1,69 +1,135 @@
+import gzip
 import json
+import random
 
+import pyarrow
 import pytest
+import zstandard
 from data_support import write_jsonl
+from pyarrow import parquet
 
-from sambalm.data_pipeline.documents import expand_inputs, read_documents
+from sambalm.data_pipeline.documents import BadRecord, ReadOptions, pieces, place, read_documents
 from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.inputs import input_file
 
 
-def test_documents_carry_text_and_line(tmp_path):
+def test_documents_carry_text_and_position(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n  \n{"body": "x", "text": "t\\u00e9"}')
     documents = list(read_documents(path))
-    assert [(d.text, d.line_number) for d in documents] == [("one", 1), ("té", 4)]
+    assert [(d.text, d.position) for d in documents] == [("one", 0), ("té", 20)]
     assert documents[0].size_bytes == len('{"text": "one"}\n')
     assert [d.text for d in read_documents(write_jsonl(path, ["a"]), text_key="text")] == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "a"', "malformed JSON"),
-        (b"[" * 100_000, "malformed JSON"),
-        (b'["text"]', "expected a JSON object, found list"),
-        (b'{"txt": "a", "id": 3}', r"no key 'text' \(keys: txt, id\)"),
-        (b'{"text": 5}', "is int, not a string"),
-        (b'{"text": "\xff"}', "byte 10 of the line is not UTF-8"),
-        (b'{"text": "ab\\ud800"}', "character 2 of 'text' is an unpaired surrogate"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+BAD_LINES = [
+    (b'{"text": "a"', "malformed JSON"),
+    (b"[" * 100_000, "malformed JSON"),
+    (b'["text"]', "expected a JSON object, found list"),
+    (b"7", "expected a JSON object, found int"),
+    (b'{"txt": "a", "id": 3}', r"no key 'text' \(keys: txt, id\)"),
+    (b'{"text": 5}', "is int, not a string"),
+    (b'{"text": "\xff"}', "byte 10 of the line is not UTF-8"),
+    (b'{"text": "ab\\ud800"}', "character 2 of 'text' is an unpaired surrogate"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_bad_lines_are_named(tmp_path, line, message, extension):
+    path = tmp_path / f"bad.{extension}"
+    path.write_bytes(_compressed(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n', extension))
     with pytest.raises(DataError, match=message) as caught:
         list(read_documents(path))
-    assert str(caught.value).startswith(f"{path}:2: ")
+    assert str(caught.value).startswith(f"{path}:3: ")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n  \n"])
-def test_a_file_without_documents_is_refused(tmp_path, content):
-    path = tmp_path / "empty.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{path}:{content.count(10)}: .*without a document"):
+def test_what_only_the_slower_parser_takes_is_fine(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "😀", "x": NaN}\n' + json.dumps({"text": "😀", "n": 2**70}) + "\n")
+    assert "\\ud83d" in path.read_text()
+    assert [document.text for document in read_documents(path)] == ["😀", "😀"]
+
+
+def _compressed(content: bytes, extension: str) -> bytes:
+    if extension.endswith(".gz"):
+        return gzip.compress(content)
+    return zstandard.ZstdCompressor().compress(content) if extension.endswith(".zst") else content
+
+
+def _lines(seed: int) -> bytes:
+    draw = random.Random(seed)
+    lines = [json.dumps({"text": "é" * draw.choice([0, 1, 30, 700])}, ensure_ascii=False) for _ in range(60)]
+    lines += ["", "  ", ""] * 3
+    draw.shuffle(lines)
+    return "\n".join(lines).encode() + b"\n" * draw.randint(0, 2)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_pieces_of_any_size_and_start_hold_every_record_once(tmp_path, extension):
+    for seed in range(4):
+        content = _lines(seed)
+        path = tmp_path / f"a.{extension}"
+        if extension == "parquet":
+            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            parquet.write_table(pyarrow.table({"n": list(range(len(texts))), "text": texts}), path, row_group_size=7)
+        else:
+            path.write_bytes(_compressed(content, extension))
+        file, options = input_file(path), ReadOptions()
+        whole = [record for piece in pieces(file, options) for record in piece.records(options)]
+        assert [record.text for record in whole] == [
+            json.loads(line)["text"] for line in content.split(b"\n") if line.strip()
+        ]
+        for piece_bytes in (1, 2, 7, 100, 1000):
+            cut = list(pieces(file, options, piece_bytes=piece_bytes))
+            assert [record for piece in cut for record in piece.records(options)] == whole
+            assert sum(piece.size_bytes for piece in cut) == pytest.approx(file.size_bytes, abs=len(cut))
+            for number in (0, 1, 17, 59):
+                rest = pieces(file, options, start=whole[number].position, piece_bytes=piece_bytes)
+                assert [record for piece in rest for record in piece.records(options)] == whole[number:]
+
+
+def test_plain_text_is_one_document_or_one_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("erste Zeile\r\n\nzweite é\n".encode())
+    for name, content in (("a.txt", path.read_bytes()), ("a.txt.gz", gzip.compress(path.read_bytes()))):
+        (tmp_path / name).write_bytes(content)
+        file = input_file(tmp_path / name)
+        for options, expected in (
+            (ReadOptions(), ["erste Zeile\r\n\nzweite é\n"]),
+            (ReadOptions(text_documents="line"), ["erste Zeile", "zweite é"]),
+        ):
+            records = [record for piece in pieces(file, options) for record in piece.records(options)]
+            assert [record.text for record in records] == expected
+    (tmp_path / "a.txt").write_bytes(b"fine\nb\xff\n")
+    with pytest.raises(DataError, match=r"a\.txt:1: byte 6 is not UTF-8"):
         list(read_documents(path))
 
 
-def test_an_escaped_pair_of_surrogates_is_one_character(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "😀"}))
-    assert "\\ud83d" in path.read_text()
-    assert next(read_documents(path)).text == "😀"
+def test_a_text_file_too_large_for_one_document_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sambalm.data_pipeline.documents._MAX_TEXT_FILE_BYTES", 1 << 20)
+    (tmp_path / "a.txt").write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(DataError, match=r"a\.txt would be one document of more than 1 MiB; take each line"):
+        list(read_documents(tmp_path / "a.txt"))
 
 
-def test_inputs_expand_sorted_and_once(tmp_path):
-    (tmp_path / "deep").mkdir()
-    names = ["b.jsonl", "a.jsonl", "deep/c.jsonl", "odd[1].jsonl"]
-    paths = [write_jsonl(tmp_path / name, ["x"]) for name in names]
-    assert expand_inputs([tmp_path / "b.jsonl", f"{tmp_path}/**/*.jsonl"]) == sorted(paths)
-    assert expand_inputs([str(paths[3])]) == [paths[3]]
+def test_what_is_wrong_with_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", None], "n": [1, 2]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: row 1: the value of 'text' is null"):
+        list(read_documents(path))
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'body' \(columns: text, n\)"):
+        list(read_documents(path, text_key="body"))
+    with pytest.raises(DataError, match=r"a\.parquet: the column 'n' holds int64, not strings"):
+        list(read_documents(path, text_key="n"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"a\.parquet is not a sound Parquet file"):
+        list(read_documents(path))
 
 
-def test_inputs_without_a_match_or_a_reader_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"no file matches the input '.*none\*\.jsonl'"):
-        expand_inputs([f"{tmp_path}/none*.jsonl"])
-    with pytest.raises(DataError, match=r"extension '\.csv'; supported: \.jsonl"):
-        expand_inputs([tmp_path / "a.csv"])
-    with pytest.raises(DataError, match="is a directory"):
-        expand_inputs([tmp_path])
+def test_the_place_of_a_record_is_its_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000, "y", "z"])
+    file = input_file(path)
+    records = [record for piece in pieces(file, ReadOptions()) for record in piece.records(ReadOptions())]
+    assert [place(file, record.position) for record in records] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert not [record for record in records if isinstance(record, BadRecord)]

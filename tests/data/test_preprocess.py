@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -16,12 +17,13 @@ from sambalm.data_pipeline.sources import open_sources
 
 
 def _tokens(prefix) -> list[list[int]]:
-    documents = []
-    for shard_prefix in shard_prefixes(prefix):
-        index = check_shard(shard_prefix)
-        ids = np.fromfile(f"{shard_prefix}.bin", dtype=index.dtype)
-        documents += [part.tolist() for part in np.split(ids, np.cumsum(index.lengths)[:-1])]
-    return documents
+    return [document for shard_prefix in shard_prefixes(prefix) for document in _shard_tokens(shard_prefix)]
+
+
+def _shard_tokens(shard_prefix) -> list[list[int]]:
+    index = check_shard(shard_prefix)
+    ids = np.fromfile(f"{shard_prefix}.bin", dtype=index.dtype)
+    return [part.tolist() for part in np.split(ids, np.cumsum(index.lengths)[:-1])]
 
 
 def test_shards_hold_the_documents_in_order(tmp_path, tokenizer):
@@ -58,10 +60,54 @@ def test_shards_hold_the_documents_in_order(tmp_path, tokenizer):
     config = DataConfig(train=str(prefix), sequence_length=8)
     assert config.tokenizer_path().resolve() == tokenizer.path.resolve()
     assert len(listing(tmp_path / "out")) == 2 * summary.shards + 1
+    assert summary.complete
+    assert summary.slow_because is None
+
+
+def test_every_record_is_accounted_for(tmp_path, tokenizer):
+    lines = [json.dumps({"text": text}) for text in make_texts(40, seed=1)]
+    lines[3] = '{"text": ""}'
+    lines[7] = "{oops"
+    lines[30] = "[]"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:25]))
+    (tmp_path / "b.jsonl").write_text("\n\n" + "\n".join(lines[25:]) + "\n")
+    (tmp_path / "c.jsonl").write_text("\n")
+    paths = [tmp_path / "a.jsonl", tmp_path / "c.jsonl", tmp_path / "b.jsonl"]
+    prefix = tmp_path / "d"
+    summary = preprocess(paths, tokenizer=tokenizer.path, output_prefix=prefix, shard_tokens=300, on_error="skip")
+    assert (summary.documents, summary.skipped_documents, summary.malformed_documents) == (37, 1, 2)
+    manifest = read_manifest(prefix)
+    assert [(s.path, s.size_bytes, s.records, s.skipped, s.malformed) for s in manifest.sources] == [
+        (str(paths[0]), paths[0].stat().st_size, 25, 1, 1),
+        (str(paths[1]), 1, 0, 0, 0),
+        (str(paths[2]), paths[2].stat().st_size, 15, 0, 1),
+    ]
+    found = [(source, []) for source in range(3)]
+    for shard in manifest.shards:
+        for part in shard.sources:
+            records = range(part.first, part.first + part.records)
+            found[part.source][1].extend(records)
+        assert shard.documents == sum(r.records - r.skipped - r.malformed for r in shard.sources)
+        texts = []
+        for part in shard.sources:
+            start = part.first + (25 if part.source == 2 else 0)
+            texts += [_text(line) for line in lines[start : start + part.records]]
+        assert shard.text_bytes == sum(len(text.encode()) for text in texts)
+        assert _shard_tokens(tmp_path / shard.name) == [
+            [*tokenizer.encode(text), tokenizer.eos_id] for text in texts if text
+        ]
+    assert found == [(0, list(range(25))), (1, []), (2, list(range(15)))]
+
+
+def _text(line: str) -> str:
+    try:
+        return json.loads(line)["text"]
+    except (ValueError, TypeError):
+        return ""
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer, corpus, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)  # more batches than may be in flight
+    monkeypatch.setattr(module, "PIECE_BYTES", 2000)  # more batches than may be in flight
     contents = []
     for workers in (1, 2):
         directory = tmp_path / str(workers)
@@ -80,24 +126,70 @@ def test_without_eos(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_input_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch, workers):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch, workers):
+    monkeypatch.setattr(module, "PIECE_BYTES", 2000)
     bad = tmp_path / "bad.jsonl"
     bad.write_text(corpus.read_text() + '{"text": 1}\n')
     before = listing(tmp_path)
     with pytest.raises(DataError, match=r"bad\.jsonl:201: the value of 'text' is int"):
-        preprocess([bad], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", workers=workers, shard_tokens=1000)
+        preprocess([bad], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", workers=workers)
     assert listing(tmp_path) == before
 
 
-def test_a_failure_while_committing_leaves_nothing(tmp_path, tokenizer, corpus, monkeypatch):
-    def fail(*arguments):
-        raise OSError(28, "No space left on device")
+def test_a_run_that_stopped_at_bad_input_goes_on_skipping_it(tmp_path, tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_BYTES", 2000)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(corpus.read_text() + '{"text": 1}\n')
+    options = {"tokenizer": tokenizer.path, "output_prefix": tmp_path / "d", "shard_tokens": 1000}
+    with pytest.raises(DataError, match=r"bad\.jsonl:201"):
+        preprocess([bad], **options)
+    assert (tmp_path / "d.progress").exists()
+    assert not (tmp_path / "d.json").exists()
+    summary = preprocess([bad], on_error="skip", **options)
+    assert 0 < summary.resumed_shards < summary.shards
+    assert summary.malformed_documents == 1
+    assert not (tmp_path / "d.progress").exists()
+    preprocess([corpus], tokenizer=tokenizer.path, output_prefix=tmp_path / "good", shard_tokens=1000)
+    assert _tokens(tmp_path / "d") == _tokens(tmp_path / "good")
 
-    monkeypatch.setattr(module, "write_manifest", fail)
-    with pytest.raises(DataError, match=r"cannot write .*d: No space left"):
-        preprocess([corpus], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", shard_tokens=1000)
-    assert listing(tmp_path) == []
+
+def test_a_finished_run_is_not_repeated(tmp_path, tokenizer, corpus):
+    options = {"tokenizer": tokenizer.path, "output_prefix": tmp_path / "d", "shard_tokens": 1000}
+    first = preprocess([corpus], **options)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in listing(tmp_path)}
+    again = preprocess([corpus], **options)
+    assert (again.shards, again.tokens, again.resumed_shards, again.read_bytes) == (
+        first.shards,
+        first.tokens,
+        first.shards,
+        0,
+    )
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in listing(tmp_path)} == before
+    for changed in ({"shard_tokens": 999}, {"append_eos": False}):
+        with pytest.raises(DataError, match=r"d\.json exists already"):
+            preprocess([corpus], **{**options, **changed})
+
+
+def test_a_changed_input_is_no_finished_run(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", ["stone", "river"])
+    options = {"tokenizer": tokenizer.path, "output_prefix": tmp_path / "d"}
+    preprocess([path], **options)
+    write_jsonl(path, ["river", "stone"])  # as many bytes
+    os.utime(path, ns=(0, (tmp_path / "d.json").stat().st_mtime_ns + 1))
+    with pytest.raises(DataError, match=r"d\.json exists already"):
+        preprocess([path], **options)
+    preprocess([path], overwrite=True, **options)
+    assert _tokens(tmp_path / "d") == [[*tokenizer.encode(text), tokenizer.eos_id] for text in ("river", "stone")]
+
+
+def test_shards_of_another_tool_are_not_replaced(tmp_path, tokenizer, corpus):
+    (tmp_path / "d_00003.bin").write_bytes(b"x")
+    options = {"tokenizer": tokenizer.path, "output_prefix": tmp_path / "d", "shard_tokens": 1000}
+    with pytest.raises(DataError, match=r"d_00003\.bin exists already"):
+        preprocess([corpus], **options)
+    assert listing(tmp_path) == ["d_00003.bin"]
+    preprocess([corpus], overwrite=True, **options)
+    check_shard(tmp_path / "d_00003")
 
 
 def test_existing_output_is_kept_unless_overwritten(tmp_path, tokenizer, corpus):
@@ -124,8 +216,9 @@ def test_impossible_requests_are_refused(tmp_path, tokenizer, corpus):
     for name in ("workers", "shard_tokens"):
         with pytest.raises(DataError, match=f"{name}=0 must be at least 1"):
             preprocess([corpus], **{name: 0}, **options)
-    with pytest.raises(DataError, match="the inputs hold no tokens: all 2 documents are empty"):
+    with pytest.raises(DataError, match="the inputs hold no tokens: 2 documents are empty"):
         preprocess([write_jsonl(tmp_path / "a.jsonl", ["", ""])], **options)
+    assert listing(tmp_path) == ["a.jsonl"]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write in"):
         preprocess([corpus], tokenizer=tokenizer.path, output_prefix=tmp_path / "file" / "d")
@@ -141,7 +234,14 @@ def test_shards_that_disagree_with_the_manifest_are_refused(tmp_path, tokenizer,
         open_sources(DataConfig(train=str(tmp_path / "d"), sequence_length=8))
 
 
-def test_preprocessing_imports_no_training_library():
-    code = "import sys, sambalm.data_pipeline.preprocess; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
+def test_the_command_imports_no_training_library(tmp_path, tokenizer, corpus):
+    code = (
+        "import sys; from sambalm.pretrain.cli import app\n"
+        f"try: app(['data', 'preprocess', '--input', {str(corpus)!r}, '--tokenizer', {str(tokenizer.path)!r},"
+        f" '--output', {str(tmp_path / 'd')!r}, '--workers', '1'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "d.json").exists()

@@ -1,11 +1,13 @@
+import hashlib
 import json
+import zlib
 
 import numpy as np
 import pytest
 from data_support import listing, write_shard
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from sambalm.data_pipeline import shards
-from sambalm.data_pipeline.dataset import IndexedDataset
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shards import ShardWriter, check_shard, read_manifest, shard_prefixes
 
@@ -107,8 +109,8 @@ def test_bare_and_missing_prefixes(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps({"format_version": 2}), "has format_version 2 and this program reads 1"),
-        ("[]", "has format_version None and this program reads 1"),
+        (json.dumps({"format_version": 3}), "has format_version 3 and this program reads 2"),
+        ("[]", "has format_version None and this program reads 2"),
         ("{", "cannot read the manifest"),
         (json.dumps({"format_version": 1, "tokenizer": {"path": 3}}), r"tokenizer\.path"),
     ],
@@ -117,3 +119,53 @@ def test_unusable_manifests_are_refused(tmp_path, content, message):
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(DataError, match=message):
         shard_prefixes(tmp_path / "d")
+
+
+def test_several_documents_at_once_are_the_same_file(tmp_path):
+    documents = [[3, 1, 4], [1, 5], [9]]
+    write_shard(tmp_path / "single", documents, vocab_size=100)
+    writer = ShardWriter(tmp_path / "batch", 100)
+    writer.add_documents(np.array([3, 1, 4, 1, 5]), np.array([3, 2]))
+    writer.add_documents(np.array([9], dtype=np.uint16), np.array([1]))
+    writer.finish()
+    writer.commit()
+    for extension in ("bin", "idx"):
+        assert (tmp_path / f"single.{extension}").read_bytes() == (tmp_path / f"batch.{extension}").read_bytes()
+
+
+@pytest.mark.parametrize("lengths", [[3, 2], [1, 4], [4, 1]])
+def test_the_document_of_a_bad_id_is_named(tmp_path, lengths):
+    writer = ShardWriter(tmp_path / "data", 100)
+    writer.add([99])
+    with pytest.raises(DataError, match=f"document {1 if lengths[0] > 3 else 2} of .*: token id 100 is outside"):
+        writer.add_documents(np.array([1, 2, 3, 100, 4]), np.array(lengths))
+    writer.discard()
+
+
+def test_blocks_have_checksums(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CHECKSUM_BLOCK_BYTES", 16)
+    writer = ShardWriter(tmp_path / "data", 100)
+    for tokens in (range(5), range(20), range(7)):
+        writer.add(list(tokens))
+    entry = writer.finish()
+    writer.commit()
+    content = (tmp_path / "data.bin").read_bytes()
+    blocks = [content[start : start + 16] for start in range(0, len(content), 16)]
+    assert entry.bin_crc32 == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+    assert entry.bin_sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_a_manifest_of_version_1_is_read(tmp_path):
+    shard = {"name": "d_00000", "documents": 1, "tokens": 2, "bin_bytes": 4, "bin_sha256": "x", "idx_sha256": "y"}
+    old = {
+        "format_version": 1,
+        "tokenizer": {"path": "t.model", "sha256": "z", "vocab_size": 9, "eos_id": 2},
+        "shards": [shard],
+        "skipped_documents": 3,
+        "sources": ["a.jsonl", "b.jsonl"],
+        "options": {"append_eos": True},
+    }
+    (tmp_path / "d.json").write_text(json.dumps(old))
+    manifest = read_manifest(tmp_path / "d")
+    assert [source.path for source in manifest.sources] == ["a.jsonl", "b.jsonl"]
+    assert (manifest.shards[0].tokens, manifest.skipped_documents) == (2, 3)

@@ -7,16 +7,18 @@ import torch.nn.functional as F
 from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.documents import Documents
+from sambalm.model.ops.elementwise import swiglu
 from sambalm.model.ops.kernels import KernelConfig
 from sambalm.model.ops.rms_norm import rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
-from sambalm.model.ops.window_attention import window_attention
+from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DEVICE = torch.device("cuda")
 # Of bf16 inputs and outputs, relative to the norm: rounding alone is 2e-3.
 TOLERANCE = 1e-2
+CONV_SIZES = [(2, 512, 256), (3, 77, 96), (1, 3, 64), (2, 300, 1304)]
 
 
 def kernel(operation, name):
@@ -44,9 +46,10 @@ def relative(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("name", ["cuda", "mamba-ssm"])
 @pytest.mark.parametrize(("batch", "length", "channels"), [(2, 512, 256), (1, 1000, 64), (3, 77, 96)])
-def test_scan(batch, length, channels):
-    scan = kernel("scan", "mamba-ssm")
+def test_scan(name, batch, length, channels):
+    scan = kernel("scan", name)
     inputs = (
         torch.randn(batch, length, channels),
         torch.randn(batch, length, channels),
@@ -67,9 +70,10 @@ def test_scan(batch, length, channels):
     check(run(scan), run(gated_selective_scan), inputs, fp32=(2, 5, 7))
 
 
-@pytest.mark.parametrize(("batch", "length", "channels"), [(2, 512, 256), (3, 77, 96), (1, 3, 64)])
-def test_conv(batch, length, channels):
-    conv = kernel("conv", "causal-conv1d")
+@pytest.mark.parametrize("name", ["cuda", "causal-conv1d"])
+@pytest.mark.parametrize(("batch", "length", "channels"), CONV_SIZES)
+def test_conv(name, batch, length, channels):
+    conv = kernel("conv", name)
     inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
     check(lambda *t: conv(*t)[0], lambda *t: causal_conv_silu(*t)[0], inputs, fp32=(1, 2))
 
@@ -81,14 +85,15 @@ def documents(batch, length):
     return Documents((torch.arange(length) * begins).cummax(1).values.to(DEVICE), first=0)
 
 
-@pytest.mark.parametrize(("batch", "length", "channels"), [(2, 512, 256), (3, 77, 96), (1, 3, 64)])
-def test_conv_of_packed_documents(batch, length, channels):
-    conv, resets = kernel("conv", "causal-conv1d"), documents(batch, length).resets
+@pytest.mark.parametrize("name", ["cuda", "causal-conv1d"])
+@pytest.mark.parametrize(("batch", "length", "channels"), CONV_SIZES)
+def test_conv_of_packed_documents(name, batch, length, channels):
+    conv, resets = kernel("conv", name), documents(batch, length).resets
     inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
     check(*(lambda *t, f=f: f(*t, resets=resets)[0] for f in (conv, causal_conv_silu)), inputs, fp32=(1, 2))
 
 
-@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "queries", "before", "window"),
     [(12, 12, 128, 700, 0, 256), (11, 1, 256, 333, 60, 100), (4, 2, 64, 130, 255, 256), (4, 2, 64, 130, 500, 256)],
@@ -101,7 +106,7 @@ def test_attention_of_packed_documents(name, heads, kv_heads, head_dim, queries,
     check(*run, [torch.randn(shape) for shape in shapes])
 
 
-@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "length", "window"),
     [(12, 12, 128, 700, 256), (11, 1, 256, 333, 100), (32, 4, 64, 600, 2048), (18, 18, 128, 513, 64)],
@@ -117,7 +122,7 @@ def test_attention(name, heads, kv_heads, head_dim, length, window):
     check(run(attention), run(window_attention), [torch.randn(shape) for shape in shapes])
 
 
-@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize("before", [1, 63, 255])
 def test_attention_with_keys_from_before_the_first_query(name, before):
     attention = kernel("attention", name)
@@ -126,10 +131,31 @@ def test_attention_with_keys_from_before_the_first_query(name, before):
     check(*run, [torch.randn(shape) for shape in shapes])
 
 
-def test_norm():
-    norm = kernel("norm", "apex")
+@pytest.mark.parametrize("name", ["compiled", "apex"])
+def test_norm(name):
+    norm = kernel("norm", name)
     run = [lambda x, w, f=f: f(x, w, eps=1e-5) for f in (norm, rms_norm)]
     check(*run, (torch.randn(64, 3, 1536), torch.rand(1536) + 0.5), fp32=(1,))
+
+
+def test_compiled_swiglu():
+    fused = kernel("elementwise", "compiled").swiglu
+    check(fused, swiglu, [torch.randn(64, 3, 2 * 683)])
+
+
+def test_compiled_rotary():
+    fused, tables = kernel("elementwise", "compiled").rotary, rotary_tables(torch.arange(70), head_dim=64, base=1e4)
+    tables = [t.to(DEVICE) for t in tables]
+    check(
+        *(lambda x, f=f: f(x.permute(1, 2, 0, 3), *tables) for f in (fused, apply_rotary)), [torch.randn(70, 2, 3, 64)]
+    )
+
+
+def test_compiled_losses():
+    fused, labels = kernel("elementwise", "compiled").token_losses, torch.randint(0, 1000, (77,), device=DEVICE)
+    check(
+        lambda x: fused(x, labels), lambda x: F.cross_entropy(x, labels, reduction="none"), [torch.randn(77, 1000) * 3]
+    )
 
 
 def test_a_model_with_the_fastest_kernels_has_the_losses_of_the_reference():
@@ -149,7 +175,7 @@ def test_a_model_with_the_fastest_kernels_has_the_losses_of_the_reference():
     tokens = torch.randint(0, 512, (2, 513), device=DEVICE)
     losses, gradients = {}, {}
     for choice in ("auto", "torch"):
-        kernels = KernelConfig(**dict.fromkeys(("scan", "conv", "attention", "norm"), choice))
+        kernels = KernelConfig(**dict.fromkeys(("scan", "conv", "attention", "norm", "elementwise"), choice))
         with DEVICE:
             model = Samba(config, kernels=kernels.build(device=DEVICE, dtype=torch.bfloat16), dtype=torch.bfloat16)
         initialize_parameters(model, seed=0)

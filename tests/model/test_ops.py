@@ -14,16 +14,19 @@ from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, wind
 
 
 def relative(actual, expected):
-    """Error over norm, but over 0.1 where the expectation is smaller: a query of one key has a gradient of zero."""
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=0.1)).item()
+    """Error over norm, but over 0.01 where the expectation is smaller."""
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=0.01)).item()
 
 
 def leaves(*tensors, dtype):
     return [t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
-def check(function, reference, inputs, *, tolerance):
-    """Outputs and gradients of function on fp32 inputs against reference on the same values in fp64."""
+def check(function, reference, inputs, *, tolerance, zero_gradients=()):
+    """Outputs and gradients of function on fp32 inputs against reference on the same values in fp64.
+
+    The gradients of some inputs may be given as zero: for them the tolerance is absolute.
+    """
     actual_inputs, expected_inputs = leaves(*inputs, dtype=torch.float32), leaves(*inputs, dtype=torch.float64)
     actual, expected = function(*actual_inputs), reference(*expected_inputs)
     for a, e in zip(actual, expected, strict=True):
@@ -33,7 +36,8 @@ def check(function, reference, inputs, *, tolerance):
     sum((a * w).sum() for a, w in zip(actual, weights, strict=True)).backward()
     sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
     for number, (a, e) in enumerate(zip(actual_inputs, expected_inputs, strict=True)):
-        assert relative(a.grad, e.grad) < tolerance, f"gradient of input {number}"
+        error = a.grad.abs().max().item() if number in zero_gradients else relative(a.grad, e.grad)
+        assert error < tolerance, f"gradient of input {number}"
 
 
 def loop_scan(u, dt, A, B, C, state):
@@ -151,6 +155,7 @@ def test_window_attention_equals_dense(queries, keys, heads, kv_heads, window):
         lambda q, k, v: [dense_attention(q, k, v, window=window)],
         inputs,
         tolerance=1e-5,
+        zero_gradients=(0, 1) if keys == 1 else (),  # a query of one key gives it all its weight, whatever they are
     )
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from whole_runs import changed, train
+from whole_runs import changed, run_dir, stopped_after, train
 from worlds import run_world
 
 from sambalm.pretrain.checkpoint import checkpoint_folder, checkpoint_folders, newest_checkpoint, open_checkpoint
 from sambalm.pretrain.errors import CheckpointError
-
-
-def run_dir(values):
-    return Path(values["run"]["dir"])
-
-
-def stopped_after(values, step, folder):
-    """A copy of a run as a stop right after a step's checkpoint would have left it, metrics beyond it included."""
-    stopped = changed(values, run={"dir": str(folder)})
-    kept = checkpoint_folder(run_dir(values), step)
-    shutil.copytree(kept, folder / "checkpoints" / kept.name)
-    shutil.copy(run_dir(values) / "metrics.jsonl", folder)
-    return stopped
 
 
 @pytest.mark.parametrize(
@@ -101,7 +87,8 @@ def load_and_save(values, target):
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
         training = build_training(config, world=world, checkpoint=find_resume_point(config, world=world))
-        save_checkpoint(training, config=parse_config(target, source="test"), world=world, step=3)
+        target_config = parse_config(target, source="test")
+        save_checkpoint(training, config=target_config, world=world, step=3, samples=24, data={})
 
 
 def stored_tensors(path):

@@ -47,7 +47,7 @@ def test_help_has_an_example_and_appears_without_the_slow_packages():
     words = [(), ("data",), ("convert",), ("slurm",), *leaf_commands()]
     script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
     shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
-    assert len(words) == 4 + 12
+    assert len(words) == 4 + 16
     for name, text in zip(words, shown["helps"], strict=True):
         assert "Usage:" in text
         if name in leaf_commands():
@@ -64,7 +64,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 13
+    assert parsed == 19
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def refused(sambalm, tmp_path):
 GOOD_LINE = json.dumps({"text": "a line of text"}) + "\n"
 BAD_TEXTS = {
     "malformed JSON": (GOOD_LINE + '{"text": "cut', "text.jsonl:2: malformed JSON"),
-    "empty": ("", "the file ends without a document"),
-    "blank lines": ("\n\n", "the file ends without a document"),
+    "empty": ("", "the inputs hold no "),
+    "blank lines": ("\n\n", "the inputs hold no "),
     "no text": (GOOD_LINE + '{"body": "x"}\n', "text.jsonl:2: no key 'text' (keys: body)"),
     "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is int"),
     "not an object": ("[1]\n", "text.jsonl:1: expected a JSON object"),
@@ -145,12 +145,42 @@ def test_bad_text_is_refused_by_file_and_line(name, refused, tokens, tmp_path):
         )
 
 
-def test_a_bad_line_after_shards_were_begun_leaves_none(refused, tokens, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text(GOOD_LINE * 60_000 + "{}\n")  # more than a batch, so that its tokens are written already
-    model = tokens.with_name("tokenizer.model")
-    arguments = ("--input", text, "--tokenizer", model, "--output", tmp_path / "tokens", "--shard-tokens", 100_000)
-    refused("data", "preprocess", *arguments, names=["text.jsonl:60001: no key 'text'"])
+def test_a_bad_line_costs_no_complete_shard(sambalm, tokens, tmp_path):
+    text, prefix = tmp_path / "text.jsonl", tmp_path / "tokens"
+    text.write_text(GOOD_LINE * 300_000 + "{}\n")  # more than is read at once
+    arguments = ("--input", text, "--tokenizer", tokens.with_name("tokenizer.model"), "--output", prefix)
+    command = ("data", "preprocess", *arguments, "--shard-tokens", 500_000)
+    code, out, err = sambalm(*command)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {text}:300001: no key 'text'")
+    assert err.count("\n") == 1
+    assert not prefix.with_suffix(".json").exists()
+    code, out, err = sambalm(*command, "--on-error", "skip")
+    assert (code, err) == (0, "")
+    assert "shards were there already" in out
+    assert "1 malformed documents were skipped" in out
+    assert prefix.with_suffix(".json").exists()
+
+
+def test_data_is_verified_inspected_and_blended(sambalm, tokens):
+    prefix = tokens.with_name("tokens")
+    assert "sound" in sambalm("data", "verify", prefix)[1]
+    assert "most frequent" in sambalm("data", "inspect", prefix)[1]
+    code, out, _ = sambalm("data", "inspect", prefix, "--document", 1, "--sample", 0, "--sequence-length", 64)
+    assert code == 0
+    assert "--- document 1" in out
+    assert "in 64 tokens" in out
+    assert "epochs" in sambalm("data", "blend", f"{prefix}=1", "--tokens", "1e6")[1]
+
+
+def test_damaged_data_ends_verification_with_its_places(sambalm, tokens, tmp_path):
+    for path in tokens.parent.glob("t*"):
+        shutil.copy(path, tmp_path)
+    shard = tmp_path / "tokens_00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    code, out, err = sambalm("data", "verify", tmp_path / "tokens")
+    assert (code, err) == (1, "")
+    assert f"{shard} has changed since it was written, in bytes 0 to " in out
 
 
 def test_inputs_that_do_not_exist_are_refused(refused, tmp_path):
@@ -241,18 +271,29 @@ def patched_shard(tokens, tmp_path):
 def test_an_id_out_of_range_in_a_bare_shard_is_refused_before_the_run(refused, config, patched_shard):
     patched_shard.with_suffix(".json").unlink()
     override = f"data.train={patched_shard}_00000"
-    refused("train", config, override, names=["tokens_00000.bin", "token id 60000 at byte 10000", "vocab_size=384"])
+    refused(
+        "train",
+        config,
+        override,
+        names=["tokens_00000.bin", "token id 60000 at byte 10000", "384 ids of model.vocab_size"],
+    )
     refused("train", config, override, names=["token id 60000 at byte 10000"])  # from the cache
 
 
-def test_an_id_out_of_range_in_a_shard_changed_later_ends_the_run(config, patched_shard):
-    """Its manifest still answers for it, so the batch that holds it is refused: in one epoch, one of the steps."""
-    arguments = ["train", config, f"data.train={patched_shard}", "train.global_batch_tokens=8192", "train.steps=200"]
+def test_an_id_out_of_range_in_a_shard_with_a_manifest_is_refused_before_the_run(refused, config, patched_shard):
+    names = ["tokens_00000.bin", "token id 60000 at byte 10000", "384 ids of the tokenizer"]
+    refused("train", config, f"data.train={patched_shard}", names=names)
+    refused("data", "index", config, f"data.train={patched_shard}", names=names)
+
+
+def test_an_id_out_of_range_in_a_shard_that_nobody_verified_ends_the_run(config, patched_shard):
+    """The batch that holds it is refused: in one epoch, one of the steps."""
+    size = ["train.global_batch_tokens=8192", "train.steps=200"]
+    arguments = ["train", config, f"data.train={patched_shard}", "data.verify=false", *size]
     ended = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
     assert ended.returncode == 2, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
-    assert line.startswith("error: shard ")
-    assert "tokens_00000 holds token id 60000" in line
+    assert "tokens_00000.bin holds token id 60000 at byte 10000 (in sample " in line
     assert "Traceback" not in ended.stderr
 
 
@@ -306,6 +347,20 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     ):
         assert shown in out
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_torchruns_own_report_of_a_refusal_ends_with_the_sentence(run_values, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values))
+    ended = subprocess.run(
+        [*TORCHRUN, "train", tmp_path / "run.yaml", "parallel.tensor=5"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert ended.returncode != 0
+    summary = ended.stderr.split("Root Cause")[1]
+    assert "which parallel.tensor 5 does not divide" in summary
 
 
 @pytest.mark.slow

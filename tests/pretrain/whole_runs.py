@@ -1,11 +1,13 @@
 """Whole training runs in worlds of real ranks."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 from worlds import run_world
 
+from sambalm.pretrain.checkpoint import checkpoint_folder
 from sambalm.pretrain.metrics_file import read_metrics
 
 TIMES = ("tokens_per_second", "step_time_s")
@@ -17,6 +19,19 @@ def changed(values: dict, **sections: dict[str, Any]) -> dict:
     for section, keys in sections.items():
         values.setdefault(section, {}).update(keys)
     return values
+
+
+def run_dir(values):
+    return Path(values["run"]["dir"])
+
+
+def stopped_after(values, step, folder):
+    """A copy of a run as a stop right after a step's checkpoint would have left it, metrics beyond it included."""
+    stopped = changed(values, run={"dir": str(folder)})
+    kept = checkpoint_folder(run_dir(values), step)
+    shutil.copytree(kept, folder / "checkpoints" / kept.name)
+    shutil.copy(run_dir(values) / "metrics.jsonl", folder)
+    return stopped
 
 
 def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:

@@ -8,7 +8,9 @@ struct BackwardRow {
 typedef uint4 StateRow[32 * STATE_WORDS];
 
 struct BackwardShared {
-    float bias[BLOCK_CHANNELS], skip[BLOCK_CHANNELS];  // first, so that the row before the projections' first is there
+    // First, so that there is a row before the projections' first.
+    __align__(16) float bias[BLOCK_CHANNELS];
+    __align__(16) float skip[BLOCK_CHANNELS];
     Projections projections[2];
     BackwardRow slots[WARPS][TILE];
     // Before the tile, and after each of its steps; then there the warp's gradients of B and C at that step.
@@ -31,12 +33,19 @@ __device__ __forceinline__ void add_over_channels(
     for (int j = 0; j < 8 / R; ++j) to[(top ? N : 0) + at.state(j)] = v[j];
 }
 
+__device__ __forceinline__ void load_eight_floats(const float4* from, float (&to)[8]) {
+    const float4 first = from[0], second = from[1];
+    to[0] = first.x; to[1] = first.y; to[2] = first.z; to[3] = first.w;
+    to[4] = second.x; to[5] = second.y; to[6] = second.z; to[7] = second.w;
+}
+
 // The elementwise work before the recurrence, on one step of eight channels.
 __device__ __forceinline__ void before_tile(
     float4* eight, const Eight& raw_u, const Eight& raw_dt, const Eight& raw_z, const Eight& raw_grad,
-    const float* bias, bool here, bool reset)
+    const float4* bias4, bool here, bool reset)
 {
-    float u[8], x[8], z[8], grad[8];
+    float u[8], x[8], z[8], grad[8], bias[8];
+    load_eight_floats(bias4, bias);
     unpack(raw_u, u); unpack(raw_dt, x); unpack(raw_z, z); unpack(raw_grad, grad);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -51,24 +60,23 @@ __device__ __forceinline__ void states_of_tile(
     BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
     const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4])
 {
-    float4 in[CH], b4 = projection.b[0][copy][at.q];
+    constexpr int STEPS = CH > 2 ? 1 : 4;  // at a time: the writes of these come after their reads
+    for (int first = 0; first < TILE; first += STEPS) {
+        States found[STEPS];
 #pragma unroll
-    for (int i = 0; i < CH; ++i) in[i] = slot[0].channel[places[i]];
-#pragma unroll 4
-    for (int t = 0; t < TILE; ++t) {
-        float b[4];
-        float4 next_in[CH];  // read ahead of this step's write; past the tile a row that is not used
-        load_four(b4, b);
-        b4 = projection.b[t + 1][copy][at.q];
+        for (int k = 0; k < STEPS; ++k) {
+            float b[4];
+            load_four(projection.b[first + k][copy][at.q], b);
 #pragma unroll
-        for (int i = 0; i < CH; ++i) next_in[i] = slot[t + 1].channel[places[i]];
+            for (int i = 0; i < CH; ++i) {
+                const float2 in = *reinterpret_cast<const float2*>(&slot[first + k].channel[places[i]]);
 #pragma unroll
-        for (int i = 0; i < CH; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in[i].x * a[i][j]) * h[i][j] + in[i].y * b[j];
-            in[i] = next_in[i];
+                for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
+            }
+            found[k] = pack_states(h);
         }
-        store_states(states[t], pack_states(h), at.lane);
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) store_states(states[first + k], found[k], at.lane);
     }
 }
 
@@ -141,10 +149,11 @@ struct Gradients { float u[8], dt[8], z[8]; };
 
 // The elementwise work after the recurrence.
 __device__ __forceinline__ void after_tile(
-    const float4* eight, const Eight& raw_u, const Eight& raw_z, const Eight& raw_grad, const float* skip,
+    const float4* eight, const Eight& raw_u, const Eight& raw_z, const Eight& raw_grad, const float4* skip4,
     Gradients& g, float (&sum_skip)[8], float (&sum_bias)[8])
 {
-    float u[8], z[8], grad[8];
+    float u[8], z[8], grad[8], skip[8];
+    load_eight_floats(skip4, skip);
     unpack(raw_u, u); unpack(raw_z, z); unpack(raw_grad, grad);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -164,7 +173,6 @@ __device__ __forceinline__ void add_over_warps(float* to, const StateRow (*state
 #pragma unroll
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);
-        if (FOURS % THREADS && f >= FOURS) break;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) {
@@ -185,27 +193,27 @@ __device__ __forceinline__ void add_over_steps(float (&x)[8])
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
-    const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides
+    // [batch, length, channels] by strides: all alike but z
+    const Element* u, const Element* dt, const Element* z,
     const float* bc,                                       // [batch, length, 2, N]
     const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
     const unsigned char* resets,                           // [batch, length] or null
     const uint4* borders,                                  // of the forward
-    const Element* grad_out,                               // [batch, length, channels] by strides
+    const Element* grad_out,                               // [batch, length, channels]
     const float* grad_end,  // of the state after each segment, [batch, segments, channels, N], or null: zeros
-    Element* grad_u, Element* grad_dt, Element* grad_z,     // [batch, length, channels] by strides
+    Element* grad_u, Element* grad_dt, Element* grad_z,     // [batch, length, channels]
     float* grad_bc,                                        // [blocks of channels, batch, length, 2, N]
     float* grad_A,                                         // [batch, segments, channels, N]
-    float* grad_D, float* grad_bias,                       // [batch, segments, channels]
+    float* grad_D, float* grad_bias,                       // [batch, segments, channels]; ENDS: none and the sum of dt
     float* grad_start,                                     // [batch, channels, N]; ENDS: [batch, segments, channels, N]
-    int length, int channels, int segment_tiles,
-    int64 u_batch, int u_time, int64 dt_batch, int dt_time, int64 z_batch, int z_time, int64 grad_batch, int grad_time,
-    int64 out_batch, int out_time)
+    int length, int channels, int segments, int segment_tiles,
+    int64 batch_stride, int time_stride, int64 z_batch, int z_time)
 {
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *reinterpret_cast<BackwardShared*>(memory);
 
     const Place at;
-    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int batch = blockIdx.y, segment = blockIdx.z + ENDS;  // ENDS: of all but the first
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;
     const int first_of_block = blockIdx.x * BLOCK_CHANNELS;
@@ -217,9 +225,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     int places[CH];
 #pragma unroll
     for (int i = 0; i < CH; ++i) places[i] = BackwardRow::place(at.channel(i));
-    const float *bias = shared.bias + (eight - first_of_block), *skip = shared.skip + (eight - first_of_block);
+    const float4* bias = reinterpret_cast<const float4*>(shared.bias + (eight - first_of_block));
+    const float4* skip = reinterpret_cast<const float4*>(shared.skip + (eight - first_of_block));
 
-    float a[CH][4], carry[CH][4], sum_a[CH][4], sum_skip[8], sum_bias[8];
+    float a[CH][4], carry[CH][4], sum_a[CH][4], sum_skip[8], sum_bias[8], sum_steps[CH] = {};
     read_states(A, 0, at, channels, a);
     read_states(grad_end, int64(batch * segments + segment) * channels, at, channels, carry);
 #pragma unroll
@@ -232,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     }
     if (threadIdx.x < BLOCK_CHANNELS) {
         const int channel = first_of_block + threadIdx.x;
-        shared.bias[threadIdx.x] = channel < channels ? dt_bias[channel] : 0.f;
+        shared.bias[threadIdx.x] = channel < channels ? dt_bias[channel] * SOFTPLUS_UNIT : 0.f;
         shared.skip[threadIdx.x] = channel < channels ? D[channel] : 0.f;
     }
 
@@ -241,10 +250,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const int64 row_of_batch = int64(batch) * length;
     int time = last_tile * TILE + row;
     bool inside = has_channels && time < length;
-    const Column u_column(u, u_batch, u_time, eight), dt_column(dt, dt_batch, dt_time, eight);
-    const Column z_column(z, z_batch, z_time, eight), grad_column(grad_out, grad_batch, grad_time, eight);
-    Eight next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
-    Eight next_z = z_column.load(time, inside), next_grad = grad_column.load(time, inside);
+    const Rows rows(batch_stride, time_stride, eight), z_rows(z_batch, z_time, eight);
+    int64 bytes = rows.at(time);
+    Eight next_u = load_at(u, bytes, inside), next_dt = load_at(dt, bytes, inside);
+    Eight next_z = load_at(z, z_rows.at(time), inside), next_grad = load_at(grad_out, bytes, inside);
     int next_reset = load_flag(resets, row_of_batch + time, inside);
     Fill fill = load_projections(bc, row_of_batch + last_tile * TILE, length - last_tile * TILE);
 
@@ -253,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         store_projections(projection, fill);
         const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z, raw_grad = next_grad;
         const bool reset = next_reset, here = inside;
-        const int now = time;
+        const int64 now = bytes;
 #if !ENDS
         States border = States();
         if (at.first_channel < channels) {
@@ -265,8 +274,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
 
         time -= TILE;
         inside = has_channels && tile > first_tile;
-        next_u = u_column.load(time, inside && !ENDS), next_dt = dt_column.load(time, inside);
-        next_z = z_column.load(time, inside), next_grad = grad_column.load(time, inside);
+        bytes = rows.at(time);
+        next_u = load_at(u, bytes, inside && !ENDS), next_dt = load_at(dt, bytes, inside);
+        next_z = load_at(z, z_rows.at(time), inside), next_grad = load_at(grad_out, bytes, inside);
         next_reset = load_flag(resets, row_of_batch + time, inside);
         fill = load_projections(bc, row_of_batch + (tile - 1) * TILE, tile > first_tile ? TILE : 0);
 
@@ -280,6 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
 #pragma unroll
             for (int i = 0; i < CH; ++i) {
                 const float4 in = slot[t].channel[places[i]];
+                sum_steps[i] += in.x;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) carry[i][j] = exp2_fast(in.x * a[i][j]) * (c[j] * in.z + carry[i][j]);
             }
@@ -295,9 +306,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         Gradients g;
         after_tile(mine, raw_u, raw_z, raw_grad, skip, g, sum_skip, sum_bias);
         if (here) {
-            Column(grad_u, out_batch, out_time, eight).store(now, g.u);
-            Column(grad_dt, out_batch, out_time, eight).store(now, g.dt);
-            Column(grad_z, out_batch, out_time, eight).store(now, g.z);
+            store_at(grad_u, now, g.u);
+            store_at(grad_dt, now, g.dt);
+            store_at(grad_z, now, g.z);
         }
         __syncthreads();
         add_over_warps(grad_bc + (int64(blockIdx.x) * gridDim.y * length + row_of_batch + tile * TILE) * (2 * N),
@@ -308,6 +319,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const int64 place = int64(batch * segments + segment) * channels;
 #if ENDS
     write_states(grad_start, place, at, channels, carry);
+    const int channel = at.first_channel + at.channel(0);
+    if (at.q < CH && channel < channels) grad_bias[place + channel] = sum_steps[0];
 #else
     if (segment == 0) write_states(grad_start, int64(batch) * channels, at, channels, carry);
     write_states(grad_A, place, at, channels, sum_a);

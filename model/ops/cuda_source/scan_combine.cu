@@ -1,8 +1,8 @@
 // The state at the start of each time segment, from what each segment reaches from zero; with `backwards` the gradient
 // that reaches each segment's end, from what each hands back. One thread a channel and state.
 extern "C" __global__ void scan_combine(
-    const float* reached,  // [batch, segments, channels, N]
-    const float* steps,    // sum of dt, [batch, segments, channels]
+    const float* reached,  // [batch, segments, channels, N]; the last to be taken is not used
+    const float* steps,    // sum of dt, [batch, segments, channels]; likewise
     const float* A,        // [channels, N]
     const float* start,    // [batch, channels, N] or null: zeros
     float* at_start,       // [batch, segments, channels, N]

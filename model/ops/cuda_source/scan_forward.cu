@@ -1,68 +1,70 @@
 // y of a channel and step, and its decay and input before: two floats a channel, padded against bank conflicts.
 struct ForwardRow { float2 channel[WARP_CHANNELS + 2]; };
 
-// The recurrence through a tile. What the next step needs is read ahead of this one's writes, which the compiler could
-// not do; past the tile it reads a row more, which is there and not used.
+// The recurrence through a tile, some steps at a time: their writes come after their reads, which the compiler could not
+// bring forward.
 __device__ __forceinline__ void walk_tile(
     ForwardRow* slot, const Projections& projection, const Place& at, const float (&a)[CH][4], float (&h)[CH][4],
     float (&sum)[CH])
 {
+    constexpr int STEPS = CH > 2 ? 2 : 4;
     const int copy = at.r & (COPIES - 1);
-    float2 in[CH];
+    for (int first = 0; first < TILE; first += STEPS) {
+        float y[STEPS][CH];
 #pragma unroll
-    for (int i = 0; i < CH; ++i) in[i] = slot[0].channel[at.channel(i)];
-    float4 b4 = projection.b[0][copy][at.q], c4 = projection.c[0][copy][at.q];
-#pragma unroll 4
-    for (int t = 0; t < TILE; ++t) {
-        float2 next_in[CH];
-        float b[4], c[4], y[CH];
-        load_four(b4, b);
-        load_four(c4, c);
+        for (int k = 0; k < STEPS; ++k) {
+            const int t = first + k;
+            float b[4], c[4];
+            load_four(projection.b[t][copy][at.q], b);
+            if (!ENDS) load_four(projection.c[t][copy][at.q], c);
 #pragma unroll
-        for (int i = 0; i < CH; ++i) next_in[i] = slot[t + 1].channel[at.channel(i)];
-        b4 = projection.b[t + 1][copy][at.q];
-        if (!ENDS) c4 = projection.c[t + 1][copy][at.q];
+            for (int i = 0; i < CH; ++i) {
+                const float2 in = slot[t].channel[at.channel(i)];
+                y[k][i] = 0.f;
+                if (ENDS) sum[i] += in.x;
 #pragma unroll
-        for (int i = 0; i < CH; ++i) {
-            y[i] = 0.f;
-            if (ENDS) sum[i] += in[i].x;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                h[i][j] = exp2_fast(in[i].x * a[i][j]) * h[i][j] + in[i].y * b[j];
-                if (!ENDS) y[i] += c[j] * h[i][j];
+                for (int j = 0; j < 4; ++j) {
+                    h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
+                    if (!ENDS) y[k][i] += c[j] * h[i][j];
+                }
             }
-            in[i] = next_in[i];
         }
-        if (!ENDS) {
+        if (ENDS) continue;
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
-                for (int i = 0; i < m; ++i) y[i] += across(y[i + m], m);
-#pragma unroll
-            for (int m = CH; m < Q; m *= 2) y[0] += across(y[0], m);
-            if (at.q < CH) slot[t].channel[at.channel(0)].x = y[0];
+                for (int i = 0; i < m; ++i) y[k][i] += across(y[k][i + m], m);
         }
+#pragma unroll
+        for (int m = CH; m < Q; m *= 2)
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) y[k][0] += across(y[k][0], m);
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k)
+            if (at.q < CH) slot[first + k].channel[at.channel(0)].x = y[k][0];
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
-    const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides
+    const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides; u, dt and out alike
     const float* bc,                                       // [batch, length, 2, N]
     const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
     const unsigned char* resets,                           // [batch, length] or null
     const float* start,                                    // [batch, segments, channels, N] or null: zeros
-    Element* out,                                          // [batch, length, channels] by strides
+    Element* out,                                          // [batch, length, channels]
     uint4* borders,                                        // the states before each tile, for the backward, or null
     float* end,                                            // [batch, channels, N]; ENDS: [batch, segments, channels, N]
     float* steps,                                          // ENDS: sum of dt, [batch, segments, channels]
-    int length, int channels, int segment_tiles,
-    int64 u_batch, int u_time, int64 dt_batch, int dt_time, int64 z_batch, int z_time, int64 out_batch, int out_time)
+    int length, int channels, int segments, int segment_tiles,
+    int64 batch_stride, int time_stride, int64 z_batch, int z_time)
 {
     __shared__ Projections projections[2];
-    __shared__ __align__(16) ForwardRow slots[WARPS][TILE + 1];
+    __shared__ __align__(16) ForwardRow slots[WARPS][TILE];
 
     const Place at;
-    const int batch = blockIdx.y, segment = blockIdx.z, segments = gridDim.z;
+    const int batch = blockIdx.y, segment = blockIdx.z;  // ENDS: of all but the last
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;  // the first of this lane's channels in the elementwise phases
     const bool has_channels = eight < channels;
@@ -79,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-        bias[k] = has_channels ? dt_bias[eight + k] : 0.f;
+        bias[k] = has_channels ? dt_bias[eight + k] * SOFTPLUS_UNIT : 0.f;
         skip[k] = has_channels ? D[eight + k] : 0.f;
     }
 
@@ -87,10 +89,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const int first_tile = segment * segment_tiles, last_tile = min(tiles, first_tile + segment_tiles);
     int time = first_tile * TILE + row;
     bool inside = has_channels && time < length;
-    const Column u_column(u, u_batch, u_time, eight), dt_column(dt, dt_batch, dt_time, eight);
-    const Column z_column(z, z_batch, z_time, eight), out_column(out, out_batch, out_time, eight);
-    Eight next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
-    Eight next_z = z_column.load(time, inside && !ENDS);
+    const Rows rows(batch_stride, time_stride, eight), z_rows(z_batch, z_time, eight);
+    int64 bytes = rows.at(time);
+    Eight next_u = load_at(u, bytes, inside), next_dt = load_at(dt, bytes, inside);
+    Eight next_z = load_at(z, z_rows.at(time), inside && !ENDS);
     int next_reset = load_flag(resets, int64(batch) * length + time, inside);
     Fill fill = load_projections(bc, int64(batch) * length + first_tile * TILE, length - first_tile * TILE);
 
@@ -99,13 +101,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
         store_projections(projection, fill);
         const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z;
         const bool reset = next_reset, here = inside;
-        const int now = time;
+        const int64 now = bytes;
         __syncthreads();
 
         time += TILE;
         inside = has_channels && time < length && tile + 1 < last_tile;
-        next_u = u_column.load(time, inside), next_dt = dt_column.load(time, inside);
-        next_z = z_column.load(time, inside && !ENDS);
+        bytes = rows.at(time);
+        next_u = load_at(u, bytes, inside), next_dt = load_at(dt, bytes, inside);
+        next_z = load_at(z, z_rows.at(time), inside && !ENDS);
         next_reset = load_flag(resets, int64(batch) * length + time, inside);
         fill = load_projections(bc, int64(batch) * length + (tile + 1) * TILE, length - (tile + 1) * TILE);
 
@@ -139,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
             result[k] = (pair.x + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
             result[k + 1] = (pair.z + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
         }
-        if (here) out_column.store(now, result);
+        if (here) store_at(out, now, result);
         __syncwarp();
     }
 

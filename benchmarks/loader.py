@@ -1,0 +1,100 @@
+"""What reading ahead is worth: time that a step waits for its batch, with no thread and with several.
+
+    python benchmarks/loader.py
+
+Random tokens in shards in a temporary folder (or --folder, for the file system that matters). Each batch is waited
+for after some milliseconds of other work, as a training step would; `cold` drops the files from the page cache first.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from startup import VOCAB_SIZE, write_shards
+
+from sambalm.data_pipeline.config import DataConfig
+from sambalm.data_pipeline.dataset import TrainDataset, build_train_dataset
+from sambalm.data_pipeline.loader import BatchLoader
+from sambalm.data_pipeline.sources import open_sources
+
+LENGTH, MICRO_BATCH, BATCHES = 4096, 8, 200
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def waits_s(next_batch: Callable[[], object], *, work_s: float) -> list[float]:
+    waits = []
+    for _ in range(BATCHES):
+        end_s = time.perf_counter() + work_s
+        while time.perf_counter() < end_s:
+            time.sleep(work_s / 10)  # a GPU's work: the processor waits
+        start_s = time.perf_counter()
+        next_batch()
+        waits.append(time.perf_counter() - start_s)
+    return waits
+
+
+def inline(dataset: TrainDataset) -> Callable[[], object]:
+    numbers = iter(range(10**9))
+
+    def next_batch() -> list[torch.Tensor]:
+        samples = [dataset[next(numbers)] for _ in range(MICRO_BATCH)]
+        return [torch.stack(parts) for parts in zip(*samples, strict=True)]
+
+    return next_batch
+
+
+def measure(prefix: str, *, workers: int, work_s: float, cold: bool) -> list[float]:
+    if cold:
+        drop_from_page_cache(Path(prefix).parent)
+    config = DataConfig(train=prefix, sequence_length=LENGTH, reset_at_document=True, verify=False)
+    dataset = build_train_dataset(config, open_sources(config), seed=0)
+    if not workers:
+        return waits_s(inline(dataset), work_s=work_s)
+    loader = BatchLoader(
+        dataset,
+        micro_batch_samples=MICRO_BATCH,
+        data_rank=0,
+        data_size=1,
+        vocab_size=VOCAB_SIZE,
+        workers=workers,
+    )
+    found = waits_s(loader.next_micro_batch, work_s=work_s)
+    loader.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--work-ms", type=float, default=10.0, help="other work before each batch")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        prefix = write_shards(Path(folder), shards=20, shard_tokens=20_000_000, documents=20_000)
+        print(f"batches of {MICRO_BATCH} x {LENGTH:,} tokens, one each {options.work_ms:g} ms, {os.cpu_count()} cores")
+        print("| threads | files | median wait, ms | 99th percentile, ms | of the time |")
+        print("| ---: | --- | ---: | ---: | ---: |")
+        for cold in (False, True):
+            for workers in (0, 1, 2, 4):
+                waits = measure(prefix, workers=workers, work_s=options.work_ms / 1000, cold=cold)
+                share = sum(waits) / (sum(waits) + BATCHES * options.work_ms / 1000)
+                late = statistics.quantiles(waits, n=100)[-1]
+                print(
+                    f"| {workers or 'none'} | {'cold' if cold else 'cached'} | {statistics.median(waits) * 1000:.2f} | "
+                    f"{late * 1000:.2f} | {share:.1%} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

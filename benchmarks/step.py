@@ -1,0 +1,137 @@
+"""Trains a config for a few steps on random tokens and prints its speed, and with --profile where a step's time goes.
+
+    python benchmarks/step.py configs/samba_1.3b.yaml train.global_batch_tokens=16384 train.micro_batch_size=4
+    python benchmarks/step.py configs/samba_1.3b.yaml --profile train.global_batch_tokens=16384 train.micro_batch_size=4
+
+The steps are those of `sambalm train`, loader, clipping and optimizer included; without --profile it is that program
+that runs. Several --with SETTINGS, each a list of overrides in quotes, are trained one after the other and compared.
+"""
+
+import argparse
+import collections
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from sambalm.pretrain.config import load_config
+
+# What a GPU kernel belongs to, by the first pattern that its name matches.
+PARTS = {
+    "scan": r"scan_(forward|backward|combine)|selective_scan",
+    "convolution": r"conv_(forward|backward)|causal_conv1d",
+    "attention": r"flash|fmha",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitK",
+    "optimizer": r"adam|lpnorm|multi_tensor",
+    "compiled elementwise": r"^triton",
+    "copies": r"(?i)copy|cat|memset",
+    "elementwise and sums": r"",
+}
+
+
+def write_tokens(prefix: Path, *, vocab_size: int, tokens: int) -> None:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        builder.add_document(torch.from_numpy(random.integers(0, vocab_size, tokens // 8)), [tokens // 8])
+    builder.finalize(f"{prefix}.idx")
+
+
+def settings_of(arguments: argparse.Namespace, folder: Path, overrides: list[str]) -> list[str]:
+    config = load_config(Path(arguments.config), [*overrides, "data.train=x", "run.dir=x"])
+    tokens = 4 * (arguments.steps + 2) * config.train.global_batch_tokens + 64 * config.data.sequence_length
+    write_tokens(folder / "tokens", vocab_size=config.model.vocab_size, tokens=tokens)
+    values = {
+        "run.dir": folder / "run",
+        "data.train": folder / "tokens",
+        "data.cache_dir": folder / "cache",
+        "data.validation_fraction": 0.2,
+        "train.steps": arguments.steps,
+        "validation.tokens": 1,
+        "validation.length_multiples": "[1]",
+        "checkpoint.every_steps": 1_000_000,
+    }
+    return [*(f"{key}={value}" for key, value in values.items()), *overrides]
+
+
+def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(arguments, Path(folder), overrides)
+        command = [sys.executable, "-m", "sambalm.pretrain.cli", "train", arguments.config, *settings]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return f"| failed: {done.stderr.strip().splitlines()[-1][:90]} | | | | "
+        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+    speeds = [record["tokens_per_second"] for record in records[len(records) // 2 :]]
+    last = records[-1]
+    return (
+        f"| {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {last.get('mfu', 0):.1%} "
+        f"| {last.get('peak_memory_bytes', 0) / 2**30:.1f} | {last['loss']:.4f}"
+    )
+
+
+def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from sambalm.parallel.state import start_world
+    from sambalm.pretrain.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(Path(arguments.config), settings_of(arguments, Path(folder), overrides))
+        with start_world(config.parallel) as world:
+            trainer = Trainer(config, world)
+            for _ in range(arguments.steps - 2):
+                trainer._train_step()
+                trainer.step += 1
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as found:
+                wall_s = sum(trainer._train_step().step_time_s for _ in range(2)) / 2
+            trainer.loader.close()
+    print_parts(found, wall_s=wall_s, top=arguments.top)
+
+
+def print_parts(found: torch.profiler.profile, *, wall_s: float, top: int) -> None:
+    kernels, parts = collections.Counter(), collections.Counter()
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name] += event.device_time / 2e3
+    for name, ms in kernels.items():
+        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += ms
+    parts["idle"] = wall_s * 1e3 - sum(parts.values())
+    print(f"\n| part of a step | ms | share of {wall_s * 1e3:.1f} ms |\n| --- | ---: | ---: |")
+    for part, ms in parts.most_common():
+        print(f"| {part} | {ms:.2f} | {ms / wall_s / 10:.1f}% |")
+    print("\n| kernel | ms a step |\n| --- | ---: |")
+    for name, ms in kernels.most_common(top):
+        print(f"| {name[:100]} | {ms:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--with", dest="variants", action="append", default=[], metavar="SETTINGS")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--top", type=int, default=25, help="kernels to list")
+    arguments, overrides = parser.parse_known_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}; {arguments.config} {' '.join(overrides)}")
+    variants = arguments.variants or [""]
+    if arguments.profile:
+        for variant in variants:
+            print(f"\n{variant}")
+            profile(arguments, [*overrides, *variant.split()])
+        return
+    print("\n| settings | tokens/s | lowest to highest | MFU | peak GiB | last loss |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for variant in variants:
+        print(f"| {variant or 'as it is'} {measure(arguments, [*overrides, *variant.split()])} |")
+
+
+if __name__ == "__main__":
+    main()

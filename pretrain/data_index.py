@@ -1,0 +1,36 @@
+"""Checking the data of a run ahead of its start, and showing what the run will draw from it."""
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from sambalm.data_pipeline.dataset import build_train_dataset
+from sambalm.data_pipeline.sources import check_vocabulary, open_sources
+from sambalm.pretrain.config import RunConfig
+
+
+def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]) -> None:
+    """Makes the index of every source that lacks one, and prints sources and draws.
+
+    Raises:
+        DataError: a shard is missing or damaged, or holds an id outside the vocabulary.
+    """
+    sources = open_sources(config.data, progress=progress)
+    check_vocabulary(config.data, sources, vocab_size=config.model.vocab_size)
+    dataset = build_train_dataset(config.data, sources, seed=config.run.seed)
+    samples = config.run_tokens // config.data.sequence_length
+    table = Table(title=f"Training data of {config.run.dir}: {config.run_tokens:,} tokens", title_justify="left")
+    for number, column in enumerate(("source", "shards", "training tokens", "held-out tokens", "share", "epochs")):
+        table.add_column(column, justify="right" if number else "left")
+    total = sum(source.weight for source in sources)
+    for source, epochs in zip(sources, dataset.epochs(samples), strict=True):
+        table.add_row(
+            source.prefix,
+            f"{len(source.shards):,}",
+            f"{source.tokens(held_out=False):,}",
+            f"{source.tokens(held_out=True):,}",
+            f"{source.weight / total:.2%}",
+            f"{epochs:.2f}",
+        )
+    Console().print(table)

@@ -1,0 +1,107 @@
+import sys
+import threading
+
+import numpy as np
+import pytest
+from data_support import counting_documents, write_shard
+
+from sambalm.data_pipeline import token_stream
+from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.shard_index import IndexRequest, indexed_shards
+from sambalm.data_pipeline.token_stream import ShardFiles, TokenStream
+
+DOCUMENTS = [counting_documents(40, start=10_000 * number, seed=number) for number in range(3)]
+
+
+@pytest.fixture(params=[60_000, 70_000], ids=["uint16", "int32"])
+def shards(request, tmp_path):
+    """Three shards of 40 documents, 10 of them held out."""
+    found = []
+    for number, documents in enumerate(DOCUMENTS):
+        prefix = write_shard(tmp_path / str(number), documents, vocab_size=request.param)
+        found += indexed_shards(IndexRequest(prefix, 0.25, True, tmp_path / "cache"))
+    return found
+
+
+def _part(*, held_out: bool) -> list[np.ndarray]:
+    return [document for documents in DOCUMENTS for document in (documents[30:] if held_out else documents[:30])]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_stream_is_its_documents_one_after_the_other(shards, held_out, monkeypatch):
+    monkeypatch.setattr(token_stream, "_BOUNDS_AT_ONCE", 7)
+    stream, expected = TokenStream(shards, held_out=held_out), _part(held_out=held_out)
+    tokens = np.concatenate(expected)
+    assert len(stream) == len(tokens)
+    assert [document.tolist() for document in stream.documents()] == [document.tolist() for document in expected]
+    begins = np.concatenate([np.full(len(d), len(np.concatenate([[], *expected[:n]]))) for n, d in enumerate(expected)])
+    for start in range(0, len(tokens) - 90, 13):
+        for count in (1, 2, 90):
+            found = stream.read(start, count)
+            assert found.dtype == np.int64
+            assert found.tolist() == tokens[start : start + count].tolist()
+            starts = stream.document_starts(start, count)
+            assert starts.dtype == np.int64
+            assert starts.tolist() == np.maximum(begins[start : start + count] - start, 0).tolist()
+    whole = stream.document_starts(0, len(tokens))
+    assert whole.tolist() == begins.tolist()
+
+
+def test_a_token_s_place_is_where_the_file_has_it(shards):
+    stream = TokenStream(shards, held_out=True)
+    for token in range(0, len(stream), 17):
+        path, offset_bytes = stream.place(token)
+        dtype = np.dtype(shards[0].dtype)
+        assert np.fromfile(path, dtype, count=1, offset=offset_bytes)[0] == stream.read(token, 1)[0]
+
+
+def test_there_is_nothing_outside(shards):
+    stream = TokenStream(shards, held_out=False)
+    for start, count in ((-1, 2), (len(stream), 1), (len(stream) - 1, 2)):
+        with pytest.raises(IndexError):
+            stream.read(start, count)
+
+
+def test_a_shard_cut_short_during_a_run_is_named_with_the_byte(shards):
+    stream = TokenStream(shards, held_out=False)
+    size_bytes = np.dtype(shards[1].dtype).itemsize
+    path = f"{shards[1].prefix}.bin"
+    with open(path, "r+b") as file:
+        file.truncate(100 * size_bytes)
+    begin = shards[0].train_tokens
+    assert stream.read(begin, 100).tolist() == np.concatenate(DOCUMENTS[1])[:100].tolist()
+    with pytest.raises(DataError, match=rf"{path} ends at byte {100 * size_bytes} where .* from {90 * size_bytes} on"):
+        stream.read(begin + 90, 11)
+
+
+def test_a_shard_removed_during_a_run_is_named(shards, tmp_path):
+    stream = TokenStream(shards, held_out=False)
+    (tmp_path / "1.bin").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*1\.bin at byte 0: No such file"):
+        stream.read(shards[0].train_tokens, 1)
+
+
+def test_few_files_are_open_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_stream, "_OPEN_FILES", 4)
+    files = ShardFiles()
+    for number in range(200):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 8)
+    failures = []
+
+    def read(seed: int) -> None:
+        for number in np.random.RandomState(seed).randint(0, 200, size=2000).tolist():
+            if files.read(str(tmp_path / str(number)), 2, 3) != bytes([number]) * 3:
+                failures.append(number)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # closing a file that another thread still reads would give it another file's bytes
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert len(files._files) == 4

@@ -1,0 +1,159 @@
+"""Data that is damaged or not what a checkpoint was trained on is refused before the first step."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from whole_runs import changed, train
+
+from sambalm.data_pipeline.shards import ShardWriter
+from sambalm.pretrain.data_record import data_change
+
+
+def write_source(prefix: Path, *, seed: int) -> None:
+    """Forty documents of 60 random ids."""
+    writer = ShardWriter(prefix, 384)
+    for document in np.split(np.random.RandomState(seed).randint(0, 384, size=2400), 40):
+        writer.add(document)
+    writer.finish()
+    writer.commit()
+
+
+@pytest.fixture
+def blended_values(run_values, tmp_path) -> dict:
+    """Two sources of equal weight, held out whole in every validation."""
+    for seed, name in enumerate(("first", "second")):
+        write_source(tmp_path / name, seed=seed)
+    sources = [{"prefix": str(tmp_path / name), "weight": 1} for name in ("first", "second")]
+    return changed(run_values, data={"train": sources}, validation={"tokens": 10**6})
+
+
+def program(values: dict, tmp_path: Path, *, ranks: int = 1) -> subprocess.CompletedProcess:
+    """`sambalm train`, under torchrun where there are several ranks."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = ["-m", "sambalm.pretrain.cli", "train", str(config)]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 64
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("inflict", "message"),
+    [
+        (lambda path: os.truncate(path, 100), r"second\.bin has 100 bytes where its index says 4800"),
+        (lambda path: path.unlink(), r"neither .*second\.json nor .*second\.bin with .*second\.idx exists"),
+        (
+            lambda path: flip(path, 801),
+            r"second\.bin holds token id \d+ at byte 800, outside the 384 ids of model\.vocab",
+        ),
+    ],
+    ids=["short", "missing", "out of vocabulary"],
+)
+def test_a_damaged_shard_ends_the_program_before_the_first_step(inflict, message, blended_values, tmp_path):
+    inflict(tmp_path / "second.bin")
+    result = program(blended_values, tmp_path)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert re.search(message, line)
+    assert "Traceback" not in result.stderr
+    assert not Path(blended_values["run"]["dir"]).exists()
+
+
+def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
+    os.truncate(tmp_path / "second.bin", 100)
+    result = program(blended_values, tmp_path, ranks=2)
+    assert result.returncode != 0
+    assert re.search(r"^error.*second\.bin has 100 bytes", result.stderr, re.MULTILINE)
+    assert not Path(blended_values["run"]["dir"]).exists()
+
+
+def test_a_run_refuses_data_that_changed_since_its_checkpoint(blended_values, tmp_path):
+    half = changed(blended_values, train={"steps": 3})
+    train(half)
+    values = changed(blended_values, train={"steps": 4})
+    write_source(tmp_path / "second", seed=7)
+    result = program(values, tmp_path)
+    assert result.returncode == 2
+    assert re.search(r"error: the data under .*second has changed since .*step_00000003 was saved: .*", result.stderr)
+    assert "data.allow_changed=true" in result.stderr
+
+    assert [record["step"] for record in train(changed(values, data={"allow_changed": True}))] == [1, 2, 3, 4]
+    # The checkpoint of step 4 knows the data as it is now.
+    assert len(train(changed(values, train={"steps": 5}))) == 5
+
+
+def test_held_out_losses_are_told_for_each_source(blended_values, tmp_path):
+    """With weights that never move, each source's loss is that of a run that has no other."""
+    frozen = changed(blended_values, optimizer={"peak_lr": 1e-30}, train={"steps": 1})
+    record = train(frozen)[-1]
+    assert len([name for name in record if "validation" in name]) == 6
+    for length in (32, 64):
+        of_sources = [record[f"source_validation_loss_{length}/{name}"] for name in ("first", "second")]
+        # Both have as many held-out samples.
+        assert record[f"validation_loss_{length}"] == pytest.approx(np.mean(of_sources), rel=1e-9)
+        assert of_sources[0] != pytest.approx(of_sources[1], rel=1e-4)
+        for name, loss in zip(("first", "second"), of_sources, strict=True):
+            run = {"dir": str(tmp_path / f"alone_{name}")}
+            alone = train(changed(frozen, run=run, data={"train": str(tmp_path / name)}))[-1]
+            assert alone[f"validation_loss_{length}"] == pytest.approx(loss, rel=1e-6)
+            assert not any(key.startswith("source_") for key in alone)
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, {}), (2, {"context": 2}), (2, {"pipeline": 2})])
+def test_each_source_s_loss_is_the_same_on_every_layout(ranks, parallel, blended_values, tmp_path):
+    expected = train(changed(blended_values, run={"dir": str(tmp_path / "alone")}))[-1]
+    assert train(changed(blended_values, parallel=parallel), ranks=ranks)[-1] == pytest.approx(expected, rel=1e-5)
+
+
+RECORD = {
+    "seed": 1,
+    "sequence_length": 32,
+    "sources": [
+        {"prefix": "a", "weight": 1.0, "validation_fraction": 0.1, "content": "x"},
+        {"prefix": "b", "weight": 3.0, "validation_fraction": 0.1, "content": "y"},
+    ],
+}
+
+
+def other(*, source: int | None = None, **keys) -> dict:
+    record = copy.deepcopy(RECORD)
+    (record if source is None else record["sources"][source]).update(keys)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("now", "change"),
+    [
+        (other(seed=2), "run.seed has changed from 1 to 2"),
+        (other(sequence_length=64), "data.sequence_length has changed from 32 to 64"),
+        (other(sources=RECORD["sources"][:1]), "data.train has changed from 2 sources to 1"),
+        (other(source=1, content="z"), "the data under b has changed"),
+        (other(source=0, validation_fraction=0.2), "the validation_fraction of a has changed from 0.1 to 0.2"),
+        (other(source=0, weight=3.0), "the share of a in the samples has changed from 0.25 to 0.5"),
+    ],
+)
+def test_whatever_moves_samples_is_a_change(now, change):
+    assert data_change(RECORD, now) == change
+
+
+def test_names_and_the_scale_of_weights_are_none():
+    assert data_change(RECORD, other(source=0, prefix="elsewhere/a")) is None
+    doubled = copy.deepcopy(RECORD)
+    for source in doubled["sources"]:
+        source["weight"] *= 2
+    assert data_change(RECORD, doubled) is None
+    assert data_change(None, RECORD) == "it is unknown whether the data has changed"
