@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "pretrain": {"data_pipeline", "model", "parallel"},
     "slurm": {"model", "pretrain"},
 }
+PROGRAM = ROOT / "pretrain" / "cli.py"
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -76,7 +77,8 @@ def executions(source: str) -> list[str]:
 @pytest.mark.parametrize("path", product_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_product_file_keeps_the_rules(path):
     source = path.read_text(encoding="utf-8")
-    assert wrong_imports(source, package_of(path)) == []
+    if path != PROGRAM:  # which alone knows every folder
+        assert wrong_imports(source, package_of(path)) == []
     assert long_functions(source) == []
     assert executions(source) == []
     assert len(source.splitlines()) <= MAX_FILE_LINES
@@ -113,7 +115,7 @@ def test_allowed_imports_pass(source):
 
 
 def test_the_program_imports_ours_only_inside_functions():
-    tree = ast.parse((ROOT / "pretrain" / "cli.py").read_text(encoding="utf-8"))
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
     inside = {id(node) for function in ast.walk(tree) if isinstance(function, FUNCTIONS) for node in ast.walk(function)}
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     ours = [node for node in imports if list(imported(node, "sambalm.pretrain"))]
