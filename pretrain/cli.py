@@ -12,6 +12,9 @@ from typing import Annotated
 
 import typer
 
+from sambalm.pretrain.cli_examples import example
+from sambalm.pretrain.cli_slurm import slurm
+
 app = typer.Typer(
     name="sambalm",
     help="Pretrain Samba language models (Mamba + sliding-window attention), from text to a Hugging Face model.",
@@ -22,7 +25,6 @@ app = typer.Typer(
 )
 data = typer.Typer(no_args_is_help=True, help="Text to tokenizer to indexed shards of tokens.")
 convert = typer.Typer(no_args_is_help=True, help="Checkpoints to other formats.")
-slurm = typer.Typer(no_args_is_help=True, help="Runs as jobs of a Slurm cluster.")
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")
 app.add_typer(slurm, name="slurm")
@@ -74,11 +76,6 @@ def _root(
 ) -> None: ...
 
 
-def _example(*lines: str) -> str:
-    """An epilog: each line of an example on a line of its own."""
-    return "Example:\n\n" + "\n\n".join(lines)
-
-
 TextKey = Annotated[str, typer.Option(help="Key of the text in each JSON line, or Parquet column.")]
 Inputs = Annotated[
     list[str],
@@ -91,7 +88,7 @@ Inputs = Annotated[
 MoreInputs = Annotated[list[str] | None, typer.Argument(metavar="[MORE INPUTS]...", help="Further input files.")]
 
 
-@data.command("python-corpus", epilog=_example("sambalm data python-corpus corpus.jsonl"))
+@data.command("python-corpus", epilog=example("sambalm data python-corpus corpus.jsonl"))
 def python_corpus(
     output: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the documents' order.")] = 0,
@@ -106,7 +103,7 @@ def python_corpus(
 
 @data.command(
     "tokenizer",
-    epilog=_example("sambalm data tokenizer --input 'text/*.jsonl' --vocab-size 32000 --output tokenizer.model"),
+    epilog=example("sambalm data tokenizer --input 'text/*.jsonl' --vocab-size 32000 --output tokenizer.model"),
 )
 def tokenizer(
     inputs: Inputs,
@@ -145,7 +142,7 @@ class TextDocuments(StrEnum):
 
 @data.command(
     "preprocess",
-    epilog=_example(
+    epilog=example(
         "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
         "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
     ),
@@ -206,7 +203,7 @@ def preprocess(
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]
 
 
-@data.command("verify", epilog=_example("sambalm data verify data/text"))
+@data.command("verify", epilog=example("sambalm data verify data/text"))
 def verify(
     prefix: Prefix,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Of data without a manifest.")] = None,
@@ -225,7 +222,7 @@ def verify(
     print(f"{prefix}: sound; shards: {found.shards:,}, tokens: {found.tokens:,}")
 
 
-@data.command("inspect", epilog=_example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
+@data.command("inspect", epilog=example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
 def inspect(
     prefix: Prefix,
     document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
@@ -256,7 +253,7 @@ def inspect(
         print(inspector.describe(found))
 
 
-@data.command("blend", epilog=_example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
+@data.command("blend", epilog=example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
 def blend(
     sources: Annotated[list[str], typer.Argument(metavar="PREFIX=WEIGHT...", help="Without weights: by their tokens.")],
     tokens: Annotated[float, typer.Option(min=1, help="Training tokens of the run.")],
@@ -269,7 +266,7 @@ def blend(
     print(describe_draws(blend_draws(config, tokens=round(tokens))))
 
 
-@data.command("index", epilog=_example("sambalm data index configs/samba_421m.yaml data.train=data/slimpajama"))
+@data.command("index", epilog=example("sambalm data index configs/samba_421m.yaml data.train=data/slimpajama"))
 def index(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
@@ -284,7 +281,7 @@ def index(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "sambalm train configs/demo.yaml train.steps=50",
         "torchrun --nproc-per-node 8 -m sambalm.pretrain.cli train configs/samba_421m.yaml data.train=data/slimpajama",
     )
@@ -326,7 +323,7 @@ class Device(StrEnum):
     a100 = "a100"
 
 
-@app.command(epilog=_example("sambalm plan configs/samba_3.8b.yaml --gpus 512 --gpu-memory-gib 80"))
+@app.command(epilog=example("sambalm plan configs/samba_3.8b.yaml --gpus 512 --gpu-memory-gib 80"))
 def plan(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout and micro-batch size are searched.")],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")],
@@ -348,67 +345,6 @@ def plan(
     print_plans(plans[:top])
 
 
-class Then(StrEnum):
-    """What may follow a run."""
-
-    convert = "convert"
-
-
-@slurm.command(epilog=_example("sambalm slurm submit configs/samba_3.8b.yaml --nodes 64 --spares 2 --then convert"))
-def submit(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes to train on.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
-    spares: Annotated[int, typer.Option(min=0, help="Nodes to take besides, to replace lost ones at once.")] = 0,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = 8,
-    chain: Annotated[int, typer.Option(min=1, help="Jobs in a row, each going on where the one before left.")] = 1,
-    then: Annotated[Then | None, typer.Option(help="A job to start when the run has finished.")] = None,
-    script: Annotated[Path | None, typer.Option(help="The sbatch file; default: the shipped one of that name.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show commands and Slurm's judgement only.")] = False,
-) -> None:
-    """Submit a run with a shipped sbatch file, once its config fits and `sbatch --test-only` accepts it.
-
-    Partition, account and time limit come from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT, the cluster's
-    file in configs/clusters from SAMBALM_CLUSTER.
-    """
-    from sambalm.slurm.submit import convert_job, submit_all, training_job
-
-    job, run_dir = training_job(
-        config, nodes=nodes, spares=spares, gpus_per_node=gpus_per_node, script=script, overrides=overrides or []
-    )
-    after = [convert_job(run_dir)] if then else []
-    if dry_run:
-        for part in (job, *after):
-            print(f"{part.shown()}\n  {part.test()}")
-        return
-    numbers = submit_all(job, chain=chain, after=after)
-    print(f"jobs {', '.join(numbers)}: watch with `sambalm slurm status {run_dir}`")
-
-
-@slurm.command(epilog=_example("sambalm slurm status runs/samba_3.8b"))
-def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Show a run's state, attempts, step, tokens, time left, share of time in training, and last error."""
-    from sambalm.slurm.status import show_status
-
-    print(show_status(run_dir))
-
-
-@slurm.command(
-    "estimate", epilog=_example("sambalm slurm estimate configs/samba_3.8b.yaml --nodes 64 --nodes 128 --nodes 1024")
-)
-def slurm_estimate(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout is searched.")],
-    nodes: Annotated[list[int], typer.Option(min=1, help="Nodes of 8 H100; may be repeated.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
-) -> None:
-    """Estimate a run on so many nodes: step, saves, failures, goodput, days. docs/scaling.md explains the rows."""
-    from sambalm.pretrain.config import load_config
-    from sambalm.slurm.estimate import Cluster, estimate, print_estimates
-
-    checked = load_config(config, overrides or [])
-    print_estimates([estimate(checked, nodes=number, cluster=Cluster()) for number in nodes])
-
-
 class Precision(StrEnum):
     """Dtype of exported weights."""
 
@@ -416,7 +352,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-@convert.command("to-hf", epilog=_example("sambalm convert to-hf runs/demo runs/demo/hf"))
+@convert.command("to-hf", epilog=example("sambalm convert to-hf runs/demo runs/demo/hf"))
 def to_hf(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its newest good one.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -445,7 +381,7 @@ def to_hf(
     print(f"{output}: step {taken.step}, verified against the training model and the tokenizer")
 
 
-@app.command(epilog=_example("sambalm generate runs/demo/hf --prompt 'def main('"))
+@app.command(epilog=example("sambalm generate runs/demo/hf --prompt 'def main('"))
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder that `sambalm convert to-hf` wrote.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
@@ -469,7 +405,7 @@ def generate(
     print()
 
 
-@app.command(epilog=_example("sambalm params configs/samba_3.8b.yaml"))
+@app.command(epilog=example("sambalm params configs/samba_3.8b.yaml"))
 def params(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
@@ -483,7 +419,7 @@ def params(
         print(f"{part:<16}{count:>14}")
 
 
-@app.command(epilog=_example("sambalm report runs/demo"))
+@app.command(epilog=example("sambalm report runs/demo"))
 def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Summarise a run beside simple baselines, and draw its losses to RUN_DIR/loss.png."""
     from sambalm.pretrain.report import print_report
