@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=[f"sambalm.{folder}" for folder in FOLDERS],
+    package_data={"sambalm.model.ops": ["cuda_source/*"]},
     package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
     install_requires=[
         "deepspeed==0.19.8",
@@ -40,8 +41,9 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        # CUDA kernels; NVIDIA apex is optional too, but only from source (docs/gpu.md).
-        "gpu": ["causal-conv1d>=1.5", "flash-attn>=2.7", "mamba-ssm>=2.2"],
+        # cuda-bindings compiles our kernels. The others are CUDA kernels; NVIDIA apex is optional too, but only from
+        # source (docs/gpu.md).
+        "gpu": ["causal-conv1d>=1.5", "cuda-bindings>=13.0", "flash-attn>=2.7", "mamba-ssm>=2.2"],
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],

@@ -57,7 +57,7 @@ def kept_bytes(config: ModelConfig, letter: str, mode: str, *, tokens: int, dtyp
     kernels = TORCH_KERNELS.recomputing() if mode == "selective" else TORCH_KERNELS
     layer = Sublayer(letter, config, tp=TensorParallel(), kernels=kernels)
     initialize_parameters(layer, seed=0)
-    rotary = rotary_tables(torch.arange(tokens), head_dim=config.head_dim, base=config.rope_base)
+    rotary = rotary_tables(torch.arange(tokens)[:, None, None], head_dim=config.head_dim, base=config.rope_base)
     context = SequenceContext(rotary=rotary, cp=ContextParallel())
     x = torch.randn(tokens, 1, config.hidden_size, dtype=dtype).requires_grad_()
     with keeping() as kept:

@@ -1,10 +1,19 @@
 """From raw text to training batches.
 
 corpus        JSONL out of the documentation and sources of the running Python
-documents     read JSONL documents, naming file and line of whatever is wrong
-tokenizer     train and load SentencePiece tokenizers
+inputs        input files, here or in an object store: listed in order, read in ranges or decompressed
+documents     documents out of them, in pieces, naming file and line of whatever is wrong
+tokenizer     what tokenizers do; SentencePiece's, and training one. tokenizer_formats: Hugging Face's and tiktoken's
+encoding      documents to ids, fast where that is proven to change nothing
+parts         shares of the input for several machines
 shards        write and check token shards in megatron-core's IndexedDataset format, and their manifest
-preprocess    JSONL to token shards, with several processes
+shard_sequence   token batches packed into shards, each committed when it is full
+progress      the log of committed shards, from which a run goes on
+output        what lies under a prefix, and the manifest over all parts
+preprocess    text to token shards: read this first
+verify        every byte against the manifest
+inspection    statistics, documents and samples for people to read
+blend         what a blend of sources will draw
 config        the `data` section of a run's configuration
 shard_index   the checked shards of a source, found once and kept in a file
 sources       the sources of a run: shards, shares, held-out parts, and their content's hash

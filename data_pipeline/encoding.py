@@ -128,9 +128,6 @@ class FastPath:
         # Looked for first, because few texts hold one, and finding a single character is the fastest search there is.
         self._first_characters = sorted({literal[:1] for literal in tokenizer.literals})
         self._literals = re.compile("|".join(map(re.escape, sorted(tokenizer.literals))) or r"(?!)")
-        # Normalisation can bring a literal about that the text itself does not hold; its id tells.
-        self._forbidden = np.zeros(max(tokenizer.vocab_size, self._encoder.vocab_size), dtype=bool)
-        self._forbidden[[number for literal in tokenizer.literals if (number := tokenizer.id_of(literal)) >= 0]] = True
 
     @classmethod
     def proven(cls, tokenizer: Tokenizer, texts: list[str]) -> "FastPath":
@@ -153,11 +150,7 @@ class FastPath:
         exact = [number for number, text in enumerate(texts) if self._must_be_exact(text)]
         if exact:
             return self._mixed(texts, exact)
-        ids, counts = self._encode(texts)
-        if self._forbidden[ids].any():
-            owners = np.repeat(np.arange(len(texts)), counts)[self._forbidden[ids]]
-            return self._mixed(texts, np.unique(owners).tolist())
-        return ids, counts
+        return self._encode(texts)
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         # One thread whatever the caller is: worker processes are what there is several of.
@@ -166,17 +159,13 @@ class FastPath:
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
     def _mixed(self, texts: list[str], exact: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        left = set(exact)
-        fast = [number for number in range(len(texts)) if number not in left]
+        fast = sorted(set(range(len(texts))).difference(exact))
         parts: list[np.ndarray] = [np.empty(0, dtype=np.uint32)] * len(texts)
         if fast:
             ids, counts = self._encode([texts[number] for number in fast])
             for number, part in zip(fast, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
-                if self._forbidden[part].any():
-                    left.add(number)
                 parts[number] = part
-        slow = sorted(left)
-        for number, ids in zip(slow, self._tokenizer.encode_batch([texts[number] for number in slow]), strict=True):
+        for number, ids in zip(exact, self._tokenizer.encode_batch([texts[number] for number in exact]), strict=True):
             parts[number] = np.array(ids, dtype=np.uint32)
         return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 

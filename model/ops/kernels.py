@@ -86,7 +86,7 @@ class KernelConfig(BaseModel):
 # For each operation its implementations by name, best first; the pure PyTorch one runs everywhere.
 _IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "scan": {"cuda": cuda_selective_scan, "mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
-    "conv": {"cuda": cuda_causal_conv_silu, "causal-conv1d": cuda.causal_conv1d_silu, "torch": causal_conv_silu},
+    "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "cuda": cuda_causal_conv_silu, "torch": causal_conv_silu},
     "attention": {
         "flex": flex_window,
         "flash-attn": cuda.flash_attn_window,

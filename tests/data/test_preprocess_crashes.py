@@ -14,12 +14,13 @@ from sambalm.data_pipeline.files import sha256_file
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
 
-SHARD_TOKENS = 20_000
+# Several to a piece of input, so that a part of one is on disk most of the time.
+SHARD_TOKENS = 200_000
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    return write_jsonl(tmp_path_factory.mktemp("many") / "many.jsonl", make_texts(60_000, seed=5))
+    return write_jsonl(tmp_path_factory.mktemp("many") / "many.jsonl", make_texts(90_000, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer, 
     kills, before = 0, 0
     while kills < 4:
         process = start([many], tokenizer.path, prefix, *options)
-        wanted = before + draw.randint(0, shards // 6)
+        wanted = before + draw.randint(0, shards // 5)
         while process.poll() is None and _committed(prefix) < wanted:
             time.sleep(0.001)
         time.sleep(draw.random() * 0.05)
@@ -85,7 +86,7 @@ def test_an_interrupt_ends_in_one_line_and_goes_on(tmp_path, tokenizer, many, wh
 
 @pytest.fixture
 def small_disk(tmp_path):
-    size = 1_500_000
+    size = 5_000_000
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path], capture_output=True
     ).returncode:
@@ -103,10 +104,10 @@ def test_a_full_disk_costs_no_complete_shard(small_disk, tokenizer, many, whole)
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
     found = contents(prefix)
-    assert len(found) > 4
+    assert len(found) > 6
     assert not any(name.startswith(".") for name in found)
     assert all(content == whole[name] for name, content in found.items() if not name.endswith(".progress"))
-    subprocess.run(["mount", "-o", "remount,size=50000000", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=200000000", small_disk], check=True)
     code, _, errors = run([many], tokenizer.path, prefix, *options)
     assert code == 0, errors
     assert contents(prefix) == whole
@@ -138,8 +139,8 @@ def test_a_committed_shard_that_is_gone_is_made_again(tmp_path, tokenizer, many,
 
     with pytest.raises(KeyboardInterrupt):
         preprocess([many], output_prefix=prefix, progress=stop_after, **options)
-    (tmp_path / "d_00003.idx").unlink()
-    assert preprocess([many], output_prefix=prefix, **options).resumed_shards == 3
+    (tmp_path / "d_00002.idx").unlink()
+    assert preprocess([many], output_prefix=prefix, **options).resumed_shards == 2
     assert contents(prefix) == whole
 
 
