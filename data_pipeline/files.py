@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,11 @@ from .errors import DataError
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path`: in the same directory, so that os.replace can move it into place atomically."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A hidden name beside `path`: in the same directory, so that os.replace can move it into place atomically.
+
+    Drawn anew each time, since processes of two nodes may have one number and write the same file at once.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def create(path: Path) -> BinaryIO:

@@ -23,6 +23,19 @@ def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):
     assert listing(tmp_path) == ["deep", "deep/a.txt"]
 
 
+def test_two_that_write_one_file_at_once_both_leave_it_whole(tmp_path):
+    path = tmp_path / "a"
+    with atomic_write(path) as slow:
+        slow.write(b"first half, ")
+        slow.flush()
+        with atomic_write(path) as fast:
+            fast.write(b"whole")
+        assert path.read_bytes() == b"whole"
+        slow.write(b"second half")
+    assert path.read_bytes() == b"first half, second half"
+    assert listing(tmp_path) == ["a"]
+
+
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot write in .*file"), atomic_write(tmp_path / "file" / "a"):

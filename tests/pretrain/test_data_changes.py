@@ -34,14 +34,14 @@ def blended_values(run_values, tmp_path) -> dict:
     return changed(run_values, data={"train": sources}, validation={"tokens": 10**6})
 
 
-def program(values: dict, tmp_path: Path, *, ranks: int = 1) -> subprocess.CompletedProcess:
-    """`sambalm train`, under torchrun where there are several ranks."""
+def program(values: dict, tmp_path: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """`sambalm WORDS CONFIG`, by default `train`, under torchrun where there are several ranks."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    command = ["-m", "sambalm.pretrain.cli", "train", str(config)]
+    command = ["-m", "sambalm.pretrain.cli", *(words or ["train"]), str(config)]
     if ranks > 1:
         command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
 
 
@@ -79,6 +79,16 @@ def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
     assert result.returncode != 0
     assert re.search(r"^error.*second\.bin has 100 bytes", result.stderr, re.MULTILINE)
     assert not Path(blended_values["run"]["dir"]).exists()
+
+
+def test_a_run_starts_on_the_index_that_was_made_ahead(blended_values, tmp_path):
+    result = program(blended_values, tmp_path, "data", "index")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"first .* 1 .* 1,920 .* 480 .* 50.00% .* 0.41", result.stdout)  # 24 of 59 samples
+    index = {path: path.stat().st_mtime_ns for path in (tmp_path / ".index_cache").iterdir()}
+    assert len(index) == 2
+    train(blended_values, ranks=2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".index_cache").iterdir()} == index
 
 
 def test_a_run_refuses_data_that_changed_since_its_checkpoint(blended_values, tmp_path):
