@@ -25,8 +25,6 @@ class Cluster:
     """What is assumed of a cluster beside its GPUs; docs/scaling.md says where each number comes from."""
 
     gpu_memory_gib: float = 80.0
-    # The plan over what this program took: ZeRO-1 on two H200 (docs/planning.md).
-    step_factor: float = 1.03
     # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs.
     gpu_hours_per_failure: float = 16_384 * 54 * 24 / 419
     node_disk_bytes_per_s: float = 2e9  # of one node to the shared file system, each way
@@ -49,7 +47,7 @@ class Estimate:
 
     @property
     def step_s(self) -> float:
-        return self.plan.time.total_s * self.cluster.step_factor
+        return self.plan.time.total_s
 
     @property
     def training_s(self) -> float:
@@ -162,9 +160,8 @@ def _cells(one: Estimate) -> dict[str, str]:
         "micro-batches x size": f"{plan.micro_batches} x {config.train.micro_batch_size}",
         "memory of the fullest rank (GiB)": f"{plan.memory.total_bytes / GIB:.1f}",
         "sent by a rank in a step (GB)": f"{plan.wire_bytes / 1e9:.1f}",
-        "step by plan (s)": f"{plan.time.total_s:.2f}",
-        "step expected (s)": f"{one.step_s:.2f}",
-        "tokens/s expected": f"{config.train.global_batch_tokens / one.step_s:,.0f}",
+        "step (s)": f"{one.step_s:.2f}",
+        "tokens/s": f"{config.train.global_batch_tokens / one.step_s:,.0f}",
         "checkpoint (GB)": f"{one.checkpoint_bytes / 1e9:.1f}",
         "save (s)": f"{one.save_s:.0f}",
         "load (s)": f"{one.load_s:.0f}",
