@@ -3,7 +3,7 @@
 
 set -uo pipefail
 leaving= # why this job is to end soon
-trap 'leaving="told to leave"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+trap 'leaving="told to leave"; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 cd "$SLURM_SUBMIT_DIR"
 clusters=${SAMBALM_CLUSTERS:-configs/clusters}
 set -a; . "$clusters/${SAMBALM_CLUSTER:-generic}.env"; set +a

@@ -25,8 +25,6 @@ class Cluster:
     """What is assumed of a cluster beside its GPUs; docs/scaling.md says where each number comes from."""
 
     gpu_memory_gib: float = 80.0
-    # This program's steps over the plan's: what it took with TP2+SP on two H200 (docs/planning.md).
-    step_factor: float = 1.76
     # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs.
     gpu_hours_per_failure: float = 16_384 * 54 * 24 / 419
     node_disk_bytes_per_s: float = 2e9  # of one node to the shared file system, each way
@@ -49,7 +47,7 @@ class Estimate:
 
     @property
     def step_s(self) -> float:
-        return self.plan.time.total_s * self.cluster.step_factor
+        return self.plan.time.total_s
 
     @property
     def training_s(self) -> float:
@@ -162,9 +160,8 @@ def _cells(one: Estimate) -> dict[str, str]:
         "micro-batches x size": f"{plan.micro_batches} x {config.train.micro_batch_size}",
         "memory of the fullest rank (GiB)": f"{plan.memory.total_bytes / GIB:.1f}",
         "sent by a rank in a step (GB)": f"{plan.wire_bytes / 1e9:.1f}",
-        "step by plan (s)": f"{plan.time.total_s:.2f}",
-        "step expected (s)": f"{one.step_s:.2f}",
-        "tokens/s expected": f"{config.train.global_batch_tokens / one.step_s:,.0f}",
+        "step (s)": f"{one.step_s:.2f}",
+        "tokens/s": f"{config.train.global_batch_tokens / one.step_s:,.0f}",
         "checkpoint (GB)": f"{one.checkpoint_bytes / 1e9:.1f}",
         "save (s)": f"{one.save_s:.0f}",
         "load (s)": f"{one.load_s:.0f}",
@@ -175,5 +172,5 @@ def _cells(one: Estimate) -> dict[str, str]:
         "steps between saves, best": f"{one.best_save_steps:,}",
         "goodput by formula": f"{one.goodput:.2%}",
         "goodput simulated": f"{one.simulated_goodput():.2%}",
-        f"days for {config.run_tokens / 1e12:.1f}T tokens": f"{days:.1f}",
+        f"days for {config.run_tokens / 1e9:,.0f}B tokens": f"{days:.1f}",
     }

@@ -329,7 +329,7 @@ def test_dry_run_checks_thousands_of_ranks_without_data():
     options = ["--dry-run", "--world-size", "8192", "parallel.tensor=4", "parallel.pipeline=4"]
     result = CliRunner().invoke(app, ["train", config, *options])
     assert result.exit_code == 0
-    assert result.output.startswith("8,192 ranks: DP512 TP4 PP4 ZeRO-1, recompute none; 4 micro-batches of 1 a step; ")
+    assert result.output.startswith("8,192 ranks: DP512 TP4 PP4 ZeRO-1, recompute none; 2 micro-batches of 2 a step; ")
     assert not torch.distributed.is_initialized()
 
 

@@ -104,7 +104,7 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
         ("validation.length_multiples=[1, 0]", "validation.length_multiples.1", "0", "greater than 0"),
         ("parallel.zero_stage=0", "parallel.zero_stage", "0", "1, 2 or 3"),
         ("parallel.pipeline=0", "parallel.pipeline", "0", "greater than 0"),
-        ("kernels.scan=cuda", "kernels.scan", "'cuda'", "'torch'"),
+        ("kernels.scan=triton", "kernels.scan", "'triton'", "'torch'"),
         ("model.window=0", "model.window", "0", "greater than 0"),
         ("model.pattern=M-x", "model.pattern", "'M-x'", "letters M, * and -"),
         ("model.num_query_heads=5", "model.num_query_heads", "5", "a divisor"),

@@ -87,7 +87,7 @@ def test_a_chain_of_jobs_and_a_conversion_after_it(cluster, run_values, tmp_path
 
 @pytest.mark.slow
 def test_an_array_task_that_was_killed_is_run_again_on_its_own(cluster, tokens, tmp_path):
-    """Two parts; one is killed while it waits or works and run again; the shards equal those of parts run here."""
+    """Two parts; one is killed and run again; the shards equal those of parts run here."""
     text, model = tokens.with_name("text.jsonl"), tokens.with_name("tokenizer.model")
     inputs = ("--input", text, "--tokenizer", model)
     expected, prefix = tmp_path / "expected" / "text", tmp_path / "array" / "text"
@@ -99,6 +99,9 @@ def test_an_array_task_that_was_killed_is_run_again_on_its_own(cluster, tokens, 
     options = ("--parsable", "--cpus-per-task=1", "--mem=1000", f"--output={tmp_path}/%A_%a.log")
     script = ROOT / "slurm" / "preprocess.sbatch"
     array = cluster.run("sbatch", *options, "--array=0-1", script, *inputs, "--output", prefix).stdout.strip()
+    wait_until(
+        lambda: len(cluster.run("squeue", "--noheader", "--states=R", "--jobs", array).stdout.splitlines()) == 2, 60
+    )
     cluster.run("scancel", "--signal=KILL", "--full", f"{array}_1")
     wait_until(lambda: not cluster.run("squeue", "--noheader", "--jobs", array).stdout, 120)
     assert not (tmp_path / "array" / "text_00001_00000.idx").exists()
