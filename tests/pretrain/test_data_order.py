@@ -14,22 +14,27 @@ from sambalm.data_pipeline.shards import ShardWriter
 
 def batches_on_rank(values: dict) -> tuple[int, int, list]:
     """This rank's data and context rank and the tokens of its micro-batches, step by step, as training used them."""
-    from sambalm.parallel.state import start_world
+    from sambalm.pretrain import trainer
     from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import Trainer
 
-    config, steps = parse_config(values, source="test"), []
-    with start_world(config.parallel) as world:
-        trainer = Trainer(config, world)
-        execution = trainer.training.execution
-        train_step = execution.train_step
+    steps, worlds, build = [], [], trainer.build_training
+
+    def build_recorded(config, *, world, checkpoint):
+        worlds.append(world)
+        training = build(config, world=world, checkpoint=checkpoint)
+        train_step = training.execution.train_step
 
         def recorded(micro_batches):
             steps.append([(batch.tokens.numpy(), batch.labels.numpy()) for batch in micro_batches])
             return train_step(micro_batches)
 
-        execution.train_step = recorded
-        trainer.fit()
+        training.execution.train_step = recorded
+        return training
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer, "build_training", build_recorded)
+        trainer.train(parse_config(values, source="test"))
+    (world,) = worlds
     return world.data_rank, world.context.rank, steps
 
 
