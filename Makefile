@@ -1,5 +1,6 @@
 # make demo   text to tokenizer to training to a Hugging Face model that speaks, in minutes on 2 cores
 # make test   what CI runs
+# make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make lint   style
 # make clean  removes what the demo made; .venv stays
 
@@ -10,7 +11,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slurm lint clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -39,6 +40,10 @@ demo: $(DEMO)/data/python.json
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/installed
+	sh tests/slurm/install.sh
+	$(BIN)/python -m pytest tests/slurm -m slurm -rs
 
 lint: .venv/installed
 	$(BIN)/ruff check .

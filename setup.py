@@ -5,7 +5,7 @@ The ranges below say what the code works with; ``requirements.lock`` pins what `
 
 from setuptools import setup
 
-FOLDERS = ("data_pipeline", "model", "model.hf", "model.ops", "parallel", "pretrain")
+FOLDERS = ("data_pipeline", "model", "model.hf", "model.ops", "parallel", "pretrain", "slurm")
 
 setup(
     name="sambalm",
@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=[f"sambalm.{folder}" for folder in FOLDERS],
-    package_data={"sambalm.model.ops": ["cuda_source/*"]},
+    package_data={"sambalm.model.ops": ["cuda_source/*"], "sambalm.slurm": ["*.sbatch", "*.sh"]},
     package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
     install_requires=[
         "deepspeed==0.19.8",

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from sambalm.pretrain.config import DTYPES, RunConfig, load_config
-from sambalm.pretrain.metrics import read_metrics
+from sambalm.pretrain.metrics_file import read_metrics
 from sambalm.pretrain.plan import GIB, Plan, plan_of
 from sambalm.pretrain.plan_hardware import DEVICES
 from sambalm.pretrain.plan_kernels import KernelNames, planned_kernels

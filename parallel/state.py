@@ -79,6 +79,12 @@ class World:
         dist.all_reduce(value, group=self.replica_group)
         return value
 
+    def largest(self, number: int) -> torch.Tensor:
+        """The largest of all ranks' numbers, int64 [] on the device: no rank waits for it before it is read."""
+        value = torch.full((), number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
     def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
         """The last pipeline stage's value of a tensor, on all stages."""
         if self.pipeline.size == 1:

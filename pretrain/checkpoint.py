@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 from sambalm.model.durable_files import flush, write_json
-from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError
 
 FORMAT_VERSION = 1
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -113,7 +113,8 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None]) -> Checkpoint:
         warn: called with one sentence for each newer checkpoint that is damaged.
 
     Raises:
-        CheckpointError: there is no checkpoint, or none that is good.
+        CheckpointError: there is no checkpoint.
+        CheckpointsDamagedError: there is none that is good.
     """
     if (path / MANIFEST).is_file():
         return open_checkpoint(path)
@@ -127,7 +128,7 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None]) -> Checkpoint:
             return open_checkpoint(folder)
         except CheckpointError as error:
             warn(str(error))
-    raise CheckpointError(f"every checkpoint in {path / 'checkpoints'} is damaged: restore one from a copy")
+    raise CheckpointsDamagedError(f"every checkpoint in {path / 'checkpoints'} is damaged: restore one from a copy")
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
@@ -135,14 +136,29 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step_*"))
 
 
+def newest_step(run_dir: Path) -> int:
+    """Of a run's committed checkpoints, unopened; 0 without one."""
+    return max((int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(run_dir)), default=0)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what killed attempts left half-written or half-removed."""
+    for leftover in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the checksums of a folder's files, durably: the folder is complete after this and its rename."""
-    files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+def checksums(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of some files of a folder."""
+    return {name: _checksum(folder / name) for name in names}
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes the checksums of all of a folder's files, durably: the folder is complete after this and its rename."""
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))})
 
 
 def commit(partial: Path, final: Path) -> None:

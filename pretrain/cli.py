@@ -12,6 +12,9 @@ from typing import Annotated
 
 import typer
 
+from sambalm.pretrain.cli_examples import example
+from sambalm.pretrain.cli_slurm import slurm
+
 app = typer.Typer(
     name="sambalm",
     help="Pretrain Samba language models (Mamba + sliding-window attention), from text to a Hugging Face model.",
@@ -24,6 +27,7 @@ data = typer.Typer(no_args_is_help=True, help="Text to tokenizer to indexed shar
 convert = typer.Typer(no_args_is_help=True, help="Checkpoints to other formats.")
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")
+app.add_typer(slurm, name="slurm")
 
 
 def main() -> None:
@@ -72,11 +76,6 @@ def _root(
 ) -> None: ...
 
 
-def _example(*lines: str) -> str:
-    """An epilog: each line of an example on a line of its own."""
-    return "Example:\n\n" + "\n\n".join(lines)
-
-
 TextKey = Annotated[str, typer.Option(help="Key of the text in each JSON line, or Parquet column.")]
 Inputs = Annotated[
     list[str],
@@ -89,7 +88,7 @@ Inputs = Annotated[
 MoreInputs = Annotated[list[str] | None, typer.Argument(metavar="[MORE INPUTS]...", help="Further input files.")]
 
 
-@data.command("python-corpus", epilog=_example("sambalm data python-corpus corpus.jsonl"))
+@data.command("python-corpus", epilog=example("sambalm data python-corpus corpus.jsonl"))
 def python_corpus(
     output: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the documents' order.")] = 0,
@@ -104,7 +103,7 @@ def python_corpus(
 
 @data.command(
     "tokenizer",
-    epilog=_example("sambalm data tokenizer --input 'text/*.jsonl' --vocab-size 32000 --output tokenizer.model"),
+    epilog=example("sambalm data tokenizer --input 'text/*.jsonl' --vocab-size 32000 --output tokenizer.model"),
 )
 def tokenizer(
     inputs: Inputs,
@@ -143,7 +142,7 @@ class TextDocuments(StrEnum):
 
 @data.command(
     "preprocess",
-    epilog=_example(
+    epilog=example(
         "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
         "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
     ),
@@ -204,7 +203,7 @@ def preprocess(
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]
 
 
-@data.command("verify", epilog=_example("sambalm data verify data/text"))
+@data.command("verify", epilog=example("sambalm data verify data/text"))
 def verify(
     prefix: Prefix,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Of data without a manifest.")] = None,
@@ -223,7 +222,7 @@ def verify(
     print(f"{prefix}: sound; shards: {found.shards:,}, tokens: {found.tokens:,}")
 
 
-@data.command("inspect", epilog=_example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
+@data.command("inspect", epilog=example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
 def inspect(
     prefix: Prefix,
     document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
@@ -254,7 +253,7 @@ def inspect(
         print(inspector.describe(found))
 
 
-@data.command("blend", epilog=_example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
+@data.command("blend", epilog=example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
 def blend(
     sources: Annotated[list[str], typer.Argument(metavar="PREFIX=WEIGHT...", help="Without weights: by their tokens.")],
     tokens: Annotated[float, typer.Option(min=1, help="Training tokens of the run.")],
@@ -267,7 +266,7 @@ def blend(
     print(describe_draws(blend_draws(config, tokens=round(tokens))))
 
 
-@data.command("index", epilog=_example("sambalm data index configs/samba_421m.yaml data.train=data/slimpajama"))
+@data.command("index", epilog=example("sambalm data index configs/samba_421m.yaml data.train=data/slimpajama"))
 def index(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
@@ -282,7 +281,7 @@ def index(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "sambalm train configs/demo.yaml train.steps=50",
         "torchrun --nproc-per-node 8 -m sambalm.pretrain.cli train configs/samba_421m.yaml data.train=data/slimpajama",
     )
@@ -296,6 +295,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, alone or under torchrun; goes on from the run folder's newest checkpoint."""
+    from sambalm.pretrain.signals import Signals
+
+    signals = Signals()
+    if not dry_run:
+        signals.listen()  # before the slow imports, so that a signal meets them too
     from sambalm.pretrain.config import load_config
 
     checked = load_config(config, overrides or [])
@@ -308,7 +312,7 @@ def train(
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun says how many ranks train")
     from sambalm.pretrain.trainer import train as run
 
-    run(checked)
+    raise typer.Exit(run(checked, signals=signals))
 
 
 class Device(StrEnum):
@@ -319,7 +323,7 @@ class Device(StrEnum):
     a100 = "a100"
 
 
-@app.command(epilog=_example("sambalm plan configs/samba_3.8b.yaml --gpus 512 --gpu-memory-gib 80"))
+@app.command(epilog=example("sambalm plan configs/samba_3.8b.yaml --gpus 512 --gpu-memory-gib 80"))
 def plan(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout and micro-batch size are searched.")],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")],
@@ -348,7 +352,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-@convert.command("to-hf", epilog=_example("sambalm convert to-hf runs/demo runs/demo/hf"))
+@convert.command("to-hf", epilog=example("sambalm convert to-hf runs/demo runs/demo/hf"))
 def to_hf(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its newest good one.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -377,7 +381,7 @@ def to_hf(
     print(f"{output}: step {taken.step}, verified against the training model and the tokenizer")
 
 
-@app.command(epilog=_example("sambalm generate runs/demo/hf --prompt 'def main('"))
+@app.command(epilog=example("sambalm generate runs/demo/hf --prompt 'def main('"))
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder that `sambalm convert to-hf` wrote.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
@@ -401,7 +405,7 @@ def generate(
     print()
 
 
-@app.command(epilog=_example("sambalm params configs/samba_3.8b.yaml"))
+@app.command(epilog=example("sambalm params configs/samba_3.8b.yaml"))
 def params(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
@@ -415,7 +419,7 @@ def params(
         print(f"{part:<16}{count:>14}")
 
 
-@app.command(epilog=_example("sambalm report runs/demo"))
+@app.command(epilog=example("sambalm report runs/demo"))
 def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Summarise a run beside simple baselines, and draw its losses to RUN_DIR/loss.png."""
     from sambalm.pretrain.report import print_report

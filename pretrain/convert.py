@@ -17,7 +17,7 @@ from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpoint import Checkpoint, newest_checkpoint
 from sambalm.pretrain.config import DTYPES, RunConfig, parse_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.metrics import read_metrics
+from sambalm.pretrain.metrics_file import read_metrics
 
 VERIFIED_DOCUMENTS = 1000
 

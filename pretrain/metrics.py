@@ -15,17 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 from sambalm.model.flops import flops_per_token, peak_flops
 from sambalm.parallel.state import World
 from sambalm.pretrain.config import RunConfig, dump_config
+from sambalm.pretrain.metrics_file import METRICS, read_metrics
 from sambalm.pretrain.validation import LOSS_AT
 
-METRICS = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 10.0
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The steps that a run logged, in order; without a last line that a kill cut short."""
-    path = run_dir / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)

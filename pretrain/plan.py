@@ -11,7 +11,7 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import Hardware
 from sambalm.pretrain.plan_kernels import KernelNames, planned_kernels
-from sambalm.pretrain.plan_memory import RankMemory, rank_memory, stage_parameters
+from sambalm.pretrain.plan_memory import RankMemory, stage_memories, stage_parameters
 from sambalm.pretrain.plan_time import StepTime, step_time
 
 GIB = 2**30
@@ -103,12 +103,6 @@ def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: 
     kernels = kernels or planned_kernels(config)
     stages = stage_memories(config, world_size=world_size, kernels=kernels)
     return _plan(config, stages, world_size=world_size, hardware=hardware, kernels=kernels)
-
-
-def stage_memories(config: RunConfig, *, world_size: int, kernels: KernelNames) -> tuple[RankMemory, ...]:
-    """The fullest rank of each pipeline stage."""
-    stages = range(config.parallel.pipeline)
-    return tuple(rank_memory(config, stage=stage, world_size=world_size, kernels=kernels) for stage in stages)
 
 
 def _plan(

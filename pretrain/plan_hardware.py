@@ -13,7 +13,6 @@ class Hardware:
     name: str
     matrix_flops: float  # dense bf16 peak, FLOP/s
     matrix_efficiency: float  # achieved share of that peak, over a layer's matrix products
-    attention_flops: float  # of windowed flash attention forward and backward, by flops.py's count, FLOP/s
     memory_bytes_per_s: float  # of a copy, read and write together
     vector_rate: float  # of a kernel that neither products nor memory bind (the scan), over an H100's
     node_gpus: int
@@ -24,8 +23,7 @@ class Hardware:
 H100 = Hardware(
     name="h100",
     matrix_flops=989e12,  # NVIDIA's data sheet
-    matrix_efficiency=0.70,  # (H100) 8192^3 products ran at 701 to 798 TFLOP/s
-    attention_flops=217e12,  # (H100) B4 H12 d128 L4096 W2048: 0.627 + 1.509 ms
+    matrix_efficiency=0.755,  # (H100) 747 TFLOP/s over a step of 421M, 744 over one of 1.3B
     memory_bytes_per_s=3.0e12,  # (H100) 3.02 TB/s
     vector_rate=1.0,
     node_gpus=8,
@@ -46,7 +44,6 @@ def _scaled(
         name=name,
         matrix_flops=matrix_flops,
         matrix_efficiency=H100.matrix_efficiency,
-        attention_flops=H100.attention_flops * matrix_flops / H100.matrix_flops,
         memory_bytes_per_s=memory_bytes_per_s * H100.memory_bytes_per_s / H100_SHEET_BYTES_PER_S,
         vector_rate=vector_rate,
         node_gpus=H100.node_gpus,
@@ -66,16 +63,18 @@ DEVICES = {
     ),
 }
 
-# Share of a copy's rate that is achieved by fused kernels and plain sums: assumed. And by PyTorch's single operations,
-# many of them strided or on small pieces: from the step of one H200 (docs/planning.md), whose other parts are measured.
-FUSED_SHARE, SINGLE_SHARE = 0.9, 0.45
+# Share of a copy's rate that fused kernels and plain sums achieve: SwiGLU, norms and residual sums of 421M and 1.3B on
+# an H100.
+FUSED_SHARE = 0.84
+# Of PyTorch's single operations, many of them strided or on small pieces: from a step of 421M on one H100 with them,
+# whose other parts are measured. Multiprocessors bind them rather than memory: an H200 is hardly faster.
+SINGLE_BYTES_PER_S = 1.68e12
+# That the device waits for the host in a step, most of it at its start: 421M on one H100.
+IDLE_S = 8e-3
 
 # Of a message: NCCL's start on both sides, and the share of a link's rate that large ones achieve. Assumed.
 MESSAGE_S = 20e-6
 LINK_SHARE = 0.75
-
-# What computing again adds to attention's forward and backward, (H100) from the times above.
-ATTENTION_RECOMPUTED = 0.627 / (0.627 + 1.509)
 
 # The scan in plain PyTorch launches kernels for each token, three forward and backward, of 17 microseconds of the host
 # with the views that they work on: from the step of two H200 under context parallelism. Beside them it passes over its

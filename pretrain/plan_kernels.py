@@ -25,7 +25,7 @@ class KernelNames:
 
 TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", device="cpu")
 # What `auto` stands for: nothing that has to be installed besides.
-AUTO = {"scan": "cuda", "conv": "cuda", "attention": "torch-flash", "norm": "compiled", "elementwise": "compiled"}
+AUTO = {"scan": "cuda", "conv": "cuda", "attention": "flex", "norm": "compiled", "elementwise": "compiled"}
 
 
 def planned_kernels(config: RunConfig) -> KernelNames:
@@ -55,33 +55,40 @@ def _measured(forward_ms: float, backward_ms: float) -> Seconds:
     return Seconds(forward_ms * 1e-3 / KERNEL_ELEMENTS, backward_ms * 1e-3 / KERNEL_ELEMENTS)
 
 
+# One H100 80GB, torch 2.11, B4 D5632 L4096 N16, bf16, medians (benchmarks/kernels.py).
 SCAN = {
-    "mamba-ssm": _measured(1.598, 6.739),  # mamba-ssm 2.3.2, B4 D5632 L4096, one H100
-    "cuda": _measured(0.768, 3.239),  # the forward of a prototype; the backward by mamba-ssm's ratio: assumed
+    "cuda": _measured(0.727, 2.107),
+    "mamba-ssm": _measured(3.741, 6.593),  # mamba-ssm 2.3.2, with the copies to its layout, time innermost, and back
 }
-# mamba-ssm wants time innermost: u, dt, z and the output are copied, and their gradients back.
-SCAN_LAYOUT = {"mamba-ssm": Traffic(16, 16), "cuda": Traffic(0, 0), "torch": Traffic(0, 0)}
 CONV = {
-    "causal-conv1d": _measured(0.132, 0.289),  # causal-conv1d 1.7.0, B4 D5632 L4096, one H100
-    "cuda": _measured(0.132, 0.289),  # assumed to equal it
+    "cuda": _measured(0.181, 0.351),
+    "causal-conv1d": _measured(0.147, 0.296),  # causal-conv1d 1.7.0
+    "torch": _measured(1.741, 4.921),
 }
-# Padding, four products and sums, SiLU. Backward of each tap: the product, its place among zeros, the sum of these, and
-# the weight's product and sum.
-CONV_TORCH = Traffic(30, 96)
-# Mamba besides: the gradients of x and z joined, and u's from scan and x_proj added.
-MAMBA_REST = Traffic(0, 14)
+# By flops.py's count, of B8 H12 d128 L4096 W2048 forward and backward.
+ATTENTION_FLOP = 3 * 4.0 * 12 * 128 * (2048 * 2049 / 2 + 2048 * 2048) * 8
+# Milliseconds at B8 H12 d128 L4096 W2048 on the same. flash-attn is taken for PyTorch's copy of it, and its blocks with
+# masks are assumed to take twice as long.
+ATTENTION = {
+    "flex": (0.869, 2.426),
+    "torch-flash": (1.137, 3.134),
+    "flash-attn": (1.137, 3.134),
+    "torch": (2 * 1.137, 2 * 3.134),
+}
 
+MAMBA_REST = Traffic(0, 6, fused=True)  # the gradients of u from scan and x_proj added
 # Casts to fp32 and back around the norm, and in its backward two readings for the weight's gradient.
-NORM = {"torch": Traffic(20, 32), "compiled": Traffic(4, 10, fused=True), "apex": Traffic(4, 10, fused=True)}
+NORM = {"torch": Traffic(20, 32), "compiled": Traffic(4, 6, fused=True), "apex": Traffic(4, 6, fused=True)}
 RESIDUAL = Traffic(6, 6, fused=True)  # a sum forward and one backward
 # SiLU and product; backward two products, SiLU's and both gradients joined.
 SWIGLU = {"torch": Traffic(10, 26), "compiled": Traffic(6, 10, fused=True)}
 # Of a query or key: casts, four products of halves, two sums, joined.
 ROTARY = {"torch": Traffic(48, 52), "compiled": Traffic(4, 4, fused=True)}
-ATTENTION_LAYOUT = Traffic(8, 12)  # of a query: heads next to tokens and back
+ATTENTION_LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens and back
 # Of a logit: the cast, the softmax's two readings; backward the filling of the gradient, the softmax's and the cast.
 LOSS = {"torch": Traffic(18, 26), "compiled": Traffic(4, 4, fused=True)}
 EMBEDDING = Traffic(14, 30)  # of a token's width: the lookup in fp32 and its cast; the gradient's and its scattering
 
-# Of a weight and micro-batch: read in fp32 and written in bf16; its gradient cast back to fp32; and added to the sum.
-WEIGHT_CAST_BYTES, GRADIENT_CAST_BYTES, ACCUMULATION_BYTES = 6, 6, 12
+# Of a weight and micro-batch: casts of it and of its gradient, by the 10.7 ps that they take in a step of 1.3B; and the
+# addition to the gradients so far.
+WEIGHT_CAST_BYTES, GRADIENT_CAST_BYTES, ACCUMULATION_BYTES = 13, 14, 12

@@ -51,10 +51,12 @@ class RankMemory:
     ends_bytes: int  # saved by embedding, final norm, head and loss, and what a pipeline keeps between parts
     workspace_bytes: int  # what the backward needs beside what was saved
     communication_bytes: int
+    late_bytes: int  # of these, what comes only once as many activations have gone
 
     @property
     def total_bytes(self) -> int:
-        return self.state_bytes + self.saved_bytes + self.workspace_bytes + self.communication_bytes
+        standing = self.state_bytes + self.communication_bytes
+        return max(standing, standing + self.saved_bytes + self.workspace_bytes - self.late_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -140,7 +142,8 @@ def stage_parameters(config: RunConfig, stage: int) -> int:
 def stage_letters(config: RunConfig, stage: int) -> list[tuple[str, int]]:
     """Kinds of sublayers on a stage, and how many of each."""
     parts = stage_parts(config)[stage]
-    return list(Counter("".join(config.model.pattern[part.start : part.stop] for part in parts)).items())
+    letters = "".join(config.model.pattern[part.start : part.stop] for part in parts)
+    return [(letter, letters.count(letter)) for letter in KINDS if letter in letters]
 
 
 def is_first(part: range, model: ModelConfig) -> bool:
@@ -156,24 +159,60 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
 
 
-def rank_memory(config: RunConfig, *, stage: int, world_size: int, kernels: KernelNames) -> RankMemory:
-    """Estimates the fullest rank of a pipeline stage."""
+@dataclass(frozen=True)
+class SublayerMemory:
+    """Bytes of one kind of sublayer."""
+
+    saved_bytes: int  # what autograd keeps
+    backward_bytes: int  # what its backward needs besides
+
+
+def sublayer_memory(config: RunConfig, kernels: KernelNames) -> dict[str, SublayerMemory]:
+    """Of each kind, which all stages share."""
+    found, recompute = {}, config.parallel.recompute
+    for letter in set(config.model.pattern):
+        saved, whole = (
+            sublayer_saved_bytes(config, letter, kernels=kernels, recompute=mode) for mode in (recompute, "none")
+        )
+        again = {"none": 0, "selective": max(0, whole - saved), "full": whole}[recompute]
+        found[letter] = SublayerMemory(saved, again + _gradient_bytes(config, letter, kernels=kernels))
+    return found
+
+
+def stage_memories(config: RunConfig, *, world_size: int, kernels: KernelNames) -> tuple[RankMemory, ...]:
+    """The fullest rank of each pipeline stage, estimated."""
+    sublayers = sublayer_memory(config, kernels)
+    return tuple(
+        _rank_memory(config, sublayers, stage=stage, world_size=world_size, kernels=kernels)
+        for stage in range(config.parallel.pipeline)
+    )
+
+
+def _rank_memory(
+    config: RunConfig, sublayers: dict[str, SublayerMemory], *, stage: int, world_size: int, kernels: KernelNames
+) -> RankMemory:
     parallel = config.parallel
     weights, gradients, optimizer = _state_bytes(config, stage=stage, world_size=world_size)
     saved = dict.fromkeys(("mamba", "attention", "mlp", "ends"), 0)
     parts = stage_parts(config)[stage]
     in_flight = Counter(chunks_in_flight(config, stage=stage, world_size=world_size))
     for number, forwards in in_flight.items():
-        for kind, kept in part_saved_bytes(config, parts[number], kernels=kernels).items():
+        for kind, kept in _part_saved_bytes(config, parts[number], sublayers, kernels=kernels).items():
             saved[kind] += forwards * kept
+    moments = [_workspace_moments(config, part, sublayers, kernels=kernels) for part in parts]
+    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES
+    late = 0
+    if config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1:
+        # Without gradients of an earlier micro-batch: they come, and the bucket with the first, after the loss's.
+        late = gradients + max(0, min(bucket, *(at_loss - in_layers for at_loss, in_layers in moments)))
     return RankMemory(
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         **{f"{kind}_bytes": kept for kind, kept in saved.items()},
-        workspace_bytes=max(_workspace_bytes(config, part, kernels=kernels) for part in parts),
-        communication_bytes=REDUCE_BUCKET_ELEMENTS * FP32_BYTES
-        + (_gather_buffer_bytes(config) if parallel.sequence else 0),
+        workspace_bytes=max(max(moment) for moment in moments),
+        communication_bytes=bucket + (_gather_buffer_bytes(config) if parallel.sequence else 0),
+        late_bytes=late,
     )
 
 
@@ -204,12 +243,14 @@ def chunks_in_flight(config: RunConfig, *, stage: int, world_size: int) -> list[
     return [number // stages % chunks for number in range(forwards)]
 
 
-def part_saved_bytes(config: RunConfig, part: range, *, kernels: KernelNames) -> dict[str, int]:
+def _part_saved_bytes(
+    config: RunConfig, part: range, sublayers: dict[str, SublayerMemory], *, kernels: KernelNames
+) -> dict[str, int]:
     """What autograd keeps of one forward through a part, by kind of sublayer."""
-    model, recompute = config.model, config.parallel.recompute
+    model = config.model
     saved = dict.fromkeys(("mamba", "attention", "mlp", "ends"), 0)
     for letter, count in Counter(model.pattern[part.start : part.stop]).items():
-        saved[KINDS[letter]] = count * sublayer_saved_bytes(config, letter, kernels=kernels, recompute=recompute)
+        saved[KINDS[letter]] = count * sublayers[letter].saved_bytes
     if is_last(part, model):
         saved["ends"] += head_saved_bytes(config, kernels=kernels)
     if is_first(part, model):
@@ -366,23 +407,23 @@ def _loss_is_fused(config: RunConfig, kernels: KernelNames) -> bool:
     return kernels.elementwise == "compiled" and config.parallel.tensor == 1
 
 
-def _workspace_bytes(config: RunConfig, part: range, *, kernels: KernelNames) -> int:
-    """What the dearest moment of a part's backward needs beside all that its forward kept."""
-    model, recompute = config.model, config.parallel.recompute
+def _workspace_moments(
+    config: RunConfig, part: range, sublayers: dict[str, SublayerMemory], *, kernels: KernelNames
+) -> tuple[int, int]:
+    """What a part's backward needs beside all that its forward kept: at the loss, and at its dearest sublayer."""
+    model = config.model
     a, T = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
-    moments, freed = [0], 0
+    at_loss, in_layers, freed = 0, 0, 0
     if is_last(part, model):
-        # Gradients of the log-probabilities and of the logits; over several ranks the first is written in place.
-        widths = 2 * FP32_BYTES if config.parallel.tensor == 1 and not _loss_is_fused(config, kernels) else 2 * a
-        moments.append(widths * T * model.vocab_size // config.parallel.tensor)
+        # Gradients of the log-probabilities and of the logits; over several ranks the first is written in place. Fused,
+        # there are the logits' alone.
+        widths = 2 * FP32_BYTES if config.parallel.tensor == 1 else 2 * a
+        widths = a if _loss_is_fused(config, kernels) else widths
+        at_loss = widths * T * model.vocab_size // config.parallel.tensor
         freed = head_saved_bytes(config, kernels=kernels)  # before any sublayer's backward
     for letter in set(model.pattern[part.start : part.stop]):
-        kept, whole = (
-            sublayer_saved_bytes(config, letter, kernels=kernels, recompute=setting) for setting in (recompute, "none")
-        )
-        again = {"none": 0, "selective": max(0, whole - kept), "full": whole}[recompute]
-        moments.append(again + _gradient_bytes(config, letter, kernels=kernels) - freed)
-    return max(moments)
+        in_layers = max(in_layers, sublayers[letter].backward_bytes - freed)
+    return at_loss, in_layers
 
 
 def _gradient_bytes(config: RunConfig, letter: str, *, kernels: KernelNames) -> int:

@@ -38,10 +38,11 @@ class StepTime:
     bubble_s: float
     zero_s: float  # gradients and weights between replicas
     optimizer_s: float
+    idle_s: float = assumed.IDLE_S
 
     @property
     def total_s(self) -> float:
-        return self.compute_s + self.layout_s + self.bubble_s + self.zero_s + self.optimizer_s
+        return self.compute_s + self.layout_s + self.bubble_s + self.zero_s + self.optimizer_s + self.idle_s
 
 
 def step_time(
@@ -167,21 +168,18 @@ class _Device:
         return flops / rate + self._traffic_s(cast, weights, again=again)
 
     def _traffic_s(self, traffic: Traffic, elements: float, *, again: bool = False) -> float:
-        share = assumed.FUSED_SHARE if traffic.fused else assumed.SINGLE_SHARE
         moved = traffic.forward * (2 if again else 1) + traffic.backward
-        return elements * moved / (self.hardware.memory_bytes_per_s * share)
+        fused_rate = self.hardware.memory_bytes_per_s * assumed.FUSED_SHARE
+        single_rate = assumed.SINGLE_BYTES_PER_S * self.hardware.vector_rate
+        return elements * moved / (fused_rate if traffic.fused else single_rate)
 
     def _mamba_s(self) -> float:
         config, kernels = self.config, self.kernels
         size, full = local_sizes(config.model, MAMBA, config.parallel.tensor), config.parallel.recompute == "full"
         elements = size.channels * micro_batch_tokens(config)
-        if kernels.conv == "torch":
-            conv_s = self._traffic_s(costs.CONV_TORCH, elements, again=full)
-        else:
-            bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
-            conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
-        layout_s = self._traffic_s(costs.SCAN_LAYOUT[kernels.scan], elements, again=full)
-        return conv_s + layout_s + self._traffic_s(costs.MAMBA_REST, elements, again=full) + self._scan_s(elements)
+        bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
+        conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
+        return conv_s + self._traffic_s(costs.MAMBA_REST, elements, again=full) + self._scan_s(elements)
 
     def _scan_s(self, elements: float) -> float:
         config, kernels = self.config, self.kernels
@@ -201,10 +199,13 @@ class _Device:
         size, full = local_sizes(model, ATTENTION, config.parallel.tensor), config.parallel.recompute == "full"
         tokens = micro_batch_tokens(config)
         flops = _window_flops(model, config.data.sequence_length) * size.query / model.hidden_size * tokens
-        again = 0.0 if config.parallel.recompute == "none" else assumed.ATTENTION_RECOMPUTED
+        forward_ms, backward_ms = costs.ATTENTION[self.kernels.attention]
+        passes_ms = forward_ms * (1 if config.parallel.recompute == "none" else 2) + backward_ms
         rotary = costs.ROTARY[self.kernels.elementwise]
         return (
-            flops / self.hardware.attention_flops * (1 + again)
+            flops
+            / (costs.ATTENTION_FLOP / (passes_ms * 1e-3))
+            / (self.hardware.matrix_flops / assumed.H100.matrix_flops)
             + self._traffic_s(rotary, tokens * (size.query + size.kv), again=full)
             + self._traffic_s(costs.ATTENTION_LAYOUT, tokens * size.query, again=full)
         )

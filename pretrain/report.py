@@ -11,7 +11,8 @@ from sambalm.data_pipeline.baselines import Baselines, baseline_losses
 from sambalm.pretrain.checkpoint import checkpoint_folders
 from sambalm.pretrain.config import RunConfig, load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.metrics import plot_losses, read_metrics
+from sambalm.pretrain.metrics import plot_losses
+from sambalm.pretrain.metrics_file import read_metrics
 from sambalm.pretrain.validation import LOSS_AT, SOURCE_LOSS_AT
 
 HF_FOLDER = "hf"

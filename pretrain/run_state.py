@@ -1,10 +1,12 @@
 """Between a live run and its checkpoints: what every rank does together to save and to resume."""
 
+import functools
 import itertools
+import operator
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +29,7 @@ from sambalm.pretrain import checkpoint as files
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.data_record import data_change
-from sambalm.pretrain.errors import CheckpointError, ConfigError
+from sambalm.pretrain.errors import CheckpointError, ConfigError, NotSavedError, RunInUseError
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
     """The newest good checkpoint of the run's folder; None for a new run. Collective.
 
     Raises:
-        CheckpointError: every checkpoint is damaged.
+        CheckpointsDamagedError: every checkpoint is damaged.
         ConfigError: the checkpoint holds another model.
     """
     found: list[Any] = [None]
@@ -92,45 +94,87 @@ def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunCon
 
 
 def save_checkpoint(
-    training: Training, *, config: RunConfig, world: World, step: int, samples: int, data: dict[str, Any]
+    training: Training,
+    *,
+    config: RunConfig,
+    world: World,
+    step: int,
+    samples: int,
+    data: dict[str, Any],
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
 
     Args:
         samples: training samples consumed so far.
         data: what `data_record` says of the run's data.
+        before_commit: called on the main rank once all is written; an error of it commits nothing.
 
     Raises:
-        CheckpointError: on every rank, when any rank failed to write; nothing is left.
+        NotSavedError: on every rank, when any rank failed to write; nothing is left.
+        RunInUseError: on every rank, when before_commit raised it.
     """
     final = files.checkpoint_folder(Path(config.run.dir), step)
     partial = final.with_name(f".{final.name}.partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    failure = None
-    try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
-        if world.is_main:
-            write_json(partial / files.STATE, _state(config, step, samples=samples, data=data))
-            files.write_manifest(partial)
-            flush(partial)
-    except (OSError, CheckpointException) as error:
-        failure = f"{type(error).__name__}: {error}"
-    failures: list[str | None] = [None] * world.size
-    dist.all_gather_object(failures, failure)
-    if world.is_main:
-        if any(failures):
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            files.commit(partial, final)
-    dist.barrier()
-    for rank, reason in enumerate(failures):
-        if reason:
-            raise CheckpointError(f"the checkpoint of step {step} was not saved: rank {rank}: {reason}")
+    together = functools.partial(_together, world=world, step=step, partial=partial)
+    together(lambda: _make_empty(partial), ranks=[0])
+    together(lambda: _write_tensors(training, partial, world=world))
+    found: dict[str, dict[str, int]] = {}
+    names = _dealt_files(partial, world=world)
+    together(lambda: found.update(files.checksums(partial, names)))
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, found)
+    together(lambda: _complete(partial, _state(config, step, samples=samples, data=data), gathered), ranks=[0])
+    together(before_commit, ranks=[0])
+    together(lambda: files.commit(partial, final), ranks=[0])
     return final
+
+
+def _together(
+    action: Callable[[], None], *, world: World, step: int, partial: Path, ranks: Sequence[int] | None = None
+) -> None:
+    """Runs a part of a save on some ranks (None: all), and fails on all where it fails on one. Collective."""
+    failure: Exception | None = None
+    if ranks is None or world.rank in ranks:
+        try:
+            action()
+        except (OSError, CheckpointException, RunInUseError) as error:
+            failure = error if isinstance(error, RunInUseError) else OSError(f"{type(error).__name__}: {error}")
+    failures: list[Exception | None] = [None] * world.size
+    dist.all_gather_object(failures, failure)
+    if any(failures) and world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    for rank, error in enumerate(failures):
+        if isinstance(error, RunInUseError):
+            raise error
+        if error:
+            raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {error}")
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_tensors(training: Training, partial: Path, *, world: World) -> None:
+    """Every rank's part. Collective."""
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    dcp.save(_slices_to_save(training.parts, world), storage_writer=writer)
+
+
+def _dealt_files(partial: Path, *, world: World) -> list[str]:
+    """This rank's share of the files, to compute checksums of. Collective: one rank lists them for all."""
+    listed = [sorted(path.name for path in partial.iterdir()) if world.is_main else None]
+    dist.broadcast_object_list(listed, src=0)
+    return listed[0][world.rank :: world.size]
+
+
+def _complete(partial: Path, state: dict[str, Any], gathered: Sequence[dict[str, dict[str, int]]]) -> None:
+    """What only the folder as a whole has."""
+    write_json(partial / files.STATE, state)
+    checksums = functools.reduce(operator.or_, gathered, files.checksums(partial, [files.STATE]))
+    files.write_manifest(partial, checksums)
+    flush(partial)
 
 
 def _state(config: RunConfig, step: int, *, samples: int, data: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from sambalm.parallel.zero import gradient_norm, zero_engine
 from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import DTYPES, RunConfig
 from sambalm.pretrain.data_record import data_record
+from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.metrics import RunReport, StepResult
+from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
     Training,
     check_data,
@@ -31,27 +33,38 @@ from sambalm.pretrain.run_state import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from sambalm.pretrain.signals import Request, Signals, take_switches
 from sambalm.pretrain.validation import Validator
 
+LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
 
-def train(config: RunConfig) -> None:
-    """Runs to train.steps, from the newest good checkpoint of run.dir where there is one.
+
+def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
+    """Runs to train.steps or until it is asked to leave, from the newest good checkpoint of run.dir where there is one.
 
     Raises:
-        ConfigError, ParallelError, DataError, KernelError, CheckpointError: one sentence each, for the user.
+        ConfigError, ParallelError, DataError, KernelError, CheckpointError, NoProgressError, StoppedError,
+        RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
         check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
-        Trainer(config, world).fit()
+    with (
+        open_run_folder(config) as folder,
+        start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world,
+        folder.shared(),
+    ):
+        trainer = Trainer(config, world, folder=folder, signals=signals or Signals())
+        exit_code = trainer.fit()
+        folder.end(exit_code, step=trainer.step)
+        return exit_code
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals) -> None:
+        self.config, self.world, self.folder, self.signals = config, world, folder, signals
         self.run_dir = Path(config.run.dir)
         checkpoint = find_resume_point(config, world=world)
         sources = shared_sources(config.data)
@@ -74,32 +87,24 @@ class Trainer:
             workers=config.data.workers,
         )
 
-    def fit(self) -> None:
-        """Trains to the last step, with validation and checkpoints on the way."""
-        steps, validation, checkpoint = self.config.train.steps, self.config.validation, self.config.checkpoint
+    def fit(self) -> ExitCode:
+        """Trains to the last step or to a request to leave, with validation and checkpoints on the way."""
+        steps, validation = self.config.train.steps, self.config.validation
         with RunReport(self.config, world=self.world, done_steps=self.step) as report, closing(self.loader):
+            self.signals.training_starts()
             while self.step < steps:
-                result = self._train_step()
+                result, request = self._train_step()
                 self.step += 1
-                last = self.step == steps
-                validate = last or self.step % validation.every_steps == 0
+                validate = self.step == steps or self.step % validation.every_steps == 0
                 report.step(self.step, result, self.validator.losses(self.training.execution) if validate else {})
-                if last or self.step % checkpoint.every_steps == 0:
+                if request or self.step == steps or self.step % self.config.checkpoint.every_steps == 0:
                     self._save()
-                    remove_old_checkpoints(self.run_dir, keep=checkpoint.keep, world=self.world)
+                if request in LEAVING and self.step < steps:
+                    return LEAVING[request]
+        return ExitCode.FINISHED
 
-    def _save(self) -> None:
-        save_checkpoint(
-            self.training,
-            config=self.config,
-            world=self.world,
-            step=self.step,
-            samples=self.samples,
-            data=self.data_record,
-        )
-
-    def _train_step(self) -> StepResult:
-        """One optimizer step over the global batch."""
+    def _train_step(self) -> tuple[StepResult, Request]:
+        """One optimizer step over the global batch, and what any rank was asked for by its end."""
         start_s = time.perf_counter()
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
@@ -109,17 +114,38 @@ class Trainer:
         batch_samples = self.config.batch_schedule.step_samples(self.samples)
         micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
         loss = self.training.execution.train_step([self._micro_batch() for _ in range(micro_batches)])
-        mean_loss = (self.world.sum_over_replicas(loss) / self.world.replica_size).item()
+        mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
+        request = self.world.largest(self._asked())
+        # Reading these is the step's one wait for the device.
+        loss_value, request_value = torch.stack([mean_loss.double(), request.double()]).tolist()
         self.samples += batch_samples
         length = self.config.data.sequence_length
-        return StepResult(
+        result = StepResult(
             tokens=self.samples * length,
             batch_tokens=batch_samples * length,
-            loss=mean_loss,
+            loss=loss_value,
             grad_norm=gradient_norm(self.training.engine),
             lr=lr,
             step_time_s=time.perf_counter() - start_s,
         )
+        return result, Request(int(request_value))
+
+    def _asked(self) -> Request:
+        """What this rank is asked for."""
+        asked = self.signals.take()
+        return max(asked, take_switches(self.run_dir)) if self.world.is_main else asked
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.training,
+            config=self.config,
+            world=self.world,
+            step=self.step,
+            samples=self.samples,
+            data=self.data_record,
+            before_commit=self.folder.check_lease,
+        )
+        remove_old_checkpoints(self.run_dir, keep=self.config.checkpoint.keep, world=self.world)
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""

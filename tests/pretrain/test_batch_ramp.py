@@ -124,7 +124,7 @@ def engine_counts(values: dict) -> list[tuple[float, float]]:
     """The run as it would be if DeepSpeed counted micro-batches over all steps, on one rank."""
     from deepspeed import DeepSpeedEngine
 
-    from sambalm.pretrain.metrics import read_metrics
+    from sambalm.pretrain.metrics_file import read_metrics
     from sambalm.pretrain.trainer import train as run
 
     with pytest.MonkeyPatch.context() as patch:

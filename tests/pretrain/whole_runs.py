@@ -8,7 +8,7 @@ from typing import Any
 from worlds import run_world
 
 from sambalm.pretrain.checkpoint import checkpoint_folder
-from sambalm.pretrain.metrics import read_metrics
+from sambalm.pretrain.metrics_file import read_metrics
 
 TIMES = ("tokens_per_second", "step_time_s")
 

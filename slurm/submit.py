@@ -1,0 +1,128 @@
+"""`sambalm slurm submit`: the shipped sbatch files with overrides, judged by Slurm before anything is submitted."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sambalm.slurm.errors import SlurmError
+
+SCRIPTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch call."""
+
+    script: Path
+    options: Sequence[str]
+    arguments: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)  # beside those of this process
+
+    def command(self, *extra: str) -> list[str]:
+        return ["sbatch", *self.options, *extra, str(self.script), *self.arguments]
+
+    def shown(self) -> str:
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        return " ".join([*variables, shlex.join(self.command())])
+
+    def test(self) -> str:
+        """Slurm's judgement, such as when the job would start. Raises SlurmError when Slurm would refuse it."""
+        return self._run("--test-only").stderr.strip()
+
+    def submit(self, *extra: str) -> str:
+        """Submits the job and returns its number. Raises SlurmError when Slurm refuses it."""
+        return self._run("--parsable", *extra).stdout.strip().partition(";")[0]
+
+    def _run(self, *extra: str) -> subprocess.CompletedProcess[str]:
+        try:
+            result = subprocess.run(
+                self.command(*extra), env={**os.environ, **self.variables}, capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            raise SlurmError("sbatch is not installed here: submit from a node of the cluster") from None
+        if result.returncode:
+            lines = (
+                re.sub(r"^(sbatch: error: |allocation failure: )+", "", line) for line in result.stderr.splitlines()
+            )
+            raise SlurmError(f"Slurm refuses {self.script.name}: {'; '.join(lines)}")
+        return result
+
+
+def training_job(
+    config: Path,
+    *,
+    nodes: int,
+    spares: int = 0,
+    gpus_per_node: int = 8,
+    script: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Job, str]:
+    """The job of a run and the run's folder.
+
+    Args:
+        nodes, spares: to train on, and to take beside them so that a lost one can be replaced.
+        script: default: the shipped file of the config's name.
+
+    Raises:
+        SlurmError: no script, no cluster file.
+        ConfigError, ParallelError: the run cannot start on so many GPUs.
+    """
+    from sambalm.pretrain.config import load_config
+
+    checked = load_config(config, overrides)
+    checked.check_world(nodes * gpus_per_node)
+    script = script or SCRIPTS / f"{config.stem}.sbatch"
+    if not script.is_file():
+        shipped = ", ".join(sorted(path.name for path in SCRIPTS.glob("samba_*.sbatch")))
+        raise SlurmError(
+            f"{script} does not exist: name another with --script, such as {SCRIPTS}/ and one of {shipped}"
+        )
+    job = Job(
+        script=script,
+        options=[
+            f"--job-name={config.stem}",
+            f"--nodes={nodes}-{nodes + spares}" if spares else f"--nodes={nodes}",
+            f"--gpus-per-node={gpus_per_node}",
+        ],
+        arguments=list(overrides),
+        variables=_variables()
+        | {"SAMBALM_CONFIG": str(config), "SAMBALM_NODES": str(nodes), "RANKS_PER_NODE": str(gpus_per_node)},
+    )
+    return job, checked.run.dir
+
+
+def convert_job(run_dir: str) -> Job:
+    """Converts a run's newest checkpoint to a Hugging Face folder in it."""
+    return Job(SCRIPTS / "convert.sbatch", options=[], arguments=[run_dir], variables=_variables())
+
+
+def submit_all(job: Job, *, chain: int, after: Sequence[Job] = ()) -> list[str]:
+    """Submits a run as `chain` jobs, each going on where the one before left, and then the jobs of `after`.
+
+    A job whose predecessor failed is cancelled by Slurm. Returns the jobs' numbers in order.
+    """
+    for tested in (job, *after):
+        tested.test()
+    successor = Job(job.script, job.options, job.arguments, {**job.variables, "SAMBALM_SUCCESSOR": "1"})
+    numbers: list[str] = []
+    for part in [successor] * (chain - 1) + [job, *after]:
+        waits = [f"--dependency=afterok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        numbers.append(part.submit(*waits))
+    return numbers
+
+
+def _variables() -> dict[str, str]:
+    """What the scripts need to find this installation."""
+    clusters = Path(os.environ.get("SAMBALM_CLUSTERS", "configs/clusters"))
+    cluster = clusters / f"{os.environ.get('SAMBALM_CLUSTER', 'generic')}.env"
+    if not cluster.is_file():
+        raise SlurmError(
+            f"{cluster} does not exist: start from the repository's root, and name a file of configs/clusters by "
+            "SAMBALM_CLUSTER"
+        )
+    return {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": sys.executable}

@@ -1,0 +1,265 @@
+"""The life of a run: signals at any moment to any rank, switches, exit codes, leases, and what each attempt records."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from whole_runs import changed, train
+
+from sambalm.pretrain.attempts import read_attempts
+from sambalm.pretrain.checkpoint import checkpoint_folders, newest_checkpoint
+from sambalm.pretrain.errors import ExitCode, RunInUseError
+from sambalm.pretrain.lease import Lease
+
+PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+class Run:
+    """A run of two real ranks, each a process of its own that a test can signal."""
+
+    def __init__(self, values: dict, folder: Path, *, ranks: int = 2, environment: dict | None = None) -> None:
+        self.dir, self.ranks = Path(values["run"]["dir"]), ranks
+        self.config = folder / "run.yaml"
+        self.config.write_text(yaml.safe_dump(values))
+        self.folder, self.environment = folder, environment or {}
+
+    def start(self) -> list[subprocess.Popen]:
+        port = str(free_port())
+        common = ENVIRONMENT | self.environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.log = (self.folder / "log").open("a")
+        self.processes = [
+            subprocess.Popen(
+                [*PROGRAM, self.config],
+                env=common | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(rank)},
+                stdout=self.log,
+                stderr=self.log,
+            )
+            for rank in range(self.ranks)
+        ]
+        return self.processes
+
+    def exit_codes(self, timeout_s: float = 120) -> list[int]:
+        try:
+            return [process.wait(timeout_s) for process in self.processes]
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
+        wait_until(lambda: len(self.steps()) >= step, timeout_s, self.text)
+
+    def steps(self) -> list[int]:
+        path = self.dir / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def text(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def saved_steps(self) -> list[int]:
+        return [int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(self.dir)]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, timeout_s, text=lambda: ""):
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, text()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def long_values(run_values):
+    """Steps of tens of milliseconds, more of them than a test lets pass, and no checkpoint unasked."""
+    return changed(
+        run_values,
+        train={"steps": 4000},
+        validation={"every_steps": 100000},
+        checkpoint={"every_steps": 100000},
+        parallel={"zero_stage": 1},
+    )
+
+
+@pytest.fixture
+def run(long_values, tmp_path):
+    run = Run(long_values, tmp_path)
+    run.start()
+    yield run
+    run.end()
+
+
+def test_signals_to_single_ranks_save_on_all_at_the_same_step(run):
+    """USR1 to one rank and then to the other saves and goes on; TERM, twice, to one rank makes all leave."""
+    run.wait_for_step(2)
+    for number, process in enumerate(reversed(run.processes), start=1):
+        process.send_signal(signal.SIGUSR1)
+        wait_until(lambda number=number: len(run.saved_steps()) == number, 60, run.text)
+    run.wait_for_step(run.saved_steps()[-1] + 2)
+    assert [process.poll() for process in run.processes] == [None, None]
+    run.processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.exit_codes() == [ExitCode.REQUEUE, ExitCode.REQUEUE]
+    last = run.steps()[-1]
+    assert run.saved_steps()[-1] == last == newest_checkpoint(run.dir, warn=pytest.fail).step
+    (attempt,) = read_attempts(run.dir)
+    assert (attempt.exit_code, attempt.step, attempt.start_step) == (ExitCode.REQUEUE, last, 0)
+
+
+def test_switches_in_the_run_folder_save_and_stop(run):
+    run.wait_for_step(1)
+    (run.dir / "save").touch()
+    wait_until(lambda: len(run.saved_steps()) == 1, 60, run.text)
+    assert not (run.dir / "save").exists()
+    (run.dir / "stop").touch()
+    assert run.exit_codes() == [ExitCode.STOPPED, ExitCode.STOPPED]
+    assert run.saved_steps()[-1] == run.steps()[-1]
+    run.ranks = 1
+    run.start()
+    assert run.exit_codes() == [ExitCode.STOPPED]
+    assert f"error: {run.dir / 'stop'} is there" in run.text()
+    assert "Traceback" not in run.text()
+
+
+def test_a_stopped_run_logs_the_same_as_one_that_was_not(run_values, tmp_path):
+    """TERM to one rank in the middle, then a resume, validation included."""
+    values = changed(run_values, train={"steps": 150}, parallel={"zero_stage": 1}, checkpoint={"every_steps": 1000})
+    values = changed(values, validation={"every_steps": 10})
+    expected = train(changed(values, run={"dir": str(tmp_path / "whole")}), ranks=2)
+    run = Run(values, tmp_path)
+    run.start()
+    try:
+        run.wait_for_step(3)
+        run.processes[0].send_signal(signal.SIGTERM)
+        assert run.exit_codes() == [ExitCode.REQUEUE, ExitCode.REQUEUE]
+        assert 3 <= run.steps()[-1] < 150
+    finally:
+        run.end()
+    assert train(values, ranks=2) == expected
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 2.5])
+def test_a_signal_before_the_first_step_leaves_at_once(delay_s, long_values, tmp_path):
+    """The other rank never comes, so the main thread waits in the rendezvous when TERM arrives."""
+    run = Run(long_values, tmp_path)
+    _, other = run.start()
+    other.kill()
+    time.sleep(delay_s)
+    run.processes[0].send_signal(signal.SIGTERM)
+    start_s = time.monotonic()
+    assert run.exit_codes()[0] == ExitCode.REQUEUE
+    assert time.monotonic() - start_s < 5
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, long_values, tmp_path):
+    run.wait_for_step(1)
+    (tmp_path / "second").mkdir()
+    second = Run(long_values, tmp_path / "second", ranks=1)
+    second.start()
+    assert second.exit_codes() == [ExitCode.RUN_IN_USE]
+    assert f"error: {run.dir} is in use by process {run.processes[0].pid} on " in second.text()
+    for process in run.processes:
+        process.kill()
+    run.exit_codes()
+    second.start()  # the lease's holder is known to be dead
+    second.wait_for_step(1, timeout_s=30)
+    second.end()
+
+
+def test_a_lease_is_taken_over_without_a_beat_and_its_holder_finds_out(tmp_path, monkeypatch):
+    """As from another host, where process ids say nothing."""
+    monkeypatch.setattr("sambalm.pretrain.lease._pid_space", lambda: os.urandom(4).hex())
+    beating, silent = Lease(tmp_path, beat_s=0.05, stale_s=1.0), Lease(tmp_path / "b", beat_s=1000.0)
+    beating.acquire()
+    silent.acquire()
+    with pytest.raises(RunInUseError, match="is in use by process"):
+        Lease(tmp_path, stale_s=1.0).acquire()
+    taken = Lease(tmp_path / "b", stale_s=0.3)
+    taken.acquire()
+    taken.check()
+    with pytest.raises(RunInUseError, match="no longer this process's"):
+        silent.check()
+    silent.release()  # of what is no longer its own: nothing happens
+    taken.check()
+    taken.release()
+    beating.check()
+
+
+CRASH = """
+import os, sys
+from sambalm.pretrain import trainer
+from sambalm.pretrain.config import load_config
+real = trainer.Trainer._train_step
+def crash(self):
+    if self.step == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    return real(self)
+trainer.Trainer._train_step = crash
+sys.exit(trainer.train(load_config(__import__("pathlib").Path(sys.argv[1]))))
+"""
+
+
+def test_a_crash_loop_without_progress_stops_by_itself(run_values, tmp_path):
+    """Killed at step 4 each time, after the checkpoint of step 3: the first attempt made progress, three did not."""
+    run = Run(run_values, tmp_path, ranks=1)
+
+    def attempt():
+        script = [sys.executable, "-c", CRASH, str(run.config), "4"]
+        return subprocess.run(script, capture_output=True, text=True, env=ENVIRONMENT)
+
+    assert [attempt().returncode for _ in range(4)] == [-signal.SIGKILL] * 4
+    refused = subprocess.run([*PROGRAM, run.config], capture_output=True, text=True, env=ENVIRONMENT)
+    assert refused.returncode == ExitCode.NO_PROGRESS
+    assert "the last 3 attempts in" in refused.stderr
+    assert "began at step 3" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert attempt().returncode == -signal.SIGKILL  # a start by hand after it is let through
+    assert len(train(run_values)) == 6
+
+
+def test_an_attempt_records_what_it_started_from(run_values, tmp_path):
+    environment = {"SAMBALM_ATTEMPT": "first", "WANDB_API_KEY": "not to be seen"}
+    run = Run(run_values, tmp_path, ranks=1, environment=environment)
+    run.start()
+    assert run.exit_codes() == [ExitCode.FINISHED]
+    folder = Path(run_values["run"]["dir"]) / "attempts" / "first"
+    started = json.loads((folder / "attempt.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert started["revision"] == (head.stdout.strip() or None)
+    assert (started["start_step"], started["world_size"]) == (0, 1)
+    assert (
+        yaml.safe_load((folder / "config.yaml").read_text())["model"]
+        == (yaml.safe_load((folder.parents[1] / "config.yaml").read_text())["model"])
+    )
+    packages = (folder / "packages.txt").read_text().splitlines()
+    assert any(line.startswith("torch==") for line in packages)
+    environment = (folder / "environment.txt").read_text()
+    assert "SAMBALM_ATTEMPT=first\n" in environment
+    assert "WANDB_API_KEY=(hidden)\n" in environment
+    assert "not to be seen" not in environment
+    assert json.loads((folder / "outcome.json").read_text())["exit_code"] == ExitCode.FINISHED
+    assert not (folder.parents[1] / "lease.json").exists()
+
+
+def test_leftovers_of_a_killed_save_are_removed(run_values):
+    run_dir = Path(run_values["run"]["dir"])
+    (run_dir / "checkpoints" / ".step_00000002.partial").mkdir(parents=True)
+    train(run_values)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]

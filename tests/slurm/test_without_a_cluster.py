@@ -1,0 +1,159 @@
+"""What the launchers decide: health, torchrun's arguments, the state of a run, and a long run on paper."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from whole_runs import train
+
+from sambalm.pretrain.attempts import read_attempts, write_outcome, write_snapshot
+from sambalm.pretrain.config import load_config
+from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.plan import find_plans, layout_name, plan_of
+from sambalm.pretrain.plan_hardware import H100
+from sambalm.slurm.agent import torchrun_arguments
+from sambalm.slurm.errors import SlurmError
+from sambalm.slurm.estimate import HOUR_S, Cluster, Estimate
+from sambalm.slurm.health import find_problems, pick
+from sambalm.slurm.status import run_status
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_torchrun_meets_at_the_first_node_of_the_step():
+    environment = {"SLURMD_NODENAME": "n2", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
+    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1")
+    assert "--rdzv-endpoint=n1:29500" in arguments
+    assert "--nnodes=2" in arguments
+    assert any(argument.startswith("--rdzv-conf=is_host=0") for argument in arguments)
+
+
+def check_links(folder, nodes, **limits):
+    """A rank a node, each a process."""
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"} | limits
+    command = [sys.executable, "-m", "sambalm.slurm.health", "links", str(folder)]
+    processes = []
+    for rank in range(nodes):
+        own = {"RANK": str(rank), "GROUP_RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
+        own |= {"WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
+        processes.append(subprocess.Popen(command, env=common | own))
+    assert [process.wait(120) for process in processes] == [0] * nodes
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_every_node_is_measured_with_its_neighbours(tmp_path):
+    """Three nodes: one is left out of each round of pairs, and none of both."""
+    check_links(tmp_path / "links", 3)
+    answers = [json.loads((tmp_path / "links" / f"n{n}.json").read_text()) for n in range(3)]
+    assert all(answer["problem"] is None for answer in answers)
+    assert [sum(rate is not None for rate in answer["pair_gb_per_s"]) for answer in answers] in ([1, 2, 1], [2, 1, 1])
+    assert all(0.001 < rate < 1000 for answer in answers for rate in filter(None, answer["pair_gb_per_s"]))
+
+
+def test_a_slow_link_is_found(tmp_path):
+    check_links(tmp_path / "links", 2, MIN_PAIR_GB_PER_S="100000")
+    problems = find_problems(tmp_path, ["n0", "n1"])
+    assert all("of MIN_PAIR_GB_PER_S=100000" in problem for problem in problems.values())
+    assert problems.keys() == {"n0", "n1"}
+
+
+def test_bad_and_silent_nodes_are_left_out(tmp_path, capsys):
+    for folder, node, problem in (("health", "a", None), ("health", "b", "disk full"), ("health", "d", None)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{node}.json").write_text(json.dumps({"problem": problem}))
+    assert pick(tmp_path, 2, ["a", "b", "c", "d"]) == ["a", "d"]
+    assert capsys.readouterr().err == "node b is left out: disk full\nnode c is left out: no answer\n"
+    assert (tmp_path / "bad_nodes").read_text() == "b,c\n"
+    with pytest.raises(SystemExit):
+        pick(tmp_path, 3, ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"), [(["{dir}/run"], None), (["/proc/none"], "/proc/none cannot be written")]
+)
+def test_a_node_checks_itself(arguments, problem, tmp_path):
+    command = [sys.executable, "-m", "sambalm.slurm.health", "node", str(tmp_path / "health")]
+    environment = os.environ | {"SLURMD_NODENAME": "n1", "MIN_DISK_FREE_GIB": "0.001"}
+    subprocess.run([*command, *(a.format(dir=tmp_path) for a in arguments)], check=True, env=environment)
+    (found,) = find_problems(tmp_path, ["n1"]).values() or [None]
+    assert found is None if problem is None else found.startswith(problem)
+
+
+def test_the_state_of_a_run(run_values):
+    train(run_values)
+    run_dir = Path(run_values["run"]["dir"])
+    status = run_status(run_dir)
+    assert (status.state, status.attempts, status.step, status.steps) == ("finished", 1, 6, 6)
+    assert (status.tokens, status.left_s, status.last_error) == (1536, 0, None)
+    assert 0 < status.training_share < 1
+    config = (run_dir / "config.yaml").read_text().replace("steps: 6", "steps: 12")
+    later = run_dir / "attempts" / "later"
+    write_snapshot(later, config_yaml=config, world_size=1, start_step=6)
+    (later / "n1.log").write_text("step 7\nRuntimeError: the GPU is gone\n[rank1] bye\n")
+    status = run_status(run_dir)
+    assert (status.state, status.attempts) == ("gone without a word", 2)
+    assert status.last_error == "later, n1.log: RuntimeError: the GPU is gone"
+    assert status.left_s > 0
+    write_outcome(later, exit_code=ExitCode.NOT_SAVED, step=None, reason="no space")
+    write_outcome(later, exit_code=ExitCode.BAD_INPUT, step=None, reason="what followed from it")
+    assert run_status(run_dir).state == "not saved (no space)"
+    assert read_attempts(run_dir)[-1].exit_code == ExitCode.NOT_SAVED
+
+
+def test_a_folder_that_is_no_run_has_no_state(tmp_path):
+    with pytest.raises(SlurmError, match="is not a run that has started"):
+        run_status(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def large():
+    config = load_config(CONFIGS / "samba_3.8b.yaml")
+    plan = plan_of(config, world_size=512, hardware=H100)
+    return Estimate(nodes=64, plan=plan, cluster=Cluster(), parameters=3_864_275_712)
+
+
+def test_the_formula_of_goodput_agrees_with_runs_that_fail_at_random(large):
+    often = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=4_000.0))
+    for one in (large, often):
+        assert one.goodput == pytest.approx(one.simulated_goodput(), abs=0.004)
+    assert often.goodput < large.goodput - 0.02
+
+
+def test_goodput_without_failures_is_what_saves_and_limits_leave(large):
+    calm = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=1e12, time_limit_s=1e12))
+    share = calm.save_interval_s / (calm.save_interval_s + calm.save_s)
+    assert calm.goodput == pytest.approx(share, rel=1e-6)
+    assert calm.simulated_goodput() == pytest.approx(share, rel=1e-4)  # one more save, after the last step
+
+
+def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
+    often = replace(large, cluster=replace(Cluster(), gpu_hours_per_failure=4_000.0))
+
+    def goodput(steps):
+        checkpoint = often.plan.config.checkpoint.model_copy(update={"every_steps": steps})
+        config = often.plan.config.model_copy(update={"checkpoint": checkpoint})
+        return replace(often, plan=replace(often.plan, config=config)).goodput
+
+    best = often.best_save_steps
+    assert goodput(best) > max(goodput(best // 2), goodput(2 * best))
+    assert often.failure_interval_s / HOUR_S == pytest.approx(4_000 / 512)
+
+
+@pytest.mark.slow
+def test_the_largest_config_has_the_layout_that_the_plan_ranks_first():
+    config = load_config(CONFIGS / "samba_3.8b.yaml")
+    best = find_plans(config, world_size=512, memory_gib=80.0, hardware=H100)[0].config
+    assert layout_name(best) == layout_name(config)
+    assert best.train.micro_batch_size == config.train.micro_batch_size
+    assert best.parallel.recompute == config.parallel.recompute
