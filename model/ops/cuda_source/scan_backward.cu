@@ -183,13 +183,42 @@ __device__ __forceinline__ void add_over_warps(float* to, const StateRow (*state
     }
 }
 
-// Sums over the 16 lanes that have the same channels.
-__device__ __forceinline__ void add_over_steps(float (&x)[8])
+// Sums over the 16 lanes that have the same channels, of which one writes.
+__device__ __forceinline__ void write_over_steps(float* to, float (&x)[8], bool writes)
 {
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
+    for (int k = 0; k < 8; ++k) {
 #pragma unroll
         for (int lanes = 2; lanes < 32; lanes *= 2) x[k] += across(x[k], lanes);
+        if (writes) to[k] = x[k];
+    }
+}
+
+// The states before a tile, which the forward has stored.
+__device__ __forceinline__ States load_border(const uint4* borders, const Place& at, int channels, int64 tile)
+{
+    if (at.first_channel >= channels) return States();
+    const int64 place = tile * ((channels + 15) / 16) + at.first_channel / 16;
+    return load_states(borders + place * (32 * STATE_WORDS), at.lane);
+}
+
+// ENDS: the recurrence of the gradient alone, backwards through a tile.
+__device__ __forceinline__ void hand_back_through_tile(
+    const BackwardRow* slot, const Projections& projection, const Place& at, int copy, const int (&places)[CH],
+    const float (&a)[CH][4], float (&carry)[CH][4], float (&sum_steps)[CH])
+{
+#pragma unroll 4
+    for (int t = TILE - 1; t >= 0; --t) {
+        float c[4];
+        load_four(projection.c[t][copy][at.q], c);
+#pragma unroll
+        for (int i = 0; i < CH; ++i) {
+            const float4 in = slot[t].channel[places[i]];
+            sum_steps[i] += in.x;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) carry[i][j] = exp2_fast(in.x * a[i][j]) * (c[j] * in.z + carry[i][j]);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
@@ -236,9 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
 #pragma unroll
         for (int j = 0; j < 4; ++j) { a[i][j] *= LOG2E; sum_a[i][j] = 0.f; }
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        sum_skip[k] = sum_bias[k] = 0.f;
-    }
+    for (int k = 0; k < 8; ++k) sum_skip[k] = sum_bias[k] = 0.f;
     if (threadIdx.x < BLOCK_CHANNELS) {
         const int channel = first_of_block + threadIdx.x;
         shared.bias[threadIdx.x] = channel < channels ? dt_bias[channel] * SOFTPLUS_UNIT : 0.f;
@@ -264,11 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         const bool reset = next_reset, here = inside;
         const int64 now = bytes;
 #if !ENDS
-        States border = States();
-        if (at.first_channel < channels) {
-            const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
-            border = load_states(borders + place * (32 * STATE_WORDS), at.lane);
-        }
+        const States border = load_border(borders, at, channels, int64(batch) * tiles + tile);
 #endif
         __syncthreads();
 
@@ -283,18 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         before_tile(mine, raw_u, raw_dt, raw_z, raw_grad, bias, here, reset);
         __syncwarp();
 #if ENDS
-#pragma unroll 4
-        for (int t = TILE - 1; t >= 0; --t) {
-            float c[4];
-            load_four(projection.c[t][copy][at.q], c);
-#pragma unroll
-            for (int i = 0; i < CH; ++i) {
-                const float4 in = slot[t].channel[places[i]];
-                sum_steps[i] += in.x;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) carry[i][j] = exp2_fast(in.x * a[i][j]) * (c[j] * in.z + carry[i][j]);
-            }
-        }
+        hand_back_through_tile(slot, projection, at, copy, places, a, carry, sum_steps);
         __syncwarp();
 #else
         float h[CH][4];
@@ -324,13 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
 #else
     if (segment == 0) write_states(grad_start, int64(batch) * channels, at, channels, carry);
     write_states(grad_A, place, at, channels, sum_a);
-    add_over_steps(sum_skip);
-    add_over_steps(sum_bias);
-    if (row == 0 && has_channels)
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            grad_D[place + eight + k] = sum_skip[k];
-            grad_bias[place + eight + k] = sum_bias[k];
-        }
+    write_over_steps(grad_D + place + eight, sum_skip, row == 0 && has_channels);
+    write_over_steps(grad_bias + place + eight, sum_bias, row == 0 && has_channels);
 #endif
 }
