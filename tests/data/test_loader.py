@@ -160,16 +160,18 @@ def _loader_threads() -> int:
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_threads_read_ahead_a_bounded_number_and_end(how, workers):
     before = _loader_threads()
-    dataset = Numbers()
+    dataset, deadline_s = Numbers(), time.monotonic() + 30
     loader = _loader(dataset, micro_batch_samples=1, workers=workers)
-    deadline_s = time.monotonic() + 5
-    while len(dataset.reads) < workers + 1 and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert sorted(dataset.reads) == list(range(workers + 1))
+
+    def reads(number: int) -> list[int]:
+        while len(dataset.reads) < number and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(0.05)  # for one more, which would be too many
+        return sorted(dataset.reads)
+
+    assert reads(workers + 1) == list(range(workers + 1))
     _numbers(loader, 1)
-    time.sleep(0.05)
-    assert sorted(dataset.reads) == list(range(workers + 2))
+    assert reads(workers + 2) == list(range(workers + 2))
     if how == "close":
         loader.close()
         with pytest.raises(RuntimeError, match="after close"):

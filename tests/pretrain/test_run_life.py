@@ -155,12 +155,20 @@ def test_a_stopped_run_logs_the_same_as_one_that_was_not(run_values, tmp_path):
     assert train(values, ranks=2) == expected
 
 
-@pytest.mark.parametrize("delay_s", [0.5, 2.5])
+def listens_to_term(pid: int) -> bool:
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 2.0])
 def test_a_signal_before_the_first_step_leaves_at_once(delay_s, long_values, tmp_path):
     """The other rank never comes, so the main thread waits in the rendezvous when TERM arrives."""
     run = Run(long_values, tmp_path)
     _, other = run.start()
     other.kill()
+    deadline_s = time.monotonic() + 30
+    while not listens_to_term(run.processes[0].pid) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
     time.sleep(delay_s)
     run.processes[0].send_signal(signal.SIGTERM)
     start_s = time.monotonic()
