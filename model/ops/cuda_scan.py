@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.cuda import KernelError
 from sambalm.model.ops.cuda_memory import (
     EIGHT,
     INPUTS,
@@ -50,8 +51,14 @@ def cuda_selective_scan(
     """`selective_scan.gated_selective_scan` on a GPU: the same arguments and results, at most 64 states.
 
     With 16-bit inputs the backward takes states rounded to bf16; everything else is computed in fp32.
+    Raises KernelError for more states.
     """
     channels, states = A.shape
+    if states > max(D_STATES):
+        raise KernelError(
+            f"model.d_state is {states} and the scan 'cuda' holds at most {max(D_STATES)}: set kernels.scan to "
+            "'mamba-ssm' or 'torch'"
+        )
     more_channels, more_states = -channels % EIGHT, next(n for n in D_STATES if n >= states) - states
     u, dt, z = (filled_up(t, more_channels) for t in (u, dt.to(u.dtype), z.to(u.dtype)))
     A = filled_up(A.float(), more_states, more_channels)
@@ -87,7 +94,6 @@ class _Shape:
         segments = 1
         if warps < SEGMENT_BELOW * WARPS_PER_MULTIPROCESSOR * processors:
             segments = max(1, min(WARPS_PER_MULTIPROCESSOR * processors // warps, tiles // MIN_SEGMENT_TILES))
-
         return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=math.ceil(tiles / segments))
 
     @property
@@ -196,7 +202,8 @@ class _Scan(torch.autograd.Function):
             grad_end = shape.at_segments(handed, steps, A, grad_end, backwards=True)
         grad_u, grad_dt, grad_z = (sequence_first(u) for _ in range(3))
         grad_BC = A.new_empty(shape.grid[0], *BC.shape)
-        grad_A, grad_D, grad_bias = A.new_empty(*per_segment, shape.states), *(A.new_empty(per_segment) for _ in "ab")
+        grad_A = A.new_empty(*per_segment, shape.states)
+        grad_D, grad_bias = A.new_empty(per_segment), A.new_empty(per_segment)
         grad_start = A.new_empty(shape.batch, shape.channels, shape.states)
         outputs = (grad_u, grad_dt, grad_z, grad_BC, grad_A, grad_D, grad_bias, grad_start)
         shape.kernel("scan_backward")(shape.grid, threads, *inputs, grad_end, *outputs, *shape.sizes, *at)

@@ -113,15 +113,18 @@ def test_a_full_disk_costs_no_complete_shard(small_disk, tokenizer, many, whole)
     assert contents(prefix) == whole
 
 
-def test_a_log_cut_in_a_line_counts_up_to_there(tmp_path, tokenizer, many, whole):
-    prefix, options = tmp_path / "d", {"tokenizer": tokenizer.path, "shard_tokens": SHARD_TOKENS}
-
+def stop_half_way(inputs, **options):
     def stop_after(done, total):
         if done > total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        preprocess([many], output_prefix=prefix, progress=stop_after, **options)
+        preprocess(inputs, progress=stop_after, **options)
+
+
+def test_a_log_cut_in_a_line_counts_up_to_there(tmp_path, tokenizer, many, whole):
+    prefix, options = tmp_path / "d", {"tokenizer": tokenizer.path, "shard_tokens": SHARD_TOKENS}
+    stop_half_way([many], output_prefix=prefix, **options)
     log = tmp_path / "d.progress"
     log.write_bytes(log.read_bytes()[:-7])
     logged = log.read_bytes().count(b"\n") - 1
@@ -132,13 +135,7 @@ def test_a_log_cut_in_a_line_counts_up_to_there(tmp_path, tokenizer, many, whole
 
 def test_a_committed_shard_that_is_gone_is_made_again(tmp_path, tokenizer, many, whole):
     prefix, options = tmp_path / "d", {"tokenizer": tokenizer.path, "shard_tokens": SHARD_TOKENS}
-
-    def stop_after(done, total):
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        preprocess([many], output_prefix=prefix, progress=stop_after, **options)
+    stop_half_way([many], output_prefix=prefix, **options)
     (tmp_path / "d_00002.idx").unlink()
     assert preprocess([many], output_prefix=prefix, **options).resumed_shards == 2
     assert contents(prefix) == whole

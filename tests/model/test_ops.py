@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from sambalm.model.ops import selective_scan as scan_module
 from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops.cuda import KernelError
+from sambalm.model.ops.cuda_scan import cuda_selective_scan
 from sambalm.model.ops.rms_norm import rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan, selective_scan
 from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
@@ -214,3 +216,9 @@ def test_rms_norm_equals_the_definition():
         return [x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight]
 
     check(lambda x, w: [rms_norm(x, w, eps=1e-5)], reference, (torch.randn(3, 7, 33), torch.randn(33)), tolerance=1e-5)
+
+
+def test_the_cuda_scan_says_how_many_states_it_holds():
+    u, dt, A, B, C, _ = scan_inputs(1, 2, 8, 65)
+    with pytest.raises(KernelError, match=r"model\.d_state is 65 .* at most 64: set kernels\.scan to"):
+        cuda_selective_scan(u, dt, A, B, C, D=A[:, 0], z=u, dt_bias=A[:, 0])
