@@ -79,18 +79,25 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
 def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from sambalm.parallel.state import start_world
+    from sambalm.pretrain.run_folder import open_run_folder
+    from sambalm.pretrain.signals import Signals
     from sambalm.pretrain.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(Path(arguments.config), settings_of(arguments, Path(folder), overrides))
-        with start_world(config.parallel) as world:
-            trainer = Trainer(config, world)
-            for _ in range(arguments.steps - 2):
-                trainer._train_step()
+        with open_run_folder(config) as run_folder, start_world(config.parallel) as world:
+            trainer = Trainer(config, world, folder=run_folder, signals=Signals())
+
+            def step_s() -> float:
+                result, _ = trainer._train_step()
                 trainer.step += 1
+                return result.step_time_s
+
+            for _ in range(arguments.steps - 2):
+                step_s()
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             with torch.profiler.profile(activities=activities) as found:
-                wall_s = sum(trainer._train_step().step_time_s for _ in range(2)) / 2
+                wall_s = (step_s() + step_s()) / 2
             trainer.loader.close()
     print_parts(found, wall_s=wall_s, top=arguments.top)
 
