@@ -27,7 +27,7 @@ from sambalm.pretrain.config import load_config
 PARTS = {
     "scan": r"scan_(forward|backward|combine)|selective_scan",
     "convolution": r"conv_(forward|backward)|causal_conv1d",
-    "attention": r"flash|fmha",
+    "attention": r"flash|fmha|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK",
     "optimizer": r"adam|lpnorm|multi_tensor",
     "compiled elementwise": r"^triton",
