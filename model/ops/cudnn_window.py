@@ -42,7 +42,7 @@ def cudnn_window(
         return flex_window(q, k, v, window=window)
     if training:
         return _Attention.apply(q, k, v, call)
-    out = torch.empty_like(q)
+    out = call.q.dense.empty(like=q)
     call.forward_plan(training=False).launch((q, k, v, out))
     return out
 
@@ -60,8 +60,15 @@ class Tile:
 
     @property
     def dense(self) -> "Tile":
-        """Of `torch.empty_like`: dimensions in the same order, without gaps."""
-        return Tile.of(torch.empty_like(torch.empty_strided(self.size, self.stride, device="meta")))
+        """The dimensions in the same order in memory, without gaps."""
+        strides, elements = [0] * len(self.size), 1
+        for dimension in sorted(range(len(self.size)), key=lambda i: self.stride[i]):
+            strides[dimension] = elements
+            elements *= self.size[dimension]
+        return Tile(self.size, tuple(strides))
+
+    def empty(self, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=dtype or like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ class Plan:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call):
-        out, statistics = torch.empty_like(q), torch.empty(call.statistics.size, device=q.device)
+        out, statistics = call.q.dense.empty(like=q), call.statistics.empty(like=q, dtype=torch.float32)
         call.forward_plan(training=True).launch((q, k, v, out, statistics))
         ctx.call = call
         ctx.save_for_backward(q, k, v, out, statistics)
@@ -193,9 +200,10 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         q, k, v, out, statistics = ctx.saved_tensors
+        call: Call = ctx.call
         grad_out = _laid_out_as(grad_out, out)
-        gradients = [torch.empty_like(t) for t in (q, k, v)]
-        ctx.call.backward_plan().launch((q, k, v, out, grad_out, statistics, *gradients))
+        gradients = [tile.dense.empty(like=out) for tile in (call.q, call.k, call.v)]
+        call.backward_plan().launch((q, k, v, out, grad_out, statistics, *gradients))
         return *gradients, None
 
 
@@ -247,4 +255,4 @@ def _readable(tensor: Tensor) -> Tensor:
 def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.stride() == like.stride() and tensor.data_ptr() % ALIGNED_BYTES == 0:
         return tensor
-    return torch.empty_like(like).copy_(tensor)
+    return Tile.of(like).empty(like=like).copy_(tensor)

@@ -14,12 +14,13 @@ FUSED = torch.zeros(10, 2, 8, 64, dtype=torch.bfloat16)  # [tokens, batch, heads
         FUSED.permute(1, 2, 0, 3),
         FUSED[:, :, 4:6].permute(1, 2, 0, 3),
         FUSED.permute(1, 2, 0, 3).contiguous()[:, :, 3:],
+        FUSED[:1].permute(1, 2, 0, 3),
     ],
 )
 def test_aligned_views_are_taken_as_they_are(tensor):
     assert _readable(tensor) is tensor
     dense = Tile.of(tensor).dense
-    assert dense == Tile.of(torch.empty_like(tensor))
+    assert dense.stride == torch.empty_like(tensor).stride()
     assert sorted(range(4), key=lambda i: dense.stride[i]) == sorted(range(4), key=lambda i: tensor.stride(i))
 
 
