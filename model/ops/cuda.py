@@ -128,6 +128,8 @@ def torch_flash_window(
     return y.reshape(q.shape).transpose(1, 2)
 
 
-def apex_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """NVIDIA apex's fused RMSNorm."""
-    return _function("apex", "fused_rms_norm_affine")(x, weight.to(x.dtype), (x.shape[-1],), eps)
+def apex_add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """NVIDIA apex's fused RMSNorm, after a sum of its own."""
+    if branch is not None:
+        x = x + branch
+    return x, _function("apex", "fused_rms_norm_affine")(x, weight.to(x.dtype), (x.shape[-1],), eps)

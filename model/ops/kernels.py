@@ -16,7 +16,7 @@ from sambalm.model.ops.cuda_scan import cuda_selective_scan
 from sambalm.model.ops.cudnn_window import cudnn_window
 from sambalm.model.ops.elementwise import Elementwise
 from sambalm.model.ops.flex_window import flex_window
-from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.rms_norm import add_rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import window_attention
 from sambalm.parallel.recompute import recomputed
@@ -25,7 +25,7 @@ from sambalm.parallel.recompute import recomputed
 ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
 ConvKernel = Callable[..., tuple[Tensor, Tensor]]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
-NormKernel = Callable[..., Tensor]  # rms_norm.rms_norm
+NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class KernelConfig(BaseModel):
         "flex_attention, torch-flash the flash kernel inside its CUDA build",
     )
     norm: Literal["auto", "torch", "compiled", "apex"] = Field(
-        "auto", description="RMSNorm; compiled is PyTorch's, fused by torch.compile"
+        "auto", description="RMSNorm with the residual sum before it; compiled is PyTorch's, fused by torch.compile"
     )
     elementwise: Literal["auto", "torch", "compiled"] = Field(
         "auto", description="SwiGLU, rotary positions and losses; compiled fuses each by torch.compile"
@@ -95,7 +95,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
         "torch-flash": cuda.torch_flash_window,
         "torch": window_attention,
     },
-    "norm": {"compiled": partial(torch.compile, rms_norm), "apex": cuda.apex_rms_norm, "torch": rms_norm},
+    "norm": {"compiled": partial(torch.compile, add_rms_norm), "apex": cuda.apex_add_rms_norm, "torch": add_rms_norm},
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
 }
 
@@ -103,7 +103,7 @@ TORCH_KERNELS = Kernels(
     scan=gated_selective_scan,
     conv=causal_conv_silu,
     attention=window_attention,
-    norm=rms_norm,
+    norm=add_rms_norm,
     elementwise=Elementwise(),
     names=("torch",),
 )

@@ -9,7 +9,7 @@ from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.elementwise import swiglu
 from sambalm.model.ops.kernels import KernelConfig
-from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.rms_norm import add_rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
 
@@ -132,10 +132,15 @@ def test_attention_with_keys_from_before_the_first_query(name, before):
 
 
 @pytest.mark.parametrize("name", ["compiled", "apex"])
-def test_norm(name):
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_norm(name, has_branch):
     norm = kernel("norm", name)
-    run = [lambda x, w, f=f: f(x, w, eps=1e-5) for f in (norm, rms_norm)]
-    check(*run, (torch.randn(64, 3, 1536), torch.rand(1536) + 0.5), fp32=(1,))
+    inputs = [torch.randn(64, 3, 1536), torch.randn(64, 3, 1536) / 8, torch.rand(1536) + 0.5]
+    if has_branch:
+        run = [lambda x, y, w, f=f: f(x, y, w, eps=1e-5) for f in (norm, add_rms_norm)]
+    else:
+        run, inputs = [lambda x, w, f=f: f(x, None, w, eps=1e-5) for f in (norm, add_rms_norm)], inputs[::2]
+    check(*run, inputs, fp32=(len(inputs) - 1,))
 
 
 def test_compiled_swiglu():
