@@ -29,7 +29,7 @@ PROFILED_STEPS = 3
 PARTS = {
     "scan": r"scan_(forward|backward|combine)|selective_scan",
     "convolution": r"conv_(forward|backward)|causal_conv1d",
-    "attention": r"flash|fmha",
+    "attention": r"flash|fmha|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK",
     "optimizer": r"adam|lpnorm|multi_tensor",
     "compiled elementwise": r"^triton",

@@ -18,9 +18,10 @@ _MODULES = {
     # PyPI's `apex` is another project; NVIDIA's is the one with this module.
     "apex": "apex.normalization.fused_layer_norm",
     "cuda": "cuda.bindings.nvrtc",
+    "cudnn": "cudnn",  # nvidia-cudnn-frontend
 }
-_HALF_ONLY = ("flash-attn", "torch-flash", "flex")
-_COMPILED = ("compiled", "flex")
+_HALF_ONLY = ("cudnn", "flash-attn", "torch-flash", "flex")
+_COMPILED = ("compiled", "cudnn", "flex")  # cudnn for the shapes that it leaves to flex
 
 
 class KernelError(Exception):
@@ -51,8 +52,8 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
-    if name in _COMPILED:
-        return why_not_compiled()
+    if name in _COMPILED and (reason := why_not_compiled()):
+        return reason
     if name in _MODULES:
         try:
             importlib.import_module(_MODULES[name])

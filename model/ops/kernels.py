@@ -13,6 +13,7 @@ from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda_scan import cuda_selective_scan
+from sambalm.model.ops.cudnn_window import cudnn_window
 from sambalm.model.ops.elementwise import Elementwise
 from sambalm.model.ops.flex_window import flex_window
 from sambalm.model.ops.rms_norm import add_rms_norm
@@ -54,10 +55,10 @@ class KernelConfig(BaseModel):
     conv: Literal["auto", "torch", "cuda", "causal-conv1d"] = Field(
         "auto", description="Mamba's causal convolution; cuda is this project's own kernel"
     )
-    attention: Literal["auto", "torch", "flex", "torch-flash", "flash-attn"] = Field(
+    attention: Literal["auto", "torch", "cudnn", "flex", "torch-flash", "flash-attn"] = Field(
         "auto",
-        description="Sliding-window attention; flex is PyTorch's flex_attention, torch-flash the flash kernel inside "
-        "its CUDA build",
+        description="Sliding-window attention; cudnn is NVIDIA's, through nvidia-cudnn-frontend, flex PyTorch's "
+        "flex_attention, torch-flash the flash kernel inside its CUDA build",
     )
     norm: Literal["auto", "torch", "compiled", "apex"] = Field(
         "auto", description="RMSNorm with the residual sum before it; compiled is PyTorch's, fused by torch.compile"
@@ -88,6 +89,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "scan": {"cuda": cuda_selective_scan, "mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
     "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "cuda": cuda_causal_conv_silu, "torch": causal_conv_silu},
     "attention": {
+        "cudnn": cudnn_window,
         "flex": flex_window,
         "flash-attn": cuda.flash_attn_window,
         "torch-flash": cuda.torch_flash_window,

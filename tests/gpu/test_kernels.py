@@ -93,7 +93,7 @@ def test_conv_of_packed_documents(name, batch, length, channels):
     check(*(lambda *t, f=f: f(*t, resets=resets)[0] for f in (conv, causal_conv_silu)), inputs, fp32=(1, 2))
 
 
-@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "queries", "before", "window"),
     [(12, 12, 128, 700, 0, 256), (11, 1, 256, 333, 60, 100), (4, 2, 64, 130, 255, 256), (4, 2, 64, 130, 500, 256)],
@@ -106,7 +106,7 @@ def test_attention_of_packed_documents(name, heads, kv_heads, head_dim, queries,
     check(*run, [torch.randn(shape) for shape in shapes])
 
 
-@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "length", "window"),
     [(12, 12, 128, 700, 256), (11, 1, 256, 333, 100), (32, 4, 64, 600, 2048), (18, 18, 128, 513, 64)],
@@ -122,7 +122,7 @@ def test_attention(name, heads, kv_heads, head_dim, length, window):
     check(run(attention), run(window_attention), [torch.randn(shape) for shape in shapes])
 
 
-@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize("before", [1, 63, 255])
 def test_attention_with_keys_from_before_the_first_query(name, before):
     attention = kernel("attention", name)
