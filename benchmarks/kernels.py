@@ -100,11 +100,11 @@ def convolutions(repeats: int) -> None:
         x = inputs_of(batch, channels, length)[0]
         weight, bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
         inputs = [x, weight.requires_grad_(), bias.requires_grad_()]
-        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i)[0], inputs, repeats=repeats)
-        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i)[0], inputs, repeats=repeats)
+        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i), inputs, repeats=repeats)
+        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i), inputs, repeats=repeats)
         other = NOT_THERE
         if runs("causal-conv1d"):
-            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i)[0], inputs, repeats=repeats)
+            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i), inputs, repeats=repeats)
         print(
             f"| {batch} | {channels} | {length} | {own[0]:.3f}, {own[1]:.3f} | {other[0]:.3f}, {other[1]:.3f} "
             f"| {torch_ms[0]:.3f}, {torch_ms[1]:.3f} | {sum(other) / sum(own):.2f} |"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sambalm.model.ops.causal_conv import last_inputs
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.elementwise import why_not_compiled
 
@@ -89,15 +88,13 @@ def mamba_ssm_scan(
     return y.transpose(1, 2), state
 
 
-def causal_conv1d_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
     """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
     documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
     y = _function("causal-conv1d", "causal_conv1d_fn")(
         x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
     )
-    return y.transpose(1, 2), last_inputs(x, resets, taps=weight.shape[1])
+    return y.transpose(1, 2)
 
 
 def flash_attn_window(

@@ -22,7 +22,7 @@ from sambalm.parallel.recompute import recomputed
 
 # Arguments, shapes and dtypes of a kernel are those of its PyTorch reference.
 ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
-ConvKernel = Callable[..., tuple[Tensor, Tensor]]  # causal_conv.causal_conv_silu, without initial_state
+ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
 NormKernel = Callable[..., Tensor]  # rms_norm.rms_norm
 
