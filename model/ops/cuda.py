@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.cuda_scan_sizes import why_too_large
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.elementwise import why_not_compiled
 
@@ -34,12 +35,13 @@ class Circumstances:
 
     device: torch.device
     dtype: torch.dtype  # of activations
+    d_state: int = 16  # states of a channel that the scan holds
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether states must be dropped at the beginnings of documents
 
 
-def why_unavailable(name: str, where: Circumstances) -> str | None:
-    """Why the named implementation cannot run in these circumstances; None when it can."""
+def why_unavailable(operation: str, name: str, where: Circumstances) -> str | None:
+    """Why the named implementation of an operation cannot run in these circumstances; None when it can."""
     if name == "torch":
         return None
     if where.device.type != "cuda":
@@ -50,6 +52,11 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
+    if (operation, name) == ("scan", "cuda"):
+        block_memory_bytes = torch.cuda.get_device_properties(where.device).shared_memory_per_block_optin
+        reason = why_too_large(where.dtype, where.d_state, block_memory_bytes=block_memory_bytes)
+        if reason:
+            return reason
     if name in _COMPILED:
         return why_not_compiled()
     if name in _MODULES:

@@ -24,7 +24,7 @@ CONV_SIZES = [(2, 512, 256), (3, 77, 96), (1, 3, 64), (2, 300, 1304)]
 
 
 def kernel(operation, name):
-    reason = cuda.why_unavailable(name, cuda.Circumstances(DEVICE, torch.bfloat16))
+    reason = cuda.why_unavailable(operation, name, cuda.Circumstances(DEVICE, torch.bfloat16))
     if reason:
         pytest.skip(f"{name}: {reason}")
     return getattr(KernelConfig(**{operation: name}).build(device=DEVICE, dtype=torch.bfloat16), operation)

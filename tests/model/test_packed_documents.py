@@ -209,5 +209,5 @@ def test_positions_are_counted_from_a_documents_start_on_every_part():
 
 def test_a_kernel_that_cannot_reset_is_refused_in_a_sentence():
     where = Circumstances(torch.device("cuda"), torch.bfloat16, resets=True)
-    assert "data.reset_at_document" in why_unavailable("mamba-ssm", where)
-    assert "data.reset_at_document" not in (why_unavailable("mamba-ssm", replace(where, resets=False)) or "")
+    assert "data.reset_at_document" in why_unavailable("scan", "mamba-ssm", where)
+    assert "data.reset_at_document" not in (why_unavailable("scan", "mamba-ssm", replace(where, resets=False)) or "")
