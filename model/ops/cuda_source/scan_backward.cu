@@ -17,9 +17,29 @@ struct BackwardShared {
     StateRow states[WARPS][1 + TILE];
 };
 
+#if TENSOR_SUMS
+// Gradients of B and C summed over the warp's channels; those of its halves apart, PART floats from each other, against
+// bank conflicts.
+constexpr int PARTS = 2, PART = 2 * N + 4;
+
+__device__ __forceinline__ void add_over_channels(
+    float* to, const Place& at, const uint32 (&columns)[4], const float (&grad_b)[4], const float (&grad_c)[4])
+{
+    float sums[4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply_add(sums, {__float_as_uint(grad_b[j]), __float_as_uint(grad_c[j])}, columns[j]);
+    if (at.r % 4 < 2) {
+        float2* place = reinterpret_cast<float2*>(to + at.r / 4 * PART + 4 * at.q) + at.r % 4;
+        place[0] = make_float2(sums[0], sums[1]);
+        place[N / 2] = make_float2(sums[2], sums[3]);
+    }
+}
+#else
+constexpr int PARTS = 1, PART = 0;
+
 // Gradients of B and C summed over the warp's channels: a lane gets 8 / R of the 2 N sums.
 __device__ __forceinline__ void add_over_channels(
-    float* to, const Place& at, const float (&grad_b)[4], const float (&grad_c)[4])
+    float* to, const Place& at, const uint32 (&)[4], const float (&grad_b)[4], const float (&grad_c)[4])
 {
     const bool top = at.r & (R / 2);
     float v[4];
@@ -32,6 +52,7 @@ __device__ __forceinline__ void add_over_channels(
 #pragma unroll
     for (int j = 0; j < 8 / R; ++j) to[(top ? N : 0) + at.state(j)] = v[j];
 }
+#endif
 
 __device__ __forceinline__ void load_eight_floats(const float4* from, float (&to)[8]) {
     const float4 first = from[0], second = from[1];
@@ -86,6 +107,10 @@ __device__ __forceinline__ void gradients_of_tile(
     BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
     const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4])
 {
+    // Matrices 4 x 8 with ones in column j: a product with one puts its sum over four lanes there.
+    uint32 columns[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) columns[j] = __float_as_uint(at.lane / 4 == j ? 1.f : 0.f);
     const bool first_lanes = at.q < CH;  // they get the sums for u and dt of their channel, the others those for z
     float4 in[CH];
     float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
@@ -128,18 +153,18 @@ __device__ __forceinline__ void gradients_of_tile(
             over_states[2][i] = y;
             in[i] = next_in[i];
         }
-        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, grad_b, grad_c);
+        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, columns, grad_b, grad_c);
 #pragma unroll
         for (int k = 0; k < 3; ++k)
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
-                for (int i = 0; i < m; ++i) over_states[k][i] += across(over_states[k][i + m], m);
+                for (int i = 0; i < m; ++i) over_states[k][i] += across_states(over_states[k][i + m], m);
         // One exchange is left, between the first lanes and the others.
         const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
         const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
-        const float input_or_y = kept + across(sent, CH);
-        const float decay = over_states[1][0] + across(over_states[1][0], CH);
+        const float input_or_y = kept + across_states(sent, CH);
+        const float decay = over_states[1][0] + across_states(over_states[1][0], CH);
         *result = make_float2(input_or_y, first_lanes ? decay : step);
         result -= sizeof(BackwardRow) / sizeof(float2);
     }
@@ -176,8 +201,12 @@ __device__ __forceinline__ void add_over_warps(float* to, const StateRow (*state
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) {
-            const float4 part = reinterpret_cast<const float4*>(states[warp][1 + step])[place];
-            sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
+            const float4* found = reinterpret_cast<const float4*>(states[warp][1 + step]) + place;
+#pragma unroll
+            for (int k = 0; k < PARTS; ++k) {
+                const float4 part = found[k * PART / 4];
+                sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
+            }
         }
         if (step < rows) reinterpret_cast<float4*>(to + step * (2 * N))[place] = sum;
     }

@@ -35,12 +35,12 @@ __device__ __forceinline__ void walk_tile(
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
-                for (int i = 0; i < m; ++i) y[k][i] += across(y[k][i + m], m);
+                for (int i = 0; i < m; ++i) y[k][i] += across_states(y[k][i + m], m);
         }
 #pragma unroll
         for (int m = CH; m < Q; m *= 2)
 #pragma unroll
-            for (int k = 0; k < STEPS; ++k) y[k][0] += across(y[k][0], m);
+            for (int k = 0; k < STEPS; ++k) y[k][0] += across_states(y[k][0], m);
 #pragma unroll
         for (int k = 0; k < STEPS; ++k)
             if (at.q < CH) slot[first + k].channel[at.channel(0)].x = y[k][0];
