@@ -1,7 +1,9 @@
 // {step for the decay, dt * u, gradient of y, dt} of a channel and step, then {sum of g B, sum of g h' A, y} in the same
-// place; the halves of a row are shifted against bank conflicts.
+// place; the halves of a row are shifted against bank conflicts. With TENSOR_SUMS there is memory for two such sums, of
+// half the states each, HALF further.
 struct BackwardRow {
-    float4 channel[WARP_CHANNELS + 2];
+    static constexpr int HALF = WARP_CHANNELS + 1;
+    float4 channel[TENSOR_SUMS ? 2 * HALF : HALF + 1];
     __device__ __forceinline__ static int place(int k) { return k + k / 8; }
 };
 
@@ -111,10 +113,15 @@ __device__ __forceinline__ void gradients_of_tile(
     uint32 columns[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) columns[j] = __float_as_uint(at.lane / 4 == j ? 1.f : 0.f);
-    const bool first_lanes = at.q < CH;  // they get the sums for u and dt of their channel, the others those for z
+    // They get the sums for u and dt of their channel, the others those for z; with TENSOR_SUMS both all, of half the states.
+    const bool first_lanes = at.q < CH;
     float4 in[CH];
     float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
+#if TENSOR_SUMS
+    float4* result = &slot[TILE - 1].channel[places[0] + (first_lanes ? 0 : BackwardRow::HALF)];
+#else
     float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (first_lanes ? 0 : 1);
+#endif
 #pragma unroll
     for (int i = 0; i < CH; ++i) in[i] = slot[TILE - 1].channel[places[i]];
     States before = load_states(states[TILE - 1], at.lane);
@@ -160,13 +167,17 @@ __device__ __forceinline__ void gradients_of_tile(
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
                 for (int i = 0; i < m; ++i) over_states[k][i] += across_states(over_states[k][i + m], m);
+#if TENSOR_SUMS
+        *result = make_float4(over_states[0][0], over_states[1][0], over_states[2][0], step);
+#else
         // One exchange is left, between the first lanes and the others.
         const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
         const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
         const float input_or_y = kept + across_states(sent, CH);
         const float decay = over_states[1][0] + across_states(over_states[1][0], CH);
         *result = make_float2(input_or_y, first_lanes ? decay : step);
-        result -= sizeof(BackwardRow) / sizeof(float2);
+#endif
+        result -= sizeof(BackwardRow) / sizeof(*result);
     }
 }
 
@@ -182,7 +193,11 @@ __device__ __forceinline__ void after_tile(
     unpack(raw_u, u); unpack(raw_z, z); unpack(raw_grad, grad);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-        const float4 found = eight[k];
+        float4 found = eight[k];
+#if TENSOR_SUMS
+        const float4 other = eight[k + BackwardRow::HALF];
+        found.x += other.x; found.y += other.y; found.z += other.z;
+#endif
         const float step = found.w, gate = sigmoid(z[k]), grad_y = grad[k] * z[k] * gate;
         g.u[k] = found.x * step + skip[k] * grad_y;
         g.dt[k] = (found.x * u[k] + LN2 * found.y) * sigmoid_of_softplus(step);
