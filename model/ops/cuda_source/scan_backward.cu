@@ -1,6 +1,6 @@
 // {step for the decay, dt * u, gradient of y, dt} of a channel and step, then {sum of g B, sum of g h' A, y} in the same
-// place; the halves of a row are shifted against bank conflicts. With TENSOR_SUMS there is memory for two such sums, of
-// half the states each, HALF further.
+// place; the halves of a row are shifted against bank conflicts. With TENSOR_SUMS all this is there twice, HALF further
+// with the gate in place of dt: the second time for lanes whose sums are over the other half of the states.
 struct BackwardRow {
     static constexpr int HALF = WARP_CHANNELS + 1;
     float4 channel[TENSOR_SUMS ? 2 * HALF : HALF + 1];
@@ -74,7 +74,10 @@ __device__ __forceinline__ void before_tile(
     for (int k = 0; k < 8; ++k) {
         float step = softplus(x[k], bias[k]);
         step = here ? step : 0.f;
-        eight[k] = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * sigmoid(z[k]), step);
+        const float gate = sigmoid(z[k]);
+        const float4 found = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * gate, step);
+        eight[k] = found;
+        if (TENSOR_SUMS && !ENDS) eight[k + BackwardRow::HALF] = make_float4(found.x, found.y, found.z, gate);
     }
 }
 
@@ -113,12 +116,11 @@ __device__ __forceinline__ void gradients_of_tile(
     uint32 columns[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) columns[j] = __float_as_uint(at.lane / 4 == j ? 1.f : 0.f);
-    // They get the sums for u and dt of their channel, the others those for z; with TENSOR_SUMS both all, of half the states.
-    const bool first_lanes = at.q < CH;
+    const bool first_lanes = at.q < CH;  // without TENSOR_SUMS: they get the sums for u and dt, the others those for z
     float4 in[CH];
     float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
 #if TENSOR_SUMS
-    float4* result = &slot[TILE - 1].channel[places[0] + (first_lanes ? 0 : BackwardRow::HALF)];
+    float4* result = &slot[TILE - 1].channel[places[0]];
 #else
     float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (first_lanes ? 0 : 1);
 #endif
@@ -138,7 +140,7 @@ __device__ __forceinline__ void gradients_of_tile(
         b4 = projection.b[t - 1][copy][at.q], c4 = projection.c[t - 1][copy][at.q];
         unpack_states(before, previous);
         before = load_states(states[t - 1], at.lane);
-        const float step = in[0].w;
+        const float own = in[0].w;
 #pragma unroll
         for (int i = 0; i < CH; ++i) {
             float grad_input = 0.f, grad_decay = 0.f, y = 0.f;
@@ -168,14 +170,14 @@ __device__ __forceinline__ void gradients_of_tile(
 #pragma unroll
                 for (int i = 0; i < m; ++i) over_states[k][i] += across_states(over_states[k][i + m], m);
 #if TENSOR_SUMS
-        *result = make_float4(over_states[0][0], over_states[1][0], over_states[2][0], step);
+        *result = make_float4(over_states[0][0], over_states[1][0], over_states[2][0], own);
 #else
         // One exchange is left, between the first lanes and the others.
         const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
         const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
         const float input_or_y = kept + across_states(sent, CH);
         const float decay = over_states[1][0] + across_states(over_states[1][0], CH);
-        *result = make_float2(input_or_y, first_lanes ? decay : step);
+        *result = make_float2(input_or_y, first_lanes ? decay : own);
 #endif
         result -= sizeof(BackwardRow) / sizeof(*result);
     }
@@ -197,8 +199,11 @@ __device__ __forceinline__ void after_tile(
 #if TENSOR_SUMS
         const float4 other = eight[k + BackwardRow::HALF];
         found.x += other.x; found.y += other.y; found.z += other.z;
+        const float gate = other.w;
+#else
+        const float gate = sigmoid(z[k]);
 #endif
-        const float step = found.w, gate = sigmoid(z[k]), grad_y = grad[k] * z[k] * gate;
+        const float step = found.w, grad_y = grad[k] * z[k] * gate;
         g.u[k] = found.x * step + skip[k] * grad_y;
         g.dt[k] = (found.x * u[k] + LN2 * found.y) * sigmoid_of_softplus(step);
         g.z[k] = grad[k] * (found.z + skip[k] * u[k]) * gate * (1.f + z[k] * (1.f - gate));
@@ -298,6 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     int places[CH];
 #pragma unroll
     for (int i = 0; i < CH; ++i) places[i] = BackwardRow::place(at.channel(i));
+    if (TENSOR_SUMS && !ENDS && at.q >= CH) places[0] += BackwardRow::HALF;
     const float4* bias = reinterpret_cast<const float4*>(shared.bias + (eight - first_of_block));
     const float4* skip = reinterpret_cast<const float4*>(shared.skip + (eight - first_of_block));
 
