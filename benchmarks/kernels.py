@@ -62,8 +62,8 @@ def median_ms(function, *, repeats: int) -> float:
     return statistics.median(times)
 
 
-def runs(name: str) -> bool:
-    return cuda.why_unavailable(name, cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
+def runs(operation: str, name: str) -> bool:
+    return cuda.why_unavailable(operation, name, cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
 
 
 def measure(scan, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def scans(repeats: int) -> None:
     for batch, channels, length in SHAPES:
         inputs = inputs_of(batch, channels, length)
         forward, backward = measure(cuda_selective_scan, inputs, repeats=repeats)
-        other = measure(cuda.mamba_ssm_scan, inputs, repeats=repeats) if runs("mamba-ssm") else NOT_THERE
+        other = measure(cuda.mamba_ssm_scan, inputs, repeats=repeats) if runs("scan", "mamba-ssm") else NOT_THERE
         elements, seconds = batch * channels * length, (forward + backward) * 1e-3
         print(
             f"| {batch} | {channels} | {length} | {forward:.3f}, {backward:.3f} | {other[0]:.3f}, {other[1]:.3f} "
@@ -101,11 +101,11 @@ def convolutions(repeats: int) -> None:
         x = inputs_of(batch, channels, length)[0]
         weight, bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
         inputs = [x, weight.requires_grad_(), bias.requires_grad_()]
-        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i)[0], inputs, repeats=repeats)
-        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i)[0], inputs, repeats=repeats)
+        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i), inputs, repeats=repeats)
+        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i), inputs, repeats=repeats)
         other = NOT_THERE
-        if runs("causal-conv1d"):
-            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i)[0], inputs, repeats=repeats)
+        if runs("conv", "causal-conv1d"):
+            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i), inputs, repeats=repeats)
         print(
             f"| {batch} | {channels} | {length} | {own[0]:.3f}, {own[1]:.3f} | {other[0]:.3f}, {other[1]:.3f} "
             f"| {torch_ms[0]:.3f}, {torch_ms[1]:.3f} | {sum(other) / sum(own):.2f} |"

@@ -98,14 +98,14 @@ class CausalConv(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
         if context.cp.size == 1:
-            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)[0]
+            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
         reach = self.taps - 1
         neighbours = TokensBefore(x_BSD, reach, cp=context.cp)
-        y_BSD, _ = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
+        y_BSD = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
         before = neighbours.wait()
         start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
         resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
-        y_start, _ = self.kernel(start, self.weight, self.bias, resets=resets)
+        y_start = self.kernel(start, self.weight, self.bias, resets=resets)
         return torch.cat((y_start[:, before.shape[1] :], y_BSD[:, reach:]), dim=1)
 
 

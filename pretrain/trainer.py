@@ -167,6 +167,7 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
     kernels = config.kernels.build(
         device=world.device,
         dtype=dtype,
+        d_state=config.model.d_state,
         initial_states=parallel.context > 1,
         resets=config.data.reset_at_document,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sambalm.model.ops.causal_conv import last_inputs
+from sambalm.model.ops.cuda_scan_sizes import why_too_large
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.elementwise import why_not_compiled
 
@@ -36,12 +36,13 @@ class Circumstances:
 
     device: torch.device
     dtype: torch.dtype  # of activations
+    d_state: int = 16  # states of a channel that the scan holds
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether states must be dropped at the beginnings of documents
 
 
-def why_unavailable(name: str, where: Circumstances) -> str | None:
-    """Why the named implementation cannot run in these circumstances; None when it can."""
+def why_unavailable(operation: str, name: str, where: Circumstances) -> str | None:
+    """Why the named implementation of an operation cannot run in these circumstances; None when it can."""
     if name == "torch":
         return None
     if where.device.type != "cuda":
@@ -52,6 +53,11 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
+    if (operation, name) == ("scan", "cuda"):
+        block_memory_bytes = torch.cuda.get_device_properties(where.device).shared_memory_per_block_optin
+        reason = why_too_large(where.dtype, where.d_state, block_memory_bytes=block_memory_bytes)
+        if reason:
+            return reason
     if name in _COMPILED and (reason := why_not_compiled()):
         return reason
     if name in _MODULES:
@@ -90,15 +96,13 @@ def mamba_ssm_scan(
     return y.transpose(1, 2), state
 
 
-def causal_conv1d_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
     """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
     documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
     y = _function("causal-conv1d", "causal_conv1d_fn")(
         x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
     )
-    return y.transpose(1, 2), last_inputs(x, resets, taps=weight.shape[1])
+    return y.transpose(1, 2)
 
 
 def flash_attn_window(

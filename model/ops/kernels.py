@@ -23,7 +23,7 @@ from sambalm.parallel.recompute import recomputed
 
 # Arguments, shapes and dtypes of a kernel are those of its PyTorch reference.
 ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
-ConvKernel = Callable[..., tuple[Tensor, Tensor]]  # causal_conv.causal_conv_silu, without initial_state
+ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
 NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
@@ -68,17 +68,24 @@ class KernelConfig(BaseModel):
     )
 
     def build(
-        self, *, device: torch.device, dtype: torch.dtype, initial_states: bool = False, resets: bool = False
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        d_state: int = 16,
+        initial_states: bool = False,
+        resets: bool = False,
     ) -> Kernels:
         """
         Args:
+            d_state: states of a channel that the scan holds.
             initial_states: whether the scan must start from given states.
             resets: whether states must be dropped at the beginnings of documents.
 
         Raises:
             KernelError: a kernel is asked for that cannot run here.
         """
-        where = cuda.Circumstances(device, dtype, initial_states, resets)
+        where = cuda.Circumstances(device, dtype, d_state, initial_states, resets)
         chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
         functions = {operation: _function(operation, name) for operation, name in chosen.items()}
         return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
@@ -116,10 +123,10 @@ def _function(operation: str, name: str) -> Any:
 
 def _choose(operation: str, name: str, where: cuda.Circumstances) -> str:
     if name != "auto":
-        reason = cuda.why_unavailable(name, where)
+        reason = cuda.why_unavailable(operation, name, where)
         if reason:
             raise cuda.KernelError(
                 f"kernels.{operation} is {name!r}, which cannot run here ({reason}): use 'auto' or 'torch'"
             )
         return name
-    return next(name for name in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(name, where))
+    return next(name for name in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(operation, name, where))

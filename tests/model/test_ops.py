@@ -123,10 +123,10 @@ def test_conv_equals_the_definition(length, taps):
     def reference(x, weight, bias, state):
         padded = torch.cat((state, x), 1)
         y = torch.stack([(padded[:, t : t + taps] * weight.t()).sum(1) + bias for t in range(length)], 1)
-        return F.silu(y), padded[:, -(taps - 1) :]
+        return [F.silu(y)]
 
     inputs = (torch.randn(2, length, 5), torch.randn(5, taps), torch.randn(5), torch.randn(2, taps - 1, 5))
-    check(causal_conv_silu, reference, inputs, tolerance=1e-5)
+    check(lambda *t: [causal_conv_silu(*t)], reference, inputs, tolerance=1e-5)
 
 
 def dense_attention(q, k, v, *, window):
