@@ -215,4 +215,4 @@ class SwiGLU(nn.Module):
         self.down_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner.size, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        return self.down_proj(self.kernel(self.gate_up_proj.whole(x)))
+        return self.down_proj(self.kernel(*self.gate_up_proj(x)))

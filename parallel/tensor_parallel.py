@@ -96,10 +96,6 @@ class ColumnParallelLinear(nn.Module):
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
         return column_parallel_parts(x, self.weight, tp=self.tp, sizes=self.local_sizes)
 
-    def whole(self, x: Tensor) -> Tensor:
-        """The same as one tensor, the parts one after the other in its last dimension."""
-        return column_parallel_linear(x, self.weight, self.tp)
-
 
 class RowParallelLinear(nn.Module):
     """A linear layer without bias whose input features are cut over ranks; the output is summed over them."""

@@ -13,9 +13,8 @@ from torch import Tensor
 from sambalm.model.ops.window_attention import apply_rotary
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """SiLU(gate) * up, the halves of the last dimension; in the input's dtype."""
-    gate, up = gate_up.chunk(2, dim=-1)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, in their dtype and shape."""
     return F.silu(gate) * up
 
 
@@ -28,7 +27,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 class Elementwise:
     """What lies between a model's matrix products, scans and attention, but for the norm."""
 
-    swiglu: Callable[[Tensor], Tensor] = swiglu
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
     token_losses: Callable[[Tensor, Tensor], Tensor] = token_losses
 

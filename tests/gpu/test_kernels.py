@@ -139,15 +139,17 @@ def test_norm(name, has_branch):
     norm = kernel("norm", name)
     inputs = [torch.randn(64, 3, 1536), torch.randn(64, 3, 1536) / 8, torch.rand(1536) + 0.5]
     if has_branch:
-        run = [lambda x, y, w, f=f: f(x, y, w, eps=1e-5) for f in (norm, add_rms_norm)]
+        run = [lambda x, y, w, f=f: torch.cat(f(x, y, w, eps=1e-5)) for f in (norm, add_rms_norm)]
     else:
-        run, inputs = [lambda x, w, f=f: f(x, None, w, eps=1e-5) for f in (norm, add_rms_norm)], inputs[::2]
+        run = [lambda x, w, f=f: torch.cat(f(x, None, w, eps=1e-5)) for f in (norm, add_rms_norm)]
+        inputs = inputs[::2]
     check(*run, inputs, fp32=(len(inputs) - 1,))
 
 
 def test_compiled_swiglu():
     fused = kernel("elementwise", "compiled").swiglu
-    check(fused, swiglu, [torch.randn(64, 3, 2 * 683)])
+    # Halves of one tensor, as the layer has them.
+    check(*(lambda x, f=f: f(*x.chunk(2, dim=-1)) for f in (fused, swiglu)), [torch.randn(64, 3, 2 * 683)])
 
 
 def test_compiled_rotary():
