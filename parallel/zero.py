@@ -155,6 +155,6 @@ def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return padded[start : start + length]
 
 
-def gradient_norm(engine: Engine) -> float:
-    """Norm of the whole model's gradient before clipping, of the step just taken."""
-    return float(engine.get_global_grad_norm())
+def gradient_norm(engine: Engine) -> Tensor:
+    """Norm of the whole model's gradient before clipping, of the step just taken; [], anywhere."""
+    return torch.as_tensor(engine.get_global_grad_norm())
