@@ -103,18 +103,18 @@ def main() -> None:
     parser.add_argument("--data", help="prefix of token shards")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument("--compare-steps", type=int, default=200)
-    parser.add_argument("--runs", nargs="*", default=[MAIN, *OTHERS], choices=[MAIN, *OTHERS], metavar="RUN")
+    parser.add_argument("--only", action="append", choices=[MAIN, *OTHERS], help="run this one; may be repeated")
     parser.add_argument("--plot", type=Path, help="where to draw it; the ending decides the format, as .svg or .png")
     parser.add_argument("--read", action="store_true", help="only read the runs that are in the folder")
     arguments, overrides = parser.parse_known_intermixed_args()
     if not arguments.read:
         if not (arguments.config and arguments.data):
             parser.error("a config and --data are needed, or --read")
-        for name in arguments.runs:
+        for name in arguments.only or (MAIN, *OTHERS):
             train(name, arguments, [f"data.train={arguments.data}", *overrides])
     runs = {name: run for name in (MAIN, *OTHERS) if (run := Run.read(arguments.folder / name))}
     if MAIN not in runs:
-        sys.exit(f"{arguments.folder} holds no {MAIN} run, which the others are compared with: let --runs name it")
+        sys.exit(f"{arguments.folder} holds no {MAIN} run yet, which the others are compared with: run it too")
     print_comparison(runs, steps=arguments.compare_steps)
     print_perplexity(runs[MAIN])
     print_steadiness(runs[MAIN])
