@@ -65,6 +65,7 @@ QUIET = {
     "validation.length_multiples": "[1]",
     "checkpoint.every_steps": 1_000_000,
 }
+FREE_SECTIONS = ("validation.", "checkpoint.", "kernels.")  # in which runs to be compared may differ
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ def main() -> None:
     runs = {name: run for name in (MAIN, *OTHERS) if (run := Run.read(arguments.folder / name))}
     if MAIN not in runs:
         sys.exit(f"{arguments.folder} holds no {MAIN} run yet, which the others are compared with: run it too")
+    for run in runs.values():
+        if changed := changes(run, runs[MAIN]):
+            sys.exit(f"{arguments.folder / run.name} and {MAIN} differ in {', '.join(changed)}: remove one of them")
     print_comparison(runs, steps=arguments.compare_steps)
     print_perplexity(runs[MAIN])
     print_steadiness(runs[MAIN])
@@ -142,6 +146,19 @@ def train(name: str, arguments: argparse.Namespace, overrides: Sequence[str]) ->
                 (folder / KILL_SWITCH).touch()
     if process.returncode not in (ExitCode.FINISHED, ExitCode.STOPPED):
         sys.exit(f"the {name} run ended with exit code {process.returncode}: the same command goes on from here")
+
+
+def changes(run: Run, base: Run) -> list[str]:
+    """Keys in which two runs differ that should not, so that their losses cannot be compared."""
+    if run is base:
+        return []
+    here, there = (
+        {f"{section}.{key}": value for section, keys in found.items() for key, value in keys.items()}
+        for found in (config.model_dump(exclude={"format_version"}) for config in (run.config, base.config))
+    )
+    free = {"run.dir", *OTHERS[run.name](base.config)}
+    keys = [key for key in here if key not in free and not key.startswith(FREE_SECTIONS)]
+    return [key for key in keys if here[key] != there[key]]
 
 
 def print_comparison(runs: dict[str, Run], *, steps: int) -> None:
