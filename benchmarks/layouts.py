@@ -2,8 +2,8 @@
 
     python benchmarks/layouts.py configs/samba_421m.yaml --data data/slimpajama --folder runs/layouts \
         train.global_batch_tokens=65536
-    python benchmarks/layouts.py configs/samba_421m.yaml --data data/slimpajama --folder runs/layouts \
-        --layouts 'one process' 'selective' 'full' 'micro-batches of 8' train.global_batch_tokens=65536
+    python benchmarks/layouts.py configs/samba_421m.yaml --data data/slimpajama train.global_batch_tokens=65536 \
+        --folder runs/layouts --layouts 'one process' 'selective' 'full' 'micro-batches of 8'
     python benchmarks/layouts.py --read --folder runs/layouts
 
 Every layout sees the same samples in the same order from the same initial weights, so losses differ by rounding alone,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,8 +75,10 @@ class RunReport:
             **asdict(result),
             "tokens_per_second": tokens_per_second,
             **validation,
+            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this process
         }
         if torch.cuda.is_available():
+            record["memory_bytes"] = torch.cuda.memory_allocated()  # of this rank, after the step
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # of this rank, since the start
         if self._peak_tokens_per_second:
             record["mfu"] = tokens_per_second / self._peak_tokens_per_second

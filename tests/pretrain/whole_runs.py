@@ -10,7 +10,7 @@ from worlds import run_world
 from sambalm.pretrain.checkpoint import checkpoint_folder
 from sambalm.pretrain.metrics_file import read_metrics
 
-TIMES = ("tokens_per_second", "step_time_s")
+MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes")  # no two runs have the same
 
 
 def changed(values: dict, **sections: dict[str, Any]) -> dict:
@@ -38,7 +38,7 @@ def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:
     """Trains and returns what metrics.jsonl holds, without the times."""
     run_world(_train_on_rank, values, ranks=ranks)
     records = read_metrics(Path(values["run"]["dir"]))
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
 
 
 def _train_on_rank(values: dict) -> None:

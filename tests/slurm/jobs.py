@@ -12,7 +12,7 @@ from sambalm.pretrain.checkpoint import checkpoint_folders
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "samba_421m.sbatch"
 OPTIONS = ("--nodes=2", "--gpus-per-node=1", "--mem=1000", "--time=60")
-TIMES = ("tokens_per_second", "step_time_s")
+MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes")  # no two runs have the same
 
 
 class Job:
@@ -35,7 +35,7 @@ class Job:
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = (json.loads(line) for line in lines if line.endswith("\n"))
-        return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+        return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
 
     def saved_steps(self) -> list[int]:
         return [int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(self.run_dir)]
