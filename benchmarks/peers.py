@@ -13,6 +13,7 @@ has shown what memory a token takes, no attempt is made that would need more tha
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -30,6 +31,39 @@ FINAL = (MEASURED, OUT_OF_MEMORY, TIME_LIMIT)  # outcomes that another run would
 # In a folder of its own: transformers would take kernels.py, beside this file, for the package of that name.
 STEP = Path(__file__).parent / "peer_steps" / "step.py"
 GIB = 2**30
+
+
+class StepProcesses:
+    """Processes of step.py, one at work; the next one loads its packages while that one builds its model."""
+
+    def __init__(self) -> None:
+        self.next: subprocess.Popen | None = None
+
+    def run(self, arguments: Sequence[str], *, limit_s: float) -> tuple[int, str, str]:
+        """Exit code, output and errors. Raises subprocess.TimeoutExpired."""
+        process = self.next or self._start()
+        self.next = self._start()
+        try:
+            output, errors = process.communicate(json.dumps(arguments), timeout=limit_s)
+        finally:
+            self._end(process)
+        return process.returncode, output, errors
+
+    def close(self) -> None:
+        if self.next:
+            self._end(self.next)
+
+    @staticmethod
+    def _start() -> subprocess.Popen:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        # A session of its own, so that compiler processes end with it.
+        return subprocess.Popen([sys.executable, str(STEP), "--wait"], text=True, start_new_session=True, **pipes)
+
+    @staticmethod
+    def _end(process: subprocess.Popen) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> None:
@@ -75,8 +109,8 @@ def key_of(record: dict) -> str:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Runs the cells that --output lacks, short lengths first."""
-    for length in sorted(arguments.lengths):
-        for model in arguments.models:
+    with contextlib.closing(StepProcesses()) as processes:
+        for length, model in itertools.product(sorted(arguments.lengths), arguments.models):
             for level in arguments.recompute:
                 cell = {
                     "config": Path(arguments.config).stem,
@@ -87,18 +121,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
                     "micro_batch_tokens": arguments.micro_batch_tokens,
                     "recompute": level,
                 }
-                record = result_of(cell, arguments)
-                if record["outcome"] != OUT_OF_MEMORY:
+                if result_of(cell, processes, arguments)["outcome"] != OUT_OF_MEMORY:
                     break
 
 
-def result_of(cell: dict, arguments: argparse.Namespace) -> dict:
+def result_of(cell: dict, processes: StepProcesses, arguments: argparse.Namespace) -> dict:
     """Of an earlier run, or of one now, or foreseen; added to --output and printed."""
     records = read(arguments.output)
     for record in records:
         if key_of(record) == key_of(cell) and record["outcome"] in FINAL:
             return record
-    record = cell | (foreseen(cell, records) or run_cell(cell, arguments))
+    record = cell | (foreseen(cell, records) or run_cell(cell, processes, arguments))
     with arguments.output.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(f"{cell['model']}, {cell['length']:,}, recompute {cell['recompute']}: {described(record)}", file=sys.stderr)
@@ -111,12 +144,12 @@ def foreseen(cell: dict, records: Sequence[dict]) -> dict | None:
         same = all(
             other[name] == cell[name] for name in ("config", "settings", "model", "micro_batch_tokens", "recompute")
         )
-        if not same or other["length"] >= cell["length"]:
+        times = micro_batch_tokens(cell) / micro_batch_tokens(other)
+        if not same or other["length"] >= cell["length"] or times < 1:
             continue
         if other["outcome"] == OUT_OF_MEMORY:
             return {"outcome": OUT_OF_MEMORY, "foreseen_from_length": other["length"]}
         if other["outcome"] == MEASURED and other["device_bytes"]:
-            times = micro_batch_tokens(cell) / micro_batch_tokens(other)
             needed = other["kept_bytes"] + times * (other["peak_bytes"] - other["kept_bytes"])
             if needed > 1.1 * other["device_bytes"]:
                 return {"outcome": OUT_OF_MEMORY, "foreseen_from_length": other["length"], "foreseen_bytes": needed}
@@ -128,30 +161,21 @@ def micro_batch_tokens(cell: dict) -> int:
     return max(1, cell["micro_batch_tokens"] // cell["length"]) * cell["length"]
 
 
-def run_cell(cell: dict, arguments: argparse.Namespace) -> dict:
+def run_cell(cell: dict, processes: StepProcesses, arguments: argparse.Namespace) -> dict:
     """What a process of its own finds."""
     options = {f"--{name.replace('_', '-')}": cell[name] for name in CELL[2:]} | {"--seconds": arguments.seconds}
-    command = [sys.executable, str(STEP), arguments.config, *cell["settings"]]
-    command += [str(part) for option in options.items() for part in option]
-    # In a session of its own, so that compiler processes end with it.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = [arguments.config, *cell["settings"], *(str(part) for option in options.items() for part in option)]
     try:
-        output, errors = process.communicate(timeout=arguments.limit_s)
+        exit_code, output, errors = processes.run(command, limit_s=arguments.limit_s)
     except subprocess.TimeoutExpired:
         return {"outcome": TIME_LIMIT, "limit_s": arguments.limit_s}
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     lines = errors.strip().splitlines() or ["no message"]
-    if process.returncode == 2:  # of the config or an option: every cell's
+    if exit_code == 2:  # of the config or an option: every cell's
         print(lines[-1], file=sys.stderr)
         sys.exit(2)
-    if process.returncode:
+    if exit_code:
         print("\n".join(lines[-30:]), file=sys.stderr)
-        return {"outcome": "failed", "reason": lines[-1], "exit_code": process.returncode}
+        return {"outcome": "failed", "reason": lines[-1], "exit_code": exit_code}
     return json.loads(output.strip().splitlines()[-1])
 
 

@@ -79,6 +79,7 @@ def record(**values):
         (record(model="fla"), 131072, False),
         (record(device_bytes=0), 131072, False),  # a CPU
         (record(outcome="out of memory"), 65536, True),
+        (record(outcome="out of memory"), 24576, False),  # fewer tokens in a micro-batch than at 4096
         (record(outcome="failed"), 131072, False),
     ],
 )

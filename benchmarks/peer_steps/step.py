@@ -200,6 +200,13 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    if sys.argv[1:] != ["--wait"]:
+        run(sys.argv[1:])
+    elif line := sys.stdin.readline():  # peers.py starts processes ahead, and says later what they run
+        run(json.loads(line))
+
+
+def run(command: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--model", choices=["samba", "llama", "fla", "plain"], required=True)
@@ -210,7 +217,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--seconds", type=float, default=8.0, help="of steps after the second one, about and at most")
-    arguments, overrides = parser.parse_known_intermixed_args()
+    arguments, overrides = parser.parse_known_intermixed_args(command)
     if arguments.step_tokens % arguments.length:
         parser.error(f"--step-tokens {arguments.step_tokens} is not a multiple of --length {arguments.length}")
     try:
