@@ -42,8 +42,14 @@ setup(
     ],
     extras_require={
         # cuda-bindings compiles our kernels. The others are CUDA kernels; NVIDIA apex is optional too, but only from
-        # source (docs/gpu.md).
-        "gpu": ["causal-conv1d>=1.5", "cuda-bindings>=13.0", "flash-attn>=2.7", "mamba-ssm>=2.2"],
+        # source (docs/gpu.md). nvidia-cudnn-frontend 1.24 sets an attribute that torch 2.11's cuDNN 9.19 refuses.
+        "gpu": [
+            "causal-conv1d>=1.5",
+            "cuda-bindings>=13.0",
+            "flash-attn>=2.7",
+            "mamba-ssm>=2.2",
+            "nvidia-cudnn-frontend>=1.22,<1.24",
+        ],
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],

@@ -16,6 +16,7 @@ from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda_scan import cuda_selective_scan
+from sambalm.model.ops.cudnn_window import cudnn_window
 from sambalm.model.ops.flex_window import flex_window
 
 SHAPES = ((1, 3072, 4096), (8, 3072, 4096), (4, 4608, 4096), (1, 5632, 4096), (4, 5632, 4096), (1, 5632, 131072))
@@ -61,8 +62,8 @@ def median_ms(function, *, repeats: int) -> float:
     return statistics.median(times)
 
 
-def runs(name: str) -> bool:
-    return cuda.why_unavailable(name, cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
+def runs(operation: str, name: str) -> bool:
+    return cuda.why_unavailable(operation, name, cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
 
 
 def measure(scan, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:
@@ -84,7 +85,7 @@ def scans(repeats: int) -> None:
     for batch, channels, length in SHAPES:
         inputs = inputs_of(batch, channels, length)
         forward, backward = measure(cuda_selective_scan, inputs, repeats=repeats)
-        other = measure(cuda.mamba_ssm_scan, inputs, repeats=repeats) if runs("mamba-ssm") else NOT_THERE
+        other = measure(cuda.mamba_ssm_scan, inputs, repeats=repeats) if runs("scan", "mamba-ssm") else NOT_THERE
         elements, seconds = batch * channels * length, (forward + backward) * 1e-3
         print(
             f"| {batch} | {channels} | {length} | {forward:.3f}, {backward:.3f} | {other[0]:.3f}, {other[1]:.3f} "
@@ -100,11 +101,11 @@ def convolutions(repeats: int) -> None:
         x = inputs_of(batch, channels, length)[0]
         weight, bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
         inputs = [x, weight.requires_grad_(), bias.requires_grad_()]
-        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i)[0], inputs, repeats=repeats)
-        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i)[0], inputs, repeats=repeats)
+        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i), inputs, repeats=repeats)
+        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i), inputs, repeats=repeats)
         other = NOT_THERE
-        if runs("causal-conv1d"):
-            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i)[0], inputs, repeats=repeats)
+        if runs("conv", "causal-conv1d"):
+            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i), inputs, repeats=repeats)
         print(
             f"| {batch} | {channels} | {length} | {own[0]:.3f}, {own[1]:.3f} | {other[0]:.3f}, {other[1]:.3f} "
             f"| {torch_ms[0]:.3f}, {torch_ms[1]:.3f} | {sum(other) / sum(own):.2f} |"
@@ -112,7 +113,7 @@ def convolutions(repeats: int) -> None:
 
 
 def attentions(repeats: int) -> None:
-    print("\n| batch | heads | head dim | tokens | window | flex forward, backward ms | torch-flash | times faster |")
+    print("\n| batch | heads | head dim | tokens | window | cudnn forward, backward ms | flex | torch-flash |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for batch, heads, kv_heads, head_dim, length in HEADS:
         inputs = [
@@ -120,14 +121,15 @@ def attentions(repeats: int) -> None:
             for n in (heads, kv_heads, kv_heads)
         ]
         inputs = [x.requires_grad_() for x in inputs]
-        own, other = (
+        kernels = {"cudnn": cudnn_window, "flex": flex_window, "torch-flash": cuda.torch_flash_window}
+        times = [
             measure_call(lambda f=f, i=inputs: f(*i, window=WINDOW), inputs, repeats=repeats)
-            for f in (flex_window, cuda.torch_flash_window)
-        )
-        print(
-            f"| {batch} | {heads}/{kv_heads} | {head_dim} | {length} | {WINDOW} | {own[0]:.3f}, {own[1]:.3f} "
-            f"| {other[0]:.3f}, {other[1]:.3f} | {sum(other) / sum(own):.2f} |"
-        )
+            if runs(name)
+            else NOT_THERE
+            for name, f in kernels.items()
+        ]
+        columns = " | ".join(f"{forward:.3f}, {backward:.3f}" for forward, backward in times)
+        print(f"| {batch} | {heads}/{kv_heads} | {head_dim} | {length} | {WINDOW} | {columns} |")
 
 
 def main() -> None:

@@ -139,6 +139,7 @@ def kernels_here(config: RunConfig) -> KernelNames:
     built = config.kernels.build(
         device=device,
         dtype=DTYPES[config.train.precision],
+        d_state=config.model.d_state,
         initial_states=config.parallel.context > 1,
         resets=config.data.reset_at_document,
     )

@@ -61,7 +61,7 @@ def kept_bytes(config: ModelConfig, letter: str, mode: str, *, tokens: int, dtyp
     context = SequenceContext(rotary=rotary, cp=ContextParallel())
     x = torch.randn(tokens, 1, config.hidden_size, dtype=dtype).requires_grad_()
     with keeping() as kept:
-        output = recompute.recomputed(layer, x, context) if mode == "full" else layer(x, context)
+        _, output = recompute.recomputed(layer, x, None, context) if mode == "full" else layer(x, None, context)
     assert output.requires_grad  # and so everything kept is alive, and no address was used twice
     weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     tables = {table.untyped_storage().data_ptr() for table in rotary}  # all layers share them

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from sambalm.pretrain.config import load_config
 
+PROFILED_STEPS = 3
 # What a GPU kernel belongs to, by the first pattern that its name matches.
 PARTS = {
     "scan": r"scan_(forward|backward|combine)|selective_scan",
     "convolution": r"conv_(forward|backward)|causal_conv1d",
-    "attention": r"flash|fmha",
+    "attention": r"flash|fmha|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK",
     "optimizer": r"adam|lpnorm|multi_tensor",
     "compiled elementwise": r"^triton",
@@ -53,7 +55,7 @@ def settings_of(arguments: argparse.Namespace, folder: Path, overrides: list[str
         "data.train": folder / "tokens",
         "data.cache_dir": folder / "cache",
         "data.validation_fraction": 0.2,
-        "train.steps": arguments.steps,
+        "train.steps": arguments.steps + 2,
         "validation.tokens": 1,
         "validation.length_multiples": "[1]",
         "checkpoint.every_steps": 1_000_000,
@@ -65,10 +67,18 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(arguments, Path(folder), overrides)
         command = [sys.executable, "-m", "sambalm.pretrain.cli", "train", arguments.config, *settings]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"| failed: {done.stderr.strip().splitlines()[-1][:90]} | | | | "
-        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+        metrics, errors = Path(folder) / "run/metrics.jsonl", Path(folder) / "errors"
+        with errors.open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        records = []
+        while len(records) < arguments.steps:
+            if process.poll():
+                return f"| failed: {errors.read_text().strip().splitlines()[-1][:90]} | | | | "
+            time.sleep(0.2)
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+        process.kill()  # the checkpoint at a run's end would take longer than its steps
+        process.wait()
     speeds = [record["tokens_per_second"] for record in records[len(records) // 2 :]]
     last = records[-1]
     return (
@@ -88,16 +98,16 @@ def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
         with open_run_folder(config) as run_folder, start_world(config.parallel) as world:
             trainer = Trainer(config, world, folder=run_folder, signals=Signals())
 
-            def step_s() -> float:
-                result, _ = trainer._train_step()
-                trainer.step += 1
-                return result.step_time_s
-
-            for _ in range(arguments.steps - 2):
-                step_s()
-            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as found:
-                wall_s = (step_s() + step_s()) / 2
+            for _ in range(arguments.steps - PROFILED_STEPS):
+                trainer._launch_step()
+            torch.cuda.synchronize()
+            # Without the host's side, which would slow the host down.
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                start_s = time.perf_counter()
+                for _ in range(PROFILED_STEPS):
+                    trainer._launch_step()
+                torch.cuda.synchronize()
+                wall_s = (time.perf_counter() - start_s) / PROFILED_STEPS
             trainer.loader.close()
     print_parts(found, wall_s=wall_s, top=arguments.top)
 
@@ -106,7 +116,7 @@ def print_parts(found: torch.profiler.profile, *, wall_s: float, top: int) -> No
     kernels, parts = collections.Counter(), collections.Counter()
     for event in found.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels[event.name] += event.device_time / 2e3
+            kernels[event.name] += event.device_time / PROFILED_STEPS / 1e3
     for name, ms in kernels.items():
         parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += ms
     parts["idle"] = wall_s * 1e3 - sum(parts.values())

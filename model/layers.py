@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambalm.model import initialization as init
@@ -18,6 +17,7 @@ from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import Kernels
 from sambalm.model.sequence_scan import context_parallel_scan
 from sambalm.parallel.context_parallel import TokensBefore
+from sambalm.parallel.linear import linear, linear_beside
 from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
 from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import (
@@ -44,15 +44,16 @@ class SequenceContext:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the residual stream before each sublayer and the head."""
+    """Root-mean-square norm of the residual stream before each sublayer and the head, after the last one's sum."""
 
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.tp, self.eps, self.kernel = tp, config.norm_eps, kernels.norm
         self.weight = replicated_parameter((config.hidden_size,), name="weight", init=init.ones, tp=tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(x, replicated_weight(self.weight, self.tp), eps=self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream x with what the sublayer before adds to it (None: nothing), and that normed."""
+        return self.kernel(x, branch, replicated_weight(self.weight, self.tp), eps=self.eps)
 
 
 class MambaMixer(nn.Module):
@@ -76,7 +77,8 @@ class MambaMixer(nn.Module):
         x_SBD, z_SBD = self.in_proj(x)
         u_SBD = self.conv(x_SBD.transpose(0, 1), context).transpose(0, 1)
         # Projections take the memory's order; of another view they would make a copy.
-        dt, B, C = self.x_proj(u_SBD).split(self.state_sizes, dim=-1)
+        u_SBD, projected = self.x_proj(u_SBD)
+        dt, B, C = projected.split(self.state_sizes, dim=-1)
         dt, dt_bias = self.dt_proj(dt)
         u_BSD, dt_BSD, B, C, z_BSD = (t.transpose(0, 1) for t in (u_SBD, dt, B, C, z_SBD))
         A, resets = -torch.exp(self.A_log), context.resets
@@ -96,14 +98,14 @@ class CausalConv(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
         if context.cp.size == 1:
-            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)[0]
+            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
         reach = self.taps - 1
         neighbours = TokensBefore(x_BSD, reach, cp=context.cp)
-        y_BSD, _ = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
+        y_BSD = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
         before = neighbours.wait()
         start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
         resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
-        y_start, _ = self.kernel(start, self.weight, self.bias, resets=resets)
+        y_start = self.kernel(start, self.weight, self.bias, resets=resets)
         return torch.cat((y_start[:, before.shape[1] :], y_BSD[:, reach:]), dim=1)
 
 
@@ -119,9 +121,10 @@ class StateProjection(nn.Module):
         self.tp = tp
         self.weight = sharded_parameter((out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1)
 
-    def forward(self, u: Tensor) -> Tensor:
-        partial = F.linear(u, self.weight.to(u.dtype))
-        return copy_to_region(reduce_from_region(partial, self.tp), self.tp)
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u for the scan, and its projection."""
+        u, partial = linear_beside(u, self.weight)
+        return u, copy_to_region(reduce_from_region(partial, self.tp), self.tp)
 
 
 class StepProjection(nn.Module):
@@ -133,7 +136,7 @@ class StepProjection(nn.Module):
         self.bias = sharded_parameter((0,), {"bias": channels}, init=bias_init)
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
-        return F.linear(dt, self.weight.to(dt.dtype)), self.bias
+        return linear(dt, self.weight), self.bias
 
 
 class QKVProjection(nn.Module):
@@ -153,8 +156,8 @@ class QKVProjection(nn.Module):
         self.key_value = sharded_parameter((0, width), parts, init=weights, counted=share.owns_kv)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        weight = torch.cat((self.query.to(x.dtype), copy_to_region(self.key_value, self.copies).to(x.dtype)))
-        return column_parallel_parts(x, weight, self.tp, sizes=self.local_sizes)
+        key_value = copy_to_region(self.key_value, self.copies)
+        return column_parallel_parts(x, self.query, key_value, tp=self.tp, sizes=self.local_sizes)
 
 
 class WindowAttention(nn.Module):

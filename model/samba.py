@@ -18,15 +18,17 @@ SUBLAYERS = {MAMBA: MambaMixer, ATTENTION: WindowAttention, MLP: SwiGLU}
 
 
 class Sublayer(nn.Module):
-    """x + f(RMSNorm(x)), with f by the sublayer's letter in the pattern."""
+    """f(RMSNorm(x)), with f by the sublayer's letter in the pattern; the sublayer after it adds that to x."""
 
     def __init__(self, letter: str, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.norm = RMSNorm(config, tp=tp, kernels=kernels)
         self.mixer = SUBLAYERS[letter](config, tp=tp, kernels=kernels)
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        return x + self.mixer(self.norm(x), context)
+    def forward(self, x: Tensor, branch: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """The residual stream and what the sublayer before adds to it, to the stream and what this one adds."""
+        x, normed = self.norm(x, branch)
+        return x, self.mixer(normed, context)
 
 
 class Head(nn.Module):
@@ -116,11 +118,15 @@ class Samba(nn.Module):
         """
         x = self.embedding(tokens, self.dtype) if self.is_first else hidden
         context = self._context(tokens, document_starts)
+        branch = None
         for layer in self.layers.values():
-            x = recomputed(layer, x, context) if self.recompute_layers and self.training else layer(x, context)
+            if self.recompute_layers and self.training:  # which keeps a layer's inputs: one is better than two
+                x, branch = recomputed(layer, _added(x, branch), None, context)
+            else:
+                x, branch = layer(x, branch, context)
         if not self.is_last:
-            return x
-        logits = self.head(self.final_norm(x))
+            return _added(x, branch)
+        logits = self.head(self.final_norm(x, branch)[1])
         if labels is None:
             return logits.transpose(0, 1)
         return cross_entropy(logits, labels.t(), self.tp, token_losses=self.token_losses).t()
@@ -134,3 +140,7 @@ class Samba(nn.Module):
             positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(1)
         rotary = rotary_tables(positions.unsqueeze(2), head_dim=self.config.head_dim, base=self.config.rope_base)
         return SequenceContext(rotary=rotary, cp=self.cp, documents=documents)
+
+
+def _added(x: Tensor, branch: Tensor | None) -> Tensor:
+    return x if branch is None else x + branch

@@ -23,7 +23,12 @@ class MicroBatch(NamedTuple):
 
     def on_rank(self, world: World) -> "MicroBatch":
         """This rank's part of a micro-batch of whole sequences, on its device."""
-        return MicroBatch(*(None if t is None else world.context.part(t).to(world.device) for t in self))
+        return MicroBatch(*(None if t is None else _to_device(world.context.part(t), world.device) for t in self))
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From page-locked memory, of which a copy does not wait for what the device is at."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Part(nn.Module):

@@ -75,15 +75,19 @@ class World:
 
     def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks that hold the same weights."""
+        if self.replica_size == 1:
+            return value
         value = value.clone()
         dist.all_reduce(value, group=self.replica_group)
         return value
 
-    def largest(self, number: int) -> torch.Tensor:
-        """The largest of all ranks' numbers, int64 [] on the device: no rank waits for it before it is read."""
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers. Several ranks wait for it; a process alone has nothing to wait for."""
+        if self.size == 1:
+            return number
         value = torch.full((), number, dtype=torch.int64, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return value
+        return int(value)
 
     def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
         """The last pipeline stage's value of a tensor, on all stages."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sambalm.parallel.linear import linear, linear_parts
 from sambalm.parallel.megatron import tensor_parallel
 from sambalm.parallel.sharding import Cut, Init, equal_cut, sharded_parameter
 from sambalm.parallel.state import TensorParallel
@@ -56,12 +57,11 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Ten
     Returns:
         [sequence, batch, out / tp] in x's dtype.
     """
-    weight = weight.to(x.dtype)
     if tp.size == 1:
-        return F.linear(x, weight)
+        return linear(x, weight)
     return tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
         x.contiguous(),
-        weight,
+        weight.to(x.dtype),
         None,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=not tp.sequence,
@@ -70,33 +70,11 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Ten
     )
 
 
-class _LinearInParts(torch.autograd.Function):
-    """x @ weight.T cut into parts. The backward takes their gradients as they lie, without joining them first."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
-        return F.linear(x, weight).split(sizes, dim=-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
-        grad_x, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
-        weights, found = weight.split(ctx.sizes), grad_weight.split(ctx.sizes)
-        for number, gradient in enumerate(gradients):
-            gradient = gradient.reshape(-1, gradient.shape[-1])
-            torch.addmm(grad_x, gradient, weights[number], beta=min(number, 1), out=grad_x)
-            torch.mm(gradient.t(), rows, out=found[number])
-        return grad_x.view_as(x), grad_weight, None
-
-
-def column_parallel_parts(x: Tensor, weight: Tensor, tp: TensorParallel, *, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """`column_parallel_linear`, its result cut into parts of so many of the rank's features."""
+def column_parallel_parts(x: Tensor, *weights: Tensor, tp: TensorParallel, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """`column_parallel_linear` with weights one below the other, cut into parts of so many of the rank's features."""
     if tp.size == 1:
-        return _LinearInParts.apply(x, weight.to(x.dtype), sizes)
+        return linear_parts(x, *weights, sizes=sizes)
+    weight = torch.cat([weight.to(x.dtype) for weight in weights]) if len(weights) > 1 else weights[0]
     return column_parallel_linear(x, weight, tp).split(sizes, dim=-1)
 
 
@@ -116,7 +94,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
-        return column_parallel_parts(x, self.weight, self.tp, sizes=self.local_sizes)
+        return column_parallel_parts(x, self.weight, tp=self.tp, sizes=self.local_sizes)
 
     def whole(self, x: Tensor) -> Tensor:
         """The same as one tensor, the parts one after the other in its last dimension."""
@@ -133,7 +111,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""
-        partial = F.linear(x, self.weight.to(x.dtype))
+        partial = linear(x, self.weight)
         if self.tp.sequence:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
         return reduce_from_region(partial, self.tp)

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO: the engine around a model, and the whole tensors behind its partitions.
 
+Ranks that hold the only replica of their weights run the engine without ZeRO (`single_replica`), whatever the stage.
 Parameters are fp32 under every stage (layers cast them at use), so DeepSpeed is run without its own mixed precision:
 gradients are accumulated and reduced in fp32, and Mamba's A_log, D and dt bias are never rounded.
 """
@@ -18,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from sambalm.parallel.single_replica import clip_before_steps
 from sambalm.parallel.state import World
 
 Engine = deepspeed.DeepSpeedEngine
@@ -66,21 +68,25 @@ def zero_engine(
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    pipelined = world.pipeline.size > 1
+    pipelined, shared = world.pipeline.size > 1, world.replica_size > 1
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": not pipelined,
-        "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": zero_stage},
+        "gradient_clipping": clip_norm if shared else 0.0,
+        "zero_optimization": {"stage": zero_stage if shared else 0},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
     }
     model = nn.ModuleList(parts) if pipelined else parts[0]
+    optimizer = make_optimizer(model)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=make_optimizer(model), config=config, mpu=MegatronUnit, dist_init_required=False
+        model=model, optimizer=optimizer, config=config, mpu=MegatronUnit, dist_init_required=False
     )
-    _create_moments(engine, done_steps=done_steps)
+    if not shared:
+        engine.enable_backward_allreduce = False  # it would join all gradients into one buffer first
+        clip_before_steps(optimizer, max_norm=clip_norm)
+    _create_moments(engine, optimizer, done_steps=done_steps)
     return engine
 
 
@@ -89,38 +95,55 @@ def set_accumulation(engine: Engine, micro_batches: int) -> None:
     engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
 
 
-def _create_moments(engine: Engine, *, done_steps: int) -> None:
+def _create_moments(engine: Engine, optimizer: torch.optim.Optimizer, *, done_steps: int) -> None:
     """Makes the state that AdamW would make at its first step.
 
     Stages 1 and 2 would link parameters to that state after the first parameter group's first step, when the other
     groups have none yet; here it is all there.
     """
-    zero = engine.optimizer
-    stage3 = engine.zero_optimization_stage() == 3
-    for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
-        step = torch.tensor(float(done_steps), device=flat.device)
-        zero.optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
-    if not stage3:
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        held = list(engine.module.parameters())
+    else:
+        held = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    for tensor in held:
+        step = torch.tensor(float(done_steps), device=tensor.device)
+        optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
+    if stage == 0:
+        for parameter in held:
+            parameter.moments = optimizer.state[parameter]
+    elif stage < 3:
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
     """A parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
+    if _is_whole(parameter):
+        return parameter.detach()
     return safe_get_full_fp32_param(parameter)
 
 
 def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
     """One of MOMENTS for a parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
+    if _is_whole(parameter):
+        return parameter.moments[key]
     return safe_get_full_optimizer_state(parameter, key)
 
 
 def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:
     """Stores this rank's share of a whole moment (the shape of the rank's parameter)."""
-    if hasattr(parameter, "ds_id"):
+    if _is_whole(parameter):
+        parameter.moments[key].copy_(value)
+    elif hasattr(parameter, "ds_id"):
         share = _stage3_share(parameter, value)
         deepspeed.utils.safe_set_local_optimizer_state(parameter, share, key)
     else:
         deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _is_whole(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds the only replica of a parameter."""
+    return hasattr(parameter, "moments")
 
 
 def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -132,6 +155,6 @@ def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return padded[start : start + length]
 
 
-def gradient_norm(engine: Engine) -> float:
-    """Norm of the whole model's gradient before clipping, of the step just taken."""
-    return float(engine.get_global_grad_norm())
+def gradient_norm(engine: Engine) -> Tensor:
+    """Norm of the whole model's gradient before clipping, of the step just taken; [], anywhere."""
+    return torch.as_tensor(engine.get_global_grad_norm())

@@ -6,6 +6,7 @@ backward, by the list of kernels that PyTorch launches: a cast from bf16 to fp32
 
 from dataclasses import dataclass
 
+from sambalm.model.ops.cuda_scan_sizes import D_STATES
 from sambalm.pretrain.config import RunConfig
 
 KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
@@ -31,7 +32,8 @@ AUTO = {"scan": "cuda", "conv": "cuda", "attention": "flex", "norm": "compiled",
 def planned_kernels(config: RunConfig) -> KernelNames:
     """What a run on GPUs computes with."""
     chosen = {operation: name for operation, name in config.kernels.model_dump().items() if name != "auto"}
-    return KernelNames(**AUTO | chosen)
+    fallen_back = {"scan": "torch"} if config.model.d_state > max(D_STATES) else {}
+    return KernelNames(**AUTO | fallen_back | chosen)
 
 
 @dataclass(frozen=True)

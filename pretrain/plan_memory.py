@@ -200,7 +200,7 @@ def _rank_memory(
         for kind, kept in _part_saved_bytes(config, parts[number], sublayers, kernels=kernels).items():
             saved[kind] += forwards * kept
     moments = [_workspace_moments(config, part, sublayers, kernels=kernels) for part in parts]
-    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES
+    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES if world_size > parallel.tensor * parallel.pipeline else 0
     late = 0
     if config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1:
         # Without gradients of an earlier micro-batch: they come, and the bucket with the first, after the loss's.
@@ -221,13 +221,14 @@ def _state_bytes(config: RunConfig, *, stage: int, world_size: int) -> tuple[int
     parallel, parameters = config.parallel, stage_parameters(config, stage)
     whole = parameters * FP32_BYTES
     share = math.ceil(whole / (world_size // (parallel.tensor * parallel.pipeline)))
+    if share == whole:  # no replicas, and so no ZeRO (parallel/single_replica.py)
+        return whole, whole, 2 * whole
     optimizer = 3 * share  # the partition that the optimizer steps, and two moments
     if parallel.zero_stage == 1:
         return whole, whole, optimizer
     if parallel.zero_stage == 2:
         return whole, share, optimizer
-    gathered = min(whole, MAX_LIVE_PARAMETERS * FP32_BYTES) if share < whole else 0
-    return share + gathered, share, optimizer
+    return share + min(whole, MAX_LIVE_PARAMETERS * FP32_BYTES), share, optimizer
 
 
 def chunks_in_flight(config: RunConfig, *, stage: int, world_size: int) -> list[int]:
@@ -311,8 +312,6 @@ def _mamba_bytes(config: RunConfig, size: LocalSizes, kernels: KernelNames, insi
     # x and z are one tensor: it stays whole for a kernel that keeps either.
     keeps_z = kernels.scan == "cuda" or (kernels.scan == "torch" and not narrow) or not inside
     total += a * T * 2 * D if keeps_z or kernels.conv != "torch" else 0
-    # PyTorch's convolution has batches first, so that x_proj keeps a copy beside what such a kernel keeps.
-    total += a * T * D if keeps_z and kernels.conv == "torch" and config.train.micro_batch_size > 1 else 0
     if not inside:
         return total + a * T * D  # dt
     return total + _state_bytes_of(config, D, kernels=kernels) + _scan_bytes(config, D, kernels)

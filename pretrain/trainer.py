@@ -22,7 +22,8 @@ from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import DTYPES, RunConfig
 from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.metrics import RunReport, StepResult
+from sambalm.pretrain.launched_step import LaunchedStep
+from sambalm.pretrain.metrics import RunReport
 from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
     Training,
@@ -92,19 +93,28 @@ class Trainer:
         steps, validation = self.config.train.steps, self.config.validation
         with RunReport(self.config, world=self.world, done_steps=self.step) as report, closing(self.loader):
             self.signals.training_starts()
+            unread, end_s = None, 0.0  # a step that the device may still be at, and the end of the one before it
             while self.step < steps:
-                result, request = self._train_step()
-                self.step += 1
+                launched, request = self._launch_step()
+                if unread:  # only now, so that the device always has work
+                    result, end_s = unread.finish(previous_end_s=end_s)
+                    report.step(unread.number, result, {})
+                unread = launched
                 validate = self.step == steps or self.step % validation.every_steps == 0
-                report.step(self.step, result, self.validator.losses(self.training.execution) if validate else {})
-                if request or self.step == steps or self.step % self.config.checkpoint.every_steps == 0:
+                save = request or self.step == steps or self.step % self.config.checkpoint.every_steps == 0
+                if validate or save or launched.is_finished:
+                    result, end_s = launched.finish(previous_end_s=end_s)
+                    losses = self.validator.losses(self.training.execution) if validate else {}
+                    report.step(launched.number, result, losses)
+                    unread = None
+                if save:
                     self._save()
                 if request in LEAVING and self.step < steps:
                     return LEAVING[request]
         return ExitCode.FINISHED
 
-    def _train_step(self) -> tuple[StepResult, Request]:
-        """One optimizer step over the global batch, and what any rank was asked for by its end."""
+    def _launch_step(self) -> tuple[LaunchedStep, Request]:
+        """One optimizer step over the global batch, and what any rank was asked for before its end."""
         start_s = time.perf_counter()
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
@@ -115,20 +125,19 @@ class Trainer:
         micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
         loss = self.training.execution.train_step([self._micro_batch() for _ in range(micro_batches)])
         mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
-        request = self.world.largest(self._asked())
-        # Reading these is the step's one wait for the device.
-        loss_value, request_value = torch.stack([mean_loss.double(), request.double()]).tolist()
         self.samples += batch_samples
+        self.step += 1
         length = self.config.data.sequence_length
-        result = StepResult(
+        launched = LaunchedStep.launch(
+            number=self.step,
             tokens=self.samples * length,
             batch_tokens=batch_samples * length,
-            loss=loss_value,
-            grad_norm=gradient_norm(self.training.engine),
             lr=lr,
-            step_time_s=time.perf_counter() - start_s,
+            start_s=start_s,
+            loss=mean_loss,
+            norm=gradient_norm(self.training.engine),
         )
-        return result, Request(int(request_value))
+        return launched, Request(self.world.largest(self._asked()))
 
     def _asked(self) -> Request:
         """What this rank is asked for."""
@@ -158,6 +167,7 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
     kernels = config.kernels.build(
         device=world.device,
         dtype=dtype,
+        d_state=config.model.d_state,
         initial_states=parallel.context > 1,
         resets=config.data.reset_at_document,
     )

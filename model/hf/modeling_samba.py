@@ -152,13 +152,12 @@ class SambaMamba(nn.Module):
         """The convolution's output [B, S, D] and its last conv_kernel - 1 real inputs [B, conv_kernel - 1, D]."""
         taps_before = self.conv1d.kernel_size[0] - 1
         state = None if state_BDT is None else state_BDT.transpose(1, 2)
-        u_BSD, last = causal_conv_silu(x_BSD, self.conv1d.weight.squeeze(1), self.conv1d.bias, state)
-        if padding:
-            if state is None:
-                state = x_BSD.new_zeros(x_BSD.shape[0], taps_before, x_BSD.shape[2])
-            places = padding.counts[:, None] + torch.arange(taps_before, device=x_BSD.device)
-            last = torch.cat((state, x_BSD), dim=1).take_along_dim(places[..., None], dim=1)
-        return u_BSD, last
+        u_BSD = causal_conv_silu(x_BSD, self.conv1d.weight.squeeze(1), self.conv1d.bias, state)
+        if state is None:
+            state = x_BSD.new_zeros(x_BSD.shape[0], taps_before, x_BSD.shape[2])
+        counts = padding.counts[:, None] if padding else x_BSD.shape[1]
+        places = counts + torch.arange(taps_before, device=x_BSD.device).expand(x_BSD.shape[0], -1)
+        return u_BSD, torch.cat((state, x_BSD), dim=1).take_along_dim(places[..., None], dim=1)
 
 
 def _carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:

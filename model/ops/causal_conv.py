@@ -12,7 +12,7 @@ def causal_conv_silu(
     initial_state: Tensor | None = None,
     *,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """SiLU of a depthwise convolution in which each output sees its own input and the d_conv - 1 before it.
 
     Args:
@@ -22,8 +22,7 @@ def causal_conv_silu(
         resets: bool [batch, length], True for tokens that do not see what is before them; none when None.
 
     Returns:
-        The output [batch, length, channels] in x's dtype, and the last d_conv - 1 inputs (the next call's
-        initial_state), zeros where a later token is a reset.
+        [batch, length, channels] in x's dtype.
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
@@ -37,7 +36,7 @@ def causal_conv_silu(
         if resets is not None:
             seen = seen.masked_fill(_resets_within(resets, taps - 1 - tap).unsqueeze(-1), 0)
         output = torch.addcmul(output, seen, weight[:, tap])
-    return F.silu(output), last_inputs(padded, resets, taps=taps)
+    return F.silu(output)
 
 
 def _resets_within(resets: Tensor, tokens: int) -> Tensor:
@@ -46,14 +45,3 @@ def _resets_within(resets: Tensor, tokens: int) -> Tensor:
     for back in range(min(tokens, resets.shape[1])):
         found[:, back:] |= resets[:, : resets.shape[1] - back]
     return found
-
-
-def last_inputs(x: Tensor, resets: Tensor | None, *, taps: int) -> Tensor:
-    """The last taps - 1 of x [batch, at least that, channels], zeros before the last reset among them."""
-    tail = x[:, max(0, x.shape[1] - taps + 1) :]
-    if resets is None:
-        return tail
-    flags = resets[:, -(taps - 1) :]
-    flags = F.pad(flags, (tail.shape[1] - flags.shape[1], 0))
-    after = flags.flip(1).cumsum(1).flip(1) - flags.long()  # resets later than each input
-    return tail.masked_fill((after > 0).unsqueeze(-1), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sambalm.model.ops.causal_conv import last_inputs
+from sambalm.model.ops.cuda_scan_sizes import why_too_large
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.elementwise import why_not_compiled
 
@@ -18,9 +18,10 @@ _MODULES = {
     # PyPI's `apex` is another project; NVIDIA's is the one with this module.
     "apex": "apex.normalization.fused_layer_norm",
     "cuda": "cuda.bindings.nvrtc",
+    "cudnn": "cudnn",  # nvidia-cudnn-frontend
 }
-_HALF_ONLY = ("flash-attn", "torch-flash", "flex")
-_COMPILED = ("compiled", "flex")
+_HALF_ONLY = ("cudnn", "flash-attn", "torch-flash", "flex")
+_COMPILED = ("compiled", "cudnn", "flex")  # cudnn for the shapes that it leaves to flex
 
 
 class KernelError(Exception):
@@ -35,12 +36,13 @@ class Circumstances:
 
     device: torch.device
     dtype: torch.dtype  # of activations
+    d_state: int = 16  # states of a channel that the scan holds
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether states must be dropped at the beginnings of documents
 
 
-def why_unavailable(name: str, where: Circumstances) -> str | None:
-    """Why the named implementation cannot run in these circumstances; None when it can."""
+def why_unavailable(operation: str, name: str, where: Circumstances) -> str | None:
+    """Why the named implementation of an operation cannot run in these circumstances; None when it can."""
     if name == "torch":
         return None
     if where.device.type != "cuda":
@@ -51,8 +53,13 @@ def why_unavailable(name: str, where: Circumstances) -> str | None:
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
-    if name in _COMPILED:
-        return why_not_compiled()
+    if (operation, name) == ("scan", "cuda"):
+        block_memory_bytes = torch.cuda.get_device_properties(where.device).shared_memory_per_block_optin
+        reason = why_too_large(where.dtype, where.d_state, block_memory_bytes=block_memory_bytes)
+        if reason:
+            return reason
+    if name in _COMPILED and (reason := why_not_compiled()):
+        return reason
     if name in _MODULES:
         try:
             importlib.import_module(_MODULES[name])
@@ -89,15 +96,13 @@ def mamba_ssm_scan(
     return y.transpose(1, 2), state
 
 
-def causal_conv1d_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
     """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
     documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
     y = _function("causal-conv1d", "causal_conv1d_fn")(
         x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
     )
-    return y.transpose(1, 2), last_inputs(x, resets, taps=weight.shape[1])
+    return y.transpose(1, 2)
 
 
 def flash_attn_window(
@@ -127,6 +132,8 @@ def torch_flash_window(
     return y.reshape(q.shape).transpose(1, 2)
 
 
-def apex_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """NVIDIA apex's fused RMSNorm."""
-    return _function("apex", "fused_rms_norm_affine")(x, weight.to(x.dtype), (x.shape[-1],), eps)
+def apex_add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """NVIDIA apex's fused RMSNorm, after a sum of its own."""
+    if branch is not None:
+        x = x + branch
+    return x, _function("apex", "fused_rms_norm_affine")(x, weight.to(x.dtype), (x.shape[-1],), eps)

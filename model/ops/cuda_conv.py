@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from sambalm.model.ops.causal_conv import last_inputs
 from sambalm.model.ops.cuda_memory import EIGHT, INPUTS, aligned, filled_up, sequence_first, strides
 from sambalm.model.ops.nvrtc import Kernel, kernel
 
@@ -13,16 +12,12 @@ STEPS, WARPS = 32, 4  # tokens of a thread, and warps of a block, which follow e
 WARP_CHANNELS = 32 * EIGHT
 
 
-def cuda_causal_conv_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`causal_conv.causal_conv_silu` on a GPU, from zero: the same arguments and results; sums are fp32."""
+def cuda_causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
+    """`causal_conv.causal_conv_silu` on a GPU, from zero: the same arguments and result; sums are fp32."""
     more = -x.shape[2] % EIGHT
     flags = None if resets is None else resets.to(torch.uint8).contiguous()
-    taps, padded = weight.shape[1], filled_up(x, more)
     weight, bias = filled_up(weight.float(), 0, more).contiguous(), filled_up(bias.float(), more).contiguous()
-    y = _Conv.apply(aligned(padded), weight, bias, flags)[..., : x.shape[2]]
-    return y, last_inputs(x, resets, taps=taps)
+    return _Conv.apply(aligned(filled_up(x, more)), weight, bias, flags)[..., : x.shape[2]]
 
 
 def _kernel(name: str, x: Tensor, weight: Tensor) -> Kernel:

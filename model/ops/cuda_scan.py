@@ -23,11 +23,17 @@ from sambalm.model.ops.cuda_memory import (
     sequence_first,
     strides,
 )
+from sambalm.model.ops.cuda_scan_sizes import (
+    D_STATES,
+    TILE_TOKENS,
+    WARP_CHANNELS,
+    backward_shared_bytes,
+    compiled_states,
+    state_bytes,
+    tensor_sums,
+    warps_of_a_block,
+)
 from sambalm.model.ops.nvrtc import Kernel, kernel
-
-TILE_TOKENS = 16
-WARP_CHANNELS = 16
-D_STATES = (16, 32, 64)  # what the kernels are compiled for; others are filled up with zeros
 
 # A multiprocessor is busy with this many warps; below the share of it, time is cut into segments.
 WARPS_PER_MULTIPROCESSOR = 12
@@ -50,7 +56,8 @@ def cuda_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.gated_selective_scan` on a GPU: the same arguments and results, at most 64 states.
 
-    With 16-bit inputs the backward takes states rounded to bf16; everything else is computed in fp32.
+    With 16-bit inputs the backward takes states rounded to bf16, and with up to 16 states sums the gradients of B and C
+    over channels in TF32; everything else is computed in fp32.
     Raises KernelError for more states.
     """
     channels, states = A.shape
@@ -59,7 +66,7 @@ def cuda_selective_scan(
             f"model.d_state is {states} and the scan 'cuda' holds at most {max(D_STATES)}: set kernels.scan to "
             "'mamba-ssm' or 'torch'"
         )
-    more_channels, more_states = -channels % EIGHT, next(n for n in D_STATES if n >= states) - states
+    more_channels, more_states = -channels % EIGHT, compiled_states(states) - states
     u, dt, z = (filled_up(t, more_channels) for t in (u, dt.to(u.dtype), z.to(u.dtype)))
     A = filled_up(A.float(), more_states, more_channels)
     BC = torch.cat([filled_up(t, more_states) for t in (B, C)], dim=-1).float()
@@ -106,8 +113,8 @@ class _Shape:
 
     @property
     def warps(self) -> int:
-        """Of a block; four tiles of 64 states would not fit into shared memory."""
-        return 2 if self.states == 64 else 4
+        """Of a block."""
+        return warps_of_a_block(self.states)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -122,27 +129,21 @@ class _Shape:
     @property
     def state_bytes(self) -> int:
         """Of a warp's states before a tile."""
-        return WARP_CHANNELS * self.states * (4 if self.dtype == torch.float32 else 2)
+        return state_bytes(self.dtype, self.states)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         return self.length, self.channels, self.segments, self.segment_tiles
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
-        compact = self.dtype != torch.float32 and self.states == 16
         defines = {
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
             "ENDS": int(ends),
             "WARPS": self.warps,
-            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if compact else 1,
+            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if tensor_sums(self.dtype, self.states) else 1,
         }
-        # BackwardShared: projections in two turns, two floats a channel; for each step 18 float4 and the states, and
-        # the states before the tile besides.
-        rows = TILE_TOKENS + 1
-        warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + rows * self.state_bytes
-        backward_bytes = 2 * (2 * rows * 256 + 64) + self.warps * warp_bytes
-        shared_bytes = backward_bytes if name == "scan_backward" else 0
+        shared_bytes = backward_shared_bytes(self.dtype, self.states) if name == "scan_backward" else 0
         return kernel(name, "elements.cuh", "scan_common.cuh", f"{name}.cu", defines=defines, shared_bytes=shared_bytes)
 
     def at_segments(

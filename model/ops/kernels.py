@@ -13,18 +13,19 @@ from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda_scan import cuda_selective_scan
+from sambalm.model.ops.cudnn_window import cudnn_window
 from sambalm.model.ops.elementwise import Elementwise
 from sambalm.model.ops.flex_window import flex_window
-from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.rms_norm import add_rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import window_attention
 from sambalm.parallel.recompute import recomputed
 
 # Arguments, shapes and dtypes of a kernel are those of its PyTorch reference.
 ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
-ConvKernel = Callable[..., tuple[Tensor, Tensor]]  # causal_conv.causal_conv_silu, without initial_state
+ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
-NormKernel = Callable[..., Tensor]  # rms_norm.rms_norm
+NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -54,30 +55,37 @@ class KernelConfig(BaseModel):
     conv: Literal["auto", "torch", "cuda", "causal-conv1d"] = Field(
         "auto", description="Mamba's causal convolution; cuda is this project's own kernel"
     )
-    attention: Literal["auto", "torch", "flex", "torch-flash", "flash-attn"] = Field(
+    attention: Literal["auto", "torch", "cudnn", "flex", "torch-flash", "flash-attn"] = Field(
         "auto",
-        description="Sliding-window attention; flex is PyTorch's flex_attention, torch-flash the flash kernel inside "
-        "its CUDA build",
+        description="Sliding-window attention; cudnn is NVIDIA's, through nvidia-cudnn-frontend, flex PyTorch's "
+        "flex_attention, torch-flash the flash kernel inside its CUDA build",
     )
     norm: Literal["auto", "torch", "compiled", "apex"] = Field(
-        "auto", description="RMSNorm; compiled is PyTorch's, fused by torch.compile"
+        "auto", description="RMSNorm with the residual sum before it; compiled is PyTorch's, fused by torch.compile"
     )
     elementwise: Literal["auto", "torch", "compiled"] = Field(
         "auto", description="SwiGLU, rotary positions and losses; compiled fuses each by torch.compile"
     )
 
     def build(
-        self, *, device: torch.device, dtype: torch.dtype, initial_states: bool = False, resets: bool = False
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        d_state: int = 16,
+        initial_states: bool = False,
+        resets: bool = False,
     ) -> Kernels:
         """
         Args:
+            d_state: states of a channel that the scan holds.
             initial_states: whether the scan must start from given states.
             resets: whether states must be dropped at the beginnings of documents.
 
         Raises:
             KernelError: a kernel is asked for that cannot run here.
         """
-        where = cuda.Circumstances(device, dtype, initial_states, resets)
+        where = cuda.Circumstances(device, dtype, d_state, initial_states, resets)
         chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
         functions = {operation: _function(operation, name) for operation, name in chosen.items()}
         return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
@@ -88,12 +96,13 @@ _IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "scan": {"cuda": cuda_selective_scan, "mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
     "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "cuda": cuda_causal_conv_silu, "torch": causal_conv_silu},
     "attention": {
+        "cudnn": cudnn_window,
         "flex": flex_window,
         "flash-attn": cuda.flash_attn_window,
         "torch-flash": cuda.torch_flash_window,
         "torch": window_attention,
     },
-    "norm": {"compiled": partial(torch.compile, rms_norm), "apex": cuda.apex_rms_norm, "torch": rms_norm},
+    "norm": {"compiled": partial(torch.compile, add_rms_norm), "apex": cuda.apex_add_rms_norm, "torch": add_rms_norm},
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
 }
 
@@ -101,7 +110,7 @@ TORCH_KERNELS = Kernels(
     scan=gated_selective_scan,
     conv=causal_conv_silu,
     attention=window_attention,
-    norm=rms_norm,
+    norm=add_rms_norm,
     elementwise=Elementwise(),
     names=("torch",),
 )
@@ -114,10 +123,10 @@ def _function(operation: str, name: str) -> Any:
 
 def _choose(operation: str, name: str, where: cuda.Circumstances) -> str:
     if name != "auto":
-        reason = cuda.why_unavailable(name, where)
+        reason = cuda.why_unavailable(operation, name, where)
         if reason:
             raise cuda.KernelError(
                 f"kernels.{operation} is {name!r}, which cannot run here ({reason}): use 'auto' or 'torch'"
             )
         return name
-    return next(name for name in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(name, where))
+    return next(name for name in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(operation, name, where))

@@ -1,8 +1,15 @@
-"""Root-mean-square normalisation in plain PyTorch."""
+"""Root-mean-square normalisation of the residual stream in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch (x itself for None) and its `rms_norm`: both in x's dtype and shape."""
+    if branch is not None:
+        x = x + branch
+    return x, rms_norm(x, weight, eps=eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Every CUDA kernel that can be chosen, against the PyTorch reference in float64: forward and every gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.elementwise import swiglu
 from sambalm.model.ops.kernels import KernelConfig
-from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.rms_norm import add_rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan
 from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
 
@@ -22,7 +24,7 @@ CONV_SIZES = [(2, 512, 256), (3, 77, 96), (1, 3, 64), (2, 300, 1304)]
 
 
 def kernel(operation, name):
-    reason = cuda.why_unavailable(name, cuda.Circumstances(DEVICE, torch.bfloat16))
+    reason = cuda.why_unavailable(operation, name, cuda.Circumstances(DEVICE, torch.bfloat16))
     if reason:
         pytest.skip(f"{name}: {reason}")
     return getattr(KernelConfig(**{operation: name}).build(device=DEVICE, dtype=torch.bfloat16), operation)
@@ -75,7 +77,7 @@ def test_scan(name, batch, length, channels):
 def test_conv(name, batch, length, channels):
     conv = kernel("conv", name)
     inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
-    check(lambda *t: conv(*t)[0], lambda *t: causal_conv_silu(*t)[0], inputs, fp32=(1, 2))
+    check(conv, causal_conv_silu, inputs, fp32=(1, 2))
 
 
 def documents(batch, length):
@@ -90,10 +92,10 @@ def documents(batch, length):
 def test_conv_of_packed_documents(name, batch, length, channels):
     conv, resets = kernel("conv", name), documents(batch, length).resets
     inputs = (torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels))
-    check(*(lambda *t, f=f: f(*t, resets=resets)[0] for f in (conv, causal_conv_silu)), inputs, fp32=(1, 2))
+    check(*(partial(f, resets=resets) for f in (conv, causal_conv_silu)), inputs, fp32=(1, 2))
 
 
-@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "queries", "before", "window"),
     [(12, 12, 128, 700, 0, 256), (11, 1, 256, 333, 60, 100), (4, 2, 64, 130, 255, 256), (4, 2, 64, 130, 500, 256)],
@@ -106,7 +108,7 @@ def test_attention_of_packed_documents(name, heads, kv_heads, head_dim, queries,
     check(*run, [torch.randn(shape) for shape in shapes])
 
 
-@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "length", "window"),
     [(12, 12, 128, 700, 256), (11, 1, 256, 333, 100), (32, 4, 64, 600, 2048), (18, 18, 128, 513, 64)],
@@ -122,7 +124,7 @@ def test_attention(name, heads, kv_heads, head_dim, length, window):
     check(run(attention), run(window_attention), [torch.randn(shape) for shape in shapes])
 
 
-@pytest.mark.parametrize("name", ["flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
 @pytest.mark.parametrize("before", [1, 63, 255])
 def test_attention_with_keys_from_before_the_first_query(name, before):
     attention = kernel("attention", name)
@@ -132,10 +134,15 @@ def test_attention_with_keys_from_before_the_first_query(name, before):
 
 
 @pytest.mark.parametrize("name", ["compiled", "apex"])
-def test_norm(name):
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_norm(name, has_branch):
     norm = kernel("norm", name)
-    run = [lambda x, w, f=f: f(x, w, eps=1e-5) for f in (norm, rms_norm)]
-    check(*run, (torch.randn(64, 3, 1536), torch.rand(1536) + 0.5), fp32=(1,))
+    inputs = [torch.randn(64, 3, 1536), torch.randn(64, 3, 1536) / 8, torch.rand(1536) + 0.5]
+    if has_branch:
+        run = [lambda x, y, w, f=f: f(x, y, w, eps=1e-5) for f in (norm, add_rms_norm)]
+    else:
+        run, inputs = [lambda x, w, f=f: f(x, None, w, eps=1e-5) for f in (norm, add_rms_norm)], inputs[::2]
+    check(*run, inputs, fp32=(len(inputs) - 1,))
 
 
 def test_compiled_swiglu():

@@ -10,7 +10,7 @@ from sambalm.model.ops import selective_scan as scan_module
 from sambalm.model.ops.causal_conv import causal_conv_silu
 from sambalm.model.ops.cuda import KernelError
 from sambalm.model.ops.cuda_scan import cuda_selective_scan
-from sambalm.model.ops.rms_norm import rms_norm
+from sambalm.model.ops.rms_norm import add_rms_norm, rms_norm
 from sambalm.model.ops.selective_scan import gated_selective_scan, selective_scan
 from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
 
@@ -123,10 +123,10 @@ def test_conv_equals_the_definition(length, taps):
     def reference(x, weight, bias, state):
         padded = torch.cat((state, x), 1)
         y = torch.stack([(padded[:, t : t + taps] * weight.t()).sum(1) + bias for t in range(length)], 1)
-        return F.silu(y), padded[:, -(taps - 1) :]
+        return [F.silu(y)]
 
     inputs = (torch.randn(2, length, 5), torch.randn(5, taps), torch.randn(5), torch.randn(2, taps - 1, 5))
-    check(causal_conv_silu, reference, inputs, tolerance=1e-5)
+    check(lambda *t: [causal_conv_silu(*t)], reference, inputs, tolerance=1e-5)
 
 
 def dense_attention(q, k, v, *, window):
@@ -209,6 +209,15 @@ def test_rotary_scores_depend_on_distance_alone():
     scores = q @ k.t()
     torch.testing.assert_close(scores[10:, 10:], scores[:-10, :-10], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(scores[0, 1], scores[0, 2], rtol=1e-3)
+
+
+def test_add_rms_norm_equals_the_definition():
+    def reference(x, branch, w):
+        total = x + branch
+        return [total, total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w]
+
+    inputs = (torch.randn(3, 7, 33), torch.randn(3, 7, 33), torch.randn(33))
+    check(lambda x, branch, w: add_rms_norm(x, branch, w, eps=1e-5), reference, inputs, tolerance=1e-5)
 
 
 def test_rms_norm_equals_the_definition():

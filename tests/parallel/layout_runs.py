@@ -101,7 +101,7 @@ def steps_on_rank(values: dict, steps: int = STEPS, mistake: Callable[[pytest.Mo
         for step in range(steps):
             loss = training.execution.train_step(batches(step, config=config, world=world))
             losses.append((world.sum_over_replicas(loss) / world.replica_size).item())
-            norms.append(gradient_norm(training.engine))
+            norms.append(float(gradient_norm(training.engine)))
             if step == 0:
                 gradients = _first_gradients(training.parts, norm=norms[0], optimizer=config.optimizer)
     return Steps(losses, norms, gradients)

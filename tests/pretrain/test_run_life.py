@@ -214,12 +214,12 @@ CRASH = """
 import os, sys
 from sambalm.pretrain import trainer
 from sambalm.pretrain.config import load_config
-real = trainer.Trainer._train_step
+real = trainer.Trainer._launch_step
 def crash(self):
     if self.step == int(sys.argv[2]):
         os.kill(os.getpid(), 9)
     return real(self)
-trainer.Trainer._train_step = crash
+trainer.Trainer._launch_step = crash
 sys.exit(trainer.train(load_config(__import__("pathlib").Path(sys.argv[1]))))
 """
 

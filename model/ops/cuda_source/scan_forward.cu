@@ -1,4 +1,5 @@
-// y of a channel and step, and its decay and input before: two floats a channel, padded against bank conflicts.
+// Two parts of y of a channel and step, and its decay and input before: two floats a channel, padded against bank
+// conflicts.
 struct ForwardRow { float2 channel[WARP_CHANNELS + 2]; };
 
 // The recurrence through a tile, some steps at a time: their writes come after their reads, which the compiler could not
@@ -9,6 +10,8 @@ __device__ __forceinline__ void walk_tile(
 {
     constexpr int STEPS = CH > 2 ? 2 : 4;
     const int copy = at.r & (COPIES - 1);
+    // Lanes whose q differ by CH have sums over half the states each, which are added when y is used.
+    float* part = reinterpret_cast<float*>(&slot->channel[at.channel(0)]) + (at.q < CH ? 0 : 1);
     for (int first = 0; first < TILE; first += STEPS) {
         float y[STEPS][CH];
 #pragma unroll
@@ -35,15 +38,10 @@ __device__ __forceinline__ void walk_tile(
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
-                for (int i = 0; i < m; ++i) y[k][i] += across(y[k][i + m], m);
+                for (int i = 0; i < m; ++i) y[k][i] += across_states(y[k][i + m], m);
         }
 #pragma unroll
-        for (int m = CH; m < Q; m *= 2)
-#pragma unroll
-            for (int k = 0; k < STEPS; ++k) y[k][0] += across(y[k][0], m);
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k)
-            if (at.q < CH) slot[first + k].channel[at.channel(0)].x = y[k][0];
+        for (int k = 0; k < STEPS; ++k) part[(first + k) * int(sizeof(ForwardRow) / sizeof(float))] = y[k][0];
     }
 }
 
@@ -139,8 +137,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
 #pragma unroll
         for (int k = 0; k < 8; k += 2) {
             const float4 pair = *reinterpret_cast<const float4*>(&slot[row].channel[8 * half + k]);
-            result[k] = (pair.x + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
-            result[k + 1] = (pair.z + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
+            result[k] = (pair.x + pair.y + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
+            result[k + 1] = (pair.z + pair.w + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
         }
         if (here) store_at(out, now, result);
         __syncwarp();

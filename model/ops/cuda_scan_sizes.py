@@ -1,0 +1,53 @@
+"""What our CUDA scan (cuda_scan.py) needs of a device, known before anything is compiled."""
+
+import torch
+
+TILE_TOKENS = 16
+WARP_CHANNELS = 16
+D_STATES = (16, 32, 64)  # what the kernels are compiled for; others are filled up with zeros
+
+
+def compiled_states(d_state: int) -> int:
+    """The states of the kernel that runs `d_state` of them; at most 64."""
+    return next(n for n in D_STATES if n >= d_state)
+
+
+def warps_of_a_block(states: int) -> int:
+    """Four tiles of 64 states would not fit into shared memory."""
+    return 2 if states == 64 else 4
+
+
+def state_bytes(dtype: torch.dtype, states: int) -> int:
+    """Of a warp's states before a tile, as the backward keeps them."""
+    return WARP_CHANNELS * states * (4 if dtype == torch.float32 else 2)
+
+
+def tensor_sums(dtype: torch.dtype, states: int) -> bool:
+    """Whether tensor cores sum over channels (TENSOR_SUMS in scan_common.cuh)."""
+    return dtype != torch.float32 and states == 16
+
+
+def backward_shared_bytes(dtype: torch.dtype, states: int) -> int:
+    """Shared memory of a block of the backward, the largest of the kernels: BackwardShared in scan_backward.cu."""
+    # Two floats a channel; for each step 18 or 34 float4 and the states, and the states before the tile besides.
+    rows, row_bytes = TILE_TOKENS + 1, 16 * (34 if tensor_sums(dtype, states) else 18)
+    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * row_bytes + rows * state_bytes(dtype, states)
+    projection_bytes = 2 * rows * 64 + 128 if tensor_sums(dtype, states) else 2 * rows * 256 + 64
+    return 2 * projection_bytes + warps_of_a_block(states) * warp_bytes
+
+
+def why_too_large(dtype: torch.dtype, d_state: int, *, block_memory_bytes: int) -> str | None:
+    """Why a device whose blocks may have that much shared memory cannot run the scan; None when it can.
+
+    Args:
+        dtype: of activations.
+    """
+    if d_state > max(D_STATES):
+        return f"model.d_state is {d_state} and it holds at most {max(D_STATES)} states"
+    needed = backward_shared_bytes(dtype, compiled_states(d_state))
+    if needed > block_memory_bytes:
+        return (
+            f"with {d_state} states in {str(dtype).removeprefix('torch.')} it needs {needed:,} bytes of shared memory "
+            f"a block and this GPU has {block_memory_bytes:,}"
+        )
+    return None
