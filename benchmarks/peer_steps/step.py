@@ -2,8 +2,9 @@
 
     python benchmarks/peer_steps/step.py configs/samba_421m.yaml --model plain --length 4096
 
-Every model takes the same random tokens in the same micro-batches, forward and backward, and one step of clipping and
-fused AdamW with the config's settings. On a GPU all matrix products are in bf16; sizes are the config's.
+Every model takes the same random tokens, which are on the device beforehand, in the same micro-batches forward and
+backward, and one step of clipping and fused AdamW with the config's settings. Sizes are the config's, and so is the
+precision of this project's models; that of the others is as below.
 
 samba  This project's model and the DeepSpeed engine of `sambalm train`: fp32 weights.
 llama  The same code and training with attention to all tokens before in place of Mamba and of window attention, and an
@@ -35,12 +36,15 @@ from peer_models import Unavailable
 from torch import Tensor, nn
 
 from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
+from sambalm.model.ops.cuda import KernelError
 from sambalm.model.parameters import count_parameters
 from sambalm.parallel.pipeline import MicroBatch
 from sambalm.parallel.state import start_world
 from sambalm.parallel.zero import gradient_norm
 from sambalm.pretrain.config import RunConfig, load_config
 from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.launched_step import LaunchedStep
+from sambalm.pretrain.metrics import StepResult
 from sambalm.pretrain.trainer import build_training
 
 MLP_MULTIPLE = 128  # of the Llama's MLP width, for the sake of its matrix products
@@ -49,14 +53,16 @@ PACKAGES = ("deepspeed", "flash-linear-attention", "flash-attn", "mamba-ssm", "c
 
 @dataclass(frozen=True)
 class Contestant:
-    step: Callable[[Sequence[Tensor]], float]  # micro-batches, int64 [sequences, length + 1], to their mean loss
+    # Micro-batches, int64 [sequences, length + 1], to their mean loss and the gradient's norm before clipping, each []
+    # on the device, which may still be at it.
+    step: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
     parameters: int
     kernels: tuple[str, ...] = ()  # the choices of this project's models
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a cell of the table is made of."""
+    """What a cell of peers.py's table is made of."""
 
     device: str
     torch: str
@@ -106,11 +112,10 @@ def own(config: RunConfig) -> Iterator[Contestant]:
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None)
 
-        def step(batches: Sequence[Tensor]) -> float:
-            micro_batches = [MicroBatch(batch[:, :-1], batch[:, 1:]).on_rank(world) for batch in batches]
-            loss = float(training.execution.train_step(micro_batches))
-            gradient_norm(training.engine)
-            return loss
+        def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            micro_batches = [MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in batches]
+            loss = training.execution.train_step(micro_batches)
+            return loss, gradient_norm(training.engine)
 
         yield Contestant(step, count_parameters(config.model)["total"], training.kernels.names)
 
@@ -119,16 +124,16 @@ def peer(model: nn.Module, loss_of: peer_models.LossOf, config: RunConfig) -> Co
     """A step of a model of another origin."""
     optimizer = config.optimizer.build(model)
 
-    def step(batches: Sequence[Tensor]) -> float:
+    def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         losses = []
         for batch in batches:
-            loss = loss_of(batch.to("cuda")) / len(batches)
+            loss = loss_of(batch) / len(batches)
             loss.backward()
             losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(sum(losses))
+        return torch.stack(losses).sum(), norm
 
     return Contestant(step, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -155,27 +160,46 @@ def contestant(
 
 
 def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size: int) -> Measurement:
-    """Times steps: as many as the arguments say, or fewer of long ones, but two, of which the first does not count."""
+    """Times steps: as many as the arguments say, or fewer of long ones, but two, of which the first does not count.
+
+    From the third one on, the host reads a step's results once it has launched the next, as `sambalm train` does.
+    """
     on_gpu = torch.cuda.is_available()
+    shape = (arguments.step_tokens // arguments.length, arguments.length + 1)
+    generator = torch.Generator().manual_seed(0)
+    steps = arguments.warmup + arguments.steps
+    tokens = [torch.randint(vocab_size, shape, generator=generator) for _ in range(steps)]
+    tokens = [each.to("cuda" if on_gpu else "cpu") for each in tokens]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times_s, losses = [], []
+    results: list[StepResult] = []
+    end_s = 0.0
 
-    def step() -> None:
-        generator = torch.Generator().manual_seed(len(times_s))
-        sequences = arguments.step_tokens // arguments.length
-        tokens = torch.randint(vocab_size, (sequences, arguments.length + 1), generator=generator)
-        batches = tokens.split(max(1, arguments.micro_batch_tokens // arguments.length))
+    def launch(number: int) -> LaunchedStep:
         start_s = time.perf_counter()
-        losses.append(contestant.step(batches))
-        if on_gpu:
-            torch.cuda.synchronize()
-        times_s.append(time.perf_counter() - start_s)
+        batches = tokens[number].split(max(1, arguments.micro_batch_tokens // arguments.length))
+        loss, norm = contestant.step(batches)
+        size, lr = arguments.step_tokens, float("nan")
+        return LaunchedStep.launch(
+            number=number, tokens=size, batch_tokens=size, lr=lr, start_s=start_s, loss=loss, norm=norm
+        )
 
-    step()
-    step()
-    for _ in range(min(arguments.warmup + arguments.steps - 2, int(arguments.seconds / times_s[1]))):
-        step()
+    def finish(launched: LaunchedStep) -> None:
+        nonlocal end_s
+        result, end_s = launched.finish(previous_end_s=end_s)
+        results.append(result)
+
+    for number in range(2):
+        finish(launch(number))
+    further = min(steps - 2, int(arguments.seconds / results[1].step_time_s))
+    unread = launch(2) if further else None
+    for number in range(3, 2 + further):
+        launched = launch(number)
+        finish(unread)
+        unread = launched
+    if unread:
+        finish(unread)
+    times_s = [result.step_time_s for result in results]
     return Measurement(
         device=torch.cuda.get_device_name() if on_gpu else "CPU",
         torch=torch.__version__,
@@ -184,7 +208,7 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
         parameters=contestant.parameters,
         step_times_s=times_s,
         tokens_per_s=arguments.step_tokens / statistics.median(times_s[1:][-arguments.steps :]),
-        loss=losses[-1],
+        loss=results[-1].loss,
         kept_bytes=torch.cuda.memory_allocated() if on_gpu else 0,
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
         device_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else 0,
@@ -218,13 +242,15 @@ def run(command: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--seconds", type=float, default=8.0, help="of steps after the second one, about and at most")
     arguments, overrides = parser.parse_known_intermixed_args(command)
+    if min(arguments.warmup, arguments.steps) < 1:
+        parser.error(f"--warmup is {arguments.warmup} and --steps {arguments.steps}: both are 1 at least")
     if arguments.step_tokens % arguments.length:
         parser.error(f"--step-tokens {arguments.step_tokens} is not a multiple of --length {arguments.length}")
     try:
         vocab_size = load_config(Path(arguments.config), settings_of(arguments, overrides)).model.vocab_size
         with contestant(arguments, overrides) as ready:
             outcome = {"outcome": "measured"} | asdict(measure(ready, arguments, vocab_size=vocab_size))
-    except ConfigError as error:
+    except (ConfigError, KernelError) as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except Unavailable as error:
