@@ -9,6 +9,7 @@ that runs. Several --with SETTINGS, each a list of overrides in quotes, are trai
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import statistics
@@ -113,10 +114,14 @@ def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def print_parts(found: torch.profiler.profile, *, wall_s: float, top: int) -> None:
-    kernels, parts = collections.Counter(), collections.Counter()
-    for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels[event.name] += event.device_time / PROFILED_STEPS / 1e3
+    kernels, parts, waits = collections.Counter(), collections.Counter(), collections.Counter()
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in events:
+        kernels[event.name] += event.device_time / PROFILED_STEPS / 1e3
+    events.sort(key=lambda event: event.time_range.start)
+    for before, after in itertools.pairwise(events):
+        wait_ms = (after.time_range.start - before.time_range.end) / PROFILED_STEPS / 1e3
+        waits[f"{before.name[:50]} | {after.name[:50]}"] += max(0.0, wait_ms)
     for name, ms in kernels.items():
         parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += ms
     parts["idle"] = wall_s * 1e3 - sum(parts.values())
@@ -126,6 +131,9 @@ def print_parts(found: torch.profiler.profile, *, wall_s: float, top: int) -> No
     print("\n| kernel | ms a step |\n| --- | ---: |")
     for name, ms in kernels.most_common(top):
         print(f"| {name[:100]} | {ms:.2f} |")
+    print("\n| idle between | and | ms a step |\n| --- | --- | ---: |")
+    for names, ms in waits.most_common(8):
+        print(f"| {names} | {ms:.2f} |")
 
 
 def main() -> None:

@@ -77,6 +77,7 @@ def zero_engine(
         "zero_optimization": {"stage": zero_stage if shared else 0},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
     }
     model = nn.ModuleList(parts) if pipelined else parts[0]
     optimizer = make_optimizer(model)

@@ -14,7 +14,7 @@ TOLERANCE = 1e-2  # of bf16, relative to the norm
 
 @pytest.fixture(autouse=True)
 def _available():
-    reason = cuda.why_unavailable("cudnn", cuda.Circumstances(DEVICE, torch.bfloat16))
+    reason = cuda.why_unavailable("attention", "cudnn", cuda.Circumstances(DEVICE, torch.bfloat16))
     if not torch.cuda.is_available() or reason:
         pytest.skip(f"cudnn: {reason}")
 
