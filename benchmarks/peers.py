@@ -30,11 +30,12 @@ MEASURED, OUT_OF_MEMORY, TIME_LIMIT = "measured", "out of memory", "time limit"
 FINAL = (MEASURED, OUT_OF_MEMORY, TIME_LIMIT)  # outcomes that another run would not change
 # In a folder of its own: transformers would take kernels.py, beside this file, for the package of that name.
 STEP = Path(__file__).parent / "peer_steps" / "step.py"
+CORES_TO_LOAD_AHEAD = 8  # with fewer, the timed steps would notice
 GIB = 2**30
 
 
 class StepProcesses:
-    """Processes of step.py, one at work; the next one loads its packages while that one builds its model."""
+    """Processes of step.py, one at work. Where there are cores to spare, the next one loads its packages meanwhile."""
 
     def __init__(self) -> None:
         self.next: subprocess.Popen | None = None
@@ -42,7 +43,7 @@ class StepProcesses:
     def run(self, arguments: Sequence[str], *, limit_s: float) -> tuple[int, str, str]:
         """Exit code, output and errors. Raises subprocess.TimeoutExpired."""
         process = self.next or self._start()
-        self.next = self._start()
+        self.next = self._start() if os.cpu_count() >= CORES_TO_LOAD_AHEAD else None
         try:
             output, errors = process.communicate(json.dumps(arguments), timeout=limit_s)
         finally:

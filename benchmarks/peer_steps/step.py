@@ -192,11 +192,15 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
     for number in range(2):
         finish(launch(number))
     further = min(steps - 2, int(arguments.seconds / results[1].step_time_s))
-    unread = launch(2) if further else None
-    for number in range(3, 2 + further):
+    unread = None
+    for number in range(2, 2 + further):
         launched = launch(number)
-        finish(unread)
+        if unread:
+            finish(unread)
         unread = launched
+        if launched.is_finished:  # on a CPU
+            finish(launched)
+            unread = None
     if unread:
         finish(unread)
     times_s = [result.step_time_s for result in results]
