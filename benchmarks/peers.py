@@ -267,7 +267,8 @@ def plot(records: Sequence[dict], arguments: argparse.Namespace) -> None:
         for point, record in zip(points, measured, strict=True):
             face = line.get_color() if record["recompute"] == "none" else "white"
             axes.plot(*point, "o", color=line.get_color(), markerfacecolor=face)
-    axes.plot([], [], "o", color="gray", markerfacecolor="white", label="activations recomputed")
+    if any(record["recompute"] != "none" for record in measured_in(tables[0])):
+        axes.plot([], [], "o", color="gray", markerfacecolor="white", label="activations recomputed")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)], minor=False)
     axes.set_ylim(bottom=0)
