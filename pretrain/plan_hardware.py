@@ -23,7 +23,7 @@ class Hardware:
 H100 = Hardware(
     name="h100",
     matrix_flops=989e12,  # NVIDIA's data sheet
-    matrix_efficiency=0.755,  # (H100) 747 TFLOP/s over a step of 421M, 744 over one of 1.3B
+    matrix_efficiency=0.73,  # (H100) 720 TFLOP/s over a step of 421M, 736 over one of 1.3B
     memory_bytes_per_s=3.0e12,  # (H100) 3.02 TB/s
     vector_rate=1.0,
     node_gpus=8,
@@ -69,8 +69,8 @@ FUSED_SHARE = 0.84
 # Of PyTorch's single operations, many of them strided or on small pieces: from a step of 421M on one H100 with them,
 # whose other parts are measured. Multiprocessors bind them rather than memory: an H200 is hardly faster.
 SINGLE_BYTES_PER_S = 1.68e12
-# That the device waits for the host in a step, most of it at its start: 421M on one H100.
-IDLE_S = 8e-3
+# That the device waits for the host in a step under ZeRO, which reads the gradient's norm: 421M on one H100.
+ZERO_IDLE_S = 8e-3
 
 # Of a message: NCCL's start on both sides, and the share of a link's rate that large ones achieve. Assumed.
 MESSAGE_S = 20e-6
@@ -85,7 +85,9 @@ TORCH_SCAN_PASSES = 20
 # Bytes a parameter that DeepSpeed moves once a step (0.19.8, runtime/zero/stage_1_and_2.py and stage3.py): of the whole
 # gradient, its copy into the bucket and its division by the ranks; of a rank's share, the flat copy, the norm in fp64,
 # clipping, AdamW (weight, gradient and moments read; all but the gradient written) and the copy of the new weights.
+# Without replicas (parallel/single_replica.py) there are the norm, and AdamW, which writes the clipped gradient too.
 BUCKET_BYTES = 8 + 8
+SINGLE_REPLICA_BYTES = 4 + 32
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8
 # Stage 3 runs hooks around every module that has parameters, forward and backward: they start its gather and wait. From
 # the steps of two H200 under stages 1 and 3.

@@ -72,16 +72,21 @@ ATTENTION_FLOP = 3 * 4.0 * 12 * 128 * (2048 * 2049 / 2 + 2048 * 2048) * 8
 # Milliseconds at B8 H12 d128 L4096 W2048 on the same. flash-attn is taken for PyTorch's copy of it, and its blocks with
 # masks are assumed to take twice as long.
 ATTENTION = {
+    "cudnn": (0.568, 1.775),
     "flex": (0.869, 2.426),
     "torch-flash": (1.137, 3.134),
     "flash-attn": (1.137, 3.134),
     "torch": (2 * 1.137, 2 * 3.134),
 }
 
-MAMBA_REST = Traffic(0, 6, fused=True)  # the gradients of u from scan and x_proj added
 # Casts to fp32 and back around the norm, and in its backward two readings for the weight's gradient.
 NORM = {"torch": Traffic(20, 32), "compiled": Traffic(4, 6, fused=True), "apex": Traffic(4, 6, fused=True)}
-RESIDUAL = Traffic(6, 6, fused=True)  # a sum forward and one backward
+# A sum forward and one backward; the compiled norm takes them in and passes the stream through.
+RESIDUAL = {
+    "torch": Traffic(6, 6, fused=True),
+    "compiled": Traffic(4, 2, fused=True),
+    "apex": Traffic(6, 6, fused=True),
+}
 # SiLU and product; backward two products, SiLU's and both gradients joined.
 SWIGLU = {"torch": Traffic(10, 26), "compiled": Traffic(6, 10, fused=True)}
 # Of a query or key: casts, four products of halves, two sums, joined.
@@ -91,6 +96,6 @@ ATTENTION_LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens
 LOSS = {"torch": Traffic(18, 26), "compiled": Traffic(4, 4, fused=True)}
 EMBEDDING = Traffic(14, 30)  # of a token's width: the lookup in fp32 and its cast; the gradient's and its scattering
 
-# Of a weight and micro-batch: casts of it and of its gradient, by the 10.7 ps that they take in a step of 1.3B; and the
-# addition to the gradients so far.
-WEIGHT_CAST_BYTES, GRADIENT_CAST_BYTES, ACCUMULATION_BYTES = 13, 14, 12
+# Of a weight and micro-batch: its cast, and its gradient's where the product is megatron-core's, over several ranks;
+# and the addition to the gradients so far.
+WEIGHT_CAST_BYTES, GRADIENT_CAST_BYTES, ACCUMULATION_BYTES = 6, 6, 12

@@ -38,7 +38,7 @@ class StepTime:
     bubble_s: float
     zero_s: float  # gradients and weights between replicas
     optimizer_s: float
-    idle_s: float = assumed.IDLE_S
+    idle_s: float
 
     @property
     def total_s(self) -> float:
@@ -92,6 +92,7 @@ def _stage_time(
         bubble_s=busy_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
         zero_s=sent_s["data"] + moved_s,
         optimizer_s=update_s,
+        idle_s=assumed.ZERO_IDLE_S if world_size > parallel.tensor * parallel.pipeline else 0.0,
     )
 
 
@@ -103,6 +104,9 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
     parameters = stage_parameters(config, stage)
     share = parameters / replicas
     rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
+    if replicas == 1:
+        moved_bytes = (micro_batches - 1) * costs.ACCUMULATION_BYTES * parameters
+        return moved_bytes / rate, parameters * assumed.SINGLE_REPLICA_BYTES / rate
     # Stage 1 adds up whole gradients and reduces them once; the others reduce each micro-batch's and add up shares.
     summed, reductions = (parameters, 1) if parallel.zero_stage == 1 else (share, micro_batches)
     moved_bytes = (
@@ -147,7 +151,7 @@ class _Device:
         size = local_sizes(self.config.model, letter, self.config.parallel.tensor)
         inside = {MAMBA: self._mamba_s, ATTENTION: self._attention_s, MLP: self._mlp_s}[letter]()
         again = self.config.parallel.recompute == "full"
-        residual_s = self._traffic_s(costs.RESIDUAL, self._residual_elements, again=again)
+        residual_s = self._traffic_s(costs.RESIDUAL[self.kernels.norm], self._residual_elements, again=again)
         return self._matrix_s(size.matrix, again=again) + inside + self._norm_s(again=again) + residual_s
 
     @property
@@ -163,7 +167,8 @@ class _Device:
         """Products with some weights, the weights' casts and their gradients'."""
         passes = 4 if again else 3
         flops = passes * 2.0 * weights * micro_batch_tokens(self.config)
-        cast = Traffic(costs.WEIGHT_CAST_BYTES, costs.GRADIENT_CAST_BYTES, fused=True)
+        gradient_bytes = costs.GRADIENT_CAST_BYTES if self.config.parallel.tensor > 1 else 0
+        cast = Traffic(costs.WEIGHT_CAST_BYTES, gradient_bytes, fused=True)
         rate = self.hardware.matrix_flops * self.hardware.matrix_efficiency
         return flops / rate + self._traffic_s(cast, weights, again=again)
 
@@ -179,7 +184,7 @@ class _Device:
         elements = size.channels * micro_batch_tokens(config)
         bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
         conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
-        return conv_s + self._traffic_s(costs.MAMBA_REST, elements, again=full) + self._scan_s(elements)
+        return conv_s + self._scan_s(elements)
 
     def _scan_s(self, elements: float) -> float:
         config, kernels = self.config, self.kernels

@@ -192,7 +192,7 @@ def _projection(*, copies: int) -> Callable:
         result = reduce_from_region(F.linear(u, self.weight), self.tp)
         for _ in range(copies):
             result = copy_to_region(result, self.tp)
-        return result
+        return u, result
 
     return forward
 
