@@ -30,7 +30,6 @@ from sambalm.model.ops.cuda_scan_sizes import (
     backward_shared_bytes,
     compiled_states,
     state_bytes,
-    tensor_sums,
     warps_of_a_block,
 )
 from sambalm.model.ops.nvrtc import Kernel, kernel
@@ -56,8 +55,7 @@ def cuda_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.gated_selective_scan` on a GPU: the same arguments and results, at most 64 states.
 
-    With 16-bit inputs the backward takes states rounded to bf16, and with up to 16 states sums the gradients of B and C
-    over channels in TF32; everything else is computed in fp32.
+    With 16-bit inputs the backward takes states rounded to bf16; everything else is computed in fp32.
     Raises KernelError for more states.
     """
     channels, states = A.shape
@@ -136,12 +134,13 @@ class _Shape:
         return self.length, self.channels, self.segments, self.segment_tiles
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
+        compact = self.dtype != torch.float32 and self.states == 16
         defines = {
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
             "ENDS": int(ends),
             "WARPS": self.warps,
-            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if tensor_sums(self.dtype, self.states) else 1,
+            "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if compact else 1,
         }
         shared_bytes = backward_shared_bytes(self.dtype, self.states) if name == "scan_backward" else 0
         return kernel(name, "elements.cuh", "scan_common.cuh", f"{name}.cu", defines=defines, shared_bytes=shared_bytes)

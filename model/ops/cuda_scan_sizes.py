@@ -22,18 +22,13 @@ def state_bytes(dtype: torch.dtype, states: int) -> int:
     return WARP_CHANNELS * states * (4 if dtype == torch.float32 else 2)
 
 
-def tensor_sums(dtype: torch.dtype, states: int) -> bool:
-    """Whether tensor cores sum over channels (TENSOR_SUMS in scan_common.cuh)."""
-    return dtype != torch.float32 and states == 16
-
-
 def backward_shared_bytes(dtype: torch.dtype, states: int) -> int:
     """Shared memory of a block of the backward, the largest of the kernels: BackwardShared in scan_backward.cu."""
-    # Two floats a channel; for each step 18 or 34 float4 and the states, and the states before the tile besides.
-    rows, row_bytes = TILE_TOKENS + 1, 16 * (34 if tensor_sums(dtype, states) else 18)
-    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * row_bytes + rows * state_bytes(dtype, states)
-    projection_bytes = 2 * rows * 64 + 128 if tensor_sums(dtype, states) else 2 * rows * 256 + 64
-    return 2 * projection_bytes + warps_of_a_block(states) * warp_bytes
+    # Two floats a channel; for each step 18 float4 and the states, and the states before the tile besides.
+    rows = TILE_TOKENS + 1
+    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + rows * state_bytes(dtype, states)
+    projection_bytes = 2 * (2 * rows * 256 + 64)  # in two turns
+    return projection_bytes + warps_of_a_block(states) * warp_bytes
 
 
 def why_too_large(dtype: torch.dtype, d_state: int, *, block_memory_bytes: int) -> str | None:

@@ -20,13 +20,6 @@ __device__ __forceinline__ float log2_fast(float x) { float y; asm("lg2.approx.f
 __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float across(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
-// d += A B of matrices 16 x 4 and 4 x 8, whose elements tensor cores cut to 10 bits behind the leading one. Of lane
-// l = 4 g + k they take A[g][k], A[g + 8][k] and B[k][g], and give d[g][2 k], d[g][2 k + 1] and these of row g + 8.
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32 (&a)[2], uint32 b) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
 // Two floats as the halves of a word, and back; bfloat16 for states whatever the 16-bit inputs are.
 __device__ __forceinline__ uint32 pack_bf16(float low, float high) {
     uint32 word; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); return word;

@@ -1,47 +1,27 @@
 // {step for the decay, dt * u, gradient of y, dt} of a channel and step, then {sum of g B, sum of g h' A, y} in the same
-// place; the halves of a row are shifted against bank conflicts. With TENSOR_SUMS all this is there twice, HALF further
-// with the gate in place of dt: the second time for lanes whose sums are over the other half of the states.
+// place; the halves of a row are shifted against bank conflicts.
 struct BackwardRow {
-    static constexpr int HALF = WARP_CHANNELS + 1;
-    float4 channel[TENSOR_SUMS ? 2 * HALF : HALF + 1];
+    float4 channel[WARP_CHANNELS + 2];
     __device__ __forceinline__ static int place(int k) { return k + k / 8; }
 };
 
+constexpr int COPIES = R / 2;  // of a tile's B and C, one for each order of states
+typedef Projections<COPIES> TileProjections;
 typedef uint4 StateRow[32 * STATE_WORDS];
 
 struct BackwardShared {
     // First, so that there is a row before the projections' first.
     __align__(16) float bias[BLOCK_CHANNELS];
     __align__(16) float skip[BLOCK_CHANNELS];
-    Projections projections[2];
+    TileProjections projections[2];
     BackwardRow slots[WARPS][TILE];
     // Before the tile, and after each of its steps; then there the warp's gradients of B and C at that step.
     StateRow states[WARPS][1 + TILE];
 };
 
-#if TENSOR_SUMS
-// Gradients of B and C summed over the warp's channels; those of its halves apart, PART floats from each other, against
-// bank conflicts.
-constexpr int PARTS = 2, PART = 2 * N + 4;
-
-__device__ __forceinline__ void add_over_channels(
-    float* to, const Place& at, const uint32 (&columns)[4], const float (&grad_b)[4], const float (&grad_c)[4])
-{
-    float sums[4] = {};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) multiply_add(sums, {__float_as_uint(grad_b[j]), __float_as_uint(grad_c[j])}, columns[j]);
-    if (at.r % 4 < 2) {
-        float2* place = reinterpret_cast<float2*>(to + at.r / 4 * PART + 4 * at.q) + at.r % 4;
-        place[0] = make_float2(sums[0], sums[1]);
-        place[N / 2] = make_float2(sums[2], sums[3]);
-    }
-}
-#else
-constexpr int PARTS = 1, PART = 0;
-
 // Gradients of B and C summed over the warp's channels: a lane gets 8 / R of the 2 N sums.
 __device__ __forceinline__ void add_over_channels(
-    float* to, const Place& at, const uint32 (&)[4], const float (&grad_b)[4], const float (&grad_c)[4])
+    float* to, const Place& at, const float (&grad_b)[4], const float (&grad_c)[4])
 {
     const bool top = at.r & (R / 2);
     float v[4];
@@ -54,7 +34,6 @@ __device__ __forceinline__ void add_over_channels(
 #pragma unroll
     for (int j = 0; j < 8 / R; ++j) to[(top ? N : 0) + at.state(j)] = v[j];
 }
-#endif
 
 __device__ __forceinline__ void load_eight_floats(const float4* from, float (&to)[8]) {
     const float4 first = from[0], second = from[1];
@@ -74,16 +53,13 @@ __device__ __forceinline__ void before_tile(
     for (int k = 0; k < 8; ++k) {
         float step = softplus(x[k], bias[k]);
         step = here ? step : 0.f;
-        const float gate = sigmoid(z[k]);
-        const float4 found = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * gate, step);
-        eight[k] = found;
-        if (TENSOR_SUMS && !ENDS) eight[k + BackwardRow::HALF] = make_float4(found.x, found.y, found.z, gate);
+        eight[k] = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * sigmoid(z[k]), step);
     }
 }
 
 // The states after each step of a tile, again, from those before it; h holds the last.
 __device__ __forceinline__ void states_of_tile(
-    BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
+    BackwardRow* slot, StateRow* states, const TileProjections& projection, const Place& at, int copy,
     const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4])
 {
     constexpr int STEPS = CH > 2 ? 1 : 4;  // at a time: the writes of these come after their reads
@@ -109,21 +85,13 @@ __device__ __forceinline__ void states_of_tile(
 // The recurrence of the gradient, backwards through a tile. carry: the gradient that reaches the state after the tile,
 // and then the one before it. states: before the tile and after each step.
 __device__ __forceinline__ void gradients_of_tile(
-    BackwardRow* slot, StateRow* states, const Projections& projection, const Place& at, int copy,
+    BackwardRow* slot, StateRow* states, const TileProjections& projection, const Place& at, int copy,
     const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4])
 {
-    // Matrices 4 x 8 with ones in column j: a product with one puts its sum over four lanes there.
-    uint32 columns[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) columns[j] = __float_as_uint(at.lane / 4 == j ? 1.f : 0.f);
-    const bool first_lanes = at.q < CH;  // without TENSOR_SUMS: they get the sums for u and dt, the others those for z
+    const bool first_lanes = at.q < CH;  // they get the sums for u and dt of their channel, the others those for z
     float4 in[CH];
     float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
-#if TENSOR_SUMS
-    float4* result = &slot[TILE - 1].channel[places[0]];
-#else
     float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (first_lanes ? 0 : 1);
-#endif
 #pragma unroll
     for (int i = 0; i < CH; ++i) in[i] = slot[TILE - 1].channel[places[i]];
     States before = load_states(states[TILE - 1], at.lane);
@@ -140,7 +108,7 @@ __device__ __forceinline__ void gradients_of_tile(
         b4 = projection.b[t - 1][copy][at.q], c4 = projection.c[t - 1][copy][at.q];
         unpack_states(before, previous);
         before = load_states(states[t - 1], at.lane);
-        const float own = in[0].w;
+        const float step = in[0].w;
 #pragma unroll
         for (int i = 0; i < CH; ++i) {
             float grad_input = 0.f, grad_decay = 0.f, y = 0.f;
@@ -162,24 +130,20 @@ __device__ __forceinline__ void gradients_of_tile(
             over_states[2][i] = y;
             in[i] = next_in[i];
         }
-        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, columns, grad_b, grad_c);
+        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, grad_b, grad_c);
 #pragma unroll
         for (int k = 0; k < 3; ++k)
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
-                for (int i = 0; i < m; ++i) over_states[k][i] += across_states(over_states[k][i + m], m);
-#if TENSOR_SUMS
-        *result = make_float4(over_states[0][0], over_states[1][0], over_states[2][0], own);
-#else
+                for (int i = 0; i < m; ++i) over_states[k][i] += across(over_states[k][i + m], m);
         // One exchange is left, between the first lanes and the others.
         const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
         const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
-        const float input_or_y = kept + across_states(sent, CH);
-        const float decay = over_states[1][0] + across_states(over_states[1][0], CH);
-        *result = make_float2(input_or_y, first_lanes ? decay : own);
-#endif
-        result -= sizeof(BackwardRow) / sizeof(*result);
+        const float input_or_y = kept + across(sent, CH);
+        const float decay = over_states[1][0] + across(over_states[1][0], CH);
+        *result = make_float2(input_or_y, first_lanes ? decay : step);
+        result -= sizeof(BackwardRow) / sizeof(float2);
     }
 }
 
@@ -195,15 +159,8 @@ __device__ __forceinline__ void after_tile(
     unpack(raw_u, u); unpack(raw_z, z); unpack(raw_grad, grad);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-        float4 found = eight[k];
-#if TENSOR_SUMS
-        const float4 other = eight[k + BackwardRow::HALF];
-        found.x += other.x; found.y += other.y; found.z += other.z;
-        const float gate = other.w;
-#else
-        const float gate = sigmoid(z[k]);
-#endif
-        const float step = found.w, grad_y = grad[k] * z[k] * gate;
+        const float4 found = eight[k];
+        const float step = found.w, gate = sigmoid(z[k]), grad_y = grad[k] * z[k] * gate;
         g.u[k] = found.x * step + skip[k] * grad_y;
         g.dt[k] = (found.x * u[k] + LN2 * found.y) * sigmoid_of_softplus(step);
         g.z[k] = grad[k] * (found.z + skip[k] * u[k]) * gate * (1.f + z[k] * (1.f - gate));
@@ -221,12 +178,8 @@ __device__ __forceinline__ void add_over_warps(float* to, const StateRow (*state
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) {
-            const float4* found = reinterpret_cast<const float4*>(states[warp][1 + step]) + place;
-#pragma unroll
-            for (int k = 0; k < PARTS; ++k) {
-                const float4 part = found[k * PART / 4];
-                sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
-            }
+            const float4 part = reinterpret_cast<const float4*>(states[warp][1 + step])[place];
+            sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
         }
         if (step < rows) reinterpret_cast<float4*>(to + step * (2 * N))[place] = sum;
     }
@@ -253,7 +206,7 @@ __device__ __forceinline__ States load_border(const uint4* borders, const Place&
 
 // ENDS: the recurrence of the gradient alone, backwards through a tile.
 __device__ __forceinline__ void hand_back_through_tile(
-    const BackwardRow* slot, const Projections& projection, const Place& at, int copy, const int (&places)[CH],
+    const BackwardRow* slot, const TileProjections& projection, const Place& at, int copy, const int (&places)[CH],
     const float (&a)[CH][4], float (&carry)[CH][4], float (&sum_steps)[CH])
 {
 #pragma unroll 4
@@ -290,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *reinterpret_cast<BackwardShared*>(memory);
 
-    const Place at;
+    const Place at(true);
     const int batch = blockIdx.y, segment = blockIdx.z + ENDS;  // ENDS: of all but the first
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;
@@ -303,7 +256,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     int places[CH];
 #pragma unroll
     for (int i = 0; i < CH; ++i) places[i] = BackwardRow::place(at.channel(i));
-    if (TENSOR_SUMS && !ENDS && at.q >= CH) places[0] += BackwardRow::HALF;
     const float4* bias = reinterpret_cast<const float4*>(shared.bias + (eight - first_of_block));
     const float4* skip = reinterpret_cast<const float4*>(shared.skip + (eight - first_of_block));
 
@@ -335,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     Fill fill = load_projections(bc, row_of_batch + last_tile * TILE, length - last_tile * TILE);
 
     for (int tile = last_tile; tile >= first_tile; --tile) {
-        Projections& projection = shared.projections[tile & 1];
+        TileProjections& projection = shared.projections[tile & 1];
         store_projections(projection, fill);
         const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z, raw_grad = next_grad;
         const bool reset = next_reset, here = inside;

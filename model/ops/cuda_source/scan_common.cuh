@@ -6,29 +6,23 @@
 //   BLOCKS   of the kernel that a multiprocessor shall hold at once
 //
 // A warp owns 16 channels with all their states; a thread N / 8 channels x 4 states, so that most of both sums, over
-// states (y) and over channels (gradients of B and C), stays inside threads. q counts groups of states, r groups of
-// channels. Time is walked in tiles of 16 steps. In the elementwise phases of a tile a lane has one step
+// states (y) and over channels (gradients of B and C), stays inside threads. Lane = r * Q + q: q counts groups of states,
+// r groups of channels. Time is walked in tiles of 16 steps. In the elementwise phases of a tile a lane has one step
 // (lane / 2) of eight channels, for 16-byte accesses; the recurrence alone runs in between.
 //
-// A thread's channels and states are stored in registers in an order that depends on the lane (register i holds channel
-// i ^ q's low bits, register j state j ^ r's low bits): in each halving exchange over lanes the register to send is then
-// the same on both sides, and no selects are needed.
-//
-// With 16-bit inputs and 16 states tensor cores sum over channels instead (TENSOR_SUMS): they sum over the two lowest bits
-// of the lane, which therefore are r's, and states keep their order. The highest bit of the lane is q's lowest: what 16
-// lanes write at once then lies in different banks.
+// A thread's channels are stored in registers in an order that depends on the lane, and in the backward its states too
+// (register i holds channel i ^ q's low bits, register j state j ^ r's low bits): in each halving exchange over lanes the
+// register to send is then the same on both sides, and no selects are needed. The forward has no sums over channels and
+// keeps states as they are: lanes then read the same B and C, which lie in shared memory once.
 
 #define TILE 16
 #define THREADS (32 * WARPS)
 #define WARP_CHANNELS 16
 #define BLOCK_CHANNELS (WARPS * WARP_CHANNELS)
 
-#define TENSOR_SUMS (INPUT != 0 && N == 16)
-
 constexpr int Q = N / 4;            // lanes over states
 constexpr int R = 32 / Q;           // lanes over channels
 constexpr int CH = N / 8;           // channels of a thread
-constexpr int COPIES = TENSOR_SUMS ? 1 : R / 2;  // of a tile's B and C, one for each order of states
 constexpr int FILLS = Q / WARPS;    // 16-byte loads of a thread for a tile's B and C
 constexpr float FORGET = 1e30f;     // a step size so large that the state before it is lost: a document begins
 
@@ -84,26 +78,23 @@ __device__ __forceinline__ States load_states(const uint4* from, int lane) {
     return states;
 }
 
-// Where a thread stands in the recurrence.
+// Where a thread stands in the recurrence, with its states ordered for sums over channels or as they are.
 struct Place {
     int lane, q, r, warp, order;
     int first_channel;  // of the warp
-    __device__ __forceinline__ Place()
-        : lane(threadIdx.x & 31), q(TENSOR_SUMS ? lane >> 4 | (lane >> 2 & 2) : lane % Q),
-          r(TENSOR_SUMS ? lane % R : lane / Q), warp(threadIdx.x >> 5),
-          order(TENSOR_SUMS ? 0 : R == 8 ? (r & 3) : R == 4 ? (r & 1) << 1 : 0),
+    __device__ __forceinline__ explicit Place(bool ordered)
+        : lane(threadIdx.x & 31), q(lane % Q), r(lane / Q), warp(threadIdx.x >> 5),
+          order(!ordered ? 0 : R == 8 ? (r & 3) : R == 4 ? (r & 1) << 1 : 0),
           first_channel(blockIdx.x * BLOCK_CHANNELS + warp * WARP_CHANNELS) {}
     __device__ __forceinline__ int channel(int i) const { return CH * r + (i ^ (q & (CH - 1))); }  // in the warp
     __device__ __forceinline__ int state(int j) const { return 4 * q + (j ^ order); }
 };
 
-// Of the lane whose q differs in that bit.
-__device__ __forceinline__ float across_states(float x, int bit) { return across(x, TENSOR_SUMS ? 16 / bit : bit); }
-
-// A tile's B and C in shared memory, in each order of states that a lane may hold them in.
-struct Projections {
+// A tile's B and C in shared memory, in each order of states that a lane may hold them in: 1, or R / 2 where these are
+// ordered.
+template <int COPIES> struct Projections {
     float4 b[TILE + 1][COPIES][Q];
-    float4 shift[TENSOR_SUMS ? 8 : 4];  // threads write B and C at once: this puts them into different banks
+    float4 shift[COPIES == 1 ? 8 : 4];  // threads write B and C at once: this puts them into different banks
     float4 c[TILE + 1][COPIES][Q];
 };
 
@@ -120,7 +111,8 @@ __device__ __forceinline__ Fill load_projections(const float* bc, int64 first_ro
     return fill;
 }
 
-__device__ __forceinline__ void store_projections(Projections& to, const Fill& fill) {
+template <int COPIES>
+__device__ __forceinline__ void store_projections(Projections<COPIES>& to, const Fill& fill) {
 #pragma unroll
     for (int k = 0; k < FILLS; ++k) {
         const int f = threadIdx.x + k * THREADS, step = f / (2 * Q), place = f % (2 * Q);

@@ -5,11 +5,10 @@ struct ForwardRow { float2 channel[WARP_CHANNELS + 2]; };
 // The recurrence through a tile, some steps at a time: their writes come after their reads, which the compiler could not
 // bring forward.
 __device__ __forceinline__ void walk_tile(
-    ForwardRow* slot, const Projections& projection, const Place& at, const float (&a)[CH][4], float (&h)[CH][4],
+    ForwardRow* slot, const Projections<1>& projection, const Place& at, const float (&a)[CH][4], float (&h)[CH][4],
     float (&sum)[CH])
 {
     constexpr int STEPS = CH > 2 ? 2 : 4;
-    const int copy = at.r & (COPIES - 1);
     // Lanes whose q differ by CH have sums over half the states each, which are added when y is used.
     float* part = reinterpret_cast<float*>(&slot->channel[at.channel(0)]) + (at.q < CH ? 0 : 1);
     for (int first = 0; first < TILE; first += STEPS) {
@@ -18,8 +17,8 @@ __device__ __forceinline__ void walk_tile(
         for (int k = 0; k < STEPS; ++k) {
             const int t = first + k;
             float b[4], c[4];
-            load_four(projection.b[t][copy][at.q], b);
-            if (!ENDS) load_four(projection.c[t][copy][at.q], c);
+            load_four(projection.b[t][0][at.q], b);
+            if (!ENDS) load_four(projection.c[t][0][at.q], c);
 #pragma unroll
             for (int i = 0; i < CH; ++i) {
                 const float2 in = slot[t].channel[at.channel(i)];
@@ -38,11 +37,33 @@ __device__ __forceinline__ void walk_tile(
 #pragma unroll
             for (int m = CH / 2; m >= 1; m /= 2)
 #pragma unroll
-                for (int i = 0; i < m; ++i) y[k][i] += across_states(y[k][i + m], m);
+                for (int i = 0; i < m; ++i) y[k][i] += across(y[k][i + m], m);
         }
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) part[(first + k) * int(sizeof(ForwardRow) / sizeof(float))] = y[k][0];
     }
+}
+
+// States in the order of registers that the backward has (Place).
+__device__ __forceinline__ States ordered(States states, int order)
+{
+#if INPUT == 0
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const States before = states;
+#pragma unroll
+        for (int k = 0; k < 4 * CH; ++k) states.value[k] = order & bit ? before.value[k ^ bit] : before.value[k];
+    }
+#else
+    const uint32 halves = 0x3210 ^ order * 0x2222;  // of two words, which to take as bytes of the first
+#pragma unroll
+    for (int k = 0; k < 2 * CH; k += 2) {
+        const uint32 first = states.pair[k], second = states.pair[k + 1];
+        states.pair[k] = __byte_perm(first, second, halves);
+        states.pair[k + 1] = __byte_perm(first, second, halves ^ 0x4444);
+    }
+#endif
+    return states;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
@@ -58,10 +79,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     int length, int channels, int segments, int segment_tiles,
     int64 batch_stride, int time_stride, int64 z_batch, int z_time)
 {
-    __shared__ Projections projections[2];
+    __shared__ Projections<1> projections[2];
     __shared__ __align__(16) ForwardRow slots[WARPS][TILE];
 
-    const Place at;
+    const Place at(false);
+    const int backward_order = Place(true).order;
     const int batch = blockIdx.y, segment = blockIdx.z;  // ENDS: of all but the last
     const int row = at.lane >> 1, half = at.lane & 1;
     const int eight = at.first_channel + 8 * half;  // the first of this lane's channels in the elementwise phases
@@ -95,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     Fill fill = load_projections(bc, int64(batch) * length + first_tile * TILE, length - first_tile * TILE);
 
     for (int tile = first_tile; tile < last_tile; ++tile) {
-        Projections& projection = projections[tile & 1];
+        Projections<1>& projection = projections[tile & 1];
         store_projections(projection, fill);
         const Eight raw_u = next_u, raw_dt = next_dt, raw_z = next_z;
         const bool reset = next_reset, here = inside;
@@ -112,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
 
         if (borders && at.first_channel < channels) {
             const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
-            store_states(borders + place * (32 * STATE_WORDS), pack_states(h), at.lane);
+            store_states(borders + place * (32 * STATE_WORDS), ordered(pack_states(h), backward_order), at.lane);
         }
 
         float x[8], step[8];
