@@ -10,7 +10,29 @@ from torch import Tensor
 from sambalm.pretrain.metrics import StepResult
 
 
-@dataclass
+@dataclass(frozen=True)
+class Moment:
+    """When the device has done all that it was handed so far; on a CPU, which is never behind, now."""
+
+    host_s: float
+    event: torch.cuda.Event | None
+
+    @classmethod
+    def after_all(cls, device: torch.device) -> Self:
+        event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if event:
+            event.record()
+        return cls(time.perf_counter(), event)
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Waits for this moment."""
+        if self.event is None:
+            return self.host_s - earlier.host_s
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+@dataclass(frozen=True)
 class LaunchedStep:
     """What is known of a step at its launch; loss and gradient norm are on their way to the host."""
 
@@ -18,47 +40,39 @@ class LaunchedStep:
     tokens: int  # of the run so far
     batch_tokens: int
     lr: float
-    start_s: float  # of time.perf_counter
-    values: Tensor  # loss and gradient norm, fp64 [2] on the host
-    copied: torch.cuda.Event | None  # None where the values are there already
+    start: Moment
+    end: Moment
+    values: Tensor  # loss and gradient norm, fp64 [2] on the host, at the step's end
 
     @classmethod
     def launch(
-        cls, *, number: int, tokens: int, batch_tokens: int, lr: float, start_s: float, loss: Tensor, norm: Tensor
+        cls, *, number: int, tokens: int, batch_tokens: int, lr: float, start: Moment, loss: Tensor, norm: Tensor
     ) -> Self:
         """
         Args:
+            start: when the device was through with what came before the step.
             loss, norm: [] on the device.
         """
         found = torch.stack([loss.double(), norm.double()])
-        if not found.is_cuda:
-            return cls(number, tokens, batch_tokens, lr, start_s, found, None)
-        values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return cls(number, tokens, batch_tokens, lr, start_s, values, copied)
+        if found.is_cuda:
+            found = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
+        end = Moment.after_all(loss.device)
+        return cls(number, tokens, batch_tokens, lr, start=start, end=end, values=found)
 
     @property
     def is_finished(self) -> bool:
         """Whether reading the results waits for nothing."""
-        return self.copied is None
+        return self.end.event is None
 
-    def finish(self, *, previous_end_s: float) -> tuple[StepResult, float]:
-        """Waits for the device. The step's time runs from the end of the previous step if that was after its launch.
-
-        Returns:
-            The result, and when the step ended.
-        """
-        if self.copied:
-            self.copied.synchronize()
-        end_s = time.perf_counter()
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        step_time_s = self.end.seconds_since(self.start)
         loss, norm = self.values.tolist()
-        result = StepResult(
+        return StepResult(
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
             loss=loss,
             grad_norm=norm,
             lr=self.lr,
-            step_time_s=end_s - max(self.start_s, previous_end_s),
+            step_time_s=step_time_s,
         )
-        return result, end_s

@@ -1,7 +1,6 @@
 """The training loop: fetch, forward and backward, step, and what happens between steps."""
 
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sambalm.pretrain.checkpoint import Checkpoint
 from sambalm.pretrain.config import DTYPES, RunConfig
 from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.launched_step import LaunchedStep
+from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.metrics import RunReport
 from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
@@ -93,17 +92,16 @@ class Trainer:
         steps, validation = self.config.train.steps, self.config.validation
         with RunReport(self.config, world=self.world, done_steps=self.step) as report, closing(self.loader):
             self.signals.training_starts()
-            unread, end_s = None, 0.0  # a step that the device may still be at, and the end of the one before it
+            unread = None  # a step that the device may still be at
             while self.step < steps:
                 launched, request = self._launch_step()
                 if unread:  # only now, so that the device always has work
-                    result, end_s = unread.finish(previous_end_s=end_s)
-                    report.step(unread.number, result, {})
+                    report.step(unread.number, unread.result(), {})
                 unread = launched
                 validate = self.step == steps or self.step % validation.every_steps == 0
                 save = request or self.step == steps or self.step % self.config.checkpoint.every_steps == 0
                 if validate or save or launched.is_finished:
-                    result, end_s = launched.finish(previous_end_s=end_s)
+                    result = launched.result()
                     losses = self.validator.losses(self.training.execution) if validate else {}
                     report.step(launched.number, result, losses)
                     unread = None
@@ -115,7 +113,7 @@ class Trainer:
 
     def _launch_step(self) -> tuple[LaunchedStep, Request]:
         """One optimizer step over the global batch, and what any rank was asked for before its end."""
-        start_s = time.perf_counter()
+        start = Moment.after_all(self.world.device)
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
         lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
@@ -133,7 +131,7 @@ class Trainer:
             tokens=self.samples * length,
             batch_tokens=batch_samples * length,
             lr=lr,
-            start_s=start_s,
+            start=start,
             loss=mean_loss,
             norm=gradient_norm(self.training.engine),
         )

@@ -135,14 +135,15 @@ class _Shape:
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
         compact = self.dtype != torch.float32 and self.states == 16
+        shared_bytes = backward_shared_bytes(self.dtype, self.states) if name == "scan_backward" else 0
         defines = {
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
             "ENDS": int(ends),
             "WARPS": self.warps,
             "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if compact else 1,
+            "SHARED_BYTES": shared_bytes,
         }
-        shared_bytes = backward_shared_bytes(self.dtype, self.states) if name == "scan_backward" else 0
         return kernel(name, "elements.cuh", "scan_common.cuh", f"{name}.cu", defines=defines, shared_bytes=shared_bytes)
 
     def at_segments(

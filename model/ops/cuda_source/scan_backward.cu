@@ -19,6 +19,8 @@ struct BackwardShared {
     StateRow states[WARPS][1 + TILE];
 };
 
+static_assert(sizeof(BackwardShared) == SHARED_BYTES, "cuda_scan_sizes.backward_shared_bytes has another size");
+
 // Gradients of B and C summed over the warp's channels: a lane gets 8 / R of the 2 N sums.
 __device__ __forceinline__ void add_over_channels(
     float* to, const Place& at, const float (&grad_b)[4], const float (&grad_c)[4])

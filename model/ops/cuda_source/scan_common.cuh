@@ -4,6 +4,7 @@
 //   ENDS     1: only the state that each time segment reaches from zero (backward: the gradient that it hands back)
 //   WARPS    of a block
 //   BLOCKS   of the kernel that a multiprocessor shall hold at once
+//   SHARED_BYTES  of dynamic shared memory that the kernel is launched with
 //
 // A warp owns 16 channels with all their states; a thread N / 8 channels x 4 states, so that most of both sums, over
 // states (y) and over channels (gradients of B and C), stays inside threads. Lane = r * Q + q: q counts groups of states,
@@ -94,7 +95,7 @@ struct Place {
 // ordered.
 template <int COPIES> struct Projections {
     float4 b[TILE + 1][COPIES][Q];
-    float4 shift[COPIES == 1 ? 8 : 4];  // threads write B and C at once: this puts them into different banks
+    float4 shift[COPIES * Q == 4 ? 8 : 4];  // eight threads write B and C at once: this puts them into different banks
     float4 c[TILE + 1][COPIES][Q];
 };
 
