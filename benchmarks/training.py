@@ -248,7 +248,10 @@ def plot(runs: dict[str, Run], path: Path, *, steps: int) -> None:
     from matplotlib import pyplot
 
     base = runs[MAIN]
-    figure, (losses, differences, speed) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    others = {name: run for name, run in runs.items() if run is not base}
+    panels = ["losses", *(["differences"] if others else []), "speed"]
+    figure, axes = pyplot.subplot_mosaic([panels], figsize=(4.4 * len(panels), 3.8), layout="constrained")
+    losses, speed = axes["losses"], axes["speed"]
     losses.plot(*series(base.records, "loss"), linewidth=0.8, label="training")
     if "reference" in runs:
         losses.plot(*series(runs["reference"].records[:steps], "loss"), linewidth=0.8, label="reference kernels")
@@ -257,12 +260,11 @@ def plot(runs: dict[str, Run], path: Path, *, steps: int) -> None:
         losses.plot(*series(base.records, name), "o", markersize=3, label=f"held out, {length:,} tokens")
     losses.set(xlabel="step", ylabel="loss (nats per token)")
     losses.legend(fontsize=7)
-    for name, run in runs.items():
-        if run is not base:
-            sizes = [max(abs(difference), 1e-7) for difference in run.differences(base, steps=steps)]
-            differences.semilogy(range(1, len(sizes) + 1), sizes, linewidth=0.8, label=name)
-    differences.set(xlabel="step", ylabel="|loss - loss of the main run|")
-    differences.legend(fontsize=7)
+    for name, run in others.items():
+        sizes = [max(abs(difference), 1e-7) for difference in run.differences(base, steps=steps)]
+        axes["differences"].semilogy(range(1, len(sizes) + 1), sizes, linewidth=0.8, label=name)
+        axes["differences"].set(xlabel="step", ylabel="|loss - loss of the main run|")
+        axes["differences"].legend(fontsize=7)
     speed.plot(*series(base.records, "tokens_per_second"), linewidth=0.8, label="tokens/s")
     speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
     if "memory_bytes" in base.records[-1]:
