@@ -24,7 +24,6 @@ import contextlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -43,7 +42,7 @@ from sambalm.parallel.state import start_world
 from sambalm.parallel.zero import gradient_norm
 from sambalm.pretrain.config import RunConfig, load_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.launched_step import LaunchedStep
+from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.metrics import StepResult
 from sambalm.pretrain.trainer import build_training
 
@@ -173,36 +172,31 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     results: list[StepResult] = []
-    end_s = 0.0
+    device = tokens[0].device
 
     def launch(number: int) -> LaunchedStep:
-        start_s = time.perf_counter()
+        start = Moment.after_all(device)
         batches = tokens[number].split(max(1, arguments.micro_batch_tokens // arguments.length))
         loss, norm = contestant.step(batches)
         size, lr = arguments.step_tokens, float("nan")
         return LaunchedStep.launch(
-            number=number, tokens=size, batch_tokens=size, lr=lr, start_s=start_s, loss=loss, norm=norm
+            number=number, tokens=size, batch_tokens=size, lr=lr, start=start, loss=loss, norm=norm
         )
 
-    def finish(launched: LaunchedStep) -> None:
-        nonlocal end_s
-        result, end_s = launched.finish(previous_end_s=end_s)
-        results.append(result)
-
     for number in range(2):
-        finish(launch(number))
+        results.append(launch(number).result())
     further = min(steps - 2, int(arguments.seconds / results[1].step_time_s))
     unread = None
     for number in range(2, 2 + further):
         launched = launch(number)
         if unread:
-            finish(unread)
+            results.append(unread.result())
         unread = launched
         if launched.is_finished:  # on a CPU
-            finish(launched)
+            results.append(launched.result())
             unread = None
     if unread:
-        finish(unread)
+        results.append(unread.result())
     times_s = [result.step_time_s for result in results]
     return Measurement(
         device=torch.cuda.get_device_name() if on_gpu else "CPU",
