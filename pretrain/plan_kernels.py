@@ -25,7 +25,7 @@ class KernelNames:
 
 
 TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", device="cpu")
-# What `auto` stands for: nothing that has to be installed besides.
+# What `auto` stands for: nothing that has to be installed besides, so not cuDNN's attention, which runs where it is.
 AUTO = {"scan": "cuda", "conv": "cuda", "attention": "flex", "norm": "compiled", "elementwise": "compiled"}
 
 
