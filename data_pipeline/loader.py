@@ -31,16 +31,6 @@ class ValidationBatch(NamedTuple):
     sources: torch.Tensor
 
 
-def cu_seqlens(document_starts: torch.Tensor) -> torch.Tensor:
-    """Where documents of [micro_batch, S] begin in the flattened micro-batch, and its length; int32 [documents + 1].
-
-    What variable-length attention kernels call cumulative sequence lengths.
-    """
-    first = document_starts == torch.arange(document_starts.shape[1], device=document_starts.device)
-    bounds = first.flatten().nonzero().flatten()
-    return torch.cat([bounds, bounds.new_tensor([document_starts.numel()])]).to(torch.int32)
-
-
 class BatchLoader:
     """Training micro-batches of one data-parallel rank, a bounded number of which threads read ahead.
 
