@@ -11,6 +11,7 @@ import argparse
 import statistics
 
 import torch
+import torch._functorch.config
 
 from sambalm.model.ops import cuda
 from sambalm.model.ops.causal_conv import causal_conv_silu
@@ -27,7 +28,7 @@ HEADS = (
     (4, 18, 18, 128, 4096),
     (4, 32, 4, 64, 4096),
     (4, 11, 1, 256, 4096),
-    (1, 12, 12, 128, 65536),
+    (1, 18, 18, 128, 131072),
 )
 WINDOW = 2048
 NOT_THERE = (float("nan"), float("nan"))
@@ -136,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
+    torch._functorch.config.donated_buffer = False  # compiled backwards are called again and again on one graph
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, torch {torch.__version__}, bf16, medians of {arguments.repeats}\n")
     for table in (scans, convolutions, attentions):

@@ -155,9 +155,10 @@ class SambaMamba(nn.Module):
         u_BSD = causal_conv_silu(x_BSD, self.conv1d.weight.squeeze(1), self.conv1d.bias, state)
         if state is None:
             state = x_BSD.new_zeros(x_BSD.shape[0], taps_before, x_BSD.shape[2])
-        counts = padding.counts[:, None] if padding else x_BSD.shape[1]
-        places = counts + torch.arange(taps_before, device=x_BSD.device).expand(x_BSD.shape[0], -1)
-        return u_BSD, torch.cat((state, x_BSD), dim=1).take_along_dim(places[..., None], dim=1)
+        if padding:
+            places = padding.counts[:, None] + torch.arange(taps_before, device=x_BSD.device)
+            return u_BSD, torch.cat((state, x_BSD), dim=1).take_along_dim(places[..., None], dim=1)
+        return u_BSD, torch.cat((state, x_BSD[:, -taps_before:]), dim=1)[:, -taps_before:]
 
 
 def _carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
