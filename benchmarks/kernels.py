@@ -125,7 +125,7 @@ def attentions(repeats: int) -> None:
         kernels = {"cudnn": cudnn_window, "flex": flex_window, "torch-flash": cuda.torch_flash_window}
         times = [
             measure_call(lambda f=f, i=inputs: f(*i, window=WINDOW), inputs, repeats=repeats)
-            if runs(name)
+            if runs("attention", name)
             else NOT_THERE
             for name, f in kernels.items()
         ]
