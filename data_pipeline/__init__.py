@@ -3,7 +3,8 @@
 corpus        JSONL out of the documentation and sources of the running Python
 inputs        input files, here or in an object store: listed in order, read in ranges or decompressed
 documents     documents out of them, in pieces, naming file and line of whatever is wrong
-tokenizer     what tokenizers do; SentencePiece's, and training one. tokenizer_formats: Hugging Face's and tiktoken's
+tokenizer     what tokenizers do. tokenizer_formats: SentencePiece's, Hugging Face's and tiktoken's, and loading one by
+              its file's name; tokenizer_training: training a SentencePiece one
 encoding      documents to ids, fast where that is proven to change nothing
 parts         shares of the input for several machines
 shards        write and check token shards in megatron-core's IndexedDataset format, and their manifest

@@ -14,6 +14,7 @@ from .documents import BadRecord, Document, Piece, ReadOptions
 from .errors import DataError
 from .shards import narrow_ids
 from .tokenizer import Tokenizer
+from .tokenizer_formats import load_tokenizer
 
 NO_DOCUMENT = -1
 _BATCH_CHARACTERS = 1 << 20
@@ -46,13 +47,13 @@ class EncoderConfig:
     fast: bool = False
 
     def build(self) -> "Encoder":
-        """Load the tokenizer. Raises DataError as `Tokenizer.load` does."""
+        """Load the tokenizer. Raises DataError as `tokenizer_formats.load_tokenizer` does."""
         tokenizer = self.load_tokenizer()
         return Encoder(self, tokenizer, fast_path=FastPath(tokenizer) if self.fast else None)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer alone."""
-        return Tokenizer.load(self.tokenizer, eos_token=self.eos_token, special_tokens=self.special_tokens)
+        return load_tokenizer(self.tokenizer, eos_token=self.eos_token, special_tokens=self.special_tokens)
 
 
 class Encoder:

@@ -9,6 +9,7 @@ import numpy as np
 from .errors import DataError
 from .shards import Manifest, ShardIndex, check_shard, read_manifest, shard_prefixes
 from .tokenizer import Tokenizer
+from .tokenizer_formats import load_tokenizer
 
 _CHUNK_TOKENS = 1 << 24
 _FREQUENT, _BAR_WIDTH = 15, 40
@@ -45,7 +46,7 @@ class Inspector:
         self._shards: list[ShardIndex] = [check_shard(path) for path in shard_prefixes(prefix)]
         path = Path(tokenizer) if tokenizer else self._named_tokenizer()
         # Statistics need no tokenizer, so one that has moved is only missed where text is asked for.
-        self._tokenizer = Tokenizer.load(path) if path and (tokenizer or path.is_file()) else None
+        self._tokenizer = load_tokenizer(path) if path and (tokenizer or path.is_file()) else None
 
     def _named_tokenizer(self) -> Path | None:
         return Path(self.prefix).parent / self.manifest.tokenizer.path if self.manifest else None

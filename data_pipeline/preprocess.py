@@ -70,7 +70,7 @@ class PreprocessConfig:
 
     shard_tokens: a shard takes at most so many, or one longer document.
     on_error: "stop" at a malformed record, or "skip" and count it.
-    eos_token, special_tokens: as in Tokenizer.load.
+    eos_token, special_tokens: as in `load_tokenizer`.
     """
 
     tokenizer: Path

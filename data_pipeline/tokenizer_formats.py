@@ -1,6 +1,7 @@
-"""Tokenizers of other makes: Hugging Face's tokenizer.json and tiktoken's rank files, each by its own library."""
+"""Tokenizers by what their files are: SentencePiece's, Hugging Face's and tiktoken's, each by its own library."""
 
 import base64
+import functools
 import json
 import os
 from collections.abc import Iterable
@@ -8,11 +9,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import DataError
+import sentencepiece
+
+from .errors import DataError, first_line
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import gigatoken
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, by SentencePiece itself."""
+
+    kind = "sentencepiece"
+    splits_by_unicode = False
+
+    def __init__(self, path: Path, *, special_tokens: bool = False) -> None:
+        """Raises DataError where the file is no such model, or special tokens are to be read from texts."""
+        super().__init__(path)
+        if special_tokens:
+            raise DataError(
+                f"SentencePiece never reads special tokens out of a text, so {path} cannot; leave special_tokens off, "
+                "or use a Hugging Face tokenizer.json"
+            )
+        content = path.read_bytes()
+        if not content:  # SentencePiece takes an empty file for a model, and logs to stderr when asked
+            raise DataError(f"the tokenizer {path} is not a SentencePiece model (an empty file)")
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"the tokenizer {path} is not a SentencePiece model ({first_line(error)})") from error
+        self._processor = processor
+        self._content = content
+        self.vocab_size = processor.vocab_size()
+        self.bos_id = processor.bos_id()
+        self.eos_id = processor.eos_id()
+
+    @functools.cached_property
+    def literals(self) -> frozenset[str]:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self._content)
+        kinds = type(proto.pieces[0])
+        return frozenset(piece.piece for piece in proto.pieces if piece.type not in (kinds.NORMAL, kinds.BYTE))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=1)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def piece(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id)
+
+    def id_of(self, token: str) -> int:
+        token_id = self._processor.piece_to_id(token)
+        return token_id if self._processor.id_to_piece(token_id) == token else -1
+
+    def fast(self) -> "gigatoken.Tokenizer":
+        import gigatoken
+
+        return gigatoken.Tokenizer.from_sentencepiece(self._content)
+
 
 # Tried in this order where nothing beside the file names the token.
 _END_TOKENS = (
@@ -194,3 +252,31 @@ _OPENAI = {
         "o200k",
     ),
 }
+
+_FORMATS = {".json": HuggingFaceTokenizer, ".tiktoken": TiktokenTokenizer}
+
+
+def format_of(path: Path) -> type[Tokenizer]:
+    """What a tokenizer's file is, by its name: SentencePiece's unless the extension is another format's."""
+    return _FORMATS.get(path.suffix, SentencePieceTokenizer)
+
+
+def load_tokenizer(path: str | Path, *, eos_token: str | None = None, special_tokens: bool = False) -> Tokenizer:
+    """Load a SentencePiece `.model`, a Hugging Face `.json` or a `.tiktoken` file.
+
+    eos_token: the token that ends a document, where the file does not say it or another one is wanted.
+    special_tokens: take special tokens written out in a text for what they name.
+    Raises DataError if the file is missing or not what its extension says, or has no such token.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"the tokenizer {path} does not exist; train one, or give the path of a SentencePiece model, a Hugging "
+            "Face tokenizer.json or a .tiktoken file"
+        )
+    tokenizer = format_of(path)(path, special_tokens=special_tokens)
+    if eos_token is not None:
+        tokenizer.eos_id = tokenizer.id_of(eos_token)
+        if tokenizer.eos_id < 0:
+            raise DataError(f"the tokenizer {path} has no token {eos_token!r}; name the one that ends a document")
+    return tokenizer

@@ -113,7 +113,7 @@ def tokenizer(
     text_key: TextKey = "text",
 ) -> None:
     """Train a SentencePiece BPE tokenizer with byte fallback."""
-    from sambalm.data_pipeline.tokenizer import train_tokenizer
+    from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
     with _Progress("training the tokenizer") as progress:
         train_tokenizer(

@@ -12,6 +12,7 @@ from sambalm.data_pipeline.documents import read_documents
 from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpoint import Checkpoint, newest_checkpoint
@@ -52,7 +53,7 @@ def checkpoint_to_hf(
         config.model,
         output=output,
         tokenizer_model=tokenizer_path,
-        documents=_documents(documents, config.data, Tokenizer.load(tokenizer_path)),
+        documents=_documents(documents, config.data, load_tokenizer(tokenizer_path)),
         dtype=DTYPES[precision],
         card=_facts(checkpoint, config),
         overwrite=overwrite,

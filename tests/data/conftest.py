@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from data_support import VOCAB_SIZE, make_texts, write_jsonl
 
-from sambalm.data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from sambalm.data_pipeline.tokenizer import Tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import open_sources
-from sambalm.data_pipeline.tokenizer import train_tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture

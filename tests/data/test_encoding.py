@@ -16,7 +16,7 @@ from sambalm.data_pipeline.encoding import Encoder, EncoderConfig, FastPath, Not
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
-from sambalm.data_pipeline.tokenizer import Tokenizer
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 
 LITERALS = ["</s>", "a </s>b", "<s>", "x<unk>", "</s></s>", "<0x0A>", "&lt;/s>"]
 
@@ -60,7 +60,7 @@ def test_a_literal_that_normalisation_brings_about_stays_text(tmp_path, corpus):
         normalization_rule_name="nfkc",
         minloglevel=2,
     )
-    tokenizer = Tokenizer.load(tmp_path / "nfkc.model")
+    tokenizer = load_tokenizer(tmp_path / "nfkc.model")
     wide = "stone ＜/s＞ river"  # noqa: RUF001
     assert "</s>" in tokenizer.decode(tokenizer.encode(wide))
     for texts in ([wide], ["stone", wide, "river"], [wide, "</s>"]):
@@ -92,7 +92,7 @@ def test_a_model_that_the_fast_path_does_not_know_is_taken_slowly(tmp_path, corp
         model_type="unigram",
         minloglevel=2,
     )
-    tokenizer = Tokenizer.load(tmp_path / "uni.model")
+    tokenizer = load_tokenizer(tmp_path / "uni.model")
     with pytest.raises(NotProven, match="gigatoken cannot load"):
         FastPath.proven(tokenizer, texts)
     for workers in (1, 2):
@@ -129,7 +129,7 @@ def hf_path(tmp_path_factory, corpus):
 
 
 def test_hugging_face_tokenizers(tmp_path, hf_path, corpus):
-    tokenizer = Tokenizer.load(hf_path)
+    tokenizer = load_tokenizer(hf_path)
     assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == ("huggingface", 400, 0, -1)
     text = "stone river, harbour </s> <|endoftext|>"
     ids = tokenizer.encode(text)
@@ -137,7 +137,7 @@ def test_hugging_face_tokenizers(tmp_path, hf_path, corpus):
     assert tokenizer.decode(ids) == text
     assert len(ids) > 5
     assert tokenizer.encode_batch([text, "a"])[1] == tokenizer.encode("a")
-    asked = Tokenizer.load(hf_path, special_tokens=True)
+    asked = load_tokenizer(hf_path, special_tokens=True)
     assert asked.encode("a<|endoftext|>")[-1] == 0
 
     paths = [corpus, write_jsonl(tmp_path / "more.jsonl", [text, "🦔 é\n\n  x"])]
@@ -154,13 +154,13 @@ def test_the_end_of_text_of_a_hugging_face_tokenizer(tmp_path, hf_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|pad|>"}}')
-    assert Tokenizer.load(path).eos_id == 1
-    assert Tokenizer.load(path, eos_token="<|endoftext|>").eos_id == 0
+    assert load_tokenizer(path).eos_id == 1
+    assert load_tokenizer(path, eos_token="<|endoftext|>").eos_id == 0
     with pytest.raises(DataError, match="has no token 'END'"):
-        Tokenizer.load(path, eos_token="END")
+        load_tokenizer(path, eos_token="END")
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_without_an_end_of_text_a_run_does_not_start(tmp_path, hf_path, corpus):
@@ -188,28 +188,28 @@ def ranks(tmp_path):
 
 def test_tiktoken_files(tmp_path, ranks, corpus):
     with pytest.raises(DataError, match=r"own\.tiktoken does not say how text is split: name it .*own\.tiktoken\.json"):
-        Tokenizer.load(ranks)
+        load_tokenizer(ranks)
     beside = tmp_path / "own.tiktoken.json"
     beside.write_text('{"pattern": " ?\\\\w+|\\\\s+|\\\\W", "special_tokens": {"<|endoftext|>": 300}}')
-    tokenizer = Tokenizer.load(ranks)
+    tokenizer = load_tokenizer(ranks)
     assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos_id) == ("tiktoken", 301, 300)
     text = "stone river <|endoftext|> é"
     assert tokenizer.encode("stone")[0] == 259
     assert 300 not in tokenizer.encode(text)
     assert tokenizer.decode([*tokenizer.encode(text), 300]) == text
-    assert 300 in Tokenizer.load(ranks, special_tokens=True).encode(text)
+    assert 300 in load_tokenizer(ranks, special_tokens=True).encode(text)
     summary = preprocess([corpus], tokenizer=ranks, output_prefix=tmp_path / "d")
     assert "its split pattern is not one of OpenAI's" in summary.slow_because
     for content, message in (("{}", "must hold"), ('{"pattern": "(", "special_tokens": {}}', "is not a tiktoken rank")):
         beside.write_text(content)
         with pytest.raises(DataError, match=message):
-            Tokenizer.load(ranks)
+            load_tokenizer(ranks)
 
 
 def test_openais_names_stand_for_their_patterns(tmp_path, ranks, corpus):
     for name, eos_id, vocab_size in (("r50k_base", 50256, 50257), ("cl100k_base", 100257, 100277)):
         path = ranks.rename(tmp_path / f"{name}.tiktoken")
-        tokenizer = Tokenizer.load(path)
+        tokenizer = load_tokenizer(path)
         assert (tokenizer.eos_id, tokenizer.vocab_size) == (eos_id, vocab_size)
         # U+323B0 became a letter in Unicode 17, which gigatoken knows and tiktoken does not.
         new = "stone \U000323b0-n river"
@@ -229,10 +229,10 @@ def test_damaged_tokenizers_are_named(tmp_path):
     ):
         (tmp_path / name).write_text("{nonsense nonsense nonsense}")
         with pytest.raises(DataError, match=message):
-            Tokenizer.load(tmp_path / name)
+            load_tokenizer(tmp_path / name)
     (tmp_path / "t.model").write_text("x")
     with pytest.raises(DataError, match="SentencePiece never reads special tokens out of a text"):
-        Tokenizer.load(tmp_path / "t.model", special_tokens=True)
+        load_tokenizer(tmp_path / "t.model", special_tokens=True)
 
 
 def test_batches_are_cut_without_a_trace(tmp_path, tokenizer, monkeypatch):

@@ -2,7 +2,8 @@ import pytest
 from data_support import VOCAB_SIZE, listing, write_jsonl
 
 from sambalm.data_pipeline.errors import DataError
-from sambalm.data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -68,9 +69,15 @@ def test_bad_input_is_named_and_leaves_nothing(corpus, tmp_path):
     assert listing(tmp_path) == before
 
 
+def test_an_output_that_would_be_read_as_another_format_is_refused_before_training(tmp_path):
+    with pytest.raises(DataError, match=r"t\.json is a SentencePiece model, and the extension \.json"):
+        train_tokenizer([tmp_path / "no-text-yet.jsonl"], vocab_size=VOCAB_SIZE, output=tmp_path / "t.json")
+    assert listing(tmp_path) == []
+
+
 def test_missing_and_invalid_models_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"none\.model does not exist"):
-        Tokenizer.load(tmp_path / "none.model")
+        load_tokenizer(tmp_path / "none.model")
     (tmp_path / "t.model").write_text("not a model")
     with pytest.raises(DataError, match=r"t\.model is not a SentencePiece model"):
-        Tokenizer.load(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")

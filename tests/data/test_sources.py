@@ -11,7 +11,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import check_vocabulary, open_sources
-from sambalm.data_pipeline.tokenizer import train_tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
 
 def _config(prefix, **options) -> DataConfig:

@@ -6,7 +6,8 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.stored_text import stored_documents
-from sambalm.data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
 TEXTS = ["def f(x):\n    return x\n", "  two  spaces ", "naïve ✓", "a literal </s> here", "the held-out one\n"] * 4
 
@@ -20,7 +21,7 @@ def data(tmp_path):
 
 
 def test_the_held_out_documents_come_first_and_all_come_back(data, tmp_path):
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     assert list(stored_documents(data, tokenizer)) == TEXTS[-2:] + TEXTS[:-2]
 
 

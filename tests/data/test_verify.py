@@ -9,7 +9,7 @@ from sambalm.data_pipeline import shards
 from sambalm.data_pipeline import verify as module
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
-from sambalm.data_pipeline.tokenizer import train_tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 from sambalm.data_pipeline.verify import verify
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sambalm.data_pipeline.preprocess import preprocess
-from sambalm.data_pipeline.tokenizer import train_tokenizer
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 384
 
