@@ -2,7 +2,8 @@
 
 import ast
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def wrong_imports(source: str, package: str) -> list[str]:
     allowed = MAY_IMPORT[folder] | {folder}
     names = imported(ast.parse(source), package)
     return [name for name in names if (name.split(".")[1] not in allowed or name.startswith("sambalm.pretrain.cli"))]
+
+
+def circle(sources: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Files that import each other, by their full names; imports inside functions count.
+
+    Args:
+        sources: of each file its package and its text.
+    """
+    files = TopologicalSorter()
+    for name, (package, source) in sources.items():
+        for target in imported(ast.parse(source), package):
+            while target and target not in sources:
+                target = target.rpartition(".")[0]  # a name in a file, or in a package's own file
+            if target and target != name:
+                files.add(name, target)
+    try:
+        files.prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 def long_functions(source: str) -> list[str]:
@@ -112,6 +133,21 @@ def test_each_rule_finds_what_breaks_it(rule, source):
 )
 def test_allowed_imports_pass(source):
     assert wrong_imports(source, "sambalm.model") == []
+
+
+def test_no_files_import_each_other():
+    sources = {
+        ".".join((package_of(path), path.stem)).removesuffix(".__init__"): (package_of(path), path.read_text("utf-8"))
+        for path in product_files()
+    }
+    assert circle(sources) == []
+
+
+def test_files_that_import_each_other_are_found():
+    package, late = "sambalm.model", "def f():\n    from .b import g"
+    sources = {f"{package}.a": (package, late), f"{package}.b": (package, "from sambalm.model.a import f")}
+    assert set(circle(sources)) == set(sources)
+    assert circle(sources | {f"{package}.b": (package, "import torch")}) == []
 
 
 def test_the_program_imports_ours_only_inside_functions():
