@@ -6,6 +6,7 @@ backward, by the list of kernels that PyTorch launches: a cast from bf16 to fp32
 
 from dataclasses import dataclass
 
+from sambalm.model.ops.cuda_conv import MAX_TAPS
 from sambalm.model.ops.cuda_scan_sizes import D_STATES
 from sambalm.pretrain.config import RunConfig
 
@@ -32,7 +33,8 @@ AUTO = {"scan": "cuda", "conv": "cuda", "attention": "flex", "norm": "compiled",
 def planned_kernels(config: RunConfig) -> KernelNames:
     """What a run on GPUs computes with."""
     chosen = {operation: name for operation, name in config.kernels.model_dump().items() if name != "auto"}
-    fallen_back = {"scan": "torch"} if config.model.d_state > max(D_STATES) else {}
+    too_large = {"scan": config.model.d_state > max(D_STATES), "conv": config.model.d_conv > MAX_TAPS}
+    fallen_back = {operation: "torch" for operation, is_too_large in too_large.items() if is_too_large}
     return KernelNames(**AUTO | fallen_back | chosen)
 
 

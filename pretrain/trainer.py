@@ -166,6 +166,7 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
         device=world.device,
         dtype=dtype,
         d_state=config.model.d_state,
+        d_conv=config.model.d_conv,
         initial_states=parallel.context > 1,
         resets=config.data.reset_at_document,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.cuda_conv import MAX_TAPS
 from sambalm.model.ops.cuda_scan_sizes import why_too_large
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.elementwise import why_not_compiled
@@ -21,6 +22,8 @@ _MODULES = {
     "cudnn": "cudnn",  # nvidia-cudnn-frontend
 }
 _HALF_ONLY = ("cudnn", "flash-attn", "torch-flash", "flex")
+# Of a convolution, at most; causal-conv1d (csrc/causal_conv1d.cpp) raises an error for more.
+_TAPS = {"cuda": MAX_TAPS, "causal-conv1d": 4}
 _COMPILED = ("compiled", "cudnn", "flex")  # cudnn for the shapes that it leaves to flex
 
 
@@ -37,6 +40,7 @@ class Circumstances:
     device: torch.device
     dtype: torch.dtype  # of activations
     d_state: int = 16  # states of a channel that the scan holds
+    d_conv: int = 4  # taps of the convolution
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether states must be dropped at the beginnings of documents
 
@@ -53,6 +57,8 @@ def why_unavailable(operation: str, name: str, where: Circumstances) -> str | No
         return "it takes no initial state, which context parallelism needs"
     if name == "mamba-ssm" and where.resets:
         return "it cannot drop its state inside a sequence, which data.reset_at_document needs"
+    if operation == "conv" and name in _TAPS and where.d_conv > _TAPS[name]:
+        return f"model.d_conv is {where.d_conv} and it holds at most {_TAPS[name]} taps"
     if (operation, name) == ("scan", "cuda"):
         block_memory_bytes = torch.cuda.get_device_properties(where.device).shared_memory_per_block_optin
         reason = why_too_large(where.dtype, where.d_state, block_memory_bytes=block_memory_bytes)

@@ -10,6 +10,8 @@ from sambalm.model.ops.nvrtc import Kernel, kernel
 
 STEPS, WARPS = 32, 4  # tokens of a thread, and warps of a block, which follow each other in time
 WARP_CHANNELS = 32 * EIGHT
+# The backward's sums, of each tap and the bias, lie in the 48 KiB that a block has without asking: `sums` in conv.cu.
+MAX_TAPS = 48 * 1024 // (4 * WARPS * WARP_CHANNELS) - 1
 
 
 def cuda_causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:

@@ -73,19 +73,21 @@ class KernelConfig(BaseModel):
         device: torch.device,
         dtype: torch.dtype,
         d_state: int = 16,
+        d_conv: int = 4,
         initial_states: bool = False,
         resets: bool = False,
     ) -> Kernels:
         """
         Args:
             d_state: states of a channel that the scan holds.
+            d_conv: taps of the convolution.
             initial_states: whether the scan must start from given states.
             resets: whether states must be dropped at the beginnings of documents.
 
         Raises:
             KernelError: a kernel is asked for that cannot run here.
         """
-        where = cuda.Circumstances(device, dtype, d_state, initial_states, resets)
+        where = cuda.Circumstances(device, dtype, d_state, d_conv, initial_states, resets)
         chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
         functions = {operation: _function(operation, name) for operation, name in chosen.items()}
         return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sambalm.model.ops.cuda import KernelError
+from sambalm.model.ops.cuda_conv import MAX_TAPS
 from sambalm.model.ops.cuda_scan_sizes import backward_shared_bytes
 from sambalm.model.ops.kernels import KernelConfig
 
@@ -55,6 +56,35 @@ def test_too_many_states_for_the_scan_leave_our_convolution(monkeypatch):
     others = dict.fromkeys(("scan", "attention", "norm", "elementwise"), "torch")
     kernels = KernelConfig(conv="cuda", **others).build(device=torch.device("cuda"), dtype=torch.float16, d_state=65)
     assert "conv=cuda" in kernels.names
+
+
+def conv_of(name, monkeypatch, *, d_conv, installed=("cuda.bindings.nvrtc", "causal_conv1d")):
+    """The convolution that is chosen on a GPU where some packages are installed."""
+    for module in ("cuda.bindings.nvrtc", "causal_conv1d"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace() if module in installed else None)
+    others = dict.fromkeys(("scan", "attention", "norm", "elementwise"), "torch")
+    kernels = KernelConfig(conv=name, **others).build(device=torch.device("cuda"), dtype=torch.bfloat16, d_conv=d_conv)
+    return kernels.names[1]
+
+
+@pytest.mark.parametrize(("d_conv", "chosen"), [(2, "causal-conv1d"), (4, "causal-conv1d"), (5, "cuda"), (12, "torch")])
+def test_auto_takes_the_convolution_that_holds_its_taps(monkeypatch, d_conv, chosen):
+    assert conv_of("auto", monkeypatch, d_conv=d_conv) == f"conv={chosen}"
+
+
+def test_the_cuda_convolution_holds_11_taps(monkeypatch):
+    alone = {"installed": ("cuda.bindings.nvrtc",)}
+    assert MAX_TAPS == 11  # docs/gpu.md
+    assert conv_of("auto", monkeypatch, d_conv=11, **alone) == "conv=cuda"
+    assert conv_of("auto", monkeypatch, d_conv=12, **alone) == "conv=torch"
+
+
+@pytest.mark.parametrize(("name", "taps"), [("causal-conv1d", 4), ("cuda", 11)])
+def test_a_convolution_of_too_many_taps_is_refused_by_name_before_anything_runs(monkeypatch, name, taps):
+    assert conv_of(name, monkeypatch, d_conv=taps) == f"conv={name}"
+    message = rf"kernels\.conv is '{name}'.*model\.d_conv is {taps + 1} and it holds at most {taps} taps"
+    with pytest.raises(KernelError, match=message):
+        conv_of(name, monkeypatch, d_conv=taps + 1)
 
 
 def test_three_blocks_of_the_backward_fit_a_multiprocessor_of_an_h100():

@@ -23,7 +23,7 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import DEVICES
-from sambalm.pretrain.plan_kernels import TORCH_ON_CPU, KernelNames
+from sambalm.pretrain.plan_kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.plan_memory import stage_memories, stage_parameters, stage_parts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -289,6 +289,12 @@ def test_an_estimate_is_within_a_quarter_of_the_measured_step(name):
     plan = plan_of(config, world_size=run.ranks, hardware=DEVICES[run.device], kernels=run.kernels)
     assert plan.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.25)
     assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
+
+
+def test_a_plan_counts_with_what_a_model_falls_back_to():
+    assert planned_kernels(config_of()) == KernelNames(**AUTO)
+    large = planned_kernels(config_of(d_state=65, d_conv=12))
+    assert large == KernelNames(**AUTO | {"scan": "torch", "conv": "torch"})
 
 
 def test_plans_fit_and_are_sorted_and_allowed():
