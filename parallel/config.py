@@ -58,6 +58,10 @@ class ParallelConfig(BaseModel):
         """Ranks that hold one copy of the model, and work on one sequence, between them."""
         return self.tensor * self.pipeline * self.context
 
+    def replicas(self, world_size: int) -> int:
+        """Ranks with the same weights, of the data and the context dimension; where it is one, there is no ZeRO."""
+        return world_size // (self.tensor * self.pipeline)
+
     @property
     def model_parts(self) -> int:
         """Parts that the layers are cut into."""

@@ -35,6 +35,10 @@ class Plan:
     wire_bytes: float  # that the busiest rank sends in a step
 
     @property
+    def layout(self) -> str:
+        return layout_name(self.config, world_size=self.world_size)
+
+    @property
     def memory(self) -> RankMemory:
         """Of the fullest rank."""
         return max(self.stages, key=lambda memory: memory.total_bytes)
@@ -91,9 +95,10 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
         )
     if not best:
         needed, candidate = smallest
+        layout = layout_name(candidate, world_size=world_size)
         raise ConfigError(
             f"no layout of {world_size} GPUs fits {memory_gib:g} GiB, of which {USABLE_SHARE:.0%} are planned with: "
-            f"the smallest is {layout_name(candidate)} with {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
+            f"the smallest, {layout}, takes {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
         )
     return sorted(best.values(), key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))
 
@@ -148,7 +153,8 @@ def _parallel_sections(world_size: int, *, node_gpus: int) -> Iterator[dict]:
         if world_size % (tensor * context * pipeline):
             continue
         for chunks in CHUNKS if pipeline > 1 else (1,):
-            for stage in (1,) if pipeline > 1 else (1, 2, 3):
+            stages = (1,) if pipeline > 1 or world_size == tensor else (1, 2, 3)  # the same without replicas
+            for stage in stages:
                 for sequence in (False, True) if tensor > 1 else (False,):
                     yield {
                         "tensor": tensor,
@@ -160,7 +166,7 @@ def _parallel_sections(world_size: int, *, node_gpus: int) -> Iterator[dict]:
                     }
 
 
-def layout_name(config: RunConfig) -> str:
+def layout_name(config: RunConfig, *, world_size: int) -> str:
     """A layout in a few words, such as 'TP2+SP CP2 PP4x2 ZeRO-1'; a dimension of one is left out."""
     parallel = config.parallel
     parts = []
@@ -171,7 +177,8 @@ def layout_name(config: RunConfig) -> str:
     if parallel.pipeline > 1:
         chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
         parts.append(f"PP{parallel.pipeline}{chunks}")
-    return " ".join([*parts, f"ZeRO-{parallel.zero_stage}"])
+    shared = parallel.replicas(world_size) > 1
+    return " ".join([*parts, f"ZeRO-{parallel.zero_stage}" if shared else "no ZeRO"])
 
 
 def describe_run(config: RunConfig, *, world_size: int) -> str:
@@ -182,10 +189,10 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     """
     config.check_world(world_size)
     parallel = config.parallel
-    data_size = world_size // parallel.model_ranks
+    data_size, layout = world_size // parallel.model_ranks, layout_name(config, world_size=world_size)
     largest = max(stage_parameters(config, stage) for stage in range(parallel.pipeline))
     return (
-        f"{world_size:,} ranks: DP{data_size} {layout_name(config)}, recompute {parallel.recompute}; "
+        f"{world_size:,} ranks: DP{data_size} {layout}, recompute {parallel.recompute}; "
         f"{config.accumulation_steps(data_size=data_size):,} micro-batches of {config.train.micro_batch_size} a step; "
         f"{largest:,} parameters on the largest rank"
     )

@@ -166,7 +166,7 @@ def _pipeline(ledger: _Ledger, config: RunConfig, part: range, micro_batches: in
 def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int, micro_batches: int) -> None:
     """ZeRO's gradients and weights, over the ranks of the data and the context dimension."""
     parallel, model = config.parallel, config.model
-    ranks = world_size // (parallel.tensor * parallel.pipeline)
+    ranks = parallel.replicas(world_size)
     weights = stage_parameters(config, stage) * FP32_BYTES
     if parallel.zero_stage == 3:
         gathered = _gathered_bytes(config, stage, micro_batches=micro_batches)

@@ -200,7 +200,7 @@ def _rank_memory(
         for kind, kept in _part_saved_bytes(config, parts[number], sublayers, kernels=kernels).items():
             saved[kind] += forwards * kept
     moments = [_workspace_moments(config, part, sublayers, kernels=kernels) for part in parts]
-    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES if world_size > parallel.tensor * parallel.pipeline else 0
+    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES if parallel.replicas(world_size) > 1 else 0
     late = 0
     if config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1:
         # Without gradients of an earlier micro-batch: they come, and the bucket with the first, after the loss's.
@@ -220,9 +220,10 @@ def _state_bytes(config: RunConfig, *, stage: int, world_size: int) -> tuple[int
     """Weights, gradients and optimizer states. ZeRO's partition of the weights counts as the optimizer's."""
     parallel, parameters = config.parallel, stage_parameters(config, stage)
     whole = parameters * FP32_BYTES
-    share = math.ceil(whole / (world_size // (parallel.tensor * parallel.pipeline)))
-    if share == whole:  # no replicas, and so no ZeRO (parallel/single_replica.py)
+    replicas = parallel.replicas(world_size)
+    if replicas == 1:  # no ZeRO (parallel/single_replica.py)
         return whole, whole, 2 * whole
+    share = math.ceil(whole / replicas)
     optimizer = 3 * share  # the partition that the optimizer steps, and two moments
     if parallel.zero_stage == 1:
         return whole, whole, optimizer

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from sambalm.pretrain.plan import GIB, LONG_RUN_TOKENS, Plan, layout_name
+from sambalm.pretrain.plan import GIB, LONG_RUN_TOKENS, Plan
 from sambalm.pretrain.plan_memory import RankMemory
 
 MEMORY_PARTS = {
@@ -59,7 +59,7 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
     for plan in plans:
         config = plan.config
         table.add_row(
-            layout_name(config),
+            plan.layout,
             str(plan.world_size // config.parallel.model_ranks),
             config.parallel.recompute,
             f"{plan.micro_batches} x {config.train.micro_batch_size}",
@@ -76,12 +76,12 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
 def _memory_table(plans: Sequence[Plan]) -> Table:
     table = _table("Memory of the fullest rank in GiB", "layout", *MEMORY_PARTS)
     for plan in plans:
-        table.add_row(layout_name(plan.config), *_memory_cells(plan.memory))
+        table.add_row(plan.layout, *_memory_cells(plan.memory))
     return table
 
 
 def _stage_table(plan: Plan) -> Table:
-    table = _table(f"Memory of each stage of {layout_name(plan.config)} in GiB", "stage", *MEMORY_PARTS)
+    table = _table(f"Memory of each stage of {plan.layout} in GiB", "stage", *MEMORY_PARTS)
     for stage, memory in enumerate(plan.stages):
         table.add_row(str(stage), *_memory_cells(memory))
     return table

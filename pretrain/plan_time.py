@@ -92,14 +92,14 @@ def _stage_time(
         bubble_s=busy_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
         zero_s=sent_s["data"] + moved_s,
         optimizer_s=update_s,
-        idle_s=assumed.ZERO_IDLE_S if world_size > parallel.tensor * parallel.pipeline else 0.0,
+        idle_s=assumed.ZERO_IDLE_S if parallel.replicas(world_size) > 1 else 0.0,
     )
 
 
 def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
     """What DeepSpeed does on the device with a step's gradients before and in the optimizer's step."""
     parallel = config.parallel
-    replicas = world_size // (parallel.tensor * parallel.pipeline)
+    replicas = parallel.replicas(world_size)
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
     parameters = stage_parameters(config, stage)
     share = parameters / replicas

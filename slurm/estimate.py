@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sambalm.model.parameters import count_parameters
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.plan import DAY_S, GIB, Plan, find_plans, layout_name
+from sambalm.pretrain.plan import DAY_S, GIB, Plan, find_plans
 from sambalm.pretrain.plan_hardware import H100
 from sambalm.pretrain.plan_memory import FP32_BYTES
 
@@ -155,7 +155,7 @@ def _cells(one: Estimate) -> dict[str, str]:
     plan, config = one.plan, one.plan.config
     days = one.training_s / one.goodput / DAY_S
     return {
-        "layout": layout_name(config),
+        "layout": plan.layout,
         "data-parallel ranks": f"{plan.world_size // config.parallel.model_ranks:,}",
         "micro-batches x size": f"{plan.micro_batches} x {config.train.micro_batch_size}",
         "memory of the fullest rank (GiB)": f"{plan.memory.total_bytes / GIB:.1f}",

@@ -20,7 +20,7 @@ from sambalm.parallel.state import TensorParallel
 from sambalm.pretrain.cli import app
 from sambalm.pretrain.config import DTYPES, RunConfig, load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
+from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, layout_name, plan_of
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import DEVICES
 from sambalm.pretrain.plan_kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
@@ -310,9 +310,26 @@ def test_plans_fit_and_are_sorted_and_allowed():
     assert len({plan.config.parallel for plan in plans}) == len(plans)
 
 
+def test_a_layout_names_zero_only_where_ranks_share_their_weights():
+    names = {
+        ("ZeRO-3", 2): {"zero_stage": 3},
+        ("no ZeRO", 1): {"zero_stage": 3},
+        ("TP2 no ZeRO", 2): {"tensor": 2},
+        ("TP2 PP2 no ZeRO", 4): {"tensor": 2, "pipeline": 2},
+        ("CP2 ZeRO-1", 2): {"context": 2},
+    }
+    for (name, ranks), parallel in names.items():
+        assert layout_name(config_of(parallel=parallel), world_size=ranks) == name
+
+
+def test_one_rank_has_one_layout_whatever_the_stage():
+    (plan,) = find_plans(config_of(), world_size=1, memory_gib=80, hardware=DEVICES["h100"])
+    assert plan.layout == "no ZeRO"
+
+
 def test_too_small_a_cluster_is_one_sentence():
     config = load_config(CONFIGS / "samba_3.8b.yaml")
-    with pytest.raises(ConfigError, match=r"no layout of 8 GPUs fits 8 GiB.*the smallest is TP8"):
+    with pytest.raises(ConfigError, match=r"no layout of 8 GPUs fits 8 GiB.*the smallest, TP8"):
         find_plans(config, world_size=8, memory_gib=8, hardware=DEVICES["h100"])
     with pytest.raises(ConfigError, match="no layout of 7 GPUs can take"):
         find_plans(config, world_size=7, memory_gib=80, hardware=DEVICES["h100"])

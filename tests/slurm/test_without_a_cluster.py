@@ -154,6 +154,6 @@ def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
 def test_the_largest_config_has_the_layout_that_the_plan_ranks_first():
     config = load_config(CONFIGS / "samba_3.8b.yaml")
     best = find_plans(config, world_size=512, memory_gib=80.0, hardware=H100)[0].config
-    assert layout_name(best) == layout_name(config)
+    assert layout_name(best, world_size=512) == layout_name(config, world_size=512)
     assert best.train.micro_batch_size == config.train.micro_batch_size
     assert best.parallel.recompute == config.parallel.recompute
