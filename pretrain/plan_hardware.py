@@ -14,10 +14,16 @@ class Hardware:
     matrix_flops: float  # dense bf16 peak, FLOP/s
     matrix_efficiency: float  # achieved share of that peak, over a layer's matrix products
     memory_bytes_per_s: float  # of a copy, read and write together
-    vector_rate: float  # of a kernel that neither products nor memory bind (the scan), over an H100's
+    multiprocessors: int
+    clock_ghz: float  # boost, by NVIDIA's data sheet
     node_gpus: int
     node_bytes_per_s: float  # between devices of a node, each direction
     network_bytes_per_s: float  # between nodes, a device, each direction
+
+    @property
+    def vector_rate(self) -> float:
+        """Of kernels that neither products nor memory bind, over an H100's."""
+        return self.multiprocessors * self.clock_ghz / (H100.multiprocessors * H100.clock_ghz)
 
 
 H100 = Hardware(
@@ -25,7 +31,8 @@ H100 = Hardware(
     matrix_flops=989e12,  # NVIDIA's data sheet
     matrix_efficiency=0.73,  # (H100) 720 TFLOP/s over a step of 421M, 736 over one of 1.3B
     memory_bytes_per_s=3.0e12,  # (H100) 3.02 TB/s
-    vector_rate=1.0,
+    multiprocessors=132,
+    clock_ghz=1.98,
     node_gpus=8,
     node_bytes_per_s=450e9,  # NVLink 4
     network_bytes_per_s=50e9,  # a 400 Gbit/s adapter a device
@@ -33,19 +40,25 @@ H100 = Hardware(
 
 
 def _scaled(
-    name: str, *, matrix_flops: float, memory_bytes_per_s: float, node_bytes_per_s: float, vector_rate: float
+    name: str,
+    *,
+    matrix_flops: float,
+    memory_bytes_per_s: float,
+    multiprocessors: int,
+    clock_ghz: float,
+    node_bytes_per_s: float,
 ) -> Hardware:
     """The H100's measurements on another device: matrix rates by its peak, memory by the same share of its data sheet.
 
-    Args:
-        vector_rate: multiprocessors times clock over the H100's.
+    Other kernels scale by its multiprocessors and their clock.
     """
     return Hardware(
         name=name,
         matrix_flops=matrix_flops,
         matrix_efficiency=H100.matrix_efficiency,
         memory_bytes_per_s=memory_bytes_per_s * H100.memory_bytes_per_s / H100_SHEET_BYTES_PER_S,
-        vector_rate=vector_rate,
+        multiprocessors=multiprocessors,
+        clock_ghz=clock_ghz,
         node_gpus=H100.node_gpus,
         node_bytes_per_s=node_bytes_per_s,
         network_bytes_per_s=H100.network_bytes_per_s,
@@ -53,13 +66,24 @@ def _scaled(
 
 
 H100_SHEET_BYTES_PER_S = 3.35e12
-A100_VECTOR_RATE = (108 * 1.41) / (132 * 1.98)  # multiprocessors and boost clock in GHz, by the data sheets
 
 DEVICES = {
     "h100": H100,
-    "h200": _scaled("h200", matrix_flops=989e12, memory_bytes_per_s=4.8e12, node_bytes_per_s=450e9, vector_rate=1.0),
+    "h200": _scaled(
+        "h200",
+        matrix_flops=989e12,
+        memory_bytes_per_s=4.8e12,
+        multiprocessors=132,
+        clock_ghz=1.98,
+        node_bytes_per_s=450e9,
+    ),
     "a100": _scaled(
-        "a100", matrix_flops=312e12, memory_bytes_per_s=2.04e12, node_bytes_per_s=300e9, vector_rate=A100_VECTOR_RATE
+        "a100",
+        matrix_flops=312e12,
+        memory_bytes_per_s=2.04e12,
+        multiprocessors=108,
+        clock_ghz=1.41,
+        node_bytes_per_s=300e9,
     ),
 }
 

@@ -24,6 +24,7 @@ from sambalm.pretrain.plan_memory import (
     stage_parameters,
     stage_parts,
 )
+from sambalm.pretrain.plan_scan import cuda_scan_s
 
 # Modules with parameters of their own, by kind of sublayer; the norm included.
 MODULES = {MAMBA: 7, ATTENTION: 3, MLP: 3}
@@ -184,19 +185,24 @@ class _Device:
         elements = size.channels * micro_batch_tokens(config)
         bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
         conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
-        return conv_s + self._scan_s(elements)
+        return conv_s + self._scan_s(size.channels)
 
-    def _scan_s(self, elements: float) -> float:
+    def _scan_s(self, channels: int) -> float:
         config, kernels = self.config, self.kernels
         again = config.parallel.recompute != "none"
         # A rank between others scans for the state that it reaches and from the state that it starts at; at the ends of
         # the sequence one rank waits for the other's scan instead.
         scans = 2 if config.parallel.context > 1 else 1
-        if kernels.scan != "torch":
-            return scans * _kernel_s(costs.SCAN[kernels.scan], elements, again=again) / self.hardware.vector_rate
-        length = config.data.sequence_length // config.parallel.context
+        sequences, tokens = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
+        if kernels.scan == "cuda":
+            return scans * cuda_scan_s(
+                sequences=sequences, channels=channels, tokens=tokens, hardware=self.hardware, again=again
+            )
+        elements = sequences * tokens * channels
+        if kernels.scan == "mamba-ssm":
+            return scans * _kernel_s(costs.MAMBA_SSM_SCAN, elements, again=again) / self.hardware.vector_rate
         moved_bytes = elements * config.model.d_state * FP32_BYTES * assumed.TORCH_SCAN_PASSES
-        once_s = length * assumed.TORCH_SCAN_TOKEN_S + moved_bytes / self.hardware.memory_bytes_per_s
+        once_s = tokens * assumed.TORCH_SCAN_TOKEN_S + moved_bytes / self.hardware.memory_bytes_per_s
         return once_s * (scans + (TORCH_FORWARD_SHARE if again else 0))
 
     def _attention_s(self) -> float:
