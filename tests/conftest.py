@@ -1,8 +1,60 @@
+"""What tests of every folder start with, and a small run."""
+
+import json
 import os
+import random
 import sys
+import sysconfig
 from pathlib import Path
+
+import pytest
 
 # Before torch is imported anywhere: the worlds' ranks share few cores, and dynamo would compile megatron's fusions.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+VOCAB_SIZE = 384
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory) -> Path:
+    """Prefix of real tokens: sources of the standard library in a small vocabulary."""
+    # Not on top: most folders' tests need neither.
+    from sambalm.data_pipeline.preprocess import preprocess
+    from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokens")
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
+    texts = [source.read_text(encoding="utf-8")[:4000] for source in sources]
+    random.Random(0).shuffle(texts)
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = folder / "tokenizer.model"
+    train_tokenizer([text], vocab_size=VOCAB_SIZE, output=model)
+    preprocess([text], tokenizer=model, output_prefix=folder / "tokens", workers=1)
+    return folder / "tokens"
+
+
+@pytest.fixture
+def run_values(tokens, tmp_path) -> dict:
+    """A run of seconds, as plain values: override what a test is about."""
+    return {
+        "format_version": 1,
+        "run": {"dir": str(tmp_path / "run"), "seed": 7},
+        "model": {
+            "pattern": "M-*-",
+            "hidden_size": 32,
+            "num_query_heads": 4,
+            "num_kv_heads": 2,
+            "mlp_size": 48,
+            "window": 8,
+            "vocab_size": VOCAB_SIZE,
+        },
+        "data": {"train": str(tokens), "sequence_length": 32, "validation_fraction": 0.2},
+        "train": {"steps": 6, "global_batch_tokens": 256, "micro_batch_size": 2, "precision": "fp32"},
+        "optimizer": {"peak_lr": 3e-3, "warmup_fraction": 0.2},
+        "validation": {"every_steps": 3, "tokens": 1100, "length_multiples": [1, 2]},
+        "checkpoint": {"every_steps": 3, "keep": 10},
+        "parallel": {},
+    }

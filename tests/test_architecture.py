@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_setup_lists_every_package_folder():
     packages = {str(path.parent.relative_to(ROOT)) for path in product_files()}
     assert packages == installed_folders()
     assert all((ROOT / package / "__init__.py").is_file() for package in packages)
+
+
+def test_any_folders_of_tests_can_be_collected_in_one_call():
+    """pytest imports them by their file's name alone, and each conftest.py takes the place of the one before."""
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    names = Counter(path.stem for path in paths if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
+    lines = {path: path.read_text("utf-8").splitlines() for path in paths}
+    assert [
+        path for path in paths if any(line.startswith(("from conftest ", "import conftest")) for line in lines[path])
+    ] == []
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without git's list of files")

@@ -1,19 +1,16 @@
 """The benchmark that compares training steps of several models, on a CPU and at tiny sizes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark_files import FOLDER, load_benchmark
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "peers.py"
-# Not by its folder in sys.path, where benchmarks/kernels.py would be the package `kernels` to transformers.
-SPEC = importlib.util.spec_from_file_location("peers", SCRIPT)
-peers = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(peers)
+SCRIPT = FOLDER / "peers.py"
+peers = load_benchmark("peers")
 
 TINY = ["model.pattern=M-*-", "model.hidden_size=64", "model.mlp_size=256", "model.vocab_size=256", "model.window=32"]
 SIZES = ["--lengths", "64", "--step-tokens", "256", "--micro-batch-tokens", "128", "--seconds", "0.1"]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from context_parallel import Cut, passed_states, passed_window
+from benchmark_files import load_benchmark
 from worlds import run_world
 
 from sambalm.model.config import ModelConfig
 from sambalm.parallel.config import ParallelConfig
 
+sent = load_benchmark("context_parallel")
 BATCH, WIDTH, STATES = 2, 3, 4
 
 
@@ -82,12 +83,10 @@ MODEL = {"hidden_size": 16, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size":
 
 def bytes_on_rank(letter: str, length: int) -> tuple[int, int]:
     """Bytes that a rank hands to torch.distributed for others in one sublayer's forward, and in its backward."""
-    from context_parallel import count_sent
-
     from sambalm.parallel.state import start_world, world_size
 
     with start_world(ParallelConfig(context=world_size())) as world:
-        return count_sent(ModelConfig(pattern=letter, **MODEL), batch=BATCH, length=length, cp=world.context)
+        return sent.count_sent(ModelConfig(pattern=letter, **MODEL), batch=BATCH, length=length, cp=world.context)
 
 
 @pytest.mark.parametrize("letter", ["M", "*", "-"])
@@ -99,8 +98,8 @@ def test_bytes_sent_are_the_formulas_and_do_not_grow_with_the_sequence(letter, r
         assert forward == _bytes(letter, to_neighbour=rank < ranks - 1, ranks=ranks)
         assert backward == _bytes(letter, to_neighbour=rank > 0, ranks=ranks)
     if ranks > 2:
-        formula = {"M": passed_states, "*": passed_window, "-": lambda config, cut: 0}[letter]
-        inner = formula(ModelConfig(pattern=letter, **MODEL), Cut(128, ranks, element_bytes=4))
+        formula = {"M": sent.passed_states, "*": sent.passed_window, "-": lambda config, cut: 0}[letter]
+        inner = formula(ModelConfig(pattern=letter, **MODEL), sent.Cut(128, ranks, element_bytes=4))
         assert sum(long[1]) == sum(long[2]) == BATCH * inner
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recompute import bytes_per_token, keeping
+from benchmark_files import load_benchmark
 
 from sambalm.model.build import build_parts
 from sambalm.model.config import ModelConfig
@@ -13,13 +13,14 @@ from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.state import ContextParallel, Pipeline, TensorParallel
 
+memory = load_benchmark("recompute")
 CONFIG = ModelConfig(
     pattern="M-*-", hidden_size=64, num_query_heads=4, num_kv_heads=2, mlp_size=96, window=16, vocab_size=8
 )
 
 
 def kept(letter, mode):
-    return bytes_per_token(CONFIG, letter, mode, tokens=64, dtype=torch.float32)
+    return memory.bytes_per_token(CONFIG, letter, mode, tokens=64, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("letter", "M-*")
@@ -48,7 +49,7 @@ def kept_by_a_model(mode, *, evaluated=False):
     initialize_parameters(model, seed=0)
     model.train(not evaluated)
     tokens = torch.zeros(1, 64, dtype=torch.int64)
-    with keeping() as kept:
+    with memory.keeping() as kept:
         loss = model(tokens, tokens).mean()
     assert loss.requires_grad
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

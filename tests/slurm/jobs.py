@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import Cluster, wait_until
+from cluster_client import Cluster, wait_until
 
 from sambalm.pretrain.attempts import AttemptRecord, read_attempts
 from sambalm.pretrain.checkpoint import checkpoint_folders

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from conftest import wait_until
+from cluster_client import wait_until
 from jobs import Job
 from whole_runs import changed, train
 

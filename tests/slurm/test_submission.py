@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import wait_until
+from cluster_client import wait_until
 from whole_runs import changed
 
 from sambalm.pretrain.attempts import read_attempts
