@@ -109,8 +109,8 @@ class Samba(nn.Module):
             hidden: the stage before's output [sequence (/ tp under sequence parallelism), batch, width]; None on the
                 first.
             document_starts: for each token the position in the whole sequence of its document's first token, int64
-                [batch, this rank's part of the sequence]: each document is then run as if it were alone. None: the
-                sequence is one stream.
+                [batch, this rank's part of the sequence] on the CPU: each document is then run as if it were alone.
+                None: the sequence is one stream.
 
         Returns:
             On the last stage fp32 losses [batch, sequence] of the labels, or without labels this rank's logits [batch,
@@ -133,7 +133,7 @@ class Samba(nn.Module):
 
     def _context(self, tokens: Tensor, document_starts: Tensor | None) -> SequenceContext:
         first = self.cp.rank * tokens.shape[1]
-        documents = None if document_starts is None else Documents(document_starts, first)
+        documents = None if document_starts is None else Documents(document_starts, first, tokens.device)
         if documents:
             positions = documents.positions.t()
         else:

@@ -10,25 +10,22 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
 from sambalm.parallel.state import World
+from sambalm.parallel.transfer import to_device
 
 Reduce = Callable[[Tensor], Tensor]
 
 
 class MicroBatch(NamedTuple):
-    """Each int64 [batch, this rank's part of the sequence]."""
+    """Each int64 [batch, this rank's part of the sequence]; document_starts on the CPU, the others on the device."""
 
     tokens: Tensor
     labels: Tensor
     document_starts: Tensor | None = None  # where documents run as if alone; see the model
 
     def on_rank(self, world: World) -> "MicroBatch":
-        """This rank's part of a micro-batch of whole sequences, on its device."""
-        return MicroBatch(*(None if t is None else _to_device(world.context.part(t), world.device) for t in self))
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From page-locked memory, of which a copy does not wait for what the device is at."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        """This rank's part of a micro-batch of whole sequences that are all on the CPU."""
+        tokens, labels, starts = (None if t is None else world.context.part(t) for t in self)
+        return MicroBatch(to_device(tokens, world.device), to_device(labels, world.device), starts)
 
 
 class Part(nn.Module):

@@ -1,10 +1,15 @@
-"""Where documents begin in packed sequences, in the forms that kernels need, each made once for a micro-batch."""
+"""Where documents begin in packed sequences, in the forms that kernels need, each made once for a micro-batch.
+
+They are made of starts on the CPU: kernels take some numbers from the host, which would else wait for the device.
+"""
 
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from sambalm.parallel.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -21,20 +26,26 @@ class VariableLengths:
 class AttentionDocuments:
     """The documents of one call of an attention kernel, whose queries are the last of its keys' positions."""
 
-    first_keys: Tensor  # int64 [batch, queries]: index of the first key that is of the query's document
+    host_first_keys: Tensor  # int64 [batch, queries], on the CPU
     keys: int
+    device: torch.device
+
+    @cached_property
+    def first_keys(self) -> Tensor:
+        """Index of the first key that is of the query's document, int64 [batch, queries]."""
+        return to_device(self.host_first_keys, self.device)
 
     @cached_property
     def variable_lengths(self) -> VariableLengths:
         """A sequence for each document of each row. Keys before the first query's document are one without queries."""
-        batch, queries = self.first_keys.shape
+        batch, queries = self.host_first_keys.shape
         before = self.keys - queries
-        numbers = torch.arange(queries, device=self.first_keys.device)
-        begins = self.first_keys == before + numbers
+        numbers = torch.arange(queries)
+        begins = self.host_first_keys == before + numbers
         begins[:, 0] = True
-        rows = torch.arange(batch, device=begins.device).unsqueeze(1)
+        rows = torch.arange(batch).unsqueeze(1)
         first_queries, first_keys = rows * queries + numbers, rows * self.keys + before + numbers
-        first_keys[:, 0] = rows[:, 0] * self.keys + self.first_keys[:, 0]
+        first_keys[:, 0] = rows[:, 0] * self.keys + self.host_first_keys[:, 0]
         if before:
             begins, first_queries, first_keys = (
                 torch.cat((column, rest), dim=1)
@@ -44,10 +55,10 @@ class AttentionDocuments:
                     (rows * self.keys, first_keys),
                 )
             )
-        ends = torch.tensor([[batch * queries], [batch * self.keys]], device=begins.device)
+        ends = torch.tensor([[batch * queries], [batch * self.keys]])
         borders = torch.cat((torch.stack((first_queries[begins], first_keys[begins])), ends), dim=1)
         longest_q, longest_k = borders.diff(dim=1).amax(dim=1).tolist()
-        cu_seqlens_q, cu_seqlens_k = borders.to(torch.int32)
+        cu_seqlens_q, cu_seqlens_k = to_device(borders.to(torch.int32), self.device)
         return VariableLengths(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
 
 
@@ -56,18 +67,21 @@ class Documents:
     """The documents of this rank's part of each sequence.
 
     Args:
-        starts: int64 [batch, length]: for each token the position in the whole sequence of its document's first token.
+        starts: int64 [batch, length] on the CPU: for each token the position in the whole sequence of its document's
+            first token.
         first: position in the whole sequence of the part's first token.
+        device: where the kernels run.
     """
 
     starts: Tensor
     first: int
+    device: torch.device
     _attention: dict[tuple[range, int], AttentionDocuments] = field(default_factory=dict, init=False, compare=False)
 
     @cached_property
     def positions(self) -> Tensor:
         """Of each token in its document, int64 [batch, length]."""
-        return torch.arange(self.first, self.first + self.starts.shape[1], device=self.starts.device) - self.starts
+        return to_device(torch.arange(self.first, self.first + self.starts.shape[1]) - self.starts, self.device)
 
     @cached_property
     def resets(self) -> Tensor:
@@ -76,13 +90,15 @@ class Documents:
 
     def resets_from(self, tokens: int) -> Tensor:
         """The same with as many tokens before the part, of which only the last document's matter; bool."""
-        before = torch.arange(self.first - tokens, self.first, device=self.starts.device)
-        return torch.cat((self.starts[:, :1] == before, self.resets), dim=1)
+        before = torch.arange(self.first - tokens, self.first)
+        return torch.cat((to_device(self.starts[:, :1] == before, self.device), self.resets), dim=1)
 
     def attention(self, queries: range, *, keys_before: int) -> AttentionDocuments:
         """Of an attention call on some of the part's tokens, with so many keys before the first of them."""
         if (queries, keys_before) not in self._attention:
             starts = self.starts[:, queries.start : queries.stop]
             first_keys = (starts - self.first - queries.start + keys_before).clamp(min=0)
-            self._attention[queries, keys_before] = AttentionDocuments(first_keys, keys_before + len(queries))
+            self._attention[queries, keys_before] = AttentionDocuments(
+                first_keys, keys_before + len(queries), self.device
+            )
         return self._attention[queries, keys_before]

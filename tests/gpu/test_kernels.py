@@ -84,7 +84,7 @@ def documents(batch, length):
     """Documents in three sizes, others in each row, of which some are shorter than a kernel's block."""
     begins = torch.stack([(torch.arange(length) * (row + 1)) % 97 == 0 for row in range(batch)])
     begins |= torch.arange(length) == length // 2
-    return Documents((torch.arange(length) * begins).cummax(1).values.to(DEVICE), first=0)
+    return Documents((torch.arange(length) * begins).cummax(1).values, first=0, device=DEVICE)
 
 
 @pytest.mark.parametrize("name", ["cuda", "causal-conv1d"])

@@ -29,7 +29,8 @@ def starts_of(rows):
     return torch.tensor([[sum(row[:i]) for i, n in enumerate(row) for _ in range(n)] for row in rows])
 
 
-DOCUMENTS = Documents(starts_of(ROWS), first=0)
+CPU = torch.device("cpu")
+DOCUMENTS = Documents(starts_of(ROWS), first=0, device=CPU)
 
 
 def spans():
@@ -119,7 +120,7 @@ def variable_length_attention(q, k, v, *, window, documents):
         if queries.start < queries.stop:
             one = (t.transpose(0, 1).unsqueeze(0) for t in (q[queries], k[keys], v[keys]))
             outputs.append(window_attention(*one, window=window)[0].transpose(0, 1))
-    return torch.cat(outputs).unflatten(0, (documents.first_keys.shape[0], -1)).transpose(1, 2)
+    return torch.cat(outputs).unflatten(0, (documents.host_first_keys.shape[0], -1)).transpose(1, 2)
 
 
 @pytest.mark.parametrize(("queries", "keys_before"), [((0, 40), 0), ((7, 40), 7), ((6, 11), 2), ((30, 40), 30)])
@@ -136,6 +137,18 @@ def test_variable_lengths_say_the_same_as_first_keys(queries, keys_before):
     q, k, v = normal(BATCH, 2, len(queries), 4), *(normal(BATCH, 1, documents.keys, 4) for _ in range(2))
     expected = window_attention(q, k, v, window=12, documents=documents)
     torch.testing.assert_close(variable_length_attention(q, k, v, window=12, documents=documents), expected)
+
+
+@pytest.mark.parametrize("keys_before", [0, 7])
+def test_nothing_is_read_from_the_device(keys_before):
+    """Which would wait for it. A meta tensor has no values to read."""
+    there = Documents(DOCUMENTS.starts, first=0, device=torch.device("meta"))
+    queries = range(keys_before, LENGTH)
+    here, lengths = (d.attention(queries, keys_before=keys_before).variable_lengths for d in (DOCUMENTS, there))
+    assert (lengths.max_seqlen_q, lengths.max_seqlen_k) == (here.max_seqlen_q, here.max_seqlen_k)
+    assert lengths.cu_seqlens_k.shape == here.cu_seqlens_k.shape
+    made = (lengths.cu_seqlens_q, there.positions, there.resets, there.resets_from(2))
+    assert {tensor.device.type for tensor in made} == {"meta"}
 
 
 CONFIG = ModelConfig(
@@ -199,9 +212,9 @@ def test_documents_dropped_at_one_place_are_seen(place):
 
 
 def test_positions_are_counted_from_a_documents_start_on_every_part():
-    whole = Documents(starts_of(ROWS), first=0).positions
+    whole = Documents(starts_of(ROWS), first=0, device=CPU).positions
     assert whole[0].tolist() == [i for n in ROWS[0] for i in range(n)]
-    part = Documents(starts_of(ROWS)[:, 20:], first=20)
+    part = Documents(starts_of(ROWS)[:, 20:], first=20, device=CPU)
     assert torch.equal(part.positions, whole[:, 20:])
     assert torch.equal(part.resets_from(0), part.resets)
     assert part.resets_from(3)[:, 3:].equal(part.resets)

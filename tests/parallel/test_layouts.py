@@ -120,7 +120,7 @@ def a_document_that_begins_at_a_neighbour_is_not_seen_by_attention(monkeypatch):
     def attention(self, queries, *, keys_before):
         starts = self.starts[:, queries.start : queries.stop]
         local = torch.where(starts >= self.first, starts - self.first - queries.start + keys_before, 0)
-        return AttentionDocuments(local.clamp(min=0), keys_before + len(queries))
+        return AttentionDocuments(local.clamp(min=0), keys_before + len(queries), self.device)
 
     monkeypatch.setattr(Documents, "attention", attention)
 

@@ -1,0 +1,9 @@
+"""Tensors from the host to a rank's device."""
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. To a GPU the host does not wait, from page-locked memory, for what it is at."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
