@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from sambalm.parallel.captured_step import CapturedModel
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine, set_accumulation
@@ -85,8 +86,11 @@ def execution(
     hidden_size: int,
     dtype: torch.dtype,
     tied_weight: nn.Parameter | None,
+    cuda_graphs: bool,
 ) -> Execution:
     """The way to run this rank's parts of a model, which the engine holds."""
+    if cuda_graphs and world.size == 1 and world.device.type == "cuda":
+        return CapturedModel(engine, parts[0])
     if world.pipeline.size == 1:
         return WholeModel(engine)
     schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)

@@ -49,6 +49,10 @@ class TrainSection(BaseModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Of activations and matrix products; weights, gradients, optimizer and losses are fp32"
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="Whether one GPU alone launches each micro-batch as a CUDA graph, for which it reserves the memory",
+    )
 
 
 class ValidationSection(BaseModel):

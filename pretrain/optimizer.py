@@ -1,11 +1,14 @@
 """AdamW and its learning-rate schedule."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+
+from sambalm.model.ops.cuda import Circumstances, why_unavailable
+from sambalm.model.ops.cuda_adamw import CudaAdamW
 
 
 class OptimizerConfig(BaseModel):
@@ -28,15 +31,25 @@ class OptimizerConfig(BaseModel):
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """
+        Args:
+            model: its weights are fp32, on the device where it trains.
+        """
+        groups = self.parameter_groups(model)
+        where = Circumstances(groups[0]["params"][0].device, torch.float32)
+        adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
+        return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameters with weight decay, and those without."""
         by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in model.named_parameters():
             by_decay[decays(name, parameter)].append(parameter)
-        groups = [
+        return [
             {"params": parameters, "weight_decay": self.weight_decay if decayed else 0.0}
             for decayed, parameters in by_decay.items()
             if parameters
         ]
-        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def learning_rate(self, step: int, *, steps: int) -> float:
         """Of a step, counted from 1, in a run of `steps`."""

@@ -197,6 +197,12 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
         load_moments(parts, checkpoint.path)
     tied_weight = tied_copy(parts)
     run = execution(
-        engine, parts, world=world, hidden_size=config.model.hidden_size, dtype=dtype, tied_weight=tied_weight
+        engine,
+        parts,
+        world=world,
+        hidden_size=config.model.hidden_size,
+        dtype=dtype,
+        tied_weight=tied_weight,
+        cuda_graphs=config.train.cuda_graphs,
     )
     return Training(engine=engine, parts=parts, execution=run, kernels=kernels)

@@ -121,7 +121,9 @@ def own(config: RunConfig) -> Iterator[Contestant]:
 
 def peer(model: nn.Module, loss_of: peer_models.LossOf, config: RunConfig) -> Contestant:
     """A step of a model of another origin."""
-    optimizer = config.optimizer.build(model)
+    settings = config.optimizer
+    groups, betas = settings.parameter_groups(model), (settings.beta1, settings.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=betas, eps=settings.eps, fused=True)
 
     def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         losses = []

@@ -24,8 +24,8 @@ class Kernel:
     function: Any
     shared_bytes: int
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: Tensor | int | None) -> None:
-        """Tensors pass their address, None a null pointer, int an int32, and Stride an int64."""
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: Tensor | float | None) -> None:
+        """Tensors pass their address, None a null pointer, float an fp64, int an int32, and Stride an int64."""
         from cuda.bindings import driver
 
         values, types = zip(*map(_argument, arguments), strict=True)
@@ -39,9 +39,11 @@ class Stride(int):
     """An argument of 64 bits."""
 
 
-def _argument(value: Tensor | int | None) -> tuple[int, type]:
+def _argument(value: Tensor | float | None) -> tuple[float, type]:
     if value is None or isinstance(value, Tensor):
         return (0 if value is None else value.data_ptr()), ctypes.c_void_p
+    if isinstance(value, float):
+        return value, ctypes.c_double
     return int(value), ctypes.c_longlong if isinstance(value, Stride) else ctypes.c_int
 
 

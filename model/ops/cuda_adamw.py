@@ -1,0 +1,49 @@
+"""AdamW's step on a GPU in one launch for all tensors of a parameter group (cuda_source/adamw.cu)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sambalm.model.ops.nvrtc import kernel
+
+THREADS, CHUNK = 256, 16384  # of a block, and elements that it takes of one tensor
+
+
+class CudaAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW of fp32 parameters on a GPU, with the same state.
+
+    Where `grad_scale`, fp32 [], is set, gradients are divided by it. They stay as they are, which torch's fused AdamW
+    would overwrite: a pass over memory less.
+    """
+
+    grad_scale: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                self._step(weights, group)
+
+    def _step(self, weights: list[Tensor], group: dict) -> None:
+        gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
+        states = [self._state_of(weight) for weight in weights]
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        rows, blocks = [], 0
+        for weight, gradient, state in zip(weights, gradients, states, strict=True):
+            tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            rows.append([*(tensor.data_ptr() for tensor in tensors), weight.numel(), blocks])
+            blocks += math.ceil(weight.numel() / CHUNK)
+        # Pinned, so that the host does not wait for the copy.
+        table = torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(weights[0].device, non_blocking=True)
+        factors = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+        run = kernel("adamw", "adamw.cu", defines={"THREADS": THREADS, "CHUNK": CHUNK})
+        run((blocks, 1, 1), THREADS, table, len(rows), self.grad_scale, *factors)
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        return state

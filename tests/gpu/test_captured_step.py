@@ -1,0 +1,75 @@
+"""Steps from CUDA graphs against the same steps launched kernel by kernel."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sambalm.parallel.captured_step import UNCAPTURED_STEPS, CapturedModel
+from sambalm.parallel.errors import ParallelError
+from sambalm.parallel.execution import WholeModel
+from sambalm.parallel.pipeline import MicroBatch
+from sambalm.parallel.state import start_world
+from sambalm.pretrain.config import load_config
+from sambalm.pretrain.trainer import build_training
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+# Kernels that repeat bit by bit.
+SETTINGS = [
+    "run.dir=unused",
+    "data.train=unused",
+    "parallel={}",
+    "train.micro_batch_size=2",
+    "train.precision=bf16",
+    "kernels.scan=cuda",
+    "kernels.conv=cuda",
+    "kernels.attention=flex",
+    "model.hidden_size=256",
+]
+MICRO_BATCHES = (1, 2, 1, 3, 1, 2, 3, 1)  # of each step
+
+
+def batches_of(config, count, *, length):
+    tokens = torch.randint(config.model.vocab_size, (count, 2, length + 1), device="cuda")
+    return [MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in tokens]
+
+
+def steps(config, world, *, graphs):
+    """Losses, held-out losses between steps, and the weights at the end."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
+    training = build_training(config, world=world, checkpoint=None)
+    assert isinstance(training.execution, CapturedModel if graphs else WholeModel)
+    torch.manual_seed(0)
+    losses, held_out = [], []
+    for count in MICRO_BATCHES:
+        losses.append(training.execution.train_step(batches_of(config, count, length=256)).item())
+        held_out.append(training.execution.losses(batches_of(config, 2, length=512))[1].mean().item())
+    if graphs:
+        assert set(training.execution.captured) == {True, False}
+    return losses, held_out, [parameter.detach().clone() for parameter in training.parts[0].parameters()]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_graphs_take_the_steps_that_kernels_take(recompute):
+    config = load_config(CONFIG, [*SETTINGS, f"parallel.recompute={recompute}"])
+    with start_world(config.parallel) as world:
+        losses, held_out, weights = steps(config, world, graphs=True)
+        expected = steps(config, world, graphs=False)
+    assert len(set(losses)) == len(MICRO_BATCHES)
+    assert losses == expected[0]
+    assert held_out == expected[1]
+    assert all(torch.equal(here, there) for here, there in zip(weights, expected[2], strict=True))
+
+
+def test_what_cannot_be_captured_is_said_in_a_sentence():
+    config = load_config(CONFIG, SETTINGS)
+    with start_world(config.parallel) as world:
+        training = build_training(config, world=world, checkpoint=None)
+        model = training.parts[0]
+        model.register_forward_hook(lambda *_: next(model.parameters()).sum().item())  # waits for the device
+        for _ in range(UNCAPTURED_STEPS):
+            training.execution.train_step(batches_of(config, 1, length=256))
+        with pytest.raises(ParallelError, match=r"captured as a CUDA graph .* train.cuda_graphs=false"):
+            training.execution.train_step(batches_of(config, 1, length=256))
