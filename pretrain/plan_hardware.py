@@ -109,9 +109,9 @@ TORCH_SCAN_PASSES = 20
 # Bytes a parameter that DeepSpeed moves once a step (0.19.8, runtime/zero/stage_1_and_2.py and stage3.py): of the whole
 # gradient, its copy into the bucket and its division by the ranks; of a rank's share, the flat copy, the norm in fp64,
 # clipping, AdamW (weight, gradient and moments read; all but the gradient written) and the copy of the new weights.
-# Without replicas (parallel/single_replica.py) there are the norm, and AdamW, which writes the clipped gradient too.
+# Without replicas (parallel/single_replica.py) there are the norm and AdamW.
 BUCKET_BYTES = 8 + 8
-SINGLE_REPLICA_BYTES = 4 + 32
+SINGLE_REPLICA_BYTES = 4 + 28
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8
 # Stage 3 runs hooks around every module that has parameters, forward and backward: they start its gather and wait. From
 # the steps of two H200 under stages 1 and 3.

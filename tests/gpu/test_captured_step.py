@@ -18,15 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 # Kernels that repeat bit by bit.
 SETTINGS = [
-    "run.dir=unused",
-    "data.train=unused",
-    "parallel={}",
-    "train.micro_batch_size=2",
-    "train.precision=bf16",
-    "kernels.scan=cuda",
-    "kernels.conv=cuda",
-    "kernels.attention=flex",
-    "model.hidden_size=256",
+    *("run.dir=unused", "data.train=unused", "parallel={}", "train.micro_batch_size=2", "train.precision=bf16"),
+    *("kernels.scan=cuda", "kernels.conv=cuda", "kernels.attention=flex", "model.hidden_size=256"),
 ]
 MICRO_BATCHES = (1, 2, 1, 3, 1, 2, 3, 1)  # of each step
 
@@ -68,7 +61,11 @@ def test_what_cannot_be_captured_is_said_in_a_sentence():
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None)
         model = training.parts[0]
-        model.register_forward_hook(lambda *_: next(model.parameters()).sum().item())  # waits for the device
+
+        def wait_for_the_device(*_):
+            next(model.parameters()).sum().item()
+
+        model.register_forward_hook(wait_for_the_device)
         for _ in range(UNCAPTURED_STEPS):
             training.execution.train_step(batches_of(config, 1, length=256))
         with pytest.raises(ParallelError, match=r"captured as a CUDA graph .* train.cuda_graphs=false"):

@@ -252,7 +252,7 @@ def test_communication_is_what_a_real_step_hands_over(ranks, parallel):
 
 
 OLD = KernelNames("mamba-ssm", "torch", "torch-flash", "torch", "torch")
-NEW = KernelNames("cuda", "cuda", "cudnn", "compiled", "compiled")
+NEW = KernelNames("cuda", "causal-conv1d", "cudnn", "compiled", "compiled")
 
 
 @dataclass(frozen=True)
@@ -274,10 +274,17 @@ MEASURED = {
     "DP2, ZeRO-1": Measured(160_100, 30.1),
     "DP2, ZeRO-3": Measured(131_700, 30.2, settings=("parallel.zero_stage=3",)),
     "CP2": Measured(11_000, 23.0, replace(OLD, scan="torch"), settings=("parallel.context=2",)),
-    "4 x 4096": Measured(166_372, 19.5, NEW, "h100", 1, 16_384),
-    "8 x 4096": Measured(170_927, 33.4, NEW, "h100", 1, 32_768, 8),
-    "recompute full": Measured(124_759, 9.6, NEW, "h100", 1, settings=("parallel.recompute=full",)),
-    "1.3B, 4 x 4096": Measured(57_387, 46.2, NEW, "h100", 1, 16_384, config="samba_1.3b"),
+    "4 x 4096": Measured(166_007, 19.5, NEW, "h100", 1, 16_384),
+    "8 x 4096": Measured(170_927, 33.4, replace(NEW, conv="cuda"), "h100", 1, 32_768, 8),
+    "recompute full": Measured(
+        124_759, 9.6, replace(NEW, conv="cuda"), "h100", 1, settings=("parallel.recompute=full",)
+    ),
+    "1.3B, 4 x 4096": Measured(58_333, 46.2, NEW, "h100", 1, 16_384, config="samba_1.3b"),
+    "3.8B, recompute full": Measured(
+        15_448, 61.9, NEW, "h100", 1, 16_384, 2, settings=("parallel.recompute=full",), config="samba_3.8b"
+    ),
+    "DP2, ZeRO-1, H100": Measured(299_967, 22.1, NEW, "h100"),
+    "PP2, H100": Measured(246_136, 19.4, NEW, "h100", settings=("parallel.pipeline=2",)),
 }
 
 
