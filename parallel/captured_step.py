@@ -32,7 +32,8 @@ class CapturedModel:
     """`execution.WholeModel` for a world of one GPU, with the same results.
 
     Two graphs: a step's first micro-batch writes the gradients, the others add to them. Both use the same memory, which
-    stays reserved between steps. Packed documents, whose lengths differ from step to step, run uncaptured.
+    stays reserved from step to step; for `losses` it is given back. Packed documents, whose lengths differ from step to
+    step, run uncaptured.
 
     Raises:
         ParallelError: of train_step, where the micro-batch cannot be captured.
@@ -59,6 +60,8 @@ class CapturedModel:
 
     @torch.no_grad()
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        self.captured.clear()  # a fraction of a second to capture again, against memory that longer sequences may need
+        torch.cuda.empty_cache()
         self.model.eval()
         losses = [self._forward(batch) for batch in micro_batches]
         self.model.train()

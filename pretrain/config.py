@@ -51,7 +51,7 @@ class TrainSection(BaseModel):
     )
     cuda_graphs: bool = Field(
         True,
-        description="Whether one GPU alone launches each micro-batch as a CUDA graph, for which it reserves the memory",
+        description="Whether a GPU that trains alone launches each micro-batch as a CUDA graph",
     )
 
 

@@ -1,0 +1,63 @@
+"""Benchmarks of whole runs, which start the program as a user does, at tiny sizes on a CPU: that they still run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmark_files import FOLDER, load_benchmark
+
+from sambalm.pretrain.metrics_file import read_metrics
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+TINY = [
+    *("model.pattern=M-*-", "model.hidden_size=64", "model.num_query_heads=4", "model.mlp_size=64"),
+    *("data.sequence_length=64", "train.global_batch_tokens=256", "train.micro_batch_size=1"),
+]
+
+
+def run(name, *arguments):
+    command = [sys.executable, FOLDER / name, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def rows(output):
+    """Cells of a Markdown table's rows, by the first of them."""
+    cells = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in output.splitlines() if "|" in line)
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.mark.slow
+def test_steps_are_timed():
+    found = rows(run("step.py", CONFIG, "--steps", 4, *TINY, "parallel={}"))["as it is"]
+    assert float(found[0].replace(",", "")) > 0
+    assert abs(float(found[-1]) - 7.62) < 0.3  # random tokens of 2,048: log(2048)
+
+
+@pytest.mark.slow
+def test_layouts_are_compared(tmp_path):
+    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)
+    data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")
+    layouts = ("--layouts", "one process", "TP2 + SP")
+    output = run("layouts.py", CONFIG, *data, *folder, "--steps", 3, *TINY, "data.validation_fraction=0.2", *layouts)
+    found = rows(output)
+    assert found["one process"][0] == f"{read_metrics(tmp_path / 'runs' / 'oneprocess')[-1]['loss']:.4f}"
+    assert float(found["TP2 + SP"][2]) < 1e-4  # of the first steps: rounding
+    assert run("layouts.py", "--read", *folder, *layouts) == output
+
+
+@pytest.mark.slow
+def test_a_training_is_compared_with_itself_under_other_kernels(tmp_path):
+    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)
+    data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")
+    settings = [*TINY, "parallel={}", "model.window=8", "data.validation_fraction=0.2", "train.steps=6"]
+    only = ("--only", "main", "--only", "reference", "--only", "window")
+    drawn = tmp_path / "training.png"
+    output = run("training.py", CONFIG, *data, *folder, *only, "--compare-steps", 2, "--plot", drawn, *settings)
+    found = rows(output)
+    assert float(found["reference"][0]) == 0.0  # on a CPU it has the same kernels
+    assert float(found["window"][0]) > 0.0
+    assert drawn.stat().st_size > 1000
+    assert run("training.py", "--read", *folder, "--compare-steps", 2) == output
