@@ -96,6 +96,12 @@ SINGLE_BYTES_PER_S = 1.68e12
 # That the device waits for the host in a step under ZeRO, which reads the gradient's norm: 421M on one H100.
 ZERO_IDLE_S = 8e-3
 
+# Launching a micro-batch's kernels one by one, forward and backward, on the host: of a sublayer, and what each of its
+# messages adds. From 421M on H100: micro-batches of one sequence on one GPU, and steps of two under TP2 + SP and CP2.
+HOST_SUBLAYER_S = 2.6e-3
+HOST_MESSAGE_S = {"tensor": 0.33e-3, "context": 1.57e-3}
+HOST_RECOMPUTE = 4 / 3  # forward again, as a third of forward and backward: assumed
+
 # Of a message: NCCL's start on both sides, and the share of a link's rate that large ones achieve. Assumed.
 MESSAGE_S = 20e-6
 LINK_SHARE = 0.75

@@ -86,15 +86,29 @@ def _stage_time(
         sent_s[transfer.dimension] += transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
     layout_s = sent_s["tensor"] + sent_s["context"] + sent_s["pipeline"]
     busy_s = micro_batches * compute_s + layout_s
+    host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
+    launched_s = max(busy_s, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
     return StepTime(
         compute_s=micro_batches * compute_s,
         layout_s=layout_s,
-        bubble_s=busy_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
+        bubble_s=launched_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
         zero_s=sent_s["data"] + moved_s,
         optimizer_s=update_s,
-        idle_s=assumed.ZERO_IDLE_S if parallel.replicas(world_size) > 1 else 0.0,
+        idle_s=launched_s - busy_s + (assumed.ZERO_IDLE_S if parallel.replicas(world_size) > 1 else 0.0),
     )
+
+
+def _host_s(
+    config: RunConfig, stage: int, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
+) -> float:
+    """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
+    if world_size == 1 and config.train.cuda_graphs:
+        return 0.0
+    sublayers = sum(count for _, count in stage_letters(config, stage))
+    again = assumed.HOST_RECOMPUTE if config.parallel.recompute == "full" else 1.0
+    messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
+    return micro_batches * sublayers * assumed.HOST_SUBLAYER_S * again + messages_s
 
 
 def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
