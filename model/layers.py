@@ -17,13 +17,12 @@ from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import Kernels
 from sambalm.model.sequence_scan import context_parallel_scan
 from sambalm.parallel.context_parallel import TokensBefore
-from sambalm.parallel.linear import linear, linear_beside
+from sambalm.parallel.linear import linear, linear_beside, linear_parts
 from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
 from sambalm.parallel.state import ContextParallel, TensorParallel
 from sambalm.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    column_parallel_parts,
     copy_to_region,
     reduce_from_region,
     replicated_weight,
@@ -157,7 +156,7 @@ class QKVProjection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         key_value = copy_to_region(self.key_value, self.copies)
-        return column_parallel_parts(x, self.query, key_value, tp=self.tp, sizes=self.local_sizes)
+        return linear_parts(x, self.query, key_value, sizes=self.local_sizes, tp=self.tp)
 
 
 class WindowAttention(nn.Module):

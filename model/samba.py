@@ -9,10 +9,11 @@ from sambalm.model.layers import MambaMixer, RMSNorm, SequenceContext, SwiGLU, W
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.kernels import TORCH_KERNELS, Kernels
 from sambalm.model.ops.window_attention import rotary_tables
+from sambalm.parallel.linear import linear
 from sambalm.parallel.recompute import recomputed
 from sambalm.parallel.sharding import equal_cut, sharded_parameter
 from sambalm.parallel.state import ContextParallel, TensorParallel
-from sambalm.parallel.tensor_parallel import VocabParallelEmbedding, column_parallel_linear, cross_entropy
+from sambalm.parallel.tensor_parallel import VocabParallelEmbedding, cross_entropy
 
 SUBLAYERS = {MAMBA: MambaMixer, ATTENTION: WindowAttention, MLP: SwiGLU}
 
@@ -39,7 +40,7 @@ class Head(nn.Module):
         self.tp, self.weight = tp, weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, self.weight, self.tp)
+        return linear(x, self.weight, tp=self.tp)
 
 
 class Samba(nn.Module):

@@ -4,7 +4,7 @@ Weights are fp32 and are cast to the input's dtype where they are used: they are
 activations [sequence, batch, width], as megatron-core's sequence parallelism needs them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -47,37 +47,6 @@ def replicated_weight(weight: Tensor, tp: TensorParallel) -> Tensor:
     return copy_to_region(weight, tp) if tp.sequence else weight
 
 
-def column_parallel_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
-    """x @ weight.T with the rank's rows of the weight; gathers the sequence first where it is cut.
-
-    Args:
-        x: [sequence (/ tp under sequence parallelism), batch, in].
-        weight: [out / tp, in].
-
-    Returns:
-        [sequence, batch, out / tp] in x's dtype.
-    """
-    if tp.size == 1:
-        return linear(x, weight)
-    return tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
-        x.contiguous(),
-        weight.to(x.dtype),
-        None,
-        gradient_accumulation_fusion=False,
-        allreduce_dgrad=not tp.sequence,
-        sequence_parallel=tp.sequence,
-        tp_group=tp.group,
-    )
-
-
-def column_parallel_parts(x: Tensor, *weights: Tensor, tp: TensorParallel, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """`column_parallel_linear` with weights one below the other, cut into parts of so many of the rank's features."""
-    if tp.size == 1:
-        return linear_parts(x, *weights, sizes=sizes)
-    weight = torch.cat([weight.to(x.dtype) for weight in weights]) if len(weights) > 1 else weights[0]
-    return column_parallel_linear(x, weight, tp).split(sizes, dim=-1)
-
-
 class ColumnParallelLinear(nn.Module):
     """A linear layer without bias whose output features are cut over ranks.
 
@@ -94,7 +63,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
-        return column_parallel_parts(x, self.weight, tp=self.tp, sizes=self.local_sizes)
+        return linear_parts(x, self.weight, sizes=self.local_sizes, tp=self.tp)
 
 
 class RowParallelLinear(nn.Module):

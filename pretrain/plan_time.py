@@ -182,8 +182,7 @@ class _Device:
         """Products with some weights, the weights' casts and their gradients'."""
         passes = 4 if again else 3
         flops = passes * 2.0 * weights * micro_batch_tokens(self.config)
-        gradient_bytes = costs.GRADIENT_CAST_BYTES if self.config.parallel.tensor > 1 else 0
-        cast = Traffic(costs.WEIGHT_CAST_BYTES, gradient_bytes, fused=True)
+        cast = Traffic(costs.WEIGHT_CAST_BYTES, 0, fused=True)
         rate = self.hardware.matrix_flops * self.hardware.matrix_efficiency
         return flops / rate + self._traffic_s(cast, weights, again=again)
 

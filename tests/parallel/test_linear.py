@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from worlds import run_world
 
 from sambalm.parallel.linear import linear, linear_beside, linear_parts
+from sambalm.parallel.state import TensorParallel
 
 SIZES = (5, 9)  # of the parts
 ROWS = (8, 6)  # of the weights, which end elsewhere
@@ -49,3 +52,43 @@ def test_linear(name, dtype, transposed):
         in_fp32 = dtype == torch.float32 or number > outputs  # a weight's gradient is never rounded
         assert a.dtype == (torch.float32 if in_fp32 else dtype)
         assert (a.double() - e).norm() / e.norm() < (1e-6 if in_fp32 else 4e-3)
+
+
+RANKS, TOKENS, WIDTH = 2, (4, 3), 11
+
+
+def bf16_values(*shape):
+    """Values that bf16 holds."""
+    return torch.randn(shape, dtype=torch.float64).bfloat16().double()
+
+
+def column_parallel(dtype, sequence):
+    """A rank's norms of what it gets wrong, over the norms: outputs, x's gradient, its weights' gradients."""
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    x, weight = bf16_values(*TOKENS, WIDTH), bf16_values(RANKS * sum(SIZES), WIDTH)
+    factors = bf16_values(*TOKENS, RANKS * sum(SIZES))
+    expected_inputs = [x.requires_grad_(), weight.requires_grad_()]
+    expected = run(lambda *inputs: [F.linear(*inputs)], expected_inputs, [factors])
+
+    tp = TensorParallel(rank=rank, size=RANKS, sequence=sequence, group=dist.group.WORLD)
+    tokens = slice(rank * TOKENS[0] // RANKS, (rank + 1) * TOKENS[0] // RANKS) if sequence else slice(None)
+    rows = slice(rank * sum(SIZES), (rank + 1) * sum(SIZES))
+    own = [weight.detach()[rows].split(ROWS)[number].float().requires_grad_() for number in range(len(ROWS))]
+    leaf = x.detach()[tokens].to(dtype).requires_grad_()
+    parts = linear_parts(leaf, *own, sizes=SIZES, tp=tp)
+    sum((y.double() * f).sum() for y, f in zip(parts, factors[..., rows].split(SIZES, dim=-1), strict=True)).backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in own)
+    found = [torch.cat(parts, dim=-1), leaf.grad, torch.cat([tensor.grad for tensor in own])]
+    wanted = [expected[0][..., rows], expected[1][tokens], expected[2][rows]]
+    return [((a.double() - e).norm() / e.norm()).item() for a, e in zip(found, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_parallel_ranks(dtype, sequence):
+    rounding = 1e-6 if dtype == torch.float32 else 6e-3  # of the output, and of x's gradient before and in its sum
+    for outputs, grad_x, grad_weight in run_world(column_parallel, dtype, sequence, ranks=RANKS):
+        assert outputs < rounding
+        assert grad_x < rounding
+        assert grad_weight < 1e-6  # a weight's gradient is never rounded
