@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from sambalm.model.ops.cuda_scan import MIN_SEGMENT_TILES, SEGMENT_BELOW, WARPS_PER_MULTIPROCESSOR
-from sambalm.model.ops.cuda_scan_sizes import TILE_TOKENS, WARP_CHANNELS, warps_of_a_block
+from sambalm.model.ops.cuda_scan_sizes import TILE_TOKENS, WARP_CHANNELS, tiles_of_a_segment, warps_of_a_block
 from sambalm.pretrain.plan_hardware import H100, Hardware
 
 BLOCK_CHANNELS = WARP_CHANNELS * warps_of_a_block(16)
@@ -26,21 +25,12 @@ FORWARD = _Pass(0.712e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.77, ends_star
 BACKWARD = _Pass(2.128e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.31, ends_start_s=40e-6)
 
 
-def segments_of(*, sequences: int, channels: int, tokens: int, multiprocessors: int) -> tuple[int, int]:
-    """Segments that cuda_scan.py cuts time into, several where warps alone would not fill a device; tiles of each."""
-    tiles, warps = math.ceil(tokens / TILE_TOKENS), sequences * math.ceil(channels / WARP_CHANNELS)
-    full, segments = WARPS_PER_MULTIPROCESSOR * multiprocessors, 1
-    if warps < SEGMENT_BELOW * full:
-        segments = max(1, min(full // warps, tiles // MIN_SEGMENT_TILES))
-    segment_tiles = math.ceil(tiles / segments)
-    return math.ceil(tiles / segment_tiles), segment_tiles
-
-
 def cuda_scan_s(*, sequences: int, channels: int, tokens: int, hardware: Hardware, again: bool) -> float:
     """Of a forward and a backward, and of a second forward if again."""
-    segments, segment_tiles = segments_of(
+    segment_tiles = tiles_of_a_segment(
         sequences=sequences, channels=channels, tokens=tokens, multiprocessors=hardware.multiprocessors
     )
+    segments = math.ceil(math.ceil(tokens / TILE_TOKENS) / segment_tiles)
     blocks = sequences * math.ceil(channels / BLOCK_CHANNELS)
 
     def pass_s(one: _Pass) -> float:

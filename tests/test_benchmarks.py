@@ -48,6 +48,16 @@ def test_layouts_are_compared(tmp_path):
     assert run("layouts.py", "--read", *folder, *layouts) == output
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_largest_micro_batch_is_the_last_that_fits(recompute):
+    benchmark = load_benchmark("largest_micro_batch")
+    sequences = int(benchmark.largest(CONFIG, recompute=recompute, limit_gib=1.0).split()[0])
+    fits, exceeds = (
+        benchmark.memory_gib(CONFIG, sequences=count, recompute=recompute) for count in (sequences, sequences + 1)
+    )
+    assert fits <= 0.9 < exceeds
+
+
 @pytest.mark.slow
 def test_a_training_is_compared_with_itself_under_other_kernels(tmp_path):
     load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)

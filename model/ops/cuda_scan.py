@@ -27,17 +27,14 @@ from sambalm.model.ops.cuda_scan_sizes import (
     D_STATES,
     TILE_TOKENS,
     WARP_CHANNELS,
+    WARPS_PER_MULTIPROCESSOR,
     backward_shared_bytes,
     compiled_states,
     state_bytes,
+    tiles_of_a_segment,
     warps_of_a_block,
 )
 from sambalm.model.ops.nvrtc import Kernel, kernel
-
-# A multiprocessor is busy with this many warps; below the share of it, time is cut into segments.
-WARPS_PER_MULTIPROCESSOR = 12
-SEGMENT_BELOW = 0.6
-MIN_SEGMENT_TILES = 8
 
 
 def cuda_selective_scan(
@@ -93,13 +90,11 @@ class _Shape:
     @classmethod
     def of(cls, u: Tensor, A: Tensor) -> "_Shape":
         batch, length, channels = u.shape
-        tiles = math.ceil(length / TILE_TOKENS)
-        warps = batch * math.ceil(channels / WARP_CHANNELS)
-        processors = torch.cuda.get_device_properties(u.device).multi_processor_count
-        segments = 1
-        if warps < SEGMENT_BELOW * WARPS_PER_MULTIPROCESSOR * processors:
-            segments = max(1, min(WARPS_PER_MULTIPROCESSOR * processors // warps, tiles // MIN_SEGMENT_TILES))
-        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=math.ceil(tiles / segments))
+        multiprocessors = torch.cuda.get_device_properties(u.device).multi_processor_count
+        segment_tiles = tiles_of_a_segment(
+            sequences=batch, channels=channels, tokens=length, multiprocessors=multiprocessors
+        )
+        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=segment_tiles)
 
     @property
     def tiles(self) -> int:

@@ -1,9 +1,13 @@
 """What our CUDA scan (cuda_scan.py) needs of a device, known before anything is compiled."""
 
+import math
+
 import torch
 
 TILE_TOKENS = 16
 WARP_CHANNELS = 16
+WARPS_PER_MULTIPROCESSOR = 12  # that keep it busy
+MIN_SEGMENT_TILES = 8
 D_STATES = (16, 32, 64)  # what the kernels are compiled for; others are filled up with zeros
 
 
@@ -15,6 +19,13 @@ def compiled_states(d_state: int) -> int:
 def warps_of_a_block(states: int) -> int:
     """Four tiles of 64 states would not fit into shared memory."""
     return 2 if states == 64 else 4
+
+
+def tiles_of_a_segment(*, sequences: int, channels: int, tokens: int, multiprocessors: int) -> int:
+    """Of time, which is cut into several segments where warps alone would not fill a device."""
+    tiles, warps = math.ceil(tokens / TILE_TOKENS), sequences * math.ceil(channels / WARP_CHANNELS)
+    segments = min(WARPS_PER_MULTIPROCESSOR * multiprocessors // warps, tiles // MIN_SEGMENT_TILES)
+    return math.ceil(tiles / max(1, segments))
 
 
 def state_bytes(dtype: torch.dtype, states: int) -> int:

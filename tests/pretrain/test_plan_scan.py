@@ -1,13 +1,10 @@
-"""The planner's time of our CUDA scan against measurements, and its segments against the kernel's own."""
-
-from types import SimpleNamespace
+"""The planner's time of our CUDA scan against measurements, and the segments of time that the kernel works on."""
 
 import pytest
-import torch
 
-from sambalm.model.ops.cuda_scan import _Shape
+from sambalm.model.ops.cuda_scan_sizes import tiles_of_a_segment
 from sambalm.pretrain.plan_hardware import DEVICES, H100
-from sambalm.pretrain.plan_scan import cuda_scan_s, segments_of
+from sambalm.pretrain.plan_scan import cuda_scan_s
 
 # Forward and backward in ms of one H100 80GB, 16 states, bf16 (docs/performance.md).
 MEASURED = {
@@ -43,14 +40,20 @@ def test_recompute_adds_a_forward():
     assert twice - once == pytest.approx(0.712)
 
 
-@pytest.mark.parametrize("multiprocessors", [108, 132])
-@pytest.mark.parametrize("tokens", [1, 100, 2048, 4096, 131072])
-@pytest.mark.parametrize("channels", [40, 704, 3072, 4608, 5632])
-@pytest.mark.parametrize("sequences", [1, 2, 3, 4, 16])
-def test_segments_are_the_kernels_own(monkeypatch, sequences, channels, tokens, multiprocessors):
-    device = SimpleNamespace(multi_processor_count=multiprocessors)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    u = torch.empty(sequences, tokens, channels, device="meta", dtype=torch.bfloat16)
-    shape = _Shape.of(u, torch.empty(channels, 16, device="meta"))
-    found = segments_of(sequences=sequences, channels=channels, tokens=tokens, multiprocessors=multiprocessors)
-    assert found == (shape.segments, shape.segment_tiles)
+@pytest.mark.parametrize(
+    ("sequences", "channels", "tokens", "multiprocessors", "tiles"),
+    [
+        (4, 5632, 4096, 132, 256),  # 1,408 warps of 1,584: one segment of all tiles of 16 tokens
+        (1, 12688, 4096, 132, 256),  # 793 warps are more than half of them
+        (1, 12672, 4096, 132, 128),  # 792 are half
+        (16, 5632, 4096, 132, 256),  # 5,632 are too many
+        (1, 5632, 4096, 132, 64),  # 352 warps, four in 1,584
+        (1, 5632, 131072, 132, 2048),
+        (1, 5632, 4096, 108, 86),  # three in 1,296
+        (1, 40, 4096, 132, 8),  # no segment is shorter than eight tiles
+        (1, 40, 100, 132, 7),  # nor cut from fewer
+    ],
+)
+def test_time_is_cut_where_warps_do_not_fill_the_device(sequences, channels, tokens, multiprocessors, tiles):
+    shape = {"sequences": sequences, "channels": channels, "tokens": tokens}
+    assert tiles_of_a_segment(**shape, multiprocessors=multiprocessors) == tiles
