@@ -1,10 +1,10 @@
-"""Steps of a model that one GPU trains alone, whose micro-batches are launched as CUDA graphs.
+"""Micro-batches that are launched as CUDA graphs.
 
 A micro-batch is thousands of kernels, most of them shorter than the host takes to launch one, and the device waits
-between them. As a graph they are launched at once.
+between them. As a graph they are launched at once, with what ranks send each other on the way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.pipeline import MicroBatch
-from sambalm.parallel.zero import Engine
 
-UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, which cannot be captured
+UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ranks connect, which cannot be captured
+Run = Callable[[MicroBatch, Tensor | int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,55 +28,46 @@ class Captured:
     gradients: list[Tensor | None]  # of all parameters, in their order
 
 
-class CapturedModel:
-    """`execution.WholeModel` for a world of one GPU, with the same results.
+class CapturedMicroBatches:
+    """Runs micro-batches as `run` does, to the same bits.
 
     Two graphs: a step's first micro-batch writes the gradients, the others add to them. Both use the same memory, which
-    stays reserved from step to step; for `losses` it is given back. Packed documents, whose lengths differ from step to
-    step, run uncaptured.
+    stays reserved from step to step until `clear`. Packed documents, whose lengths differ from step to step, run
+    uncaptured.
 
-    Raises:
-        ParallelError: of train_step, where the micro-batch cannot be captured.
+    Args:
+        run: adds a micro-batch's gradients, as one of so many of a step, to the parameters' and returns its loss,
+            fp32 []. It must do the same whenever it is called, and on all ranks.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
-        self.engine, self.model = engine, model
-        self.parameters = list(model.parameters())
+    def __init__(self, run: Run, parameters: Sequence[nn.Parameter]) -> None:
+        self.run, self.parameters = run, list(parameters)
         self.uncaptured_steps = UNCAPTURED_STEPS
         self.captured: dict[bool, Captured] = {}  # for a step's first micro-batch, and for the others
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        packed = any(batch.document_starts is not None for batch in micro_batches)
-        capture = not packed and self.uncaptured_steps == 0
-        losses = []
-        for number, batch in enumerate(micro_batches):
-            if capture:
-                losses.append(self._run_captured(batch, first=number == 0, micro_batches=len(micro_batches)))
-            else:
-                losses.append(self._run(batch, len(micro_batches)))
-        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
-        self.engine.step()
-        return torch.stack(losses).mean()
-
-    @torch.no_grad()
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        self.captured.clear()  # a fraction of a second to capture again, against memory that longer sequences may need
-        torch.cuda.empty_cache()
-        self.model.eval()
-        losses = [self._forward(batch) for batch in micro_batches]
-        self.model.train()
-        return losses
+        """Runs a step's micro-batches, whose parameters have no gradients yet.
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
-        return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
+        Raises:
+            ParallelError: a micro-batch cannot be captured.
+        """
+        packed = any(batch.document_starts is not None for batch in micro_batches)
+        captured = not packed and self.uncaptured_steps == 0
+        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
+        if not captured:
+            return [self.run(batch, len(micro_batches)) for batch in micro_batches]
+        return [
+            self._replay(batch, first=number == 0, micro_batches=len(micro_batches))
+            for number, batch in enumerate(micro_batches)
+        ]
 
-    def _run(self, batch: MicroBatch, micro_batches: Tensor | int) -> Tensor:
-        """Adds to the gradients; the loss, fp32 []."""
-        loss = self._forward(batch).mean()
-        (loss / micro_batches).backward()
-        return loss.detach()
+    def clear(self) -> None:
+        """Gives the graphs' memory back; the next step captures them again, in a fraction of a second."""
+        if self.captured:
+            self.captured.clear()
+            torch.cuda.empty_cache()
 
-    def _run_captured(self, batch: MicroBatch, *, first: bool, micro_batches: int) -> Tensor:
+    def _replay(self, batch: MicroBatch, *, first: bool, micro_batches: int) -> Tensor:
         if first not in self.captured:
             self.captured[first] = self._capture(batch)
         captured = self.captured[first]
@@ -85,7 +76,8 @@ class CapturedModel:
         captured.micro_batches.fill_(micro_batches)
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients, strict=True):
-            parameter.grad = gradient  # the engine's step took it away
+            # Another tensor of the same memory: DeepSpeed points the one that it gets at memory of its own.
+            parameter.grad = None if gradient is None else gradient.detach()
         return captured.loss.clone()
 
     def _capture(self, batch: MicroBatch) -> Captured:
@@ -95,8 +87,9 @@ class CapturedModel:
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self.captured.values()), None)
         try:
-            with torch.cuda.graph(graph, pool=pool):
-                loss = self._run(batch, micro_batches)
+            # NCCL has a thread that looks after its messages all the while; only this one's calls are to be refused.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                loss = self.run(batch, micro_batches)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ParallelError(

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from sambalm.parallel.captured_step import CapturedModel
+from sambalm.parallel.captured_step import CapturedMicroBatches
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine, set_accumulation
 
 
 class Execution(Protocol):
-    """How a rank takes its part in a step. Every method is collective."""
+    """How a rank takes its part in a step. Every method but `close` is collective."""
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Takes an optimizer step on this rank's micro-batches; returns their mean loss, fp32 []."""
@@ -23,9 +23,52 @@ class Execution(Protocol):
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Losses of each micro-batch without training, fp32 [batch, this rank's part of the sequence]."""
 
+    def close(self) -> None:
+        """Ends what the process groups would wait for when they are destroyed."""
 
-class WholeModel:
-    """Every rank holds all layers: DeepSpeed's engine runs each micro-batch."""
+
+class AccumulatingModel(Execution):
+    """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
+
+    Args:
+        cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module, *, cuda_graphs: bool) -> None:
+        self.engine, self.model = engine, model
+        self.graphs = CapturedMicroBatches(self._run, list(model.parameters())) if cuda_graphs else None
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        if self.graphs:
+            losses = self.graphs.losses(micro_batches)
+        else:
+            losses = [self._run(batch, len(micro_batches)) for batch in micro_batches]
+        self.engine.step()
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        self.close()  # longer sequences may need the memory
+        self.engine.eval()
+        losses = [self._forward(batch) for batch in micro_batches]
+        self.engine.train()
+        return losses
+
+    def close(self) -> None:
+        if self.graphs:
+            self.graphs.clear()
+
+    def _forward(self, batch: MicroBatch) -> Tensor:
+        return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
+
+    def _run(self, batch: MicroBatch, micro_batches: Tensor | int) -> Tensor:
+        loss = self._forward(batch).mean()
+        (loss / micro_batches).backward()
+        return loss.detach()
+
+
+class PartitioningModel(Execution):
+    """Every rank holds all layers, and DeepSpeed's engine takes weights or gradients apart in every micro-batch."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -53,7 +96,7 @@ class WholeModel:
         return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
 
-class PipelinedModel:
+class PipelinedModel(Execution):
     """Ranks hold parts of the layers: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
 
     Args:
@@ -89,9 +132,9 @@ def execution(
     cuda_graphs: bool,
 ) -> Execution:
     """The way to run this rank's parts of a model, which the engine holds."""
-    if cuda_graphs and world.size == 1 and world.device.type == "cuda":
-        return CapturedModel(engine, parts[0])
-    if world.pipeline.size == 1:
-        return WholeModel(engine)
-    schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
-    return PipelinedModel(engine, schedule, tied_weight=tied_weight)
+    if world.pipeline.size > 1:
+        schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
+        return PipelinedModel(engine, schedule, tied_weight=tied_weight)
+    if engine.managed_gradient_accumulation():
+        return PartitioningModel(engine)
+    return AccumulatingModel(engine, parts[0], cuda_graphs=cuda_graphs and world.device.type == "cuda")

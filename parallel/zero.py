@@ -62,9 +62,10 @@ def zero_engine(
 ) -> Engine:
     """Puts this rank's parts of the model, whose weights are already set, under ZeRO.
 
-    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. On a pipeline the gradients
-    come from its schedule, and the engine's step() alone reduces them; else call `set_accumulation` for each step, and
-    the engine, its backward() and step() for each micro-batch.
+    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
+    gradients whole (stage 1, and pipelines), the engine's step() reduces the gradients that it finds, once. Elsewhere
+    (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
+    and step() for each micro-batch.
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -72,23 +73,31 @@ def zero_engine(
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": not pipelined,
+        "managed_gradient_accumulation": shared and zero_stage > 1,
         "gradient_clipping": clip_norm if shared else 0.0,
-        "zero_optimization": {"stage": zero_stage if shared else 0},
+        "zero_optimization": _zero_settings(zero_stage if shared else 0),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
     }
     model = nn.ModuleList(parts) if pipelined else parts[0]
     optimizer = make_optimizer(model)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, mpu=MegatronUnit, dist_init_required=False
-    )
+    # Stages 1 and 2 keep slices of the weights. With gradients these would keep autograd's nodes, which belong to the
+    # stream where they were made: a backward on another stream, where it is captured, would have to wait for that one.
+    with torch.no_grad():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, mpu=MegatronUnit, dist_init_required=False
+        )
     if not shared:
         engine.enable_backward_allreduce = False  # it would join all gradients into one buffer first
         clip_before_steps(optimizer, max_norm=clip_norm)
     _create_moments(engine, optimizer, done_steps=done_steps)
     return engine
+
+
+def _zero_settings(stage: int) -> dict[str, int | bool]:
+    # Contiguous gradients take a hook for each parameter, which under stage 1 only costs time in every backward.
+    return {"stage": stage} if stage != 1 else {"stage": stage, "contiguous_gradients": False}
 
 
 def set_accumulation(engine: Engine, micro_batches: int) -> None:

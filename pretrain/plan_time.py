@@ -103,10 +103,12 @@ def _host_s(
     config: RunConfig, stage: int, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
 ) -> float:
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
-    if world_size == 1 and config.train.cuda_graphs:
+    parallel = config.parallel
+    partitioned = parallel.zero_stage > 1 and parallel.replicas(world_size) > 1
+    if config.train.cuda_graphs and parallel.pipeline == 1 and not partitioned:
         return 0.0
     sublayers = sum(count for _, count in stage_letters(config, stage))
-    again = assumed.HOST_RECOMPUTE if config.parallel.recompute == "full" else 1.0
+    again = assumed.HOST_RECOMPUTE if parallel.recompute == "full" else 1.0
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
     return micro_batches * sublayers * assumed.HOST_SUBLAYER_S * again + messages_s
 

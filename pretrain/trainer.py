@@ -90,7 +90,11 @@ class Trainer:
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, with validation and checkpoints on the way."""
         steps, validation = self.config.train.steps, self.config.validation
-        with RunReport(self.config, world=self.world, done_steps=self.step) as report, closing(self.loader):
+        with (
+            RunReport(self.config, world=self.world, done_steps=self.step) as report,
+            closing(self.loader),
+            closing(self.training.execution),
+        ):
             self.signals.training_starts()
             unread = None  # a step that the device may still be at
             while self.step < steps:

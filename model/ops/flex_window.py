@@ -17,7 +17,9 @@ def flex_window(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: Atte
     if documents is not None:
         return torch_flash_window(q, k, v, window=window, documents=documents)
     mask = _window_blocks(q.shape[2], k.shape[2], window, q.device)
-    return _compiled()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    # Else fewer queries than a block are taken for decoding, whose kernel fails for 127 queries of two heads a kv head.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < BLOCK else None
+    return _compiled()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
 
 
 @cache

@@ -1,13 +1,15 @@
 """Steps from CUDA graphs against the same steps launched kernel by kernel."""
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
-from sambalm.parallel.captured_step import UNCAPTURED_STEPS, CapturedModel
+from sambalm.model.heads import kv_copies
+from sambalm.parallel.captured_step import UNCAPTURED_STEPS
 from sambalm.parallel.errors import ParallelError
-from sambalm.parallel.execution import WholeModel
 from sambalm.parallel.pipeline import MicroBatch
 from sambalm.parallel.state import start_world
 from sambalm.pretrain.config import load_config
@@ -24,33 +26,35 @@ SETTINGS = [
 MICRO_BATCHES = (1, 2, 1, 3, 1, 2, 3, 1, 1, 3, 2)  # of each step
 
 
-def batches_of(config, count, *, length):
-    tokens = torch.randint(config.model.vocab_size, (count, 2, length + 1), device="cuda")
-    return [MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in tokens]
+def batches_of(config, count, *, world, length):
+    tokens = torch.randint(config.model.vocab_size, (count, 2, length + 1))
+    return [MicroBatch(batch[:, :-1], batch[:, 1:]).on_rank(world) for batch in tokens]
 
 
 def steps(config, world, *, graphs):
     """Losses, held-out losses between steps, and the weights at the end."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
     training = build_training(config, world=world, checkpoint=None)
-    assert isinstance(training.execution, CapturedModel if graphs else WholeModel)
-    torch.manual_seed(0)
+    captured = training.execution.graphs.captured if graphs else {}
+    torch.manual_seed(world.data_rank)
     losses, held_out = [], []
     for step, count in enumerate(MICRO_BATCHES, start=1):
-        losses.append(training.execution.train_step(batches_of(config, count, length=256)).item())
+        losses.append(training.execution.train_step(batches_of(config, count, world=world, length=256)).item())
         if graphs and step > UNCAPTURED_STEPS:
-            assert True in training.execution.captured
-            assert count == 1 or False in training.execution.captured
+            assert True in captured
+            assert count == 1 or False in captured
         if step % 4 == 0:
-            held_out.append(training.execution.losses(batches_of(config, 2, length=512))[1].mean().item())
-            assert not graphs or not training.execution.captured  # their memory is free meanwhile
+            batches = batches_of(config, 2, world=world, length=512)
+            held_out.append(training.execution.losses(batches)[1].mean().item())
+            assert not captured  # their memory is free meanwhile
+    training.execution.close()
     return losses, held_out, [parameter.detach().clone() for parameter in training.parts[0].parameters()]
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_graphs_take_the_steps_that_kernels_take(recompute):
-    config = load_config(CONFIG, [*SETTINGS, f"parallel.recompute={recompute}"])
-    with start_world(config.parallel) as world:
+def compare_steps(parallel):
+    config = load_config(CONFIG, [*SETTINGS, *(f"parallel.{key}={value}" for key, value in parallel.items())])
+    copies = kv_copies(config.model, config.parallel.tensor)
+    with start_world(config.parallel, copies=copies) as world:
         losses, held_out, weights = steps(config, world, graphs=True)
         expected = steps(config, world, graphs=False)
     assert len(set(losses)) == len(MICRO_BATCHES)
@@ -59,7 +63,37 @@ def test_graphs_take_the_steps_that_kernels_take(recompute):
     assert all(torch.equal(here, there) for here, there in zip(weights, expected[2], strict=True))
 
 
-def test_what_cannot_be_captured_is_said_in_a_sentence():
+def compare_on_rank(rank, parallel, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    compare_steps(parallel)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_graphs_take_the_steps_that_kernels_take(recompute):
+    compare_steps({"recompute": recompute})
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero_stage": 1},
+        {"tensor": 2},
+        {"tensor": 2, "sequence": "true"},
+        {"tensor": 2, "sequence": "true", "recompute": "full"},
+        {"context": 2},
+        {"context": 2, "recompute": "selective"},
+    ],
+    ids=lambda parallel: " ".join(f"{key} {value}" for key, value in parallel.items()),
+)
+def test_graphs_of_two_gpus_take_the_steps_that_kernels_take(parallel):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(compare_on_rank, (parallel, port), nprocs=2)
+
+
+def refuse_on_rank(rank):
     config = load_config(CONFIG, SETTINGS)
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None)
@@ -70,6 +104,10 @@ def test_what_cannot_be_captured_is_said_in_a_sentence():
 
         model.register_forward_hook(wait_for_the_device)
         for _ in range(UNCAPTURED_STEPS):
-            training.execution.train_step(batches_of(config, 1, length=256))
+            training.execution.train_step(batches_of(config, 1, world=world, length=256))
         with pytest.raises(ParallelError, match=r"captured as a CUDA graph .* train.cuda_graphs=false"):
-            training.execution.train_step(batches_of(config, 1, length=256))
+            training.execution.train_step(batches_of(config, 1, world=world, length=256))
+
+
+def test_what_cannot_be_captured_is_said_in_a_sentence():
+    torch.multiprocessing.spawn(refuse_on_rank)  # a process that has failed to capture draws no more random numbers

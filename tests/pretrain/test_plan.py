@@ -154,28 +154,22 @@ def test_parameters_are_those_of_the_real_parts(parallel, tied):
 
 def states_on_rank(values: dict) -> tuple[int, int, int]:
     """Live bytes before a step, between a step's micro-batches and after it, without DeepSpeed's bucket."""
+    from sambalm.parallel.pipeline import MicroBatch
     from sambalm.parallel.state import start_world
-    from sambalm.parallel.zero import set_accumulation
     from sambalm.pretrain.trainer import build_training
 
     config, counts = RunConfig.model_validate(values), []
 
-    def count() -> None:
+    def count(*_) -> None:
         gc.collect()
         counts.append(live.now_bytes % (4 * 500_000_000))
 
     with start_world(config.parallel) as world, LiveBytes() as live:
         training = build_training(config, world=world, checkpoint=None)
-        engine = training.engine
+        training.parts[0].register_forward_pre_hook(count)
         tokens = torch.randint(0, 64, (config.train.micro_batch_size, config.data.sequence_length))
         micro_batches = config.accumulation_steps(data_size=world.data_size)
-        set_accumulation(engine, micro_batches)
-        for _ in range(micro_batches):
-            count()
-            loss = engine(tokens, tokens).mean()
-            engine.backward(loss)
-            engine.step()
-            del loss
+        training.execution.train_step([MicroBatch(tokens, tokens)] * micro_batches)
         count()
     return counts[0], counts[1], counts[2]
 

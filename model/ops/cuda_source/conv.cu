@@ -16,6 +16,9 @@ struct Stretch {
           inside(channel < channels) {}
 };
 
+// Whether there is such a token; stretches may begin after the last one.
+__device__ __forceinline__ bool real(int time, int length) { return time >= 0 && time < length; }
+
 __device__ __forceinline__ void load_weights(
     const float* weight, const float* bias, const Stretch& at, float (&w)[TAPS][8], float (&b)[8])
 {
@@ -58,8 +61,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
     float w[TAPS][8], b[8], seen[TAPS][8] = {};
     load_weights(weight, bias, at, w, b);
 #pragma unroll
-    for (int time = at.first - BEFORE; time < at.first; ++time)
-        see(seen, load_at(x, x_rows.at(time), at.inside && time >= 0), load_flag(resets, row + time, time >= 0));
+    for (int time = at.first - BEFORE; time < at.first; ++time) {
+        const bool there = real(time, length);
+        see(seen, load_at(x, x_rows.at(time), at.inside && there), load_flag(resets, row + time, there));
+    }
 #pragma unroll 4
     for (int time = at.first; time < at.last; ++time) {
         see(seen, load_at(x, x_rows.at(time), at.inside), load_flag(resets, row + time, true));
@@ -93,19 +98,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(
     load_weights(weight, bias, at, w, b);
 #pragma unroll
     for (int time = at.first - BEFORE; time < at.first; ++time) {
-        const bool reset = load_flag(resets, row + time, time >= 0);
-        see(seen, load_at(x, x_rows.at(time), at.inside && time >= 0), reset);
+        const bool there = real(time, length), reset = load_flag(resets, row + time, there);
+        see(seen, load_at(x, x_rows.at(time), at.inside && there), reset);
         known = reset ? 0 : known + (time > at.first - BEFORE);
     }
     // Tokens after the stretch see its last ones.
 #pragma unroll 2
     for (int time = at.first; time < at.last + BEFORE; ++time) {
-        const bool own = time < at.last, real = at.inside && time < length;
+        const bool own = time < at.last, inside = at.inside && time < length;
         const bool reset = load_flag(resets, row + time, time < length);
-        see(seen, load_at(x, x_rows.at(time), real), reset);
+        see(seen, load_at(x, x_rows.at(time), inside), reset);
         known = reset ? 0 : min(known + 1, BEFORE);
         float grad[8], ready[8];
-        unpack(load_at(grad_out, grad_rows.at(time), real), grad);
+        unpack(load_at(grad_out, grad_rows.at(time), inside), grad);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             const float sum = convolve(seen, w, b[k], k), gate = sigmoid(sum);
