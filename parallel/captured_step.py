@@ -31,9 +31,11 @@ class Captured:
 class CapturedMicroBatches:
     """Runs micro-batches as `run` does, to the same bits.
 
-    Two graphs: a step's first micro-batch writes the gradients, the others add to them. Both use the same memory, which
-    stays reserved from step to step until `clear`. Packed documents, whose lengths differ from step to step, run
-    uncaptured.
+    Two graphs: one writes the gradients of a step's first micro-batch, the other adds to gradients that are there. Both
+    use the same memory, which stays reserved from step to step until `clear`. Packed documents, whose lengths differ
+    from step to step, run uncaptured.
+
+    Gradients that are there before the first micro-batch must lie at the same place in every step.
 
     Args:
         run: adds a micro-batch's gradients, as one of so many of a step, to the parameters' and returns its loss,
@@ -43,10 +45,10 @@ class CapturedMicroBatches:
     def __init__(self, run: Run, parameters: Sequence[nn.Parameter]) -> None:
         self.run, self.parameters = run, list(parameters)
         self.uncaptured_steps = UNCAPTURED_STEPS
-        self.captured: dict[bool, Captured] = {}  # for a step's first micro-batch, and for the others
+        self.captured: dict[bool, Captured] = {}  # without gradients so far, and with some
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Runs a step's micro-batches, whose parameters have no gradients yet.
+        """Runs a step's micro-batches.
 
         Raises:
             ParallelError: a micro-batch cannot be captured.
@@ -56,10 +58,7 @@ class CapturedMicroBatches:
         self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
         if not captured:
             return [self.run(batch, len(micro_batches)) for batch in micro_batches]
-        return [
-            self._replay(batch, first=number == 0, micro_batches=len(micro_batches))
-            for number, batch in enumerate(micro_batches)
-        ]
+        return [self._replay(batch, len(micro_batches)) for batch in micro_batches]
 
     def clear(self) -> None:
         """Gives the graphs' memory back; the next step captures them again, in a fraction of a second."""
@@ -67,7 +66,8 @@ class CapturedMicroBatches:
             self.captured.clear()
             torch.cuda.empty_cache()
 
-    def _replay(self, batch: MicroBatch, *, first: bool, micro_batches: int) -> Tensor:
+    def _replay(self, batch: MicroBatch, micro_batches: int) -> Tensor:
+        first = all(parameter.grad is None for parameter in self.parameters)
         if first not in self.captured:
             self.captured[first] = self._capture(batch)
         captured = self.captured[first]
@@ -76,8 +76,7 @@ class CapturedMicroBatches:
         captured.micro_batches.fill_(micro_batches)
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients, strict=True):
-            # Another tensor of the same memory: DeepSpeed points the one that it gets at memory of its own.
-            parameter.grad = None if gradient is None else gradient.detach()
+            parameter.grad = gradient
         return captured.loss.clone()
 
     def _capture(self, batch: MicroBatch) -> Captured:

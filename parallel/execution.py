@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from sambalm.parallel.captured_step import CapturedMicroBatches
+from sambalm.parallel.flat_gradients import FlatGradients
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine, set_accumulation
@@ -31,14 +32,17 @@ class AccumulatingModel(Execution):
     """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
 
     Args:
+        gradients: where ranks share out their optimizer.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, *, cuda_graphs: bool) -> None:
-        self.engine, self.model = engine, model
+    def __init__(self, engine: Engine, model: nn.Module, *, gradients: FlatGradients | None, cuda_graphs: bool) -> None:
+        self.engine, self.model, self.gradients = engine, model, gradients
         self.graphs = CapturedMicroBatches(self._run, list(model.parameters())) if cuda_graphs else None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        if self.gradients:
+            self.gradients.clear()
         if self.graphs:
             losses = self.graphs.losses(micro_batches)
         else:
@@ -101,13 +105,23 @@ class PipelinedModel(Execution):
 
     Args:
         schedule: over this rank's parts.
+        gradients: where ranks share out their optimizer.
         tied_weight: this rank's copy of an embedding that first and last stage share; None elsewhere.
     """
 
-    def __init__(self, engine: Engine, schedule: PipelineSchedule, *, tied_weight: nn.Parameter | None) -> None:
-        self.engine, self.schedule, self.tied_weight = engine, schedule, tied_weight
+    def __init__(
+        self,
+        engine: Engine,
+        schedule: PipelineSchedule,
+        *,
+        gradients: FlatGradients | None,
+        tied_weight: nn.Parameter | None,
+    ) -> None:
+        self.engine, self.schedule, self.gradients, self.tied_weight = engine, schedule, gradients, tied_weight
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        if self.gradients:
+            self.gradients.clear()
         loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
             dist.all_reduce(self.tied_weight.grad, group=parallel_state.get_embedding_group())
@@ -132,9 +146,11 @@ def execution(
     cuda_graphs: bool,
 ) -> Execution:
     """The way to run this rank's parts of a model, which the engine holds."""
-    if world.pipeline.size > 1:
-        schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
-        return PipelinedModel(engine, schedule, tied_weight=tied_weight)
     if engine.managed_gradient_accumulation():
         return PartitioningModel(engine)
-    return AccumulatingModel(engine, parts[0], cuda_graphs=cuda_graphs and world.device.type == "cuda")
+    gradients = FlatGradients(engine, world) if engine.zero_optimization_stage() == 1 else None
+    if world.pipeline.size > 1:
+        schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
+        return PipelinedModel(engine, schedule, gradients=gradients, tied_weight=tied_weight)
+    captured = cuda_graphs and world.device.type == "cuda"
+    return AccumulatingModel(engine, parts[0], gradients=gradients, cuda_graphs=captured)

@@ -63,7 +63,8 @@ def zero_engine(
     """Puts this rank's parts of the model, whose weights are already set, under ZeRO.
 
     The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
-    gradients whole (stage 1, and pipelines), the engine's step() reduces the gradients that it finds, once. Elsewhere
+    gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds, which
+    `flat_gradients` reduces. Elsewhere
     (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
     and step() for each micro-batch.
     """

@@ -51,7 +51,8 @@ class TrainSection(BaseModel):
     )
     cuda_graphs: bool = Field(
         True,
-        description="Whether a GPU that trains alone launches each micro-batch as a CUDA graph",
+        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2, ZeRO-3 and packed "
+        "documents never do",
     )
 
 

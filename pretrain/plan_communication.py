@@ -173,8 +173,10 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
         ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)  # a module's start is counted apart
         ledger.add("data", "reduce-scatter", ranks, weights, times=micro_batches)
     else:
-        times = micro_batches if parallel.zero_stage == 2 else 1
-        ledger.add("data", "all-reduce", ranks, weights, times=times)
+        if parallel.zero_stage == 1:
+            ledger.add("data", "reduce-scatter", ranks, weights, times=1)
+        else:
+            ledger.add("data", "all-reduce", ranks, weights, times=micro_batches)
         ledger.add("data", "all-gather", ranks, weights / ranks, times=1)
     ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
     at_end = stage in (0, parallel.pipeline - 1)

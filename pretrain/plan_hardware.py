@@ -112,13 +112,14 @@ LINK_SHARE = 0.75
 TORCH_SCAN_TOKEN_S = 50e-6
 TORCH_SCAN_PASSES = 20
 
-# Bytes a parameter that DeepSpeed moves once a step (0.19.8, runtime/zero/stage_1_and_2.py and stage3.py): of the whole
-# gradient, its copy into the bucket and its division by the ranks; of a rank's share, the flat copy, the norm in fp64,
-# clipping, AdamW (weight, gradient and moments read; all but the gradient written) and the copy of the new weights.
-# Without replicas (parallel/single_replica.py) there are the norm and AdamW.
-BUCKET_BYTES = 8 + 8
+# Bytes a parameter that are moved once a step: of the whole gradient, under stage 1 its zeroes and the first sum with
+# them (parallel/flat_gradients.py), under the others its copy into the bucket and its division by the ranks (DeepSpeed
+# 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py); of a rank's share the flat copy, the norm in fp64, clipping,
+# AdamW (weight, gradient and moments read; all but the gradient written) and the copy of the new weights. Without
+# replicas (parallel/single_replica.py) there are the norm and AdamW.
+REDUCED_BYTES = 16
 SINGLE_REPLICA_BYTES = 4 + 28
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8
-# Stage 3 runs hooks around every module that has parameters, forward and backward: they start its gather and wait. From
-# the steps of two H200 under stages 1 and 3.
-ZERO3_MODULE_S = 0.23e-3
+# Stage 3 runs hooks on the host around every module that has parameters, forward and backward, which start its gather
+# and wait. From the steps of two H200 and of two H100, between which it lies.
+ZERO3_MODULE_S = 0.95e-3

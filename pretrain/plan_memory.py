@@ -28,9 +28,9 @@ FP32_BYTES = 4
 ACTIVATION_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
 
-# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stages 1 and 2 allocate the bucket while gradients
-# are reduced, stage 3 keeps it; stage 3 keeps gathered weights while they number fewer than max_live_parameters, and
-# tensors below param_persistence_threshold always.
+# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stage 2 allocates the bucket while gradients are
+# reduced, stage 3 keeps it, and stage 1 has none (parallel/flat_gradients.py). Stage 3 keeps gathered weights as long as
+# they are fewer than max_live_parameters, and tensors below param_persistence_threshold always.
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENT_ELEMENTS = 100_000
@@ -200,9 +200,11 @@ def _rank_memory(
         for kind, kept in _part_saved_bytes(config, parts[number], sublayers, kernels=kernels).items():
             saved[kind] += forwards * kept
     moments = [_workspace_moments(config, part, sublayers, kernels=kernels) for part in parts]
-    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES if parallel.replicas(world_size) > 1 else 0
+    shared = parallel.replicas(world_size) > 1
+    flat = shared and parallel.zero_stage == 1  # gradients, which are always there
+    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES if shared and not flat else 0
     late = 0
-    if config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1:
+    if config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1 and not flat:
         # Without gradients of an earlier micro-batch: they come, and the bucket with the first, after the loss's.
         late = gradients + max(0, min(bucket, *(at_loss - in_layers for at_loss, in_layers in moments)))
     return RankMemory(

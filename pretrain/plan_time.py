@@ -105,12 +105,18 @@ def _host_s(
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
     parallel = config.parallel
     partitioned = parallel.zero_stage > 1 and parallel.replicas(world_size) > 1
-    if config.train.cuda_graphs and parallel.pipeline == 1 and not partitioned:
+    captured = config.train.cuda_graphs and not config.data.reset_at_document
+    if captured and parallel.pipeline == 1 and not partitioned:
         return 0.0
-    sublayers = sum(count for _, count in stage_letters(config, stage))
-    again = assumed.HOST_RECOMPUTE if parallel.recompute == "full" else 1.0
+    letters = stage_letters(config, stage)
+    passes = micro_batches * (assumed.HOST_RECOMPUTE if parallel.recompute == "full" else 1.0)
+    launches_s = passes * sum(count for _, count in letters) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
-    return micro_batches * sublayers * assumed.HOST_SUBLAYER_S * again + messages_s
+    if partitioned and parallel.zero_stage == 3:
+        modules = 2 + sum(count * MODULES[letter] for letter, count in letters)
+        forwards = 2 if parallel.recompute == "full" else 1
+        launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
+    return launches_s + messages_s
 
 
 def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
@@ -126,15 +132,9 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
         return moved_bytes / rate, parameters * assumed.SINGLE_REPLICA_BYTES / rate
     # Stage 1 adds up whole gradients and reduces them once; the others reduce each micro-batch's and add up shares.
     summed, reductions = (parameters, 1) if parallel.zero_stage == 1 else (share, micro_batches)
-    moved_bytes = (
-        micro_batches - 1
-    ) * costs.ACCUMULATION_BYTES * summed + reductions * assumed.BUCKET_BYTES * parameters
-    hooks_s = 0.0
-    if parallel.zero_stage == 3:
-        modules = 2 + sum(count * MODULES[letter] for letter, count in stage_letters(config, stage))
-        forwards = 2 if parallel.recompute == "full" else 1
-        hooks_s = micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
-    return moved_bytes / rate + hooks_s, share * assumed.SHARE_BYTES / rate
+    moved_bytes = (micro_batches - 1) * costs.ACCUMULATION_BYTES * summed
+    moved_bytes += reductions * assumed.REDUCED_BYTES * parameters
+    return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
 
 
 @dataclass(frozen=True)

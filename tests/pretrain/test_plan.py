@@ -186,8 +186,10 @@ def test_states_are_what_deepspeed_holds(stage, ranks):
     for before, between, after in run_world(states_on_rank, config.model_dump(), ranks=ranks):
         shares = memory.optimizer_bytes // 3
         gathered = memory.weights_bytes - shares if stage == 3 else 0
-        # Before the first gradient: stages 1 and 2 have none, stage 3 has its partition of them and nothing gathered.
-        persistent = {1: memory.weights_bytes, 2: memory.weights_bytes, 3: 2 * shares}[stage]
+        # Before the first gradient: stage 1 has room for all, a rank alone and stage 2 have none, stage 3 has its
+        # partition of them and nothing gathered.
+        flat = memory.gradients_bytes if ranks > 1 else 0
+        persistent = {1: memory.weights_bytes + flat, 2: memory.weights_bytes, 3: 2 * shares}[stage]
         assert before == pytest.approx(persistent + memory.optimizer_bytes, rel=0.1)
         assert between <= memory.state_bytes * 1.1
         assert after <= memory.state_bytes * 1.1
@@ -247,6 +249,7 @@ def test_communication_is_what_a_real_step_hands_over(ranks, parallel):
 
 OLD = KernelNames("mamba-ssm", "torch", "torch-flash", "torch", "torch")
 NEW = KernelNames("cuda", "causal-conv1d", "cudnn", "compiled", "compiled")
+EAGER, TP2_SP = "train.cuda_graphs=false", ("parallel.tensor=2", "parallel.sequence=true")
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ class Measured:
     """A run of docs/planning.md."""
 
     tokens_per_s: float
-    peak_gib: float
+    peak_gib: float | None  # where today's code has the same
     kernels: KernelNames = OLD
     device: str = "h200"
     ranks: int = 2
@@ -265,9 +268,9 @@ class Measured:
 
 
 MEASURED = {
-    "DP2, ZeRO-1": Measured(160_100, 30.1),
+    "DP2, ZeRO-1": Measured(160_100, None),
     "DP2, ZeRO-3": Measured(131_700, 30.2, settings=("parallel.zero_stage=3",)),
-    "CP2": Measured(11_000, 23.0, replace(OLD, scan="torch"), settings=("parallel.context=2",)),
+    "CP2": Measured(11_000, None, replace(OLD, scan="torch"), settings=("parallel.context=2", EAGER)),
     "4 x 4096": Measured(166_007, 19.5, NEW, "h100", 1, 16_384),
     "8 x 4096": Measured(170_927, 33.4, replace(NEW, conv="cuda"), "h100", 1, 32_768, 8),
     "recompute full": Measured(
@@ -277,12 +280,17 @@ MEASURED = {
     "3.8B, recompute full": Measured(
         15_448, 61.9, NEW, "h100", 1, 16_384, 2, settings=("parallel.recompute=full",), config="samba_3.8b"
     ),
-    "DP2, ZeRO-1, H100": Measured(299_967, 22.1, NEW, "h100"),
+    "DP2, ZeRO-1, H100": Measured(308_585, 20.3, NEW, "h100"),
+    "DP2, ZeRO-3, H100": Measured(116_130, 22.2, NEW, "h100", settings=("parallel.zero_stage=3",)),
     "PP2, H100": Measured(246_136, 19.4, NEW, "h100", settings=("parallel.pipeline=2",)),
-    "TP2 + SP, H100": Measured(140_297, 11.1, NEW, "h100", settings=("parallel.tensor=2", "parallel.sequence=true")),
-    "CP2, H100": Measured(151_692, 15.6, NEW, "h100", settings=("parallel.context=2",)),
+    "TP2 + SP, H100": Measured(232_486, 11.2, NEW, "h100", settings=TP2_SP),
+    "TP2 + SP, H100, kernel by kernel": Measured(124_925, 11.1, NEW, "h100", settings=(*TP2_SP, EAGER)),
+    "CP2, H100": Measured(219_717, 13.8, NEW, "h100", settings=("parallel.context=2",)),
+    "CP2, H100, packed": Measured(
+        139_843, 13.9, NEW, "h100", settings=("parallel.context=2", "data.reset_at_document=true")
+    ),
     "1 x 4096": Measured(134_986, 9.1, NEW, "h100", 1, 4_096, 1),
-    "1 x 4096, kernel by kernel": Measured(57_902, 9.1, NEW, "h100", 1, 4_096, 1, ("train.cuda_graphs=false",)),
+    "1 x 4096, kernel by kernel": Measured(57_902, 9.1, NEW, "h100", 1, 4_096, 1, (EAGER,)),
 }
 
 
@@ -293,7 +301,8 @@ def test_an_estimate_is_within_a_quarter_of_the_measured_step(name):
     config = load_config(CONFIGS / f"{run.config}.yaml", [*batch, "parallel.tensor=1", *run.settings])
     plan = plan_of(config, world_size=run.ranks, hardware=DEVICES[run.device], kernels=run.kernels)
     assert plan.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.25)
-    assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
+    if run.peak_gib:
+        assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
 
 
 def test_a_plan_counts_with_what_a_model_falls_back_to():
