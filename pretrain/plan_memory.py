@@ -29,8 +29,8 @@ ACTIVATION_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 KINDS = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
 
 # DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stage 2 allocates the bucket while gradients are
-# reduced, stage 3 keeps it, and stage 1 has none (parallel/flat_gradients.py). Stage 3 keeps gathered weights as long as
-# they are fewer than max_live_parameters, and tensors below param_persistence_threshold always.
+# reduced, stage 3 keeps it, and stage 1 has none (parallel/flat_gradients.py). Stage 3 keeps gathered weights, up to
+# max_live_parameters, and tensors below param_persistence_threshold always.
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENT_ELEMENTS = 100_000
