@@ -105,7 +105,8 @@ class CausalConv(nn.Module):
         start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
         resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
         y_start = self.kernel(start, self.weight, self.bias, resets=resets)
-        return torch.cat((y_start[:, before.shape[1] :], y_BSD[:, reach:]), dim=1)
+        y_SBD = torch.cat((y_start[:, before.shape[1] :].transpose(0, 1), y_BSD[:, reach:].transpose(0, 1)))
+        return y_SBD.transpose(0, 1)  # so that it lies in memory as without neighbours
 
 
 class StateProjection(nn.Module):
@@ -190,7 +191,8 @@ class WindowAttention(nn.Module):
 
     def _attend_over_parts(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
         """The same of a context-parallel rank: queries that only see its own keys are computed while others arrive."""
-        near = min(self.window - 1, q.shape[2])  # queries that see neighbours' keys
+        # Queries that see neighbours' keys. Where most do, the others would not fill the time until those arrive.
+        near = self.window - 1 if q.shape[2] >= 2 * (self.window - 1) else q.shape[2]
         kv_BSHd = torch.cat((k, v), dim=1).transpose(1, 2)  # one message instead of two
         neighbours = TokensBefore(kv_BSHd, self.window - 1, cp=context.cp)
         near_q, far_q = q.split([near, q.shape[2] - near], dim=2)

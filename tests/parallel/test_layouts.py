@@ -93,6 +93,11 @@ def test_packed_documents_train_like_one_process(name):
     _compare(ranks, parallel, {"tie_embeddings": tied}, documents=True)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_queries_beyond_a_window_are_computed_while_neighbours_tokens_arrive(documents):
+    _compare(2, {"context": 2}, {"window": 5}, documents=documents)  # parts of 16 tokens: most queries
+
+
 def test_documents_change_what_is_trained():
     packed, stream = (one_process(documents=documents).gradients for documents in (True, False))
     assert max(differences([stream], whole(packed)).values()) > 0.03
