@@ -81,13 +81,12 @@ class World:
         dist.all_reduce(value, group=self.replica_group)
         return value
 
-    def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers. Several ranks wait for it; a process alone has nothing to wait for."""
-        if self.size == 1:
-            return number
+    def largest(self, number: int) -> torch.Tensor:
+        """The largest of all ranks' numbers, int64 [] on the device; the host waits only once it reads it."""
         value = torch.full((), number, dtype=torch.int64, device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return int(value)
+        if self.size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
 
     def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
         """The last pipeline stage's value of a tensor, on all stages."""

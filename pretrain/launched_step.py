@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sambalm.pretrain.metrics import StepResult
+from sambalm.pretrain.signals import Request
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """What is known of a step at its launch; loss and gradient norm are on their way to the host."""
+    """What is known of a step at its launch; the rest is on its way to the host."""
 
     number: int  # of the step, from 1
     tokens: int  # of the run so far
@@ -42,20 +43,29 @@ class LaunchedStep:
     lr: float
     start: Moment
     end: Moment
-    values: Tensor  # loss and gradient norm, fp64 [2] on the host, at the step's end
+    values: Tensor  # loss, gradient norm and request, fp64 [3] on the host, at the step's end
 
     @classmethod
     def launch(
-        cls, *, number: int, tokens: int, batch_tokens: int, lr: float, start: Moment, loss: Tensor, norm: Tensor
+        cls,
+        *,
+        number: int,
+        tokens: int,
+        batch_tokens: int,
+        lr: float,
+        start: Moment,
+        loss: Tensor,
+        norm: Tensor,
+        request: Tensor,
     ) -> Self:
         """
         Args:
             start: when the device was through with what came before the step.
-            loss, norm: [] on the device.
+            loss, norm, request: [] on the device.
         """
-        found = torch.stack([loss.double(), norm.double()])
+        found = torch.stack([loss.double(), norm.double(), request.double()])
         if found.is_cuda:
-            found = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
+            found = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
         end = Moment.after_all(loss.device)
         return cls(number, tokens, batch_tokens, lr, start=start, end=end, values=found)
 
@@ -67,7 +77,7 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Waits for the device."""
         step_time_s = self.end.seconds_since(self.start)
-        loss, norm = self.values.tolist()
+        loss, norm, _ = self.values.tolist()
         return StepResult(
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
@@ -76,3 +86,9 @@ class LaunchedStep:
             lr=self.lr,
             step_time_s=step_time_s,
         )
+
+    def request(self) -> Request:
+        """What any rank was asked for before the step's end. Waits for the device."""
+        if self.end.event:
+            self.end.event.synchronize()
+        return Request(int(self.values[2]))

@@ -98,25 +98,26 @@ class Trainer:
             self.signals.training_starts()
             unread = None  # a step that the device may still be at
             while self.step < steps:
-                launched, request = self._launch_step()
+                launched, request = self._launch_step(), Request.NOTHING
                 if unread:  # only now, so that the device always has work
                     report.step(unread.number, unread.result(), {})
+                    request = unread.request()
                 unread = launched
                 validate = self.step == steps or self.step % validation.every_steps == 0
-                save = request or self.step == steps or self.step % self.config.checkpoint.every_steps == 0
-                if validate or save or launched.is_finished:
-                    result = launched.result()
+                save = self.step == steps or self.step % self.config.checkpoint.every_steps == 0
+                if validate or save or request or launched.is_finished:
+                    result, request = launched.result(), max(request, launched.request())
                     losses = self.validator.losses(self.training.execution) if validate else {}
                     report.step(launched.number, result, losses)
                     unread = None
-                if save:
+                if save or request:
                     self._save()
                 if request in LEAVING and self.step < steps:
                     return LEAVING[request]
         return ExitCode.FINISHED
 
-    def _launch_step(self) -> tuple[LaunchedStep, Request]:
-        """One optimizer step over the global batch, and what any rank was asked for before its end."""
+    def _launch_step(self) -> LaunchedStep:
+        """One optimizer step over the global batch."""
         start = Moment.after_all(self.world.device)
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
@@ -130,7 +131,7 @@ class Trainer:
         self.samples += batch_samples
         self.step += 1
         length = self.config.data.sequence_length
-        launched = LaunchedStep.launch(
+        return LaunchedStep.launch(
             number=self.step,
             tokens=self.samples * length,
             batch_tokens=batch_samples * length,
@@ -138,8 +139,8 @@ class Trainer:
             start=start,
             loss=mean_loss,
             norm=gradient_norm(self.training.engine),
+            request=self.world.largest(self._asked()),
         )
-        return launched, Request(self.world.largest(self._asked()))
 
     def _asked(self) -> Request:
         """What this rank is asked for."""

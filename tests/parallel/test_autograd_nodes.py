@@ -1,4 +1,4 @@
-"""What CUDA graphs ask of a step, as far as a CPU shows it; tests/gpu/test_captured_step.py captures."""
+"""What capturing a step as a CUDA graph asks of autograd, as far as a CPU shows it (tests/gpu captures)."""
 
 import gc
 
