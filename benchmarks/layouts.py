@@ -39,11 +39,16 @@ LAYOUTS = {
     "DP2, ZeRO-1": (2, ["parallel.zero_stage=1"]),
     "DP2, ZeRO-3": (2, ["parallel.zero_stage=3"]),
     "CP2": (2, ["parallel.context=2"]),
+    "CP2, packed documents": (2, ["parallel.context=2", "data.reset_at_document=true"]),
     "selective": (1, ["parallel.recompute=selective"]),
     "full": (1, ["parallel.recompute=full"]),
     **{f"micro-batches of {size}": (1, [f"train.micro_batch_size={size}"]) for size in (1, 2, 4, 8, 16)},
 }
 TWO_PROCESSES = [name for name, (ranks, _) in LAYOUTS.items() if ranks == 2]
+LAYOUTS |= {
+    f"{name}, kernel by kernel": (LAYOUTS[name][0], [*LAYOUTS[name][1], "train.cuda_graphs=false"])
+    for name in ("one process", "TP2 + SP", "DP2, ZeRO-1", "CP2")
+}
 LAYOUT_FILE = "layout.json"  # in a run's folder: the layout's name, processes and kernels
 
 
