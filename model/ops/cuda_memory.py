@@ -19,7 +19,8 @@ def aligned(x: Tensor) -> Tensor:
     """[batch, length, channels] with channels innermost and each token's at a multiple of 16 bytes."""
     rows = 16 // x.element_size()
     fits = x.stride(2) == 1 and not x.stride(0) % rows and not x.stride(1) % rows and not x.data_ptr() % 16
-    return x if fits else x.contiguous()
+    # Not contiguous(), which keeps what is contiguous at any address.
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def dense(x: Tensor) -> Tensor:

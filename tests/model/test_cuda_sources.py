@@ -152,6 +152,19 @@ def test_scan(host, dtype, batch, length, channels, states):
     )
 
 
+def shifted(x):
+    """Contiguous, and not aligned to 16 bytes."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_contiguous_activations_that_are_not_aligned(host, length):
+    inputs = conv_inputs(2, length, 16, torch.bfloat16)
+    compare_conv(inputs | {"x": shifted(inputs["x"])})
+    inputs = scan_inputs(2, length, 16, 16, torch.bfloat16)
+    compare_scan(inputs | {name: shifted(inputs[name]) for name in ("u", "dt", "z")})
+
+
 @pytest.mark.parametrize(
     ("dtype", "batch", "length", "channels", "states"),
     [
