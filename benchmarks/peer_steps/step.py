@@ -182,7 +182,14 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
         loss, norm = contestant.step(batches)
         size, lr = arguments.step_tokens, float("nan")
         return LaunchedStep.launch(
-            number=number, tokens=size, batch_tokens=size, lr=lr, start=start, loss=loss, norm=norm
+            number=number,
+            tokens=size,
+            batch_tokens=size,
+            lr=lr,
+            start=start,
+            loss=loss,
+            norm=norm,
+            request=torch.zeros((), device=device),
         )
 
     for number in range(2):

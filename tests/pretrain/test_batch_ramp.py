@@ -121,7 +121,7 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
 
 
 def engine_counts(values: dict) -> list[tuple[float, float]]:
-    """The run as it would be if DeepSpeed counted micro-batches over all steps, on one rank."""
+    """The run as it would be if DeepSpeed counted micro-batches over all steps."""
     from deepspeed import DeepSpeedEngine
 
     from sambalm.pretrain.metrics_file import read_metrics
@@ -166,5 +166,6 @@ def test_steps_of_every_size_are_those_of_a_plain_loop(layout, ramp_values, plai
 def test_an_engine_left_to_count_goes_wrong(ramp_values, plain):
     if not plain:
         (plain["found"],) = run_world(plain_loop, ramp_values, ranks=1)
-    (found,) = run_world(engine_counts, ramp_values, ranks=1)
+    # The engine counts where it acts on each micro-batch.
+    found, _ = run_world(engine_counts, changed(ramp_values, parallel={"zero_stage": 2}), ranks=2)
     assert np.array(found) != pytest.approx(np.array(plain["found"]), rel=1e-3)
