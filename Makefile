@@ -1,5 +1,6 @@
 # make demo   text to tokenizer to training to a Hugging Face model that speaks, in minutes on 2 cores
 # make test   what CI runs
+# make test-slow   the tests that CI leaves out: many ranks, benchmarks
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make lint   style
 # make clean  removes what the demo made; .venv stays
@@ -11,7 +12,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slurm lint clean
+.PHONY: demo test test-slow test-slurm lint clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -40,6 +41,9 @@ demo: $(DEMO)/data/python.json
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m "slow and not slurm"
 
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh

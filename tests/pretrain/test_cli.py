@@ -363,7 +363,6 @@ def test_torchruns_own_report_of_a_refusal_ends_with_the_sentence(run_values, tm
     assert "which parallel.tensor 5 does not divide" in summary
 
 
-@pytest.mark.slow
 def test_torchrun_trains_on_two_ranks(run_values, tmp_path):
     values = changed(run_values, parallel={"tensor": 2, "sequence": True})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))

@@ -33,7 +33,10 @@ def one_process():
     return {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] if ranks > 2 else []) for name, (ranks, _, _) in LAYOUTS.items()],
+)
 def test_every_layout_trains_like_one_process(layout, run_values, one_process, tmp_path):
     ranks, parallel, tied = LAYOUTS[layout]
     values = changed(run_values, train={"steps": 10}, model={"tie_embeddings": tied})
