@@ -4,7 +4,7 @@ A micro-batch is thousands of kernels, most of them shorter than the host takes 
 between them. As a graph they are launched at once, with what ranks send each other on the way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class CapturedMicroBatches:
             fp32 []. It must do the same whenever it is called, and on all ranks.
     """
 
-    def __init__(self, run: Run, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, run: Run, parameters: Iterable[nn.Parameter]) -> None:
         self.run, self.parameters = run, list(parameters)
         self.uncaptured_steps = UNCAPTURED_STEPS
         self.captured: dict[bool, Captured] = {}  # without gradients so far, and with some

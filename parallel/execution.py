@@ -38,7 +38,7 @@ class AccumulatingModel(Execution):
 
     def __init__(self, engine: Engine, model: nn.Module, *, gradients: FlatGradients | None, cuda_graphs: bool) -> None:
         self.engine, self.model, self.gradients = engine, model, gradients
-        self.graphs = CapturedMicroBatches(self._run, list(model.parameters())) if cuda_graphs else None
+        self.graphs = CapturedMicroBatches(self._run, model.parameters()) if cuda_graphs else None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:

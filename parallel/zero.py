@@ -63,10 +63,9 @@ def zero_engine(
     """Puts this rank's parts of the model, whose weights are already set, under ZeRO.
 
     The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
-    gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds, which
-    `flat_gradients` reduces. Elsewhere
-    (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
-    and step() for each micro-batch.
+    gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds;
+    `flat_gradients` reduces those of stage 1. Elsewhere (`engine.managed_gradient_accumulation()`), call
+    `set_accumulation` for each step, and the engine, its backward() and step() for each micro-batch.
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
