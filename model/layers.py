@@ -150,7 +150,7 @@ class QKVProjection(nn.Module):
         super().__init__()
         width, weights = config.hidden_size, init.linear(config.hidden_size)
         self.tp, self.copies = tp, tp.copies(share.kv_copies)
-        self.local_sizes = [share.query.length, share.kv.length, share.kv.length]
+        self.local_sizes = [[share.query.length], [share.kv.length, share.kv.length]]
         self.query = sharded_parameter((0, width), {"q.weight": share.query}, init=weights)
         parts = {"k.weight": share.kv, "v.weight": share.kv}
         self.key_value = sharded_parameter((0, width), parts, init=weights, counted=share.owns_kv)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.captured_step import CapturedMicroBatches
 from sambalm.parallel.flat_gradients import FlatGradients
+from sambalm.parallel.linear import fuse_gradient_accumulation
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine, set_accumulation
@@ -148,6 +149,8 @@ def execution(
     """The way to run this rank's parts of a model, which the engine holds."""
     if engine.managed_gradient_accumulation():
         return PartitioningModel(engine)
+    for part in parts:
+        fuse_gradient_accumulation(part.parameters())
     gradients = FlatGradients(engine, world) if engine.zero_optimization_stage() == 1 else None
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)

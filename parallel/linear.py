@@ -1,32 +1,48 @@
 """Matrix products with fp32 weights at the activations' precision, also of column-parallel layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sambalm.parallel.state import TensorParallel
 
 ALONE = TensorParallel()
 
 
-def linear(x: Tensor, *weights: Tensor, tp: TensorParallel = ALONE) -> Tensor:
-    """x @ weight.T in x's dtype, with several weights as one below the other.
+def fuse_gradient_accumulation(parameters: Iterable[nn.Parameter]) -> None:
+    """Lets the backward add to a gradient that a weight has inside the matrix product, a pass over memory less.
+
+    Autograd then finds no gradient for the weight and runs none of its hooks, and `torch.autograd.grad` would change
+    `weight.grad`. megatron-core's gradient_accumulation_fusion likewise, whose `main_grad` is `grad` here.
+    """
+    for parameter in parameters:
+        parameter.fuses_accumulation = True
+
+
+def linear(x: Tensor, weight: Tensor, *, tp: TensorParallel = ALONE) -> Tensor:
+    """x @ weight.T in x's dtype.
 
     Args:
         x: [..., in]; [sequence / tp, batch, in] under sequence parallelism, which is gathered first.
-        weights: [out, in], in fp32 or x's dtype. Their gradients are summed in fp32 inside the matrix product and never
+        weight: [out, in], in fp32 or x's dtype. Its gradient is summed in fp32 inside the matrix product and never
             rounded to x's dtype.
-        tp: where the weights are this rank's rows of a column-parallel layer (arXiv 1909.08053, section 3); x's
+        tp: where the weight is this rank's rows of a column-parallel layer (arXiv 1909.08053, section 3); x's
             gradient is summed over the ranks, and scattered under sequence parallelism (arXiv 2205.05198).
     """
-    return _Linear.apply(x, None, tp, *weights)
+    return _Linear.apply(x, [[weight.shape[0]]], tp, weight)[0]
 
 
-def linear_parts(x: Tensor, *weights: Tensor, sizes: Sequence[int], tp: TensorParallel = ALONE) -> tuple[Tensor, ...]:
-    """`linear`, its result cut into parts of so many features. Their gradients are never joined."""
+def linear_parts(
+    x: Tensor, *weights: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel = ALONE
+) -> tuple[Tensor, ...]:
+    """`linear` with several weights as one below the other, each cut into parts of so many features.
+
+    The parts' gradients are never joined.
+    """
     return _Linear.apply(x, sizes, tp, *weights)
 
 
@@ -41,33 +57,33 @@ def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, sizes: Sequence[int] | None, tp: TensorParallel, *weights: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+        ctx, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         cast = [weight.to(x.dtype) for weight in weights]
         weight = cast[0] if len(cast) == 1 else torch.cat(cast)
         ctx.save_for_backward(x, weight)
-        ctx.sizes, ctx.tp = sizes or [weight.shape[0]], tp
-        ctx.weights = [(weight.shape[0], weight.dtype) for weight in weights]
-        y = F.linear(_Gathered(x, tp).wait(), weight)
-        return y.split(sizes, dim=-1) if sizes else y
+        ctx.weights, ctx.sizes, ctx.tp = weights, sizes, tp
+        y, features = F.linear(_Gathered(x, tp).wait(), weight), list(chain(*sizes))
+        return y.split(features, dim=-1) if len(features) > 1 else (y,)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """What ranks exchange is under way while this one computes, as in megatron-core's linear layer."""
         x, weight = ctx.saved_tensors
-        lengths, dtypes = zip(*ctx.weights, strict=True)
         gathered = _Gathered(x, ctx.tp)
         gradients = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         grad_rows = x.new_empty(gradients[0].shape[0], x.shape[-1])
-        for number, (gradient, part) in enumerate(zip(gradients, weight.split(ctx.sizes), strict=True)):
+        for number, (gradient, part) in enumerate(zip(gradients, weight.split(list(chain(*ctx.sizes))), strict=True)):
             torch.addmm(grad_rows, gradient, part, beta=min(number, 1), out=grad_rows)
         rows = gathered.wait().reshape(-1, x.shape[-1])
         summed = _Summed(grad_rows, ctx.tp)
-        grad_weight = torch.empty_like(weight, dtype=dtypes[0])
-        for gradient, found in zip(gradients, grad_weight.split(ctx.sizes), strict=True):
-            _product(gradient.t(), rows, out=found)
-        return summed.wait().view_as(x), None, None, *grad_weight.split(lengths)
+        parts = iter(gradients)
+        grad_weights = [
+            _weight_gradient(weight, list(islice(parts, len(sizes))), rows)
+            for weight, sizes in zip(ctx.weights, ctx.sizes, strict=True)
+        ]
+        return summed.wait().view_as(x), None, None, *grad_weights
 
 
 class _Gathered:
@@ -108,25 +124,38 @@ class _LinearBeside(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight = weight
         return x.view_as(x), F.linear(x, cast)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad_x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         sums = grad_x.reshape(-1, x.shape[-1]).addmm_(gradient, weight)
-        grad_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
-        _product(gradient.t(), x.reshape(-1, x.shape[-1]), out=grad_weight)
-        return sums.view_as(x), grad_weight
+        return sums.view_as(x), _weight_gradient(ctx.weight, [gradient], x.reshape(-1, x.shape[-1]))
 
 
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """left @ right into out, whose precision the sums have."""
+def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) -> Tensor | None:
+    """[out, in] in the weight's dtype; None where it has been added to the weight's own.
+
+    Args:
+        gradients: [tokens, features] of each part of the output.
+        rows: [tokens, in], what the weight was multiplied by.
+    """
+    adds = getattr(weight, "fuses_accumulation", False) and weight.grad is not None
+    features = [gradient.shape[1] for gradient in gradients]
+    found = weight.grad if adds else rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype)
+    for gradient, part in zip(gradients, found.split(features), strict=True):
+        _add_product(part, gradient.t(), rows, beta=int(adds))
+    return None if adds else found
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: int) -> None:
+    """beta * out + left @ right into out, whose precision the sums have."""
     if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
+        torch.addmm(out, left, right, beta=beta, out=out)
     elif left.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+        torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)

@@ -63,7 +63,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
-        return linear_parts(x, self.weight, sizes=self.local_sizes, tp=self.tp)
+        return linear_parts(x, self.weight, sizes=[self.local_sizes], tp=self.tp)
 
 
 class RowParallelLinear(nn.Module):

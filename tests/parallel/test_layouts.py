@@ -234,6 +234,13 @@ def copies_of_a_tied_embedding_are_not_summed(monkeypatch):
     monkeypatch.setattr(trainer, "tied_copy", lambda parts: None)
 
 
+def gradients_of_earlier_micro_batches_are_overwritten(monkeypatch):
+    from sambalm.parallel import linear
+
+    add = linear._add_product
+    monkeypatch.setattr(linear, "_add_product", lambda *tensors, beta: add(*tensors, beta=0))
+
+
 MISTAKES = [
     (no_copy_before_the_state_projection_feeds_each_rank, 2, {"tensor": 2}),
     (copied_twice, 2, {"tensor": 2}),
@@ -242,6 +249,7 @@ MISTAKES = [
     (states_between_ranks_carry_no_gradient, 2, {"context": 2}),
     (tokens_of_neighbours_carry_no_gradient, 2, {"context": 2}),
     (copies_of_a_tied_embedding_are_not_summed, 2, {"pipeline": 2}),
+    (gradients_of_earlier_micro_batches_are_overwritten, 1, {}),
 ]
 
 

@@ -6,11 +6,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from worlds import run_world
 
-from sambalm.parallel.linear import linear, linear_beside, linear_parts
+from sambalm.parallel.linear import fuse_gradient_accumulation, linear, linear_beside, linear_parts
 from sambalm.parallel.state import TensorParallel
 
-SIZES = (5, 9)  # of the parts
-ROWS = (8, 6)  # of the weights, which end elsewhere
+SIZES = ((5,), (2, 7))  # of the parts of each weight
+ROWS = [sum(sizes) for sizes in SIZES]
+PARTS = [size for sizes in SIZES for size in sizes]
 
 
 def joined(x, *weights):
@@ -19,8 +20,7 @@ def joined(x, *weights):
 
 FUNCTIONS = {
     "one weight": (lambda x, w, _: [linear(x, w)], lambda x, w, _: [joined(x, w)]),
-    "two weights": (lambda x, *w: [linear(x, *w)], lambda x, *w: [joined(x, *w)]),
-    "parts": (lambda x, *w: linear_parts(x, *w, sizes=SIZES), lambda x, *w: joined(x, *w).split(SIZES, dim=-1)),
+    "parts": (lambda x, *w: linear_parts(x, *w, sizes=SIZES), lambda x, *w: joined(x, *w).split(PARTS, dim=-1)),
     "beside": (lambda x, w, _: linear_beside(x, w), lambda x, w, _: [x, joined(x, w)]),
 }
 
@@ -54,6 +54,41 @@ def test_linear(name, dtype, transposed):
         assert (a.double() - e).norm() / e.norm() < (1e-6 if in_fp32 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_that_are_there_are_added_to(name, dtype):
+    """Where they lie; two uses of a weight in one graph, and another one that is no product, add up as well."""
+    torch.manual_seed(0)
+    function, reference = FUNCTIONS[name]
+    inputs = [torch.randn(7, 3, 11).bfloat16(), *(torch.randn(rows, 11).bfloat16().float() for rows in ROWS)]
+    there = [torch.randn(rows, 11) for rows in ROWS]
+
+    def gradients(function, x, *weights):
+        for weight, gradient in zip(weights, there, strict=True):
+            weight.grad = gradient.to(weight.dtype, copy=True)
+        places = [weight.grad.data_ptr() for weight in weights]
+        for _ in range(2):
+            outputs = [*function(x, *weights), *function(x, *weights), *(weight * 3 for weight in weights)]
+            sum(output.double().sum() for output in outputs).backward()
+        assert [weight.grad.data_ptr() for weight in weights] == places
+        return [weight.grad for weight in weights]
+
+    expected = gradients(reference, *(tensor.double().requires_grad_() for tensor in inputs))
+    leaves = [inputs[0].to(dtype).requires_grad_(), *(tensor.requires_grad_() for tensor in inputs[1:])]
+    fuse_gradient_accumulation(leaves[1:])
+    for a, e in zip(gradients(function, *leaves), expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a.double() - e).norm() / e.norm() < 1e-6
+
+
+def test_gradients_are_left_alone_unless_they_are_to_be_added_to():
+    weight = torch.randn(5, 11, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    (found,) = torch.autograd.grad(linear(torch.ones(2, 11), weight).sum(), weight)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert torch.equal(found, torch.full_like(weight, 2))
+
+
 RANKS, TOKENS, WIDTH = 2, (4, 3), 11
 
 
@@ -66,18 +101,18 @@ def column_parallel(dtype, sequence):
     """A rank's norms of what it gets wrong, over the norms: outputs, x's gradient, its weights' gradients."""
     torch.manual_seed(0)
     rank = dist.get_rank()
-    x, weight = bf16_values(*TOKENS, WIDTH), bf16_values(RANKS * sum(SIZES), WIDTH)
-    factors = bf16_values(*TOKENS, RANKS * sum(SIZES))
+    x, weight = bf16_values(*TOKENS, WIDTH), bf16_values(RANKS * sum(PARTS), WIDTH)
+    factors = bf16_values(*TOKENS, RANKS * sum(PARTS))
     expected_inputs = [x.requires_grad_(), weight.requires_grad_()]
     expected = run(lambda *inputs: [F.linear(*inputs)], expected_inputs, [factors])
 
     tp = TensorParallel(rank=rank, size=RANKS, sequence=sequence, group=dist.group.WORLD)
     tokens = slice(rank * TOKENS[0] // RANKS, (rank + 1) * TOKENS[0] // RANKS) if sequence else slice(None)
-    rows = slice(rank * sum(SIZES), (rank + 1) * sum(SIZES))
+    rows = slice(rank * sum(PARTS), (rank + 1) * sum(PARTS))
     own = [weight.detach()[rows].split(ROWS)[number].float().requires_grad_() for number in range(len(ROWS))]
     leaf = x.detach()[tokens].to(dtype).requires_grad_()
     parts = linear_parts(leaf, *own, sizes=SIZES, tp=tp)
-    sum((y.double() * f).sum() for y, f in zip(parts, factors[..., rows].split(SIZES, dim=-1), strict=True)).backward()
+    sum((y.double() * f).sum() for y, f in zip(parts, factors[..., rows].split(PARTS, dim=-1), strict=True)).backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in own)
     found = [torch.cat(parts, dim=-1), leaf.grad, torch.cat([tensor.grad for tensor in own])]
     wanted = [expected[0][..., rows], expected[1][tokens], expected[2][rows]]
