@@ -12,6 +12,7 @@ from sambalm.parallel.captured_step import CapturedMicroBatches
 from sambalm.parallel.flat_gradients import FlatGradients
 from sambalm.parallel.linear import fuse_gradient_accumulation
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
+from sambalm.parallel.rounded_weights import RoundedWeights
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine, set_accumulation
 
@@ -34,20 +35,30 @@ class AccumulatingModel(Execution):
 
     Args:
         gradients: where ranks share out their optimizer.
+        rounded: the weights' copies during a step.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, *, gradients: FlatGradients | None, cuda_graphs: bool) -> None:
-        self.engine, self.model, self.gradients = engine, model, gradients
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        *,
+        gradients: FlatGradients | None,
+        rounded: RoundedWeights,
+        cuda_graphs: bool,
+    ) -> None:
+        self.engine, self.model, self.gradients, self.rounded = engine, model, gradients, rounded
         self.graphs = CapturedMicroBatches(self._run, model.parameters()) if cuda_graphs else None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
-        if self.graphs:
-            losses = self.graphs.losses(micro_batches)
-        else:
-            losses = [self._run(batch, len(micro_batches)) for batch in micro_batches]
+        with self.rounded.kept():
+            if self.graphs:
+                losses = self.graphs.losses(micro_batches)
+            else:
+                losses = [self._run(batch, len(micro_batches)) for batch in micro_batches]
         self.engine.step()
         return torch.stack(losses).mean()
 
@@ -107,6 +118,7 @@ class PipelinedModel(Execution):
     Args:
         schedule: over this rank's parts.
         gradients: where ranks share out their optimizer.
+        rounded: the weights' copies during a step.
         tied_weight: this rank's copy of an embedding that first and last stage share; None elsewhere.
     """
 
@@ -116,14 +128,17 @@ class PipelinedModel(Execution):
         schedule: PipelineSchedule,
         *,
         gradients: FlatGradients | None,
+        rounded: RoundedWeights,
         tied_weight: nn.Parameter | None,
     ) -> None:
-        self.engine, self.schedule, self.gradients, self.tied_weight = engine, schedule, gradients, tied_weight
+        self.engine, self.schedule, self.gradients = engine, schedule, gradients
+        self.rounded, self.tied_weight = rounded, tied_weight
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
-        loss = self.schedule.train_step(micro_batches)
+        with self.rounded.kept():
+            loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
             dist.all_reduce(self.tied_weight.grad, group=parallel_state.get_embedding_group())
         self.engine.step()
@@ -143,17 +158,24 @@ def execution(
     world: World,
     hidden_size: int,
     dtype: torch.dtype,
+    recompute_layers: bool,
     tied_weight: nn.Parameter | None,
     cuda_graphs: bool,
 ) -> Execution:
-    """The way to run this rank's parts of a model, which the engine holds."""
+    """The way to run this rank's parts of a model, which the engine holds.
+
+    Args:
+        dtype: of activations and matrix products.
+        recompute_layers: whether the backward runs layers again; weights are then rounded each time instead of kept.
+    """
     if engine.managed_gradient_accumulation():
         return PartitioningModel(engine)
-    for part in parts:
-        fuse_gradient_accumulation(part.parameters())
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    fuse_gradient_accumulation(parameters)
+    rounded = RoundedWeights([] if recompute_layers or dtype == torch.float32 else parameters)
     gradients = FlatGradients(engine, world) if engine.zero_optimization_stage() == 1 else None
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
-        return PipelinedModel(engine, schedule, gradients=gradients, tied_weight=tied_weight)
+        return PipelinedModel(engine, schedule, gradients=gradients, rounded=rounded, tied_weight=tied_weight)
     captured = cuda_graphs and world.device.type == "cuda"
-    return AccumulatingModel(engine, parts[0], gradients=gradients, cuda_graphs=captured)
+    return AccumulatingModel(engine, parts[0], gradients=gradients, rounded=rounded, cuda_graphs=captured)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sambalm.parallel.rounded_weights import joined
 from sambalm.parallel.state import TensorParallel
 
 ALONE = TensorParallel()
@@ -59,8 +60,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        cast = [weight.to(x.dtype) for weight in weights]
-        weight = cast[0] if len(cast) == 1 else torch.cat(cast)
+        weight = _rounded(weights, x.dtype)
         ctx.save_for_backward(x, weight)
         ctx.weights, ctx.sizes, ctx.tp = weights, sizes, tp
         y, features = F.linear(_Gathered(x, tp).wait(), weight), list(chain(*sizes))
@@ -122,7 +122,7 @@ class _Summed:
 class _LinearBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        cast = weight.to(x.dtype)
+        cast = _rounded((weight,), x.dtype)
         ctx.save_for_backward(x, cast)
         ctx.weight = weight
         return x.view_as(x), F.linear(x, cast)
@@ -134,6 +134,13 @@ class _LinearBeside(torch.autograd.Function):
         gradient = gradient.reshape(-1, gradient.shape[-1])
         sums = grad_x.reshape(-1, x.shape[-1]).addmm_(gradient, weight)
         return sums.view_as(x), _weight_gradient(ctx.weight, [gradient], x.reshape(-1, x.shape[-1]))
+
+
+def _rounded(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """[out, in] of all weights; what is no parameter, such as a copy for several ranks, is rounded at each use."""
+    if all(hasattr(weight, "rounded") for weight in weights):
+        return weights[0].rounded.of(weights, dtype)
+    return joined(weights, dtype)
 
 
 def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) -> Tensor | None:

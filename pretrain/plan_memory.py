@@ -43,6 +43,7 @@ class RankMemory:
     """Bytes of one rank at its fullest, by part."""
 
     weights_bytes: int
+    rounded_bytes: int  # the weights' copies in the activations' dtype that stay (parallel/rounded_weights.py)
     gradients_bytes: int
     optimizer_bytes: int
     mamba_bytes: int
@@ -60,7 +61,7 @@ class RankMemory:
 
     @property
     def state_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return self.weights_bytes + self.rounded_bytes + self.gradients_bytes + self.optimizer_bytes
 
     @property
     def saved_bytes(self) -> int:
@@ -195,10 +196,12 @@ def _rank_memory(
     weights, gradients, optimizer = _state_bytes(config, stage=stage, world_size=world_size)
     saved = dict.fromkeys(("mamba", "attention", "mlp", "ends"), 0)
     parts = stage_parts(config)[stage]
+    stay = rounded_weights_stay(config, world_size=world_size)
+    rounded = [_part_rounded_bytes(config, part) if stay else Counter() for part in parts]
     in_flight = Counter(chunks_in_flight(config, stage=stage, world_size=world_size))
     for number, forwards in in_flight.items():
         for kind, kept in _part_saved_bytes(config, parts[number], sublayers, kernels=kernels).items():
-            saved[kind] += forwards * kept
+            saved[kind] += forwards * (kept - rounded[number][kind])
     moments = [_workspace_moments(config, part, sublayers, kernels=kernels) for part in parts]
     shared = parallel.replicas(world_size) > 1
     flat = shared and parallel.zero_stage == 1  # gradients, which are always there
@@ -209,6 +212,7 @@ def _rank_memory(
         late = gradients + max(0, min(bucket, *(at_loss - in_layers for at_loss, in_layers in moments)))
     return RankMemory(
         weights_bytes=weights,
+        rounded_bytes=sum(copies.total() for copies in rounded),
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         **{f"{kind}_bytes": kept for kind, kept in saved.items()},
@@ -266,14 +270,37 @@ def _part_saved_bytes(
     return saved
 
 
+def rounded_weights_stay(config: RunConfig, *, world_size: int) -> bool:
+    """Whether weights are rounded once a step, into copies that stay, and not at every use."""
+    parallel = config.parallel
+    partitioned = parallel.zero_stage > 1 and parallel.replicas(world_size) > 1
+    return not partitioned and parallel.recompute != "full"
+
+
+def _part_rounded_bytes(config: RunConfig, part: range) -> Counter[str]:
+    """Of a part's weights, by kind of sublayer."""
+    model, tensor = config.model, config.parallel.tensor
+    copies = Counter()
+    for letter, count in Counter(model.pattern[part.start : part.stop]).items():
+        copies[KINDS[letter]] = count * _rounded_bytes(config, local_sizes(model, letter, tensor).matrix)
+    if is_last(part, model):
+        copies["ends"] = _rounded_bytes(config, model.vocab_size // tensor * model.hidden_size)
+    return copies
+
+
+def _rounded_bytes(config: RunConfig, elements: int) -> int:
+    """Of weights in the activations' dtype, where it is another one."""
+    a = ACTIVATION_BYTES[config.train.precision]
+    return elements * a if a < FP32_BYTES else 0
+
+
 def sublayer_saved_bytes(config: RunConfig, letter: str, *, kernels: KernelNames, recompute: str) -> int:
     """What autograd keeps of one sublayer under a setting of parallel.recompute."""
     if recompute == "full":
         return _residual_bytes(config)
     inside = recompute == "none"
     size = local_sizes(config.model, letter, config.parallel.tensor)
-    a = ACTIVATION_BYTES[config.train.precision]
-    weights = size.matrix * a if a < FP32_BYTES else 0  # the casts of the weights
+    weights = _rounded_bytes(config, size.matrix)
     own = {MAMBA: _mamba_bytes, ATTENTION: _attention_bytes, MLP: _mlp_bytes}[letter]
     return _norm_bytes(config, kernels) + weights + own(config, size, kernels, inside)
 
@@ -401,7 +428,7 @@ def head_saved_bytes(config: RunConfig, *, kernels: KernelNames) -> int:
     logit_bytes = a if _loss_is_fused(config, kernels) else FP32_BYTES
     log_probabilities = logit_bytes * micro_batch_tokens(config) * vocabulary
     labels = 8 * micro_batch_tokens(config)
-    cast = vocabulary * config.model.hidden_size * a if a < FP32_BYTES else 0
+    cast = _rounded_bytes(config, vocabulary * config.model.hidden_size)
     return _norm_bytes(config, kernels) + log_probabilities + labels + cast
 
 

@@ -10,6 +10,7 @@ from sambalm.pretrain.plan_memory import RankMemory
 
 MEMORY_PARTS = {
     "weights": "weights_bytes",
+    "rounded": "rounded_bytes",
     "gradients": "gradients_bytes",
     "optimizer": "optimizer_bytes",
     "Mamba": "mamba_bytes",

@@ -20,6 +20,7 @@ from sambalm.pretrain.plan_memory import (
     is_last,
     local_sizes,
     micro_batch_tokens,
+    rounded_weights_stay,
     stage_letters,
     stage_parameters,
     stage_parts,
@@ -85,12 +86,14 @@ def _stage_time(
         rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware) * assumed.LINK_SHARE
         sent_s[transfer.dimension] += transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
     layout_s = sent_s["tensor"] + sent_s["context"] + sent_s["pipeline"]
-    busy_s = micro_batches * compute_s + layout_s
+    rounding_s = _rounding_s(config, stage, micro_batches=micro_batches, world_size=world_size, hardware=hardware)
+    computed_s = micro_batches * compute_s + rounding_s
+    busy_s = computed_s + layout_s
     host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
     launched_s = max(busy_s, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
     return StepTime(
-        compute_s=micro_batches * compute_s,
+        compute_s=computed_s,
         layout_s=layout_s,
         bubble_s=launched_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
         zero_s=sent_s["data"] + moved_s,
@@ -119,6 +122,16 @@ def _host_s(
     return launches_s + messages_s
 
 
+def _rounding_s(config: RunConfig, stage: int, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
+    """Weights to the activations' dtype, once a step or wherever they are used."""
+    if rounded_weights_stay(config, world_size=world_size):
+        times = 1
+    else:
+        times = micro_batches * (2 if config.parallel.recompute == "full" else 1)
+    moved_bytes = times * costs.ROUNDING_BYTES * stage_parameters(config, stage)
+    return moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
+
+
 def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
     """What DeepSpeed does on the device with a step's gradients before and in the optimizer's step."""
     parallel = config.parallel
@@ -128,12 +141,12 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
     share = parameters / replicas
     rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
     if replicas == 1:
-        moved_bytes = (micro_batches - 1) * costs.ACCUMULATION_BYTES * parameters
-        return moved_bytes / rate, parameters * assumed.SINGLE_REPLICA_BYTES / rate
-    # Stage 1 adds up whole gradients and reduces them once; the others reduce each micro-batch's and add up shares.
-    summed, reductions = (parameters, 1) if parallel.zero_stage == 1 else (share, micro_batches)
-    moved_bytes = (micro_batches - 1) * costs.ACCUMULATION_BYTES * summed
-    moved_bytes += reductions * assumed.REDUCED_BYTES * parameters
+        return 0.0, parameters * assumed.SINGLE_REPLICA_BYTES / rate
+    if parallel.zero_stage == 1:  # products add to gradients that are there, zeroes at first
+        moved_bytes = FP32_BYTES * parameters
+    else:  # each micro-batch's are reduced, and the shares added up
+        moved_bytes = micro_batches * assumed.REDUCED_BYTES * parameters
+        moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
     return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
 
 
@@ -181,12 +194,10 @@ class _Device:
         return self._traffic_s(costs.NORM[self.kernels.norm], self._residual_elements, again=again)
 
     def _matrix_s(self, weights: int, *, again: bool = False) -> float:
-        """Products with some weights, the weights' casts and their gradients'."""
+        """Products with some weights."""
         passes = 4 if again else 3
         flops = passes * 2.0 * weights * micro_batch_tokens(self.config)
-        cast = Traffic(costs.WEIGHT_CAST_BYTES, 0, fused=True)
-        rate = self.hardware.matrix_flops * self.hardware.matrix_efficiency
-        return flops / rate + self._traffic_s(cast, weights, again=again)
+        return flops / (self.hardware.matrix_flops * self.hardware.matrix_efficiency)
 
     def _traffic_s(self, traffic: Traffic, elements: float, *, again: bool = False) -> float:
         moved = traffic.forward * (2 if again else 1) + traffic.backward

@@ -207,6 +207,7 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
         world=world,
         hidden_size=config.model.hidden_size,
         dtype=dtype,
+        recompute_layers=config.parallel.recompute == "full",
         tied_weight=tied_weight,
         cuda_graphs=config.train.cuda_graphs,
     )

@@ -89,8 +89,9 @@ def test_activations_are_what_a_real_run_keeps(model, precision, recompute):
     config = config_of(parallel={"recompute": recompute}, train={"precision": precision}, **model)
     kept, peak = counted_activations(config)
     memory, *_ = stage_memories(config, world_size=1, kernels=TORCH_ON_CPU)
-    assert memory.saved_bytes == pytest.approx(kept, rel=0.02)
-    assert memory.saved_bytes + memory.workspace_bytes == pytest.approx(peak, rel=0.1)
+    saved = memory.rounded_bytes + memory.saved_bytes  # a model alone keeps no copies of its weights
+    assert saved == pytest.approx(kept, rel=0.02)
+    assert saved + memory.workspace_bytes == pytest.approx(peak, rel=0.1)
 
 
 def kept_on_rank(values: dict) -> int:
@@ -133,7 +134,7 @@ def test_activations_of_layouts_are_what_a_real_rank_keeps(parallel, precision, 
     memory, *_ = stage_memories(config, world_size=ranks, kernels=TORCH_ON_CPU)
     # The buffer for gathered sequences is alive as well.
     gathered = memory.communication_bytes % (4 * 500_000_000)
-    assert memory.saved_bytes + gathered == pytest.approx(kept, rel=0.05)
+    assert memory.rounded_bytes + memory.saved_bytes + gathered == pytest.approx(kept, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
