@@ -112,11 +112,10 @@ LINK_SHARE = 0.75
 TORCH_SCAN_TOKEN_S = 50e-6
 TORCH_SCAN_PASSES = 20
 
-# Bytes a parameter that are moved once a step: of the whole gradient, under stage 1 its zeroes and the first sum with
-# them (parallel/flat_gradients.py), under the others its copy into the bucket and its division by the ranks (DeepSpeed
-# 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py); of a rank's share the flat copy, the norm in fp64, clipping,
-# AdamW (weight, gradient and moments read; all but the gradient written) and the copy of the new weights. Without
-# replicas (parallel/single_replica.py) there are the norm and AdamW.
+# Bytes a parameter that are moved: of the whole gradient under stages 2 and 3, in each micro-batch, its copy into the
+# bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's share
+# once a step the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but the gradient
+# written) and the copy of the new weights. Without replicas (parallel/single_replica.py) there are the norm and AdamW.
 REDUCED_BYTES = 16
 SINGLE_REPLICA_BYTES = 4 + 28
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8
