@@ -95,6 +95,12 @@ FUSED_SHARE = 0.84
 SINGLE_BYTES_PER_S = 1.68e12
 # That the device waits for the host in a step under ZeRO, which reads the gradient's norm: 421M on one H100.
 ZERO_IDLE_S = 8e-3
+# That it waits besides for each group of parameters whose gradients are reduced together: DeepSpeed's step reads the
+# norm again before it launches the group's kernels (0.19.8, unscale_and_clip_grads). Assumed; on two cores a group of
+# small tensors adds 0.4 ms to the step, what ranks send each other left out.
+ZERO_GROUP_IDLE_S = 0.3e-3
+# Of a micro-batch's time, with a forward that takes a third of forward and backward: assumed.
+BACKWARD_SHARE = {"none": 2 / 3, "selective": 2 / 3, "full": 3 / 4}
 
 # Launching a micro-batch's kernels one by one, forward and backward, on the host: of a sublayer, and what each of its
 # messages adds. From 421M on H100: micro-batches of one sequence on one GPU, and steps of two under TP2 + SP and CP2.
