@@ -1,5 +1,7 @@
 """The Samba language model: a loop over its layer pattern, or over the part of it that a pipeline stage holds."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -131,6 +133,16 @@ class Samba(nn.Module):
         if labels is None:
             return logits.transpose(0, 1)
         return cross_entropy(logits, labels.t(), self.tp, token_losses=self.token_losses).t()
+
+    def backward_order(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """Modules in the order in which a backward goes through the whole model, each with the parameter whose gradient
+        it finds once it has all others of the module. Left out is the embedding: its gradient comes last of all, also
+        where the head shares it.
+        """
+        if not self.config.tie_embeddings:
+            yield self.head, self.final_norm.weight
+        for layer in reversed(self.layers.values()):
+            yield layer, layer.norm.weight  # whose norm is the first that its forward computes
 
     def _context(self, tokens: Tensor, document_starts: Tensor | None) -> SequenceContext:
         first = self.cp.rank * tokens.shape[1]

@@ -14,7 +14,7 @@ from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.pipeline import MicroBatch
 
 UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ranks connect, which cannot be captured
-Run = Callable[[MicroBatch, Tensor | int], Tensor]
+Run = Callable[[MicroBatch, Tensor | int, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Captured:
 class CapturedMicroBatches:
     """Runs micro-batches as `run` does, to the same bits.
 
-    Two graphs: one writes the gradients of a step's first micro-batch, the other adds to gradients that are there. Both
+    Two graphs. Where steps start without gradients, one writes the first micro-batch's and the other adds to gradients
+    that are there. Where steps start with gradients, both add to them, and one of them is the last micro-batch's. Both
     use the same memory, which stays reserved from step to step until `clear`. Packed documents, whose lengths differ
     from step to step, run uncaptured.
 
@@ -39,13 +40,15 @@ class CapturedMicroBatches:
 
     Args:
         run: adds a micro-batch's gradients, as one of so many of a step, to the parameters' and returns its loss,
-            fp32 []. It must do the same whenever it is called, and on all ranks.
+            fp32 []. It is told whether the micro-batch is the step's last, and must otherwise do the same whenever it
+            is called, and on all ranks.
+        last_differs: whether `run` does anything else for the last.
     """
 
-    def __init__(self, run: Run, parameters: Iterable[nn.Parameter]) -> None:
-        self.run, self.parameters = run, list(parameters)
+    def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool) -> None:
+        self.run, self.parameters, self.last_differs = run, list(parameters), last_differs
         self.uncaptured_steps = UNCAPTURED_STEPS
-        self.captured: dict[bool, Captured] = {}  # without gradients so far, and with some
+        self.captured: dict[tuple[bool, bool], Captured] = {}  # of the first without gradients; of a last that differs
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Runs a step's micro-batches.
@@ -56,9 +59,8 @@ class CapturedMicroBatches:
         packed = any(batch.document_starts is not None for batch in micro_batches)
         captured = not packed and self.uncaptured_steps == 0
         self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
-        if not captured:
-            return [self.run(batch, len(micro_batches)) for batch in micro_batches]
-        return [self._replay(batch, len(micro_batches)) for batch in micro_batches]
+        run, count = self._replay if captured else self.run, len(micro_batches)
+        return [run(batch, count, number == count) for number, batch in enumerate(micro_batches, start=1)]
 
     def clear(self) -> None:
         """Gives the graphs' memory back; the next step captures them again, in a fraction of a second."""
@@ -66,11 +68,12 @@ class CapturedMicroBatches:
             self.captured.clear()
             torch.cuda.empty_cache()
 
-    def _replay(self, batch: MicroBatch, micro_batches: int) -> Tensor:
-        first = all(parameter.grad is None for parameter in self.parameters)
-        if first not in self.captured:
-            self.captured[first] = self._capture(batch)
-        captured = self.captured[first]
+    def _replay(self, batch: MicroBatch, micro_batches: int, is_last: bool) -> Tensor:
+        is_first = all(parameter.grad is None for parameter in self.parameters)
+        kind = is_first, is_last and self.last_differs
+        if kind not in self.captured:
+            self.captured[kind] = self._capture(batch, is_last)
+        captured = self.captured[kind]
         captured.batch.tokens.copy_(batch.tokens)
         captured.batch.labels.copy_(batch.labels)
         captured.micro_batches.fill_(micro_batches)
@@ -79,7 +82,7 @@ class CapturedMicroBatches:
             parameter.grad = gradient
         return captured.loss.clone()
 
-    def _capture(self, batch: MicroBatch) -> Captured:
+    def _capture(self, batch: MicroBatch, is_last: bool) -> Captured:
         """Nothing is computed yet. Parameters that have a gradient get it added to."""
         batch = MicroBatch(batch.tokens.clone(), batch.labels.clone())
         micro_batches = torch.ones((), device=batch.tokens.device)
@@ -88,7 +91,7 @@ class CapturedMicroBatches:
         try:
             # NCCL has a thread that looks after its messages all the while; only this one's calls are to be refused.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss = self.run(batch, micro_batches)
+                loss = self.run(batch, micro_batches, is_last)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ParallelError(

@@ -62,6 +62,10 @@ class ParallelConfig(BaseModel):
         """Ranks with the same weights, of the data and the context dimension; where it is one, there is no ZeRO."""
         return world_size // (self.tensor * self.pipeline)
 
+    def overlaps_reduction(self, world_size: int) -> bool:
+        """Whether gradients are reduced between replicas while a step's last backward runs (ZeRO-1)."""
+        return self.zero_stage == 1 and self.pipeline == 1 and self.replicas(world_size) > 1
+
     @property
     def model_parts(self) -> int:
         """Parts that the layers are cut into."""

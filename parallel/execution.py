@@ -1,6 +1,7 @@
 """A step over a global batch, on the whole model or on a pipeline of its parts."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -49,16 +50,20 @@ class AccumulatingModel(Execution):
         cuda_graphs: bool,
     ) -> None:
         self.engine, self.model, self.gradients, self.rounded = engine, model, gradients, rounded
-        self.graphs = CapturedMicroBatches(self._run, model.parameters()) if cuda_graphs else None
+        self.graphs = None
+        if cuda_graphs:
+            reduces = gradients is not None
+            self.graphs = CapturedMicroBatches(self._run, model.parameters(), last_differs=reduces)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
+        count = len(micro_batches)
         with self.rounded.kept():
             if self.graphs:
                 losses = self.graphs.losses(micro_batches)
             else:
-                losses = [self._run(batch, len(micro_batches)) for batch in micro_batches]
+                losses = [self._run(batch, count, number == count) for number, batch in enumerate(micro_batches, 1)]
         self.engine.step()
         return torch.stack(losses).mean()
 
@@ -77,9 +82,10 @@ class AccumulatingModel(Execution):
     def _forward(self, batch: MicroBatch) -> Tensor:
         return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
-    def _run(self, batch: MicroBatch, micro_batches: Tensor | int) -> Tensor:
+    def _run(self, batch: MicroBatch, micro_batches: Tensor | int, is_last: bool) -> Tensor:
         loss = self._forward(batch).mean()
-        (loss / micro_batches).backward()
+        with self.gradients.overlapped() if self.gradients and is_last else nullcontext():
+            (loss / micro_batches).backward()
         return loss.detach()
 
 
@@ -141,6 +147,8 @@ class PipelinedModel(Execution):
             loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
             dist.all_reduce(self.tied_weight.grad, group=parallel_state.get_embedding_group())
+        if self.gradients:
+            self.gradients.reduce()
         self.engine.step()
         return loss
 

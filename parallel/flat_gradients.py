@@ -3,10 +3,18 @@
 DeepSpeed would copy gradients into buckets, all-reduce these, though a rank needs its share alone, and copy them back.
 Here they are accumulated where one reduce-scatter finds them (arXiv 1910.02054, section 7.2.1; megatron-core's
 distributed optimizer likewise), which sends half as much and needs no other memory.
+
+A buffer may be reduced while a step's last backward still fills others, as with megatron-core's --overlap-grad-reduce:
+where the optimizer's group has a "completed_by", the parameter whose gradient comes after all of the group's.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine
@@ -15,13 +23,17 @@ from sambalm.parallel.zero import Engine
 class FlatGradients:
     """Takes the reduction over from DeepSpeed (0.19.8, runtime/zero/stage_1_and_2.py), whose order and padding it has.
 
-    Call `clear` before each step's first micro-batch; the engine's step() reduces. Stays allocated between steps.
+    Call `clear` before each step's first micro-batch. Run its last backward inside `overlapped`, or call `reduce` after
+    it, before the engine's step(). Stays allocated between steps.
+
+    Groups with a "completed_by" come first in the optimizer, in the order in which a backward completes them.
     """
 
     def __init__(self, engine: Engine, world: World) -> None:
-        optimizer = engine.optimizer
-        self.optimizer, self.world = optimizer, world
+        self.optimizer = optimizer = engine.optimizer
+        self.group, self.size = world.replica_group, world.replica_size
         self.buffers = [torch.zeros_like(weights) for weights in optimizer.bit16_groups_flat]
+        self.shares = [buffer.chunk(self.size)[world.replica_rank] for buffer in self.buffers]
         self.views = [
             (parameter, buffer[offset : offset + parameter.numel()].view_as(parameter))
             for buffer, parameters, offsets in zip(
@@ -29,7 +41,12 @@ class FlatGradients:
             )
             for parameter, offset in zip(parameters, offsets, strict=True)
         ]
-        optimizer.reduce_gradients = self._reduce
+        self.overlapping = False
+        self.under_way: list[dist.Work] = []  # of the first buffers
+        for number, settings in enumerate(optimizer.param_groups, start=1):
+            if "completed_by" in settings:
+                settings["completed_by"].register_post_accumulate_grad_hook(partial(self._completed, number))
+        optimizer.reduce_gradients = self._hand_over
 
     def clear(self) -> None:
         """Sets all gradients to zero, where they are reduced from: DeepSpeed's step leaves parameters without."""
@@ -38,11 +55,33 @@ class FlatGradients:
         for parameter, view in self.views:
             parameter.grad = view
 
-    def _reduce(self, *, pipeline_parallel: bool) -> None:
-        """What DeepSpeed's method does: leaves the means of this rank's share for the step."""
-        rank, size = self.world.replica_rank, self.world.replica_size
-        for buffer in self.buffers:
-            share = buffer.chunk(size)[rank]
-            dist.reduce_scatter_tensor(share, buffer, group=self.world.replica_group)
-            share /= size
+    @contextmanager
+    def overlapped(self) -> Iterator[None]:
+        """Around a step's last backward: reduces each buffer once that has completed it, and all by its end."""
+        self.overlapping = True
+        yield
+        self.overlapping = False
+        self.reduce()
+
+    def reduce(self) -> None:
+        """Leaves this rank's share of each buffer as the mean over all ranks. The device waits, the host need not."""
+        self._start(len(self.buffers))
+        for work, share in zip(self.under_way, self.shares, strict=True):
+            work.wait()
+            share /= self.size
+        self.under_way.clear()
+
+    def _completed(self, number: int, parameter: nn.Parameter) -> None:
+        """Autograd's hook on the parameter that completes the first `number` buffers."""
+        if self.overlapping:
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        """Sends what has not been sent of the first `number` buffers: in the same order on all ranks."""
+        started = slice(len(self.under_way), number)
+        for share, buffer in zip(self.shares[started], self.buffers[started], strict=True):
+            self.under_way.append(dist.reduce_scatter_tensor(share, buffer, group=self.group, async_op=True))
+
+    def _hand_over(self, *, pipeline_parallel: bool) -> None:
+        """What is left of DeepSpeed's method: the step takes this rank's shares."""
         self.optimizer.overlapping_partition_gradients_reduce_epilogue()

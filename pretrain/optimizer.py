@@ -9,6 +9,11 @@ from torch import nn
 
 from sambalm.model.ops.cuda import Circumstances, why_unavailable
 from sambalm.model.ops.cuda_adamw import CudaAdamW
+from sambalm.model.samba import Samba
+
+# Of layers whose gradients ranks reduce together: 3.8B has 16 such buckets, of 0.9 GB. No backward hides the last one,
+# and for each the host waits for the device in DeepSpeed's step (0.19.8, unscale_and_clip_grads).
+BUCKET_ELEMENTS = 300_000_000
 
 
 class OptimizerConfig(BaseModel):
@@ -30,26 +35,52 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
+    def build(self, model: nn.Module, *, bucket_elements: int | None = None) -> torch.optim.AdamW:
         """
         Args:
             model: its weights are fp32, on the device where it trains.
+            bucket_elements: see `parameter_groups`.
         """
-        groups = self.parameter_groups(model)
+        groups = self.parameter_groups(model, bucket_elements=bucket_elements)
         where = Circumstances(groups[0]["params"][0].device, torch.float32)
         adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
         return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameters with weight decay, and those without."""
+    def parameter_groups(self, model: nn.Module, *, bucket_elements: int | None = None) -> list[dict[str, Any]]:
+        """Parameters with weight decay, and those without.
+
+        Args:
+            bucket_elements: makes several groups of those with weight decay, for `FlatGradients`: of consecutive layers
+                with up to so many elements, from the last of a whole Samba to its first.
+        """
+        groups = self._buckets(model, max_elements=bucket_elements) if bucket_elements else []
+        bucketed = {parameter for group in groups for parameter in group["params"]}
         by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in model.named_parameters():
-            by_decay[decays(name, parameter)].append(parameter)
-        return [
+            if parameter not in bucketed:
+                by_decay[decays(name, parameter)].append(parameter)
+        groups += [
             {"params": parameters, "weight_decay": self.weight_decay if decayed else 0.0}
             for decayed, parameters in by_decay.items()
             if parameters
         ]
+        return groups
+
+    def _buckets(self, model: Samba, *, max_elements: int) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        elements = 0
+        for module, last in model.backward_order():
+            matrices = [parameter for name, parameter in module.named_parameters() if decays(name, parameter)]
+            # Of an even share of whole tensors: tensor-parallel ranks, whose shares differ, add up norms by group.
+            pieces = (piece for matrix in matrices for piece in matrix.canonical_slices)
+            added = sum(math.prod(piece.shape) for piece in pieces) // model.tp.size
+            if not groups or elements + added > max_elements:
+                groups.append({"params": [], "weight_decay": self.weight_decay})
+                elements = 0
+            groups[-1]["params"] += matrices
+            groups[-1]["completed_by"] = last
+            elements += added
+        return groups
 
     def learning_rate(self, step: int, *, steps: int) -> float:
         """Of a step, counted from 1, in a run of `steps`."""

@@ -7,10 +7,16 @@ all-gather, what is sent to another rank. `wire_bytes` is what a ring then sends
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
-from sambalm.model.config import ATTENTION, MAMBA
+import torch
+
+from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
 from sambalm.model.heads import kv_copies
+from sambalm.model.samba import Samba
+from sambalm.parallel.state import TensorParallel
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, OptimizerConfig
 from sambalm.pretrain.plan_memory import (
     ACTIVATION_BYTES,
     FP32_BYTES,
@@ -173,16 +179,40 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
         ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)  # a module's start is counted apart
         ledger.add("data", "reduce-scatter", ranks, weights, times=micro_batches)
     else:
+        groups = len(reduced_groups(config)) if parallel.overlaps_reduction(world_size) else 1
         if parallel.zero_stage == 1:
-            ledger.add("data", "reduce-scatter", ranks, weights, times=1)
+            ledger.add("data", "reduce-scatter", ranks, weights / groups, times=groups)
         else:
             ledger.add("data", "all-reduce", ranks, weights, times=micro_batches)
-        ledger.add("data", "all-gather", ranks, weights / ranks, times=1)
+        ledger.add("data", "all-gather", ranks, weights / groups / ranks, times=groups)
     ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
     at_end = stage in (0, parallel.pipeline - 1)
     if model.tie_embeddings and parallel.pipeline > 1 and ends and at_end:
         rows = model.vocab_size // parallel.tensor
         ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES, times=1)
+
+
+@dataclass(frozen=True)
+class ReducedGroup:
+    """Gradients that are reduced together."""
+
+    elements: int
+    within_backward: bool  # or at its end
+
+
+def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
+    """Of the first tensor-parallel rank, in their order, where the reduction overlaps with the backward."""
+    return _reduced_groups(config.optimizer, config.model, config.parallel.tensor)
+
+
+@lru_cache(maxsize=64)
+def _reduced_groups(optimizer: OptimizerConfig, model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
+    """Those of a model on the meta device."""
+    copies = kv_copies(model, tensor_ranks) if ATTENTION in model.pattern else 1
+    tp = TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
+    with torch.device("meta"):
+        groups = optimizer.parameter_groups(Samba(model, tp=tp), bucket_elements=BUCKET_ELEMENTS)
+    return tuple(ReducedGroup(sum(p.numel() for p in group["params"]), "completed_by" in group) for group in groups)
 
 
 def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> float:

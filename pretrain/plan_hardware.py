@@ -95,6 +95,12 @@ FUSED_SHARE = 0.84
 SINGLE_BYTES_PER_S = 1.68e12
 # That the device waits for the host in a step under ZeRO, which reads the gradient's norm: 421M on one H100.
 ZERO_IDLE_S = 8e-3
+# That it waits besides for each group of parameters whose gradients are reduced together: DeepSpeed's step reads the
+# norm again before it launches the group's kernels (0.19.8, unscale_and_clip_grads). Assumed; on two cores a group of
+# small tensors adds 0.4 ms to the step, what ranks send each other left out.
+ZERO_GROUP_IDLE_S = 0.3e-3
+# Of a micro-batch's time, with a forward that takes a third of forward and backward: assumed.
+BACKWARD_SHARE = {"none": 2 / 3, "selective": 2 / 3, "full": 3 / 4}
 
 # Launching a micro-batch's kernels one by one, forward and backward, on the host: of a sublayer, and what each of its
 # messages adds. From 421M on H100: micro-batches of one sequence on one GPU, and steps of two under TP2 + SP and CP2.
@@ -113,9 +119,10 @@ TORCH_SCAN_TOKEN_S = 50e-6
 TORCH_SCAN_PASSES = 20
 
 # Bytes a parameter that are moved: of the whole gradient under stages 2 and 3, in each micro-batch, its copy into the
-# bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's share
-# once a step the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but the gradient
-# written) and the copy of the new weights. Without replicas (parallel/single_replica.py) there are the norm and AdamW.
+# bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's
+# share once a step the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but the
+# gradient written) and the copy of the new weights. Without replicas (parallel/single_replica.py) there are the norm
+# and AdamW.
 REDUCED_BYTES = 16
 SINGLE_REPLICA_BYTES = 4 + 28
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8

@@ -1,7 +1,8 @@
-"""How long a step of a layout takes, estimated: the sum of what the device computes, moves and sends, as if nothing
-overlapped.
+"""How long a step of a layout takes, estimated: the sum of what the device computes, moves and sends, as if nothing but
+ZeRO-1's reduction of gradients overlapped.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from sambalm.model.flops import flops_per_token
 from sambalm.pretrain import plan_hardware as assumed
 from sambalm.pretrain import plan_kernels as costs
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.plan_communication import Transfer
+from sambalm.pretrain.plan_communication import ReducedGroup, Transfer, reduced_groups
 from sambalm.pretrain.plan_hardware import Hardware
 from sambalm.pretrain.plan_kernels import KernelNames, Seconds, Traffic
 from sambalm.pretrain.plan_memory import (
@@ -38,7 +39,7 @@ class StepTime:
     compute_s: float
     layout_s: float  # communication of tensor, context and pipeline parallelism
     bubble_s: float
-    zero_s: float  # gradients and weights between replicas
+    zero_s: float  # gradients and weights between replicas, but for what the backward hides
     optimizer_s: float
     idle_s: float
 
@@ -81,25 +82,51 @@ def _stage_time(
     """Of a stage that computes compute_s for each micro-batch."""
     parallel = config.parallel
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
-    sent_s = {dimension: 0.0 for dimension in ("tensor", "context", "pipeline", "data")}
+    sent_s: Counter[tuple[str, str]] = Counter()
     for transfer in transfers:
         rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware) * assumed.LINK_SHARE
-        sent_s[transfer.dimension] += transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
-    layout_s = sent_s["tensor"] + sent_s["context"] + sent_s["pipeline"]
+        seconds = transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
+        sent_s[transfer.dimension, transfer.operation] += seconds
+    data_s = sum(seconds for (dimension, _), seconds in sent_s.items() if dimension == "data")
+    layout_s = sent_s.total() - data_s
     rounding_s = _rounding_s(config, stage, micro_batches=micro_batches, world_size=world_size, hardware=hardware)
     computed_s = micro_batches * compute_s + rounding_s
     busy_s = computed_s + layout_s
     host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
     launched_s = max(busy_s, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
+    idle_s = assumed.ZERO_IDLE_S if parallel.replicas(world_size) > 1 else 0.0
+    if parallel.overlaps_reduction(world_size):
+        groups, reduction_s = reduced_groups(config), sent_s["data", "reduce-scatter"]
+        backward_s = launched_s / micro_batches * assumed.BACKWARD_SHARE[parallel.recompute]
+        data_s += exposed_s(groups, reduction_s=reduction_s, backward_s=backward_s) - reduction_s
+        idle_s += len(groups) * assumed.ZERO_GROUP_IDLE_S
     return StepTime(
         compute_s=computed_s,
         layout_s=layout_s,
         bubble_s=launched_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
-        zero_s=sent_s["data"] + moved_s,
+        zero_s=data_s + moved_s,
         optimizer_s=update_s,
-        idle_s=launched_s - busy_s + (assumed.ZERO_IDLE_S if parallel.replicas(world_size) > 1 else 0.0),
+        idle_s=launched_s - busy_s + idle_s,
     )
+
+
+def exposed_s(groups: Sequence[ReducedGroup], *, reduction_s: float, backward_s: float) -> float:
+    """What is left of a step's reduction when its last backward ends.
+
+    Groups are reduced one after the other, those of layers once the backward, which takes equally long for every
+    parameter, has gone through them.
+
+    Args:
+        reduction_s: of all groups.
+    """
+    whole = sum(group.elements for group in groups)
+    layers = sum(group.elements for group in groups if group.within_backward)
+    completed_s = reduced_s = 0.0
+    for group in groups:
+        completed_s = completed_s + backward_s * group.elements / layers if group.within_backward else backward_s
+        reduced_s = max(reduced_s, completed_s) + reduction_s * group.elements / whole
+    return reduced_s - backward_s
 
 
 def _host_s(

@@ -1,5 +1,6 @@
 """The training loop: fetch, forward and backward, step, and what happens between steps."""
 
+import functools
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +24,7 @@ from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.metrics import RunReport
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
     Training,
@@ -164,8 +166,14 @@ class Trainer:
         return MicroBatch(*self.loader.next_micro_batch()).on_rank(self.world)
 
 
-def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | None) -> Training:
-    """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective."""
+def build_training(
+    config: RunConfig, *, world: World, checkpoint: Checkpoint | None, bucket_elements: int = BUCKET_ELEMENTS
+) -> Training:
+    """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective.
+
+    Args:
+        bucket_elements: of gradients that are reduced together while a backward runs; see `parameter_groups`.
+    """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
     kernels = config.kernels.build(
         device=world.device,
@@ -189,9 +197,10 @@ def build_training(config: RunConfig, *, world: World, checkpoint: Checkpoint | 
     else:
         for part in parts:
             initialize_parameters(part, seed=config.run.seed)
+    overlaps = parallel.overlaps_reduction(world.size)
     engine = zero_engine(
         parts,
-        config.optimizer.build,
+        functools.partial(config.optimizer.build, bucket_elements=bucket_elements if overlaps else None),
         world=world,
         zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,

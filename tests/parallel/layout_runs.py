@@ -96,7 +96,7 @@ def steps_on_rank(values: dict, steps: int = STEPS, mistake: Callable[[pytest.Mo
     with start_world(config.parallel, copies=copies) as world, pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(monkeypatch)
-        training = build_training(config, world=world, checkpoint=None)
+        training = build_training(config, world=world, checkpoint=None, bucket_elements=1)  # a bucket for each layer
         losses, norms, gradients = [], [], []
         for step in range(steps):
             loss = training.execution.train_step(batches(step, config=config, world=world))

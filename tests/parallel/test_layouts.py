@@ -39,6 +39,7 @@ LAYOUTS = {
     "CP2xTP2+SP, full": (4, SP2 | {"context": 2, "recompute": "full"}, UNTIED),
     "PP2xCP2": (4, {"pipeline": 2, "context": 2}, TIED),
     "PP2xVPP2xCP2, full": (4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "recompute": "full"}, UNTIED),
+    "DP2, ZeRO-1, full": (2, {"zero_stage": 1, "recompute": "full"}, UNTIED),
     "DP2xTP2, ZeRO-1": (4, SP2 | {"zero_stage": 1}, TIED),
     "DP2xTP2, ZeRO-2": (4, {"tensor": 2, "zero_stage": 2}, TIED),
     "DP2xTP2, ZeRO-3": (4, SP2 | {"zero_stage": 3}, UNTIED),
@@ -241,6 +242,32 @@ def gradients_of_earlier_micro_batches_are_overwritten(monkeypatch):
     monkeypatch.setattr(linear, "_add_product", lambda *tensors, beta: add(*tensors, beta=0))
 
 
+def layers_are_reduced_before_their_backward(monkeypatch):
+    from sambalm.model.samba import Samba
+    from sambalm.parallel.flat_gradients import FlatGradients
+
+    right_order, start = Samba.backward_order, FlatGradients._start
+
+    def a_layer_early(model):
+        modules, last = zip(*right_order(model), strict=True)
+        return zip(modules, [model.final_norm.weight, *last[:-1]], strict=True)
+
+    def start_and_wait(gradients, number):  # so that the reduction does not come right for being late
+        start(gradients, number)
+        for work in gradients.under_way:
+            work.wait()
+
+    monkeypatch.setattr(Samba, "backward_order", a_layer_early)
+    monkeypatch.setattr(FlatGradients, "_start", start_and_wait)
+
+
+def gradients_are_reduced_with_another_micro_batch_than_the_last(monkeypatch):
+    from sambalm.parallel.execution import AccumulatingModel
+
+    run = AccumulatingModel._run
+    monkeypatch.setattr(AccumulatingModel, "_run", lambda self, batch, count, last: run(self, batch, count, not last))
+
+
 MISTAKES = [
     (no_copy_before_the_state_projection_feeds_each_rank, 2, {"tensor": 2}),
     (copied_twice, 2, {"tensor": 2}),
@@ -250,6 +277,8 @@ MISTAKES = [
     (tokens_of_neighbours_carry_no_gradient, 2, {"context": 2}),
     (copies_of_a_tied_embedding_are_not_summed, 2, {"pipeline": 2}),
     (gradients_of_earlier_micro_batches_are_overwritten, 1, {}),
+    (layers_are_reduced_before_their_backward, 2, {"zero_stage": 1}),
+    (gradients_are_reduced_with_another_micro_batch_than_the_last, 2, {"zero_stage": 1}),
 ]
 
 

@@ -15,6 +15,7 @@ from worlds import run_world
 
 from sambalm.pretrain.checkpoint import checkpoint_folder, checkpoint_folders, newest_checkpoint, open_checkpoint
 from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,18 @@ def test_a_checkpoint_resumes_on_another_layout(move, run_values, tmp_path):
         assert record == pytest.approx(expected, rel=1e-5)
 
 
-def load_and_save(values, target):
+def test_a_checkpoint_is_the_same_whatever_gradients_are_reduced_together(run_values, tmp_path):
+    values = changed(run_values, parallel={"zero_stage": 1})
+    train(values, ranks=2)
+    moved = stopped_after(values, 3, tmp_path / "moved")
+    again = changed(moved, run={"dir": str(tmp_path / "again")})
+    run_world(load_and_save, moved, again, 1, ranks=2)  # each layer's
+    before, after = (stored_tensors(checkpoint_folder(run_dir(v), 3)) for v in (values, again))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def load_and_save(values, target, bucket_elements=BUCKET_ELEMENTS):
     """Takes a run's newest checkpoint over, without a step, and saves it into the run folder of other values."""
     from sambalm.model.heads import kv_copies
     from sambalm.parallel.state import start_world
@@ -86,7 +98,8 @@ def load_and_save(values, target):
 
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
-        training = build_training(config, world=world, checkpoint=find_resume_point(config, world=world))
+        checkpoint = find_resume_point(config, world=world)
+        training = build_training(config, world=world, checkpoint=checkpoint, bucket_elements=bucket_elements)
         target_config = parse_config(target, source="test")
         save_checkpoint(training, config=target_config, world=world, step=3, samples=24, data={})
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ from sambalm.pretrain.cli import app
 from sambalm.pretrain.config import DTYPES, RunConfig, load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, layout_name, plan_of
-from sambalm.pretrain.plan_communication import step_transfers
-from sambalm.pretrain.plan_hardware import DEVICES
+from sambalm.pretrain.plan_communication import ReducedGroup, reduced_groups, step_transfers
+from sambalm.pretrain.plan_hardware import DEVICES, LINK_SHARE
 from sambalm.pretrain.plan_kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.plan_memory import stage_memories, stage_parameters, stage_parts
+from sambalm.pretrain.plan_time import exposed_s
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -304,6 +306,41 @@ def test_an_estimate_is_within_a_quarter_of_the_measured_step(name):
     assert plan.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.25)
     if run.peak_gib:
         assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_all_parameters_are_reduced(tensor, tied):
+    config = config_of(parallel={"tensor": tensor}, tie_embeddings=tied, mlp_size=100)
+    groups = reduced_groups(config)
+    assert [group.within_backward for group in groups] == [True, False, False]
+    assert sum(group.elements for group in groups) == stage_parameters(config, 0)
+
+
+def test_the_last_backward_hides_all_of_the_reduction_but_its_end():
+    groups = [ReducedGroup(40, True), ReducedGroup(40, True), ReducedGroup(20, False)]
+    exposed = partial(exposed_s, groups)
+    assert exposed(reduction_s=1.0, backward_s=100.0) == pytest.approx(0.4 + 0.2)  # what the backward's end completes
+    assert exposed(reduction_s=100.0, backward_s=1.0) == pytest.approx(100 - 0.5)  # it starts half-way
+
+
+@pytest.mark.parametrize(
+    ("parallel", "overlaps"),
+    [({}, True), ({"tensor": 2}, True), ({"context": 2}, True), ({"zero_stage": 2}, False), ({"pipeline": 2}, False)],
+    ids=str,
+)
+def test_a_plan_hides_the_reduction_where_a_run_does(parallel, overlaps):
+    settings = [f"parallel.{key}={value}" for key, value in parallel.items()]
+    config = load_config(CONFIGS / "samba_1.3b.yaml", ["train.global_batch_tokens=131072", *settings])
+    # So slow that what is moved in memory adds less than the backward hides.
+    rate = 20e9
+    plan = plan_of(config, world_size=4, hardware=replace(DEVICES["h100"], node_bytes_per_s=rate / LINK_SHARE))
+    sent = [
+        transfer.wire_bytes
+        for transfer in step_transfers(config, stage=0, world_size=4)
+        if transfer.dimension == "data"
+    ]
+    assert (plan.time.zero_s < sum(sent) / rate) == overlaps
 
 
 def test_a_plan_counts_with_what_a_model_falls_back_to():

@@ -1,0 +1,116 @@
+"""When gradients are reduced under ZeRO-1, and which of them together."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from layout_runs import MODEL, batches, run_values
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import run_world
+
+from sambalm.model.config import ModelConfig
+from sambalm.model.samba import Samba
+from sambalm.parallel.state import TensorParallel
+from sambalm.pretrain.optimizer import OptimizerConfig
+
+
+class Sent(TorchDispatchMode):
+    """Adds to a list the elements of each buffer whose reduction starts."""
+
+    def __init__(self, events: list) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "c10d::_reduce_scatter_base_":
+            self.events.append(args[1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def events_on_rank(values: dict, bucket_elements: int) -> tuple[list[str | int], list[int]]:
+    """What a step does, in its order, and the elements of all buffers.
+
+    It enters a forward, leaves a layer's backward and starts the reduction of a buffer, told by its elements.
+    """
+    from sambalm.parallel.state import start_world
+    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.trainer import build_training
+
+    config, events = parse_config(values, source="test"), []
+    with start_world(config.parallel) as world:
+        training = build_training(config, world=world, checkpoint=None, bucket_elements=bucket_elements)
+        (model,) = training.parts
+        model.register_forward_pre_hook(lambda *_: events.append("forward"))
+        for number, layer in model.layers.items():
+            layer.norm.weight.register_post_accumulate_grad_hook(
+                lambda _, number=number: events.append(f"layer {number}")
+            )
+        with Sent(events):
+            training.execution.train_step(batches(0, config=config, world=world))
+        buffers = [buffer.numel() for buffer in training.execution.gradients.buffers]
+    return events, buffers
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_buckets_are_sent_as_the_last_backward_leaves_their_layers(recompute):
+    values = run_values(model={"tie_embeddings": False}, parallel={"recompute": recompute})
+    backward = [f"layer {number}" for number in (4, 3, 2, 1, 0)]
+    for events, (head, *layers, embedding, undecayed) in run_world(events_on_rank, values, 1, ranks=2):
+        assert events[:6] == ["forward", *backward]  # of two micro-batches
+        in_turn = [event for sent, left in zip(layers, backward, strict=True) for event in (sent, left)]
+        assert events[6:] == ["forward", head, *in_turn, embedding, undecayed]
+
+
+def test_a_bucket_of_all_layers_is_sent_after_the_first():
+    *backward, first = [f"layer {number}" for number in (4, 3, 2, 1, 0)]
+    for events, (layers, embedding, undecayed) in run_world(events_on_rank, run_values(), 10**9, ranks=2):
+        assert events == ["forward", *backward, first, "forward", *backward, layers, first, embedding, undecayed]
+
+
+def groups_of(model: Samba, bucket_elements: int | None) -> Iterator[tuple[set[str], float, str | None]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in OptimizerConfig(peak_lr=1.0).parameter_groups(model, bucket_elements=bucket_elements):
+        yield {names[p] for p in group["params"]}, group["weight_decay"], names.get(group.get("completed_by"))
+
+
+def meta_model(tp: TensorParallel = TensorParallel(), **changes) -> Samba:
+    with torch.device("meta"):
+        return Samba(ModelConfig(**MODEL | changes), tp=tp)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_hold_each_parameter_once(tied):
+    model = meta_model(pattern="M-*- x 3", tie_embeddings=tied)
+    counts = []
+    for bucket_elements in (None, 10**9, 30_000, 1):
+        groups = list(groups_of(model, bucket_elements))
+        assert sorted(name for group, _, _ in groups for name in group) == sorted(dict(model.named_parameters()))
+        assert [decay for _, decay, _ in groups] == [0.1] * (len(groups) - 1) + [0.0]
+        counts.append(len(groups))
+    assert counts[:2] == [2, 3]
+    assert 3 < counts[2] < counts[3] == 12 + (not tied) + 2
+
+
+def test_buckets_are_full_and_named_by_their_lowest_layer():
+    model, most = meta_model(pattern="M-*- x 3"), 30_000
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    numbers, elements = [], []
+    for names, _, completed_by in list(groups_of(model, most))[:-2]:
+        layers = sorted({int(name.split(".")[1]) for name in names}, reverse=True)
+        assert completed_by == f"layers.{layers[-1]}.norm.weight"
+        numbers += layers
+        elements.append(sum(sizes[name] for name in names))
+    assert numbers == list(range(11, -1, -1))
+    assert max(elements) <= most < min(map(sum, pairwise(elements)))
+
+
+@pytest.mark.parametrize("bucket_elements", [10_000, 20_000, 30_000])
+def test_ranks_with_uneven_shares_have_the_same_groups(bucket_elements):
+    """Since they add up a norm for each group."""
+    ranks = [TensorParallel(rank, 4, copy_groups={2: None}) for rank in range(4)]
+    models = [meta_model(tp, pattern="M-*- x 3", mlp_size=90, hidden_size=60, num_query_heads=10) for tp in ranks]
+    assert len({sum(p.numel() for p in model.parameters()) for model in models}) > 1
+    first, *others = [list(groups_of(model, bucket_elements)) for model in models]
+    assert len(first) > 3
+    assert all(groups == first for groups in others)
