@@ -1,8 +1,8 @@
 """Weights rounded to the precision of matrix products once for all micro-batches of a step."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ class RoundedWeights:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.copies: dict[tuple[nn.Parameter, ...], Tensor] = {}
+        self.parts: defaultdict[nn.Parameter, list[Tensor]] = defaultdict(list)  # of the copies
+        self.written: set[nn.Parameter] = set()  # whose copies the optimizer has left up to date
         self.valid = False
         for parameter in parameters:
             parameter.rounded = self
@@ -24,15 +26,16 @@ class RoundedWeights:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """While the weights do not change."""
-        with torch.no_grad():
-            parts = [part for weights, copy in self.copies.items() for part in copy.split([len(w) for w in weights])]
-            if parts:
-                torch._foreach_copy_(parts, list(chain(*self.copies)))
+        stale = [(part, w) for w, parts in self.parts.items() if w not in self.written for part in parts]
+        if stale:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
         self.valid = True
         try:
             yield
         finally:
             self.valid = False
+            self.written.clear()
 
     def of(self, weights: tuple[nn.Parameter, ...], dtype: torch.dtype) -> Tensor:
         """[out, in] of all weights, one below the other."""
@@ -40,7 +43,19 @@ class RoundedWeights:
             return joined(weights, dtype)
         if weights not in self.copies:
             self.copies[weights] = joined(weights, dtype).detach()
+            with torch.no_grad():
+                parts = self.copies[weights].split([len(weight) for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                self.parts[weight].append(part)
         return self.copies[weights]
+
+    def to_write(self, weight: nn.Parameter) -> Tensor | None:
+        """A weight's copy, for an optimizer that writes it with the weight; None where there is none or several."""
+        parts = self.parts.get(weight, [])
+        if len(parts) != 1:
+            return None
+        self.written.add(weight)
+        return parts[0]
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -95,5 +95,5 @@ ATTENTION_LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens
 LOSS = {"torch": Traffic(18, 26), "compiled": Traffic(4, 4, fused=True)}
 EMBEDDING = Traffic(14, 30)  # of a token's width: the lookup in fp32 and its cast; the gradient's and its scattering
 
-# Of a weight: rounding it, and the addition to a gradient that is there by itself.
-ROUNDING_BYTES, ACCUMULATION_BYTES = 6, 12
+# Of a weight: the writing of its rounded copy, with reading it before, and a gradient's addition to one that is there.
+ROUNDED_BYTES, ROUNDING_BYTES, ACCUMULATION_BYTES = 2, 6, 12

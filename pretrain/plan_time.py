@@ -151,12 +151,13 @@ def _host_s(
 
 def _rounding_s(config: RunConfig, stage: int, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
     """Weights to the activations' dtype, once a step or wherever they are used."""
-    if rounded_weights_stay(config, world_size=world_size):
-        times = 1
+    if not rounded_weights_stay(config, world_size=world_size):
+        moved_bytes = costs.ROUNDING_BYTES * micro_batches * (2 if config.parallel.recompute == "full" else 1)
+    elif config.parallel.replicas(world_size) > 1:
+        moved_bytes = costs.ROUNDING_BYTES
     else:
-        times = micro_batches * (2 if config.parallel.recompute == "full" else 1)
-    moved_bytes = times * costs.ROUNDING_BYTES * stage_parameters(config, stage)
-    return moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
+        moved_bytes = costs.ROUNDED_BYTES  # with AdamW's kernel
+    return stage_parameters(config, stage) * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
 
 
 def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:

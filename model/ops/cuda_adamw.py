@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.cuda_memory import INPUTS
 from sambalm.model.ops.nvrtc import kernel
 
 THREADS, CHUNK = 256, 16384  # of a block, and elements that it takes of one tensor
@@ -14,7 +15,7 @@ class CudaAdamW(torch.optim.AdamW):
     """torch.optim.AdamW of fp32 parameters on a GPU, with the same state.
 
     Where `grad_scale`, fp32 [], is set, gradients are divided by it. They stay as they are, which torch's fused AdamW
-    would overwrite: a pass over memory less.
+    would overwrite: a pass over memory less. Weights' copies in 16 bits (`RoundedWeights`) are written with them.
     """
 
     grad_scale: Tensor | None = None
@@ -29,16 +30,20 @@ class CudaAdamW(torch.optim.AdamW):
     def _step(self, weights: list[Tensor], group: dict) -> None:
         gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
         states = [self._state_of(weight) for weight in weights]
+        copies = [weight.rounded.to_write(weight) if hasattr(weight, "rounded") else None for weight in weights]
         torch._foreach_add_([state["step"] for state in states], 1.0)
         rows, blocks = [], 0
-        for weight, gradient, state in zip(weights, gradients, states, strict=True):
-            tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            rows.append([*(tensor.data_ptr() for tensor in tensors), weight.numel(), blocks])
+        for weight, gradient, copy, state in zip(weights, gradients, copies, states, strict=True):
+            tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], copy)
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            rows.append([*addresses, weight.numel(), blocks])
             blocks += math.ceil(weight.numel() / CHUNK)
         # Pinned, so that the host does not wait for the copy.
         table = torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(weights[0].device, non_blocking=True)
         factors = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
-        run = kernel("adamw", "adamw.cu", defines={"THREADS": THREADS, "CHUNK": CHUNK})
+        (copied,) = {copy.dtype for copy in copies if copy is not None} or {torch.bfloat16}
+        defines = {"THREADS": THREADS, "CHUNK": CHUNK, "INPUT": INPUTS[copied]}
+        run = kernel("adamw", "elements.cuh", "adamw.cu", defines=defines)
         run((blocks, 1, 1), THREADS, table, len(rows), self.grad_scale, *factors)
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:

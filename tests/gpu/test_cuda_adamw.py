@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sambalm.model.ops.cuda_adamw import CHUNK, CudaAdamW
+from sambalm.parallel.rounded_weights import RoundedWeights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -68,6 +69,22 @@ def test_gradients_are_divided_and_stay():
     other.step()
     compare(weights, doubles, ours, other)
     assert all(torch.equal(weight.grad, gradient) for weight, gradient in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rounded_copies_are_written(shift, dtype):
+    weights = parameters(shift=shift)
+    ours, other, doubles = optimizers(weights)
+    copies = RoundedWeights(weights)
+    with copies.kept():
+        found = [copies.of((weight,), dtype) for weight in weights[1:]]
+    set_gradients(weights, doubles)
+    for optimizer in (ours, other):
+        optimizer.step()
+    compare(weights, doubles, ours, other)
+    assert copies.written == set(weights[1:])
+    assert all(torch.equal(copy, weight.to(dtype)) for copy, weight in zip(found, weights[1:], strict=True))
 
 
 def test_weights_without_a_gradient_stay():

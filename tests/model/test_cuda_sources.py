@@ -12,6 +12,7 @@ from sambalm.model.ops.cuda_adamw import CHUNK, CudaAdamW
 from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda_scan import _Shape, cuda_selective_scan
 from sambalm.model.ops.selective_scan import gated_selective_scan
+from sambalm.parallel.rounded_weights import RoundedWeights
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux, which compiles the kernels for the CPU")
 
@@ -203,8 +204,10 @@ def test_scan_without_gradients(host):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-def guarded_optimizer(host, sizes):
-    """Ours and torch's in float64 with their weights; all that ours is given lies next to guard pages."""
+def guarded_optimizer(host, sizes, *, rounded=torch.bfloat16):
+    """Ours and torch's in float64 with their weights; all that ours is given lies next to guard pages. All weights but
+    the first have a copy that is rounded.
+    """
 
     def guard(tensor):
         return guarded(tensor, at_end=host.at_end)
@@ -219,6 +222,9 @@ def guarded_optimizer(host, sizes):
         zeros = torch.zeros_like(weight)
         state = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros}
         ours.state[weight] = {name: guard(tensor) for name, tensor in state.items()}
+    copies = RoundedWeights(weights)
+    for weight in weights[1:]:
+        copies.parts[weight].append(guard(torch.full_like(weight, torch.nan, dtype=rounded, requires_grad=False)))
     return ours, other
 
 
@@ -229,8 +235,9 @@ def no_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda *values, pin_memory=False, **options: make(*values, **options))
 
 
-def test_adamw(host, no_pinned_memory):
-    ours, other = guarded_optimizer(host, (1, 3, 4, 255, CHUNK - 1, CHUNK, CHUNK + 5, 2 * CHUNK + 8))
+@pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
+def test_adamw(host, no_pinned_memory, rounded):
+    ours, other = guarded_optimizer(host, (1, 3, 4, 255, CHUNK - 1, CHUNK, CHUNK + 5, 2 * CHUNK + 8), rounded=rounded)
     for scale in (None, 7.0):
         ours.grad_scale = None if scale is None else torch.full((), scale)
         ours.step()
@@ -241,6 +248,7 @@ def test_adamw(host, no_pinned_memory):
         assert relative(weight, double) < 1e-5
         for name, value in other.state[double].items():
             assert relative(ours.state[weight][name], value) < 1e-5, name
+        assert all(torch.equal(copy, weight.to(rounded)) for copy in weight.rounded.parts[weight])
 
 
 # Negative controls: what is known to be wrong is found.

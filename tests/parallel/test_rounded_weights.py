@@ -57,3 +57,18 @@ def test_copies_are_one_for_all_uses_and_follow_the_weights():
         with torch.no_grad():
             weights[1].add_(1)
         products_are_right()  # outside of steps, too
+
+
+def test_what_the_optimizer_has_written_is_not_rounded_again():
+    weights = [torch.nn.Parameter(torch.randn(rows, 11)) for rows in (5, 4, 3)]
+    copies = RoundedWeights(weights)
+    with copies.kept():
+        pair, alone = copies.of(tuple(weights[:2]), torch.bfloat16), copies.of(tuple(weights[:1]), torch.bfloat16)
+    assert copies.to_write(weights[0]) is None  # of which there are two
+    assert copies.to_write(weights[2]) is None  # of which there is none
+    copies.to_write(weights[1]).fill_(7)
+    with copies.kept():
+        assert torch.equal(pair, torch.cat((weights[0].bfloat16(), torch.full_like(weights[1], 7).bfloat16())))
+        assert torch.equal(alone, weights[0].bfloat16())
+    with copies.kept():  # and is, where the optimizer has not been there since
+        assert torch.equal(pair, torch.cat(weights[:2]).bfloat16())

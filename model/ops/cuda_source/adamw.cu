@@ -1,12 +1,14 @@
 // AdamW's step (arXiv 1711.05101) of many fp32 tensors in one launch; a block takes CHUNK elements of one of them.
 //   THREADS  of a block
 //   CHUNK    a multiple of 4 * THREADS
+//   INPUT    of the rounded copies, in 16 bits
 
-typedef long long int64;
-
-// A row for each tensor: addresses of weights, gradients, moments and the step's number, counted from 1; elements; and
-// the first of its blocks.
-struct Row { float *weight; const float *gradient; float *first, *second; const float *step; int64 elements, block; };
+// A row for each tensor: addresses of weights, gradients, moments, the step's number, counted from 1, and the weights'
+// rounded copy or null; elements; and the first of its blocks.
+struct Row {
+    float *weight; const float *gradient; float *first, *second; const float *step; unsigned short *rounded;
+    int64 elements, block;
+};
 
 struct Factors { float decay, beta1, new1, beta2, new2, size, root, eps, scale; };
 
@@ -18,7 +20,8 @@ __device__ __forceinline__ void update(float& w, float g, float& m, float& v, co
 }
 
 __device__ __forceinline__ bool aligned(const Row& row) {
-    return (((int64)row.weight | (int64)row.gradient | (int64)row.first | (int64)row.second) & 15) == 0;
+    const int64 fp32 = (int64)row.weight | (int64)row.gradient | (int64)row.first | (int64)row.second;
+    return (fp32 & 15) == 0 && ((int64)row.rounded & 7) == 0;
 }
 
 __device__ __forceinline__ const Row& row_of(const Row* rows, int tensors, int block) {
@@ -46,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw(
     float* __restrict__ first = row.first + start;
     float* __restrict__ second = row.second + start;
     const float* __restrict__ gradient = row.gradient + start;
+    unsigned short* __restrict__ rounded = row.rounded ? row.rounded + start : nullptr;
     if (rest >= CHUNK && aligned(row)) {
 #pragma unroll
         for (int i = 4 * threadIdx.x; i < CHUNK; i += 4 * THREADS) {
@@ -54,9 +58,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw(
             update(w.x, g.x, m.x, v.x, f); update(w.y, g.y, m.y, v.y, f);
             update(w.z, g.z, m.z, v.z, f); update(w.w, g.w, m.w, v.w, f);
             *(float4*)(weight + i) = w; *(float4*)(first + i) = m; *(float4*)(second + i) = v;
+            if (rounded) *(uint2*)(rounded + i) = make_uint2(pack(w.x, w.y), pack(w.z, w.w));
         }
         return;
     }
     const int elements = rest < CHUNK ? (int)rest : CHUNK;
-    for (int i = threadIdx.x; i < elements; i += THREADS) update(weight[i], gradient[i], first[i], second[i], f);
+    for (int i = threadIdx.x; i < elements; i += THREADS) {
+        update(weight[i], gradient[i], first[i], second[i], f);
+        if (rounded) rounded[i] = (unsigned short)pack(weight[i], 0.f);
+    }
 }
