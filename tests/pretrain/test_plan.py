@@ -274,26 +274,33 @@ MEASURED = {
     "DP2, ZeRO-1": Measured(160_100, None),
     "DP2, ZeRO-3": Measured(131_700, 30.2, settings=("parallel.zero_stage=3",)),
     "CP2": Measured(11_000, None, replace(OLD, scan="torch"), settings=("parallel.context=2", EAGER)),
-    "4 x 4096": Measured(166_007, 19.5, NEW, "h100", 1, 16_384),
+    "4 x 4096": Measured(167_900, 19.5, NEW, "h100", 1, 16_384),
     "8 x 4096": Measured(170_927, 33.4, replace(NEW, conv="cuda"), "h100", 1, 32_768, 8),
     "recompute full": Measured(
         124_759, 9.6, replace(NEW, conv="cuda"), "h100", 1, settings=("parallel.recompute=full",)
     ),
-    "1.3B, 4 x 4096": Measured(58_333, 46.2, NEW, "h100", 1, 16_384, config="samba_1.3b"),
+    "1.3B, 4 x 4096": Measured(58_307, 46.2, NEW, "h100", 1, 16_384, config="samba_1.3b"),
+    "1.3B, 4 times 4 x 4096": Measured(60_686, 51.2, NEW, "h100", 1, config="samba_1.3b"),
     "3.8B, recompute full": Measured(
-        15_448, 61.9, NEW, "h100", 1, 16_384, 2, settings=("parallel.recompute=full",), config="samba_3.8b"
+        15_814, 61.8, NEW, "h100", 1, 16_384, 2, settings=("parallel.recompute=full",), config="samba_3.8b"
     ),
-    "DP2, ZeRO-1, H100": Measured(308_585, 20.3, NEW, "h100"),
+    "DP2, ZeRO-1, H100": Measured(309_402, 20.3, NEW, "h100"),
+    "DP2, ZeRO-1, H100, one micro-batch": Measured(292_725, 20.3, NEW, "h100", batch_tokens=32_768),
     "DP2, ZeRO-3, H100": Measured(116_130, 22.2, NEW, "h100", settings=("parallel.zero_stage=3",)),
-    "PP2, H100": Measured(246_136, 19.4, NEW, "h100", settings=("parallel.pipeline=2",)),
-    "TP2 + SP, H100": Measured(232_486, 11.2, NEW, "h100", settings=TP2_SP),
+    "PP2, H100": Measured(259_806, 19.0, NEW, "h100", settings=("parallel.pipeline=2",)),
+    "TP2 + SP, H100": Measured(237_828, 11.2, NEW, "h100", settings=TP2_SP),
     "TP2 + SP, H100, kernel by kernel": Measured(124_925, 11.1, NEW, "h100", settings=(*TP2_SP, EAGER)),
-    "CP2, H100": Measured(219_717, 13.8, NEW, "h100", settings=("parallel.context=2",)),
+    "CP2, H100": Measured(238_423, 13.3, NEW, "h100", settings=("parallel.context=2",)),
     "CP2, H100, packed": Measured(
         139_843, 13.9, NEW, "h100", settings=("parallel.context=2", "data.reset_at_document=true")
     ),
     "1 x 4096": Measured(134_986, 9.1, NEW, "h100", 1, 4_096, 1),
     "1 x 4096, kernel by kernel": Measured(57_902, 9.1, NEW, "h100", 1, 4_096, 1, (EAGER,)),
+    "4 times 4 x 4096, H200": Measured(178_654, 21.1, NEW, ranks=1),
+    "1.3B, 4 times 4 x 4096, H200": Measured(62_398, 51.2, NEW, ranks=1, config="samba_1.3b"),
+    "3.8B, 4 x 4096, H200": Measured(22_339, 114.2, NEW, ranks=1, batch_tokens=16_384, config="samba_3.8b"),
+    "DP4, ZeRO-1, H200": Measured(663_787, 19.1, NEW, ranks=4, batch_tokens=131_072),
+    "DP2 x TP2 + SP, H200": Measured(485_739, 10.8, NEW, ranks=4, batch_tokens=131_072, settings=TP2_SP),
 }
 
 
