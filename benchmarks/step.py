@@ -80,10 +80,11 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
             records = [json.loads(line) for line in lines if line.endswith("\n")]
         process.kill()  # the checkpoint at a run's end would take longer than its steps
         process.wait()
-    speeds = [record["tokens_per_second"] for record in records[len(records) // 2 :]]
-    last = records[-1]
+    steady, last = records[len(records) // 2 :], records[-1]
+    speeds = [record["tokens_per_second"] for record in steady]
+    mfu = statistics.median(record.get("mfu", 0) for record in steady)
     return (
-        f"| {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {last.get('mfu', 0):.1%} "
+        f"| {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {mfu:.1%} "
         f"| {last.get('peak_memory_bytes', 0) / 2**30:.1f} | {last['loss']:.4f}"
     )
 

@@ -17,6 +17,11 @@ UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ra
 Run = Callable[[MicroBatch, Tensor | int, bool], Tensor]
 
 
+def run_in_turn(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    count = len(micro_batches)
+    return [run(batch, count, number == count) for number, batch in enumerate(micro_batches, start=1)]
+
+
 @dataclass(frozen=True)
 class Captured:
     """A micro-batch's forward and backward. It reads its inputs, and leaves its results, where they were captured."""
@@ -59,8 +64,7 @@ class CapturedMicroBatches:
         packed = any(batch.document_starts is not None for batch in micro_batches)
         captured = not packed and self.uncaptured_steps == 0
         self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
-        run, count = self._replay if captured else self.run, len(micro_batches)
-        return [run(batch, count, number == count) for number, batch in enumerate(micro_batches, start=1)]
+        return run_in_turn(self._replay if captured else self.run, micro_batches)
 
     def clear(self) -> None:
         """Gives the graphs' memory back; the next step captures them again, in a fraction of a second."""

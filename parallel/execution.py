@@ -1,7 +1,7 @@
 """A step over a global batch, on the whole model or on a pipeline of its parts."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from sambalm.parallel.captured_step import CapturedMicroBatches
+from sambalm.parallel.captured_step import CapturedMicroBatches, run_in_turn
 from sambalm.parallel.flat_gradients import FlatGradients
 from sambalm.parallel.linear import fuse_gradient_accumulation
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
@@ -29,6 +29,14 @@ class Execution(Protocol):
 
     def close(self) -> None:
         """Ends what the process groups would wait for when they are destroyed."""
+
+
+@contextmanager
+def evaluating(engine: Engine) -> Iterator[None]:
+    engine.eval()
+    with torch.no_grad():
+        yield
+    engine.train()
 
 
 class AccumulatingModel(Execution):
@@ -58,22 +66,15 @@ class AccumulatingModel(Execution):
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
-        count = len(micro_batches)
         with self.rounded.kept():
-            if self.graphs:
-                losses = self.graphs.losses(micro_batches)
-            else:
-                losses = [self._run(batch, count, number == count) for number, batch in enumerate(micro_batches, 1)]
+            losses = self.graphs.losses(micro_batches) if self.graphs else run_in_turn(self._run, micro_batches)
         self.engine.step()
         return torch.stack(losses).mean()
 
-    @torch.no_grad()
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         self.close()  # longer sequences may need the memory
-        self.engine.eval()
-        losses = [self._forward(batch) for batch in micro_batches]
-        self.engine.train()
-        return losses
+        with evaluating(self.engine):
+            return [self._forward(batch) for batch in micro_batches]
 
     def close(self) -> None:
         if self.graphs:
@@ -107,12 +108,9 @@ class PartitioningModel(Execution):
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    @torch.no_grad()
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        self.engine.eval()
-        losses = [self._forward(batch) for batch in micro_batches]
-        self.engine.train()
-        return losses
+        with evaluating(self.engine):
+            return [self._forward(batch) for batch in micro_batches]
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
@@ -153,10 +151,8 @@ class PipelinedModel(Execution):
         return loss
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        self.engine.eval()
-        losses = self.schedule.losses(micro_batches)
-        self.engine.train()
-        return losses
+        with evaluating(self.engine):
+            return self.schedule.losses(micro_batches)
 
 
 def execution(
