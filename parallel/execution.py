@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from sambalm.parallel.captured_step import CapturedMicroBatches, run_in_turn
+from sambalm.parallel.clipping import clip_before_steps
 from sambalm.parallel.flat_gradients import FlatGradients
 from sambalm.parallel.linear import fuse_gradient_accumulation
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
@@ -164,6 +165,7 @@ def execution(
     dtype: torch.dtype,
     recompute_layers: bool,
     tied_weight: nn.Parameter | None,
+    clip_norm: float,
     cuda_graphs: bool,
 ) -> Execution:
     """The way to run this rank's parts of a model, which the engine holds.
@@ -177,7 +179,11 @@ def execution(
     parameters = [parameter for part in parts for parameter in part.parameters()]
     fuse_gradient_accumulation(parameters)
     rounded = RoundedWeights([] if recompute_layers or dtype == torch.float32 else parameters)
-    gradients = FlatGradients(engine, world) if engine.zero_optimization_stage() == 1 else None
+    gradients = None
+    if engine.zero_optimization_stage() == 1:
+        gradients = FlatGradients(engine, world, clip_norm=clip_norm)
+    else:
+        clip_before_steps(engine.optimizer, max_norm=clip_norm)
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
         return PipelinedModel(engine, schedule, gradients=gradients, rounded=rounded, tied_weight=tied_weight)

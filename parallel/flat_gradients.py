@@ -14,8 +14,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from megatron.core import parallel_state
+from torch import Tensor, nn
 
+from sambalm.parallel.clipping import Clipping
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine
 
@@ -29,23 +31,31 @@ class FlatGradients:
     Groups with a "completed_by" come first in the optimizer, in the order in which a backward completes them.
     """
 
-    def __init__(self, engine: Engine, world: World) -> None:
+    def __init__(self, engine: Engine, world: World, *, clip_norm: float) -> None:
         self.optimizer = optimizer = engine.optimizer
         self.group, self.size = world.replica_group, world.replica_size
         self.buffers = [torch.zeros_like(weights) for weights in optimizer.bit16_groups_flat]
         self.shares = [buffer.chunk(self.size)[world.replica_rank] for buffer in self.buffers]
-        self.views = [
-            (parameter, buffer[offset : offset + parameter.numel()].view_as(parameter))
-            for buffer, parameters, offsets in zip(
-                self.buffers, optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True
-            )
-            for parameter, offset in zip(parameters, offsets, strict=True)
-        ]
+        self.views: list[tuple[nn.Parameter, Tensor]] = []
+        self.counted: list[Tensor] = []  # of the shares, what counts in the norm
+        for buffer, parameters, offsets in zip(
+            self.buffers, optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True
+        ):
+            length = buffer.numel() // self.size
+            first, last = world.replica_rank * length, (world.replica_rank + 1) * length
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                end = offset + parameter.numel()
+                self.views.append((parameter, buffer[offset:end].view_as(parameter)))
+                if parameter.counted and max(offset, first) < min(end, last):
+                    self.counted.append(buffer[max(offset, first) : min(end, last)])
         self.overlapping = False
         self.under_way: list[dist.Work] = []  # of the first buffers
         for number, settings in enumerate(optimizer.param_groups, start=1):
             if "completed_by" in settings:
                 settings["completed_by"].register_post_accumulate_grad_hook(partial(self._completed, number))
+        groups = [world.replica_group, parallel_state.get_model_parallel_group()]
+        self.clipping = Clipping(optimizer.optimizer, max_norm=clip_norm, groups=groups)
+        optimizer.optimizer.register_step_pre_hook(self._tell_norm)
         optimizer.reduce_gradients = self._hand_over
 
     def clear(self) -> None:
@@ -85,3 +95,8 @@ class FlatGradients:
     def _hand_over(self, *, pipeline_parallel: bool) -> None:
         """What is left of DeepSpeed's method: the step takes this rank's shares."""
         self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+        self.norm = self.clipping.prepare(self.counted)
+
+    def _tell_norm(self, *_) -> None:
+        """In the step, which begins without: where DeepSpeed's engine looks for it."""
+        self.optimizer._global_grad_norm = self.norm

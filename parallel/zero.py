@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: the engine around a model, and the whole tensors behind its partitions.
 
-Ranks that hold the only replica of their weights run the engine without ZeRO (`single_replica`), whatever the stage.
+Ranks that hold the only replica of their weights run the engine without ZeRO, whatever the stage.
 Parameters are fp32 under every stage (layers cast them at use), so DeepSpeed is run without its own mixed precision:
 gradients are accumulated and reduced in fp32, and Mamba's A_log, D and dt bias are never rounded.
 """
@@ -19,7 +19,6 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from sambalm.parallel.single_replica import clip_before_steps
 from sambalm.parallel.state import World
 
 Engine = deepspeed.DeepSpeedEngine
@@ -64,17 +63,22 @@ def zero_engine(
 
     The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
     gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds;
-    `flat_gradients` reduces those of stage 1. Elsewhere (`engine.managed_gradient_accumulation()`), call
-    `set_accumulation` for each step, and the engine, its backward() and step() for each micro-batch.
+    `flat_gradients` reduces those of stage 1, and `clipping` shortens them. Elsewhere
+    (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
+    and step() for each micro-batch.
+
+    Args:
+        clip_norm: of the gradients that DeepSpeed clips.
     """
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     pipelined, shared = world.pipeline.size > 1, world.replica_size > 1
+    partitioned = shared and zero_stage > 1
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": shared and zero_stage > 1,
-        "gradient_clipping": clip_norm if shared else 0.0,
+        "managed_gradient_accumulation": partitioned,
+        "gradient_clipping": clip_norm if partitioned else 0.0,
         "zero_optimization": _zero_settings(zero_stage if shared else 0),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
@@ -90,14 +94,16 @@ def zero_engine(
         )
     if not shared:
         engine.enable_backward_allreduce = False  # it would join all gradients into one buffer first
-        clip_before_steps(optimizer, max_norm=clip_norm)
     _create_moments(engine, optimizer, done_steps=done_steps)
     return engine
 
 
 def _zero_settings(stage: int) -> dict[str, int | bool]:
-    # Contiguous gradients take a hook for each parameter, which under stage 1 only costs time in every backward.
-    return {"stage": stage} if stage != 1 else {"stage": stage, "contiguous_gradients": False}
+    if stage != 1:
+        return {"stage": stage}
+    # Contiguous gradients take a hook for each parameter, which under stage 1 only costs time in every backward. Norms
+    # are those of `clipping`: for DeepSpeed's the host waits, once for each group.
+    return {"stage": stage, "contiguous_gradients": False, "compute_grad_norm": False}
 
 
 def set_accumulation(engine: Engine, micro_batches: int) -> None:

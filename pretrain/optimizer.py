@@ -12,7 +12,7 @@ from sambalm.model.ops.cuda_adamw import CudaAdamW
 from sambalm.model.samba import Samba
 
 # Of layers whose gradients ranks reduce together: 3.8B has 16 such buckets, of 0.9 GB. No backward hides the last one,
-# and for each the host waits for the device in DeepSpeed's step (0.19.8, unscale_and_clip_grads).
+# and each is a copy, an AdamW and a gather of its own in DeepSpeed's step.
 BUCKET_ELEMENTS = 300_000_000
 
 

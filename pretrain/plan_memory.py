@@ -227,7 +227,7 @@ def _state_bytes(config: RunConfig, *, stage: int, world_size: int) -> tuple[int
     parallel, parameters = config.parallel, stage_parameters(config, stage)
     whole = parameters * FP32_BYTES
     replicas = parallel.replicas(world_size)
-    if replicas == 1:  # no ZeRO (parallel/single_replica.py)
+    if replicas == 1:  # no ZeRO
         return whole, whole, 2 * whole
     share = math.ceil(whole / replicas)
     optimizer = 3 * share  # the partition that the optimizer steps, and two moments

@@ -218,6 +218,7 @@ def build_training(
         dtype=dtype,
         recompute_layers=config.parallel.recompute == "full",
         tied_weight=tied_weight,
+        clip_norm=config.optimizer.clip_norm,
         cuda_graphs=config.train.cuda_graphs,
     )
     return Training(engine=engine, parts=parts, execution=run, kernels=kernels)

@@ -14,11 +14,13 @@ THREADS, CHUNK = 256, 16384  # of a block, and elements that it takes of one ten
 class CudaAdamW(torch.optim.AdamW):
     """torch.optim.AdamW of fp32 parameters on a GPU, with the same state.
 
-    Where `grad_scale`, fp32 [], is set, gradients are divided by it. They stay as they are, which torch's fused AdamW
-    would overwrite: a pass over memory less. Weights' copies in 16 bits (`RoundedWeights`) are written with them.
+    As torch's fused one it divides gradients by `grad_scale` and skips the step where `found_inf` is 1, each fp32 [],
+    where they are set. Gradients stay as they are, which torch's would overwrite: a pass over memory less. Weights'
+    copies in 16 bits (`RoundedWeights`) are written with them.
     """
 
     grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -31,7 +33,9 @@ class CudaAdamW(torch.optim.AdamW):
         gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
         states = [self._state_of(weight) for weight in weights]
         copies = [weight.rounded.to_write(weight) if hasattr(weight, "rounded") else None for weight in weights]
-        torch._foreach_add_([state["step"] for state in states], 1.0)
+        torch._foreach_add_(
+            [state["step"] for state in states], 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        )
         rows, blocks = [], 0
         for weight, gradient, copy, state in zip(weights, gradients, copies, states, strict=True):
             tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], copy)
@@ -44,7 +48,7 @@ class CudaAdamW(torch.optim.AdamW):
         (copied,) = {copy.dtype for copy in copies if copy is not None} or {torch.bfloat16}
         defines = {"THREADS": THREADS, "CHUNK": CHUNK, "INPUT": INPUTS[copied]}
         run = kernel("adamw", "elements.cuh", "adamw.cu", defines=defines)
-        run((blocks, 1, 1), THREADS, table, len(rows), self.grad_scale, *factors)
+        run((blocks, 1, 1), THREADS, table, len(rows), self.grad_scale, self.found_inf, *factors)
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         state = self.state[weight]

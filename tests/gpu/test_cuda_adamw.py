@@ -87,6 +87,22 @@ def test_rounded_copies_are_written(shift, dtype):
     assert all(torch.equal(copy, weight.to(dtype)) for copy, weight in zip(found, weights[1:], strict=True))
 
 
+@pytest.mark.parametrize("kind", [CudaAdamW, torch.optim.AdamW])
+def test_gradients_that_are_not_finite_are_skipped(kind):
+    weights = parameters(shift=0)
+    optimizer = kind(weights, **SETTINGS, fused=True)
+    for number in range(3):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.found_inf = torch.full((), float(number == 2), device="cuda")
+        if number == 2:
+            before = [tensor.clone() for w in weights for tensor in (w, *optimizer.state[w].values())]
+            weights[3].grad[7] = torch.inf
+        optimizer.step()
+    after = [tensor for w in weights for tensor in (w, *optimizer.state[w].values())]
+    assert all(map(torch.equal, before, after))
+
+
 def test_weights_without_a_gradient_stay():
     weights = parameters(shift=0)
     ours, other, doubles = optimizers(weights)
@@ -112,7 +128,7 @@ def test_gradients_with_other_strides():
 
 
 def test_a_step_hook_sets_the_scale():
-    """As parallel/single_replica.py clips."""
+    """As parallel/clipping.py clips."""
     weights = parameters(shift=0)
     ours, other, doubles = optimizers(weights)
     ours.register_step_pre_hook(lambda optimizer, *_: setattr(optimizer, "grad_scale", torch.full((), 3.0).cuda()))

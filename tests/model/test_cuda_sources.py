@@ -251,6 +251,20 @@ def test_adamw(host, no_pinned_memory, rounded):
         assert all(torch.equal(copy, weight.to(rounded)) for copy in weight.rounded.parts[weight])
 
 
+def test_adamw_skips_what_is_not_finite(host, no_pinned_memory):
+    ours, _ = guarded_optimizer(host, (5, CHUNK + 1))
+    weights = ours.param_groups[0]["params"]
+    ours.found_inf = torch.zeros(())
+    ours.step()
+    before = [tensor.clone() for weight in weights for tensor in (weight, *ours.state[weight].values())]
+    ours.found_inf = torch.ones(())
+    for weight in weights:
+        weight.grad.fill_(torch.nan)
+    ours.step()
+    after = [tensor for weight in weights for tensor in (weight, *ours.state[weight].values())]
+    assert all(map(torch.equal, before, after))
+
+
 # Negative controls: what is known to be wrong is found.
 
 

@@ -34,7 +34,10 @@ __device__ __forceinline__ const Row& row_of(const Row* rows, int tensors, int b
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) adamw(
-    const Row* rows, int tensors, const float* grad_scale, double lr, double beta1, double beta2, double eps, double decay) {
+    const Row* rows, int tensors, const float* grad_scale, const float* found_inf, double lr, double beta1, double beta2,
+    double eps, double decay)
+{
+    if (found_inf && *found_inf) return;
     __shared__ Row row;
     __shared__ Factors f;
     if (threadIdx.x == 0) {

@@ -1,0 +1,58 @@
+"""Gradients that are not finite: every rank skips that step, and no other, whoever found them."""
+
+import math
+
+import pytest
+import torch
+from layout_runs import batches, run_values
+from worlds import run_world
+
+STEPS, BAD = 4, 2
+
+
+def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[float]]:
+    """Each step's norm, whether it changed the weights, and the steps that the optimizer has counted."""
+    from sambalm.model.heads import kv_copies
+    from sambalm.parallel.state import start_world
+    from sambalm.parallel.zero import gradient_norm
+    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.trainer import build_training
+
+    config = parse_config(values, source="test")
+    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+        training = build_training(config, world=world, checkpoint=None)
+        norms, changed, weights = [], [], None
+        for step in range(STEPS):
+            parameter = next(p for p in training.parts[0].parameters() if p.counted and p.dim() == 1)
+            factor = torch.nan if step == BAD and world.rank == bad_rank else 1.0
+            hook = parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
+            training.execution.train_step(batches(step, config=config, world=world))
+            hook.remove()
+            norms.append(float(gradient_norm(training.engine)))
+            before = weights
+            weights = torch.cat([weight.detach().flatten() for part in training.parts for weight in part.parameters()])
+            assert weights.isfinite().all()
+            changed.append(before is None or not torch.equal(weights, before))
+        optimizer = getattr(training.engine.optimizer, "optimizer", training.engine.optimizer)
+        counted = {state["step"].item() for state in optimizer.state.values()}
+    return norms, changed, sorted(counted)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (1, {}),
+        (2, {"zero_stage": 1}),
+        (2, {"zero_stage": 2}),
+        (2, {"tensor": 2}),
+        (2, {"pipeline": 2}),
+        (4, {"tensor": 2, "zero_stage": 1}),
+    ],
+    ids=str,
+)
+def test_a_step_with_gradients_that_are_not_finite_is_skipped(ranks, parallel):
+    for norms, changed, counted in run_world(on_rank, run_values(parallel=parallel), ranks - 1, ranks=ranks):
+        assert [math.isfinite(norm) for norm in norms] == [step != BAD for step in range(STEPS)]
+        assert changed == [step != BAD for step in range(STEPS)]
+        if parallel.get("zero_stage") != 2:  # which leaves it to DeepSpeed
+            assert counted == [STEPS]
