@@ -71,7 +71,7 @@ class OptimizerConfig(BaseModel):
         elements = 0
         for module, last in model.backward_order():
             matrices = [parameter for name, parameter in module.named_parameters() if decays(name, parameter)]
-            # Of an even share of whole tensors: tensor-parallel ranks, whose shares differ, add up norms by group.
+            # Of an even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
             pieces = (piece for matrix in matrices for piece in matrix.canonical_slices)
             added = sum(math.prod(piece.shape) for piece in pieces) // model.tp.size
             if not groups or elements + added > max_elements:
