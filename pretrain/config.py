@@ -49,6 +49,11 @@ class TrainSection(BaseModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Of activations and matrix products; weights, gradients, optimizer and losses are fp32"
     )
+    max_skipped_steps: int = Field(
+        10,
+        ge=0,
+        description="Steps in a row that non-finite gradients may skip; one more ends the run",
+    )
     cuda_graphs: bool = Field(
         True,
         description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2, ZeRO-3 and packed "

@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     CHECKPOINTS_DAMAGED = 77
     STOPPED = 78
     RUN_IN_USE = 79
+    DIVERGED = 80
     INTERRUPTED = 130
 
 
@@ -51,6 +52,12 @@ class StoppedError(Exception):
     """The run's kill switch is set."""
 
     exit_code = ExitCode.STOPPED
+
+
+class DivergedError(Exception):
+    """Gradients were not finite, step after step."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class RunInUseError(Exception):

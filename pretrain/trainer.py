@@ -23,7 +23,7 @@ from sambalm.pretrain.config import DTYPES, RunConfig
 from sambalm.pretrain.data_record import data_record
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
-from sambalm.pretrain.metrics import RunReport
+from sambalm.pretrain.metrics import RunReport, StepResult
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.run_state import (
@@ -36,6 +36,7 @@ from sambalm.pretrain.run_state import (
     save_checkpoint,
 )
 from sambalm.pretrain.signals import Request, Signals, take_switches
+from sambalm.pretrain.skipped_steps import SkippedSteps
 from sambalm.pretrain.validation import Validator
 
 LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
@@ -46,7 +47,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
 
     Raises:
         ConfigError, ParallelError, DataError, KernelError, CheckpointError, NoProgressError, StoppedError,
-        RunInUseError: one sentence each, for the user.
+        DivergedError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
@@ -76,6 +77,7 @@ class Trainer:
         self.step, self.samples = (checkpoint.step, checkpoint.state["samples"]) if checkpoint else (0, 0)
         self.validator = Validator(config, sources, world=world)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
+        self.skipped = SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main)
         if world.is_main:
             names = " ".join(self.training.kernels.names)
             print(f"{world.size} x {world.device.type}, from step {self.step}; {names}", file=sys.stderr)
@@ -102,7 +104,7 @@ class Trainer:
             while self.step < steps:
                 launched, request = self._launch_step(), Request.NOTHING
                 if unread:  # only now, so that the device always has work
-                    report.step(unread.number, unread.result(), {})
+                    self._record(report, unread.number, unread.result(), {})
                     request = unread.request()
                 unread = launched
                 validate = self.step == steps or self.step % validation.every_steps == 0
@@ -110,13 +112,17 @@ class Trainer:
                 if validate or save or request or launched.is_finished:
                     result, request = launched.result(), max(request, launched.request())
                     losses = self.validator.losses(self.training.execution) if validate else {}
-                    report.step(launched.number, result, losses)
+                    self._record(report, launched.number, result, losses)
                     unread = None
                 if save or request:
                     self._save()
                 if request in LEAVING and self.step < steps:
                     return LEAVING[request]
         return ExitCode.FINISHED
+
+    def _record(self, report: RunReport, number: int, result: StepResult, losses: dict[str, float]) -> None:
+        report.step(number, result, losses)
+        self.skipped.step(number, result.grad_norm)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""

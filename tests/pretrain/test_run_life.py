@@ -1,6 +1,7 @@
 """The life of a run: signals at any moment to any rank, switches, exit codes, leases, and what each attempt records."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from sambalm.pretrain.attempts import read_attempts
 from sambalm.pretrain.checkpoint import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.errors import ExitCode, RunInUseError
 from sambalm.pretrain.lease import Lease
+from sambalm.pretrain.metrics_file import read_metrics
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -121,6 +123,20 @@ def test_signals_to_single_ranks_save_on_all_at_the_same_step(run):
     assert run.saved_steps()[-1] == last == newest_checkpoint(run.dir, warn=pytest.fail).step
     (attempt,) = read_attempts(run.dir)
     assert (attempt.exit_code, attempt.step, attempt.start_step) == (ExitCode.REQUEUE, last, 0)
+
+
+def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):
+    values = changed(long_values, optimizer={"peak_lr": 1e30}, train={"max_skipped_steps": 3})
+    run = Run(values, tmp_path)
+    run.start()
+    assert run.exit_codes() == [ExitCode.DIVERGED, ExitCode.DIVERGED]
+    norms = [record["grad_norm"] for record in read_metrics(run.dir)]
+    assert [math.isfinite(norm) for norm in norms] == [True] + [False] * 4
+    assert run.text().count("so the optimizer skipped it") == 4
+    assert "gradients were not finite from step 2 to 5, more than train.max_skipped_steps 3" in run.text()
+    assert "Traceback" not in run.text()
+    (attempt,) = read_attempts(run.dir)
+    assert attempt.exit_code == ExitCode.DIVERGED
 
 
 def test_switches_in_the_run_folder_save_and_stop(run):
