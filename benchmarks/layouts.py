@@ -40,6 +40,8 @@ LAYOUTS = {
     "DP2, ZeRO-3": (2, ["parallel.zero_stage=3"]),
     "CP2": (2, ["parallel.context=2"]),
     "CP2, packed documents": (2, ["parallel.context=2", "data.reset_at_document=true"]),
+    "DP4, ZeRO-1": (4, ["parallel.zero_stage=1"]),
+    "DP2 x TP2 + SP": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.zero_stage=1"]),
     "selective": (1, ["parallel.recompute=selective"]),
     "full": (1, ["parallel.recompute=full"]),
     **{f"micro-batches of {size}": (1, [f"train.micro_batch_size={size}"]) for size in (1, 2, 4, 8, 16)},

@@ -62,6 +62,10 @@ class ParallelConfig(BaseModel):
         """Ranks with the same weights, of the data and the context dimension; where it is one, there is no ZeRO."""
         return world_size // (self.tensor * self.pipeline)
 
+    def partitions(self, world_size: int) -> bool:
+        """Whether ZeRO takes gradients or weights apart in every micro-batch (stages 2 and 3)."""
+        return self.zero_stage > 1 and self.replicas(world_size) > 1
+
     def overlaps_reduction(self, world_size: int) -> bool:
         """Whether gradients are reduced between replicas while a step's last backward runs (ZeRO-1)."""
         return self.zero_stage == 1 and self.pipeline == 1 and self.replicas(world_size) > 1

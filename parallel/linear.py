@@ -73,8 +73,9 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gathered = _Gathered(x, ctx.tp)
         gradients = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        features = [gradient.shape[1] for gradient in gradients]
         grad_rows = x.new_empty(gradients[0].shape[0], x.shape[-1])
-        for number, (gradient, part) in enumerate(zip(gradients, weight.split(list(chain(*ctx.sizes))), strict=True)):
+        for number, (gradient, part) in enumerate(zip(gradients, weight.split(features), strict=True)):
             torch.addmm(grad_rows, gradient, part, beta=min(number, 1), out=grad_rows)
         rows = gathered.wait().reshape(-1, x.shape[-1])
         summed = _Summed(grad_rows, ctx.tp)

@@ -14,7 +14,6 @@ import torch
 from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
 from sambalm.model.heads import kv_copies
 from sambalm.model.samba import Samba
-from sambalm.parallel.state import TensorParallel
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, OptimizerConfig
 from sambalm.pretrain.plan_memory import (
@@ -22,6 +21,7 @@ from sambalm.pretrain.plan_memory import (
     FP32_BYTES,
     MAX_LIVE_PARAMETERS,
     PERSISTENT_ELEMENTS,
+    first_tensor_rank,
     is_first,
     is_last,
     local_sizes,
@@ -208,10 +208,9 @@ def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
 @lru_cache(maxsize=64)
 def _reduced_groups(optimizer: OptimizerConfig, model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
     """Those of a model on the meta device."""
-    copies = kv_copies(model, tensor_ranks) if ATTENTION in model.pattern else 1
-    tp = TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
     with torch.device("meta"):
-        groups = optimizer.parameter_groups(Samba(model, tp=tp), bucket_elements=BUCKET_ELEMENTS)
+        samba = Samba(model, tp=first_tensor_rank(model, tensor_ranks))
+    groups = optimizer.parameter_groups(samba, bucket_elements=BUCKET_ELEMENTS)
     return tuple(ReducedGroup(sum(p.numel() for p in group["params"]), "completed_by" in group) for group in groups)
 
 

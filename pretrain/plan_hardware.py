@@ -94,7 +94,7 @@ FUSED_SHARE = 0.84
 # whose other parts are measured. Multiprocessors bind them rather than memory: an H200 is hardly faster.
 SINGLE_BYTES_PER_S = 1.68e12
 # That the device waits for the host in a step under ZeRO, which read the gradient's norm: 421M on one H100. Stage 1 no
-# longer does, nor what the next two say; it has not been measured since.
+# longer reads it, here or for each group as below; it has not been measured since.
 ZERO_IDLE_S = 8e-3
 # That it waits besides for each group of parameters whose gradients are reduced together: DeepSpeed's step reads the
 # norm again before it launches the group's kernels (0.19.8, unscale_and_clip_grads). Assumed; on two cores a group of
@@ -122,8 +122,7 @@ TORCH_SCAN_PASSES = 20
 # Bytes a parameter that are moved: of the whole gradient under stages 2 and 3, in each micro-batch, its copy into the
 # bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's
 # share once a step the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but the
-# gradient written) and the copy of the new weights. Without replicas there are the norm
-# and AdamW.
+# gradient written) and the copy of the new weights. Without replicas there are the norm and AdamW.
 REDUCED_BYTES = 16
 SINGLE_REPLICA_BYTES = 4 + 28
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8

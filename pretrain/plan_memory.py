@@ -82,11 +82,16 @@ class LocalSizes:
     mlp: int
 
 
+def first_tensor_rank(model: ModelConfig, tensor_ranks: int) -> TensorParallel:
+    """For modules on the meta device, which communicate with nobody."""
+    copies = kv_copies(model, tensor_ranks) if ATTENTION in model.pattern else 1
+    return TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
+
+
 @lru_cache(maxsize=256)
 def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSizes:
     """Counts the real module on the meta device."""
-    copies = kv_copies(model, tensor_ranks) if ATTENTION in model.pattern else 1
-    tp = TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
+    tp = first_tensor_rank(model, tensor_ranks)
     with torch.device("meta"):
         module = Sublayer(letter, model, tp=tp, kernels=TORCH_KERNELS)
     parameters = dict(module.named_parameters())
@@ -272,9 +277,7 @@ def _part_saved_bytes(
 
 def rounded_weights_stay(config: RunConfig, *, world_size: int) -> bool:
     """Whether weights are rounded once a step, into copies that stay, and not at every use."""
-    parallel = config.parallel
-    partitioned = parallel.zero_stage > 1 and parallel.replicas(world_size) > 1
-    return not partitioned and parallel.recompute != "full"
+    return not config.parallel.partitions(world_size) and config.parallel.recompute != "full"
 
 
 def _part_rounded_bytes(config: RunConfig, part: range) -> Counter[str]:

@@ -134,7 +134,7 @@ def _host_s(
 ) -> float:
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
     parallel = config.parallel
-    partitioned = parallel.zero_stage > 1 and parallel.replicas(world_size) > 1
+    partitioned = parallel.partitions(world_size)
     captured = config.train.cuda_graphs and not config.data.reset_at_document
     if captured and parallel.pipeline == 1 and not partitioned:
         return 0.0

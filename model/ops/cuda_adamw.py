@@ -33,9 +33,8 @@ class CudaAdamW(torch.optim.AdamW):
         gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
         states = [self._state_of(weight) for weight in weights]
         copies = [weight.rounded.to_write(weight) if hasattr(weight, "rounded") else None for weight in weights]
-        torch._foreach_add_(
-            [state["step"] for state in states], 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        )
+        taken = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        torch._foreach_add_([state["step"] for state in states], taken)
         rows, blocks = [], 0
         for weight, gradient, copy, state in zip(weights, gradients, copies, states, strict=True):
             tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], copy)
