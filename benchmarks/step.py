@@ -2,14 +2,16 @@
 
     python benchmarks/step.py configs/samba_1.3b.yaml train.global_batch_tokens=16384 train.micro_batch_size=4
     python benchmarks/step.py configs/samba_1.3b.yaml --profile train.global_batch_tokens=16384 train.micro_batch_size=4
+    python benchmarks/step.py configs/samba_421m.yaml --gpus 2 --profile train.global_batch_tokens=32768 \
+        train.micro_batch_size=4
 
 The steps are those of `sambalm train`, loader, clipping and optimizer included; without --profile it is that program
 that runs. Several --with SETTINGS, each a list of overrides in quotes, are trained one after the other and compared.
+On several GPUs the profile is the first one's, and what ranks send each other may run beside other kernels.
 """
 
 import argparse
 import collections
-import itertools
 import json
 import re
 import statistics
@@ -17,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -28,6 +32,7 @@ from sambalm.pretrain.config import load_config
 PROFILED_STEPS = 3
 # What a GPU kernel belongs to, by the first pattern that its name matches.
 PARTS = {
+    "messages": r"(?i)nccl",
     "scan": r"scan_(forward|backward|combine)|selective_scan",
     "convolution": r"conv_(forward|backward)|causal_conv1d",
     "attention": r"flash|fmha|sdpa",
@@ -64,22 +69,28 @@ def settings_of(arguments: argparse.Namespace, folder: Path, overrides: list[str
     return [*(f"{key}={value}" for key, value in values.items()), *overrides]
 
 
+def launcher(arguments: argparse.Namespace) -> list[str]:
+    if arguments.gpus == 1:
+        return [sys.executable]
+    ranks = ["--standalone", "--nproc-per-node", str(arguments.gpus)]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks]
+
+
 def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(arguments, Path(folder), overrides)
-        command = [sys.executable, "-m", "sambalm.pretrain.cli", "train", arguments.config, *settings]
+        command = [*launcher(arguments), "-m", "sambalm.pretrain.cli", "train", arguments.config, *settings]
         metrics, errors = Path(folder) / "run/metrics.jsonl", Path(folder) / "errors"
         with errors.open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         records = []
         while len(records) < arguments.steps:
             if process.poll():
-                return f"| failed: {errors.read_text().strip().splitlines()[-1][:90]} | | | | "
+                return f"| failed: {last_error(errors.read_text())[:90]} | | | | "
             time.sleep(0.2)
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("\n")]
-        process.kill()  # the checkpoint at a run's end would take longer than its steps
-        process.wait()
+        stop(process)
     steady, last = records[len(records) // 2 :], records[-1]
     speeds = [record["tokens_per_second"] for record in steady]
     mfu = statistics.median(record.get("mfu", 0) for record in steady)
@@ -89,17 +100,38 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
     )
 
 
+def last_error(log: str) -> str:
+    """Of the ranks, before what the launcher says of their end."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "no output")
+
+
+def stop(process: subprocess.Popen) -> None:
+    """At once: the checkpoint at a run's end would take longer than its steps."""
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *ranks):
+        each.kill()
+    psutil.wait_procs(ranks)
+    process.wait()
+
+
 def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(arguments, Path(folder), overrides)
+        options = ["--steps", str(arguments.steps), "--top", str(arguments.top), "--profiled"]
+        subprocess.run([*launcher(arguments), __file__, arguments.config, *options, *settings], check=True)
+
+
+def profile_rank(arguments: argparse.Namespace, settings: list[str]) -> None:
     from sambalm.parallel.state import start_world
     from sambalm.pretrain.run_folder import open_run_folder
     from sambalm.pretrain.signals import Signals
     from sambalm.pretrain.trainer import Trainer
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config(Path(arguments.config), settings_of(arguments, Path(folder), overrides))
-        with open_run_folder(config) as run_folder, start_world(config.parallel) as world:
-            trainer = Trainer(config, world, folder=run_folder, signals=Signals())
-
+    config = load_config(Path(arguments.config), settings)
+    with open_run_folder(config) as run_folder, start_world(config.parallel) as world:
+        trainer = Trainer(config, world, folder=run_folder, signals=Signals())
+        with closing(trainer.training.execution), closing(trainer.loader):
             for _ in range(arguments.steps - PROFILED_STEPS):
                 trainer._launch_step()
             torch.cuda.synchronize()
@@ -110,22 +142,23 @@ def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
                     trainer._launch_step()
                 torch.cuda.synchronize()
                 wall_s = (time.perf_counter() - start_s) / PROFILED_STEPS
-            trainer.loader.close()
-    print_parts(found, wall_s=wall_s, top=arguments.top)
+        if world.is_main:
+            print_parts(found, wall_s=wall_s, top=arguments.top)
 
 
 def print_parts(found: torch.profiler.profile, *, wall_s: float, top: int) -> None:
-    kernels, parts, waits = collections.Counter(), collections.Counter(), collections.Counter()
+    kernels, parts = collections.Counter(), collections.Counter()
     events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
     for event in events:
         kernels[event.name] += event.device_time / PROFILED_STEPS / 1e3
-    events.sort(key=lambda event: event.time_range.start)
-    for before, after in itertools.pairwise(events):
-        wait_ms = (after.time_range.start - before.time_range.end) / PROFILED_STEPS / 1e3
-        waits[f"{before.name[:50]} | {after.name[:50]}"] += max(0.0, wait_ms)
     for name, ms in kernels.items():
         parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += ms
-    parts["idle"] = wall_s * 1e3 - sum(parts.values())
+    waits = waits_ms(events)
+    parts["idle"] = wall_s * 1e3 - busy_ms(events)
+    if parts["messages"]:
+        others = [event for event in events if not re.search(PARTS["messages"], event.name)]
+        parts["messages with no other kernel beside them"] = busy_ms(events) - busy_ms(others)
     print(f"\n| part of a step | ms | share of {wall_s * 1e3:.1f} ms |\n| --- | ---: | ---: |")
     for part, ms in parts.most_common():
         print(f"| {part} | {ms:.2f} | {ms / wall_s / 10:.1f}% |")
@@ -137,16 +170,39 @@ def print_parts(found: torch.profiler.profile, *, wall_s: float, top: int) -> No
         print(f"| {names} | {ms:.2f} |")
 
 
+def waits_ms(events: list) -> collections.Counter[str]:
+    """What the device waits for between two kernels, in order of their start; several may run at once."""
+    waits, last = collections.Counter(), None
+    for event in events:
+        if last and event.time_range.start > last.time_range.end:
+            wait_ms = (event.time_range.start - last.time_range.end) / PROFILED_STEPS / 1e3
+            waits[f"{last.name[:50]} | {event.name[:50]}"] += wait_ms
+        if last is None or event.time_range.end > last.time_range.end:
+            last = event
+    return waits
+
+
+def busy_ms(events: list) -> float:
+    """Of a step, in which any of the kernels runs."""
+    whole_ms = (max(e.time_range.end for e in events) - events[0].time_range.start) / PROFILED_STEPS / 1e3
+    return whole_ms - waits_ms(events).total()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--with", dest="variants", action="append", default=[], metavar="SETTINGS")
+    parser.add_argument("--gpus", type=int, default=1, help="of this machine, one process each")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # one rank of --profile
     parser.add_argument("--top", type=int, default=25, help="kernels to list")
     arguments, overrides = parser.parse_known_args()
+    if arguments.profiled:
+        profile_rank(arguments, overrides)
+        return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}; {arguments.config} {' '.join(overrides)}")
+    print(f"{arguments.gpus} x {device}, torch {torch.__version__}; {arguments.config} {' '.join(overrides)}")
     variants = arguments.variants or [""]
     if arguments.profile:
         for variant in variants:

@@ -4,8 +4,9 @@ A micro-batch is thousands of kernels, most of them shorter than the host takes 
 between them. As a graph they are launched at once, with what ranks send each other on the way.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,21 @@ from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.pipeline import MicroBatch
 
 UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ranks connect, which cannot be captured
-Run = Callable[[MicroBatch, Tensor | int, bool], Tensor]
+
+
+class Run(Protocol):
+    """A micro-batch's forward and backward."""
+
+    def __call__(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
+        """Adds the gradients of one of a step's micro_batches to the parameters' and returns its loss, fp32 []."""
 
 
 def run_in_turn(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
     count = len(micro_batches)
-    return [run(batch, count, number == count) for number, batch in enumerate(micro_batches, start=1)]
+    return [
+        run(batch, count, is_first=number == 1, is_last=number == count)
+        for number, batch in enumerate(micro_batches, start=1)
+    ]
 
 
 @dataclass(frozen=True)
@@ -36,24 +46,21 @@ class Captured:
 class CapturedMicroBatches:
     """Runs micro-batches as `run` does, to the same bits.
 
-    Two graphs. Where steps start without gradients, one writes the first micro-batch's and the other adds to gradients
-    that are there. Where steps start with gradients, both add to them, and one of them is the last micro-batch's. Both
-    use the same memory, which stays reserved from step to step until `clear`. Packed documents, whose lengths differ
-    from step to step, run uncaptured.
+    A step's first micro-batch has a graph of its own, which writes gradients where steps start without, and so has its
+    last, and one that is both, where the last differs. All use the same memory, which stays reserved from step to step
+    until `clear`. Packed documents, whose lengths differ from step to step, run uncaptured.
 
     Gradients that are there before the first micro-batch must lie at the same place in every step.
 
     Args:
-        run: adds a micro-batch's gradients, as one of so many of a step, to the parameters' and returns its loss,
-            fp32 []. It is told whether the micro-batch is the step's last, and must otherwise do the same whenever it
-            is called, and on all ranks.
+        run: must do the same for each first, each last and each other micro-batch, and on all ranks.
         last_differs: whether `run` does anything else for the last.
     """
 
     def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool) -> None:
         self.run, self.parameters, self.last_differs = run, list(parameters), last_differs
         self.uncaptured_steps = UNCAPTURED_STEPS
-        self.captured: dict[tuple[bool, bool], Captured] = {}  # of the first without gradients; of a last that differs
+        self.captured: dict[tuple[bool, bool], Captured] = {}  # of the first; of a last that differs
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Runs a step's micro-batches.
@@ -72,11 +79,10 @@ class CapturedMicroBatches:
             self.captured.clear()
             torch.cuda.empty_cache()
 
-    def _replay(self, batch: MicroBatch, micro_batches: int, is_last: bool) -> Tensor:
-        is_first = all(parameter.grad is None for parameter in self.parameters)
+    def _replay(self, batch: MicroBatch, micro_batches: int, *, is_first: bool, is_last: bool) -> Tensor:
         kind = is_first, is_last and self.last_differs
         if kind not in self.captured:
-            self.captured[kind] = self._capture(batch, is_last)
+            self.captured[kind] = self._capture(batch, is_first=is_first, is_last=is_last)
         captured = self.captured[kind]
         captured.batch.tokens.copy_(batch.tokens)
         captured.batch.labels.copy_(batch.labels)
@@ -86,7 +92,7 @@ class CapturedMicroBatches:
             parameter.grad = gradient
         return captured.loss.clone()
 
-    def _capture(self, batch: MicroBatch, is_last: bool) -> Captured:
+    def _capture(self, batch: MicroBatch, *, is_first: bool, is_last: bool) -> Captured:
         """Nothing is computed yet. Parameters that have a gradient get it added to."""
         batch = MicroBatch(batch.tokens.clone(), batch.labels.clone())
         micro_batches = torch.ones((), device=batch.tokens.device)
@@ -95,7 +101,7 @@ class CapturedMicroBatches:
         try:
             # NCCL has a thread that looks after its messages all the while; only this one's calls are to be refused.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss = self.run(batch, micro_batches, is_last)
+                loss = self.run(batch, micro_batches, is_first=is_first, is_last=is_last)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ParallelError(

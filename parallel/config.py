@@ -66,8 +66,9 @@ class ParallelConfig(BaseModel):
         """Whether ZeRO takes gradients or weights apart in every micro-batch (stages 2 and 3)."""
         return self.zero_stage > 1 and self.replicas(world_size) > 1
 
-    def overlaps_reduction(self, world_size: int) -> bool:
-        """Whether gradients are reduced between replicas while a step's last backward runs (ZeRO-1)."""
+    def overlaps_messages(self, world_size: int) -> bool:
+        """Whether replicas reduce gradients within a step's last backward and gather weights within its first forward
+        (ZeRO-1)."""
         return self.zero_stage == 1 and self.pipeline == 1 and self.replicas(world_size) > 1
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sambalm.parallel.captured_step import CapturedMicroBatches, run_in_turn
 from sambalm.parallel.clipping import clip_before_steps
 from sambalm.parallel.flat_gradients import FlatGradients
+from sambalm.parallel.flat_weights import FlatWeights
 from sambalm.parallel.linear import fuse_gradient_accumulation
 from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
 from sambalm.parallel.rounded_weights import RoundedWeights
@@ -44,7 +45,7 @@ class AccumulatingModel(Execution):
     """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
 
     Args:
-        gradients: where ranks share out their optimizer.
+        gradients, weights: where ranks share out their optimizer.
         rounded: the weights' copies during a step.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
     """
@@ -55,11 +56,12 @@ class AccumulatingModel(Execution):
         model: nn.Module,
         *,
         gradients: FlatGradients | None,
+        weights: FlatWeights | None,
         rounded: RoundedWeights,
         cuda_graphs: bool,
     ) -> None:
-        self.engine, self.model, self.gradients, self.rounded = engine, model, gradients, rounded
-        self.graphs = None
+        self.engine, self.model, self.gradients, self.weights = engine, model, gradients, weights
+        self.rounded, self.graphs = rounded, None
         if cuda_graphs:
             reduces = gradients is not None
             self.graphs = CapturedMicroBatches(self._run, model.parameters(), last_differs=reduces)
@@ -67,6 +69,10 @@ class AccumulatingModel(Execution):
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
+        if self.weights:
+            self.weights.stale = False  # once the first micro-batch, or its graph, has gathered them
+        else:
+            self.rounded.update()
         with self.rounded.kept():
             losses = self.graphs.losses(micro_batches) if self.graphs else run_in_turn(self._run, micro_batches)
         self.engine.step()
@@ -74,6 +80,8 @@ class AccumulatingModel(Execution):
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         self.close()  # longer sequences may need the memory
+        if self.weights:
+            self.weights.gather()
         with evaluating(self.engine):
             return [self._forward(batch) for batch in micro_batches]
 
@@ -84,8 +92,9 @@ class AccumulatingModel(Execution):
     def _forward(self, batch: MicroBatch) -> Tensor:
         return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
-    def _run(self, batch: MicroBatch, micro_batches: Tensor | int, is_last: bool) -> Tensor:
-        loss = self._forward(batch).mean()
+    def _run(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
+        with self.weights.arriving() if self.weights and is_first else nullcontext():
+            loss = self._forward(batch).mean()
         with self.gradients.overlapped() if self.gradients and is_last else nullcontext():
             (loss / micro_batches).backward()
         return loss.detach()
@@ -122,7 +131,7 @@ class PipelinedModel(Execution):
 
     Args:
         schedule: over this rank's parts.
-        gradients: where ranks share out their optimizer.
+        gradients, weights: where ranks share out their optimizer.
         rounded: the weights' copies during a step.
         tied_weight: this rank's copy of an embedding that first and last stage share; None elsewhere.
     """
@@ -133,15 +142,18 @@ class PipelinedModel(Execution):
         schedule: PipelineSchedule,
         *,
         gradients: FlatGradients | None,
+        weights: FlatWeights | None,
         rounded: RoundedWeights,
         tied_weight: nn.Parameter | None,
     ) -> None:
-        self.engine, self.schedule, self.gradients = engine, schedule, gradients
+        self.engine, self.schedule, self.gradients, self.weights = engine, schedule, gradients, weights
         self.rounded, self.tied_weight = rounded, tied_weight
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
+        if not self.weights:
+            self.rounded.update()
         with self.rounded.kept():
             loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
@@ -149,6 +161,8 @@ class PipelinedModel(Execution):
         if self.gradients:
             self.gradients.reduce()
         self.engine.step()
+        if self.weights:
+            self.weights.gather()
         return loss
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -179,13 +193,18 @@ def execution(
     parameters = [parameter for part in parts for parameter in part.parameters()]
     fuse_gradient_accumulation(parameters)
     rounded = RoundedWeights([] if recompute_layers or dtype == torch.float32 else parameters)
-    gradients = None
+    gradients = weights = None
     if engine.zero_optimization_stage() == 1:
         gradients = FlatGradients(engine, world, clip_norm=clip_norm)
+        weights = FlatWeights(engine, parts, world=world, rounded=rounded)
     else:
         clip_before_steps(engine.optimizer, max_norm=clip_norm)
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
-        return PipelinedModel(engine, schedule, gradients=gradients, rounded=rounded, tied_weight=tied_weight)
+        return PipelinedModel(
+            engine, schedule, gradients=gradients, weights=weights, rounded=rounded, tied_weight=tied_weight
+        )
     captured = cuda_graphs and world.device.type == "cuda"
-    return AccumulatingModel(engine, parts[0], gradients=gradients, rounded=rounded, cuda_graphs=captured)
+    return AccumulatingModel(
+        engine, parts[0], gradients=gradients, weights=weights, rounded=rounded, cuda_graphs=captured
+    )

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -93,8 +94,9 @@ class FlatGradients:
             self.under_way.append(dist.reduce_scatter_tensor(share, buffer, group=self.group, async_op=True))
 
     def _hand_over(self, *, pipeline_parallel: bool) -> None:
-        """What is left of DeepSpeed's method: the step takes this rank's shares."""
-        self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+        """What is left of DeepSpeed's method: the step takes this rank's shares as they lie."""
+        for number, share in enumerate(self.shares):
+            self.optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], share)
         self.norm = self.clipping.prepare(self.counted)
 
     def _tell_norm(self, *_) -> None:

@@ -1,7 +1,7 @@
 """Weights rounded to the precision of matrix products once for all micro-batches of a step."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,13 +23,17 @@ class RoundedWeights:
         for parameter in parameters:
             parameter.rounded = self
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """While the weights do not change."""
-        stale = [(part, w) for w, parts in self.parts.items() if w not in self.written for part in parts]
+    def update(self, weights: Iterable[nn.Parameter] | None = None) -> None:
+        """Rounds weights again, all by default, but for those whose copies the optimizer has written."""
+        chosen = self.parts if weights is None else weights
+        stale = [(part, w) for w in chosen if w not in self.written for part in self.parts.get(w, [])]
         if stale:
             with torch.no_grad():
                 torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While weights do not change once they have been used; call `update` before that."""
         self.valid = True
         try:
             yield

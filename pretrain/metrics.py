@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl, TensorBoard, the loss plot and the progress bar."""
 
-import json
 import os
 import resource
 import time
@@ -16,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sambalm.model.flops import flops_per_token, peak_flops
 from sambalm.parallel.state import World
 from sambalm.pretrain.config import RunConfig, dump_config
-from sambalm.pretrain.metrics_file import METRICS, read_metrics
+from sambalm.pretrain.metrics_file import METRICS, metrics_line, read_metrics
 from sambalm.pretrain.validation import LOSS_AT
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -82,7 +81,7 @@ class RunReport:
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # of this rank, since the start
         if self._peak_tokens_per_second:
             record["mfu"] = tokens_per_second / self._peak_tokens_per_second
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(metrics_line(record))
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
@@ -92,7 +91,7 @@ class RunReport:
 def _drop_after(run_dir: Path, step: int) -> None:
     kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
     partial = run_dir / f".{METRICS}.partial"
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.write_text("".join(map(metrics_line, kept)))
     os.replace(partial, run_dir / METRICS)
 
 

@@ -11,9 +11,11 @@ from sambalm.model.ops.cuda import Circumstances, why_unavailable
 from sambalm.model.ops.cuda_adamw import CudaAdamW
 from sambalm.model.samba import Samba
 
-# Of layers whose gradients ranks reduce together: 3.8B has 16 such buckets, of 0.9 GB. No backward hides the last one,
-# and each is a copy, an AdamW and a gather of its own in DeepSpeed's step.
+# Of layers whose gradients ranks reduce together, and whose weights they gather together: so many elements at most, and
+# no more than a share of all. No backward hides the last bucket's reduction, and no forward the first one's gather; but
+# each is an AdamW of its own in DeepSpeed's step, and short messages do not fill a network. 3.8B has 16, of 0.9 GB.
 BUCKET_ELEMENTS = 300_000_000
+BUCKET_SHARE = 1 / 8
 
 
 class OptimizerConfig(BaseModel):
@@ -51,7 +53,7 @@ class OptimizerConfig(BaseModel):
 
         Args:
             bucket_elements: makes several groups of those with weight decay, for `FlatGradients`: of consecutive layers
-                with up to so many elements, from the last of a whole Samba to its first.
+                with up to so many elements, and up to BUCKET_SHARE of all, from the last of a whole Samba to its first.
         """
         groups = self._buckets(model, max_elements=bucket_elements) if bucket_elements else []
         bucketed = {parameter for group in groups for parameter in group["params"]}
@@ -67,13 +69,19 @@ class OptimizerConfig(BaseModel):
         return groups
 
     def _buckets(self, model: Samba, *, max_elements: int) -> list[dict[str, Any]]:
+        layers = [
+            ([parameter for name, parameter in module.named_parameters() if decays(name, parameter)], last)
+            for module, last in model.backward_order()
+        ]
+        # Of an even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
+        sizes = [
+            sum(math.prod(piece.shape) for matrix in matrices for piece in matrix.canonical_slices) // model.tp.size
+            for matrices, _ in layers
+        ]
+        max_elements = min(max_elements, math.ceil(sum(sizes) * BUCKET_SHARE))
         groups: list[dict[str, Any]] = []
         elements = 0
-        for module, last in model.backward_order():
-            matrices = [parameter for name, parameter in module.named_parameters() if decays(name, parameter)]
-            # Of an even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
-            pieces = (piece for matrix in matrices for piece in matrix.canonical_slices)
-            added = sum(math.prod(piece.shape) for piece in pieces) // model.tp.size
+        for (matrices, last), added in zip(layers, sizes, strict=True):
             if not groups or elements + added > max_elements:
                 groups.append({"params": [], "weight_decay": self.weight_decay})
                 elements = 0

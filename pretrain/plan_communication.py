@@ -179,7 +179,7 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
         ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)  # a module's start is counted apart
         ledger.add("data", "reduce-scatter", ranks, weights, times=micro_batches)
     else:
-        groups = len(reduced_groups(config)) if parallel.overlaps_reduction(world_size) else 1
+        groups = len(reduced_groups(config)) if parallel.overlaps_messages(world_size) else 1
         if parallel.zero_stage == 1:
             ledger.add("data", "reduce-scatter", ranks, weights / groups, times=groups)
         else:

@@ -93,13 +93,8 @@ FUSED_SHARE = 0.84
 # Of PyTorch's single operations, many of them strided or on small pieces: from a step of 421M on one H100 with them,
 # whose other parts are measured. Multiprocessors bind them rather than memory: an H200 is hardly faster.
 SINGLE_BYTES_PER_S = 1.68e12
-# That the device waits for the host in a step under ZeRO, which read the gradient's norm: 421M on one H100. Stage 1 no
-# longer reads it, here or for each group as below; it has not been measured since.
+# That the device waits for the host in a step under ZeRO-2 and 3, which read the gradient's norm: 421M on one H100.
 ZERO_IDLE_S = 8e-3
-# That it waits besides for each group of parameters whose gradients are reduced together: DeepSpeed's step reads the
-# norm again before it launches the group's kernels (0.19.8, unscale_and_clip_grads). Assumed; on two cores a group of
-# small tensors adds 0.4 ms to the step, what ranks send each other left out.
-ZERO_GROUP_IDLE_S = 0.3e-3
 # Of a micro-batch's time, with a forward that takes a third of forward and backward: assumed.
 BACKWARD_SHARE = {"none": 2 / 3, "selective": 2 / 3, "full": 3 / 4}
 
@@ -121,11 +116,13 @@ TORCH_SCAN_PASSES = 20
 
 # Bytes a parameter that are moved: of the whole gradient under stages 2 and 3, in each micro-batch, its copy into the
 # bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's
-# share once a step the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but the
-# gradient written) and the copy of the new weights. Without replicas there are the norm and AdamW.
+# share once a step there the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but
+# the gradient written) and the copy of the new weights; under stage 1 the norm, AdamW and that copy; without replicas
+# the norm and AdamW.
 REDUCED_BYTES = 16
-SINGLE_REPLICA_BYTES = 4 + 28
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8
+STAGE_1_SHARE_BYTES = 4 + 28 + 8
+SINGLE_REPLICA_BYTES = 4 + 28
 # Stage 3 runs hooks on the host around every module that has parameters, forward and backward, which start its gather
 # and wait. From the steps of two H200 and of two H100, between which it lies.
 ZERO3_MODULE_S = 0.95e-3

@@ -1,5 +1,5 @@
 """How long a step of a layout takes, estimated: the sum of what the device computes, moves and sends, as if nothing but
-ZeRO-1's reduction of gradients overlapped.
+what ZeRO-1 sends overlapped.
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ class StepTime:
     compute_s: float
     layout_s: float  # communication of tensor, context and pipeline parallelism
     bubble_s: float
-    zero_s: float  # gradients and weights between replicas, but for what the backward hides
+    zero_s: float  # gradients and weights between replicas, but for what backward and forward hide
     optimizer_s: float
     idle_s: float
 
@@ -95,12 +95,12 @@ def _stage_time(
     host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
     launched_s = max(busy_s, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
-    idle_s = assumed.ZERO_IDLE_S if parallel.replicas(world_size) > 1 else 0.0
-    if parallel.overlaps_reduction(world_size):
-        groups, reduction_s = reduced_groups(config), sent_s["data", "reduce-scatter"]
-        backward_s = launched_s / micro_batches * assumed.BACKWARD_SHARE[parallel.recompute]
-        data_s += exposed_s(groups, reduction_s=reduction_s, backward_s=backward_s) - reduction_s
-        idle_s += len(groups) * assumed.ZERO_GROUP_IDLE_S
+    idle_s = assumed.ZERO_IDLE_S if parallel.partitions(world_size) else 0.0
+    if parallel.overlaps_messages(world_size):
+        groups, share = reduced_groups(config), assumed.BACKWARD_SHARE[parallel.recompute]
+        micro_batch_s = launched_s / micro_batches
+        data_s = exposed_s(groups, sent_s=sent_s["data", "reduce-scatter"], computed_s=micro_batch_s * share)
+        data_s += exposed_s(groups, sent_s=sent_s["data", "all-gather"], computed_s=micro_batch_s * (1 - share))
     return StepTime(
         compute_s=computed_s,
         layout_s=layout_s,
@@ -111,22 +111,24 @@ def _stage_time(
     )
 
 
-def exposed_s(groups: Sequence[ReducedGroup], *, reduction_s: float, backward_s: float) -> float:
-    """What is left of a step's reduction when its last backward ends.
+def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: float, computed_s: float) -> float:
+    """What is left of a step's reduction of gradients when its last backward ends.
 
     Groups are reduced one after the other, those of layers once the backward, which takes equally long for every
-    parameter, has gone through them.
+    parameter, has gone through them. What a forward waits for weights, which are gathered in the opposite order, is
+    that backwards in time.
 
     Args:
-        reduction_s: of all groups.
+        sent_s: that the messages of all groups take.
+        computed_s: that the backward or the forward takes.
     """
     whole = sum(group.elements for group in groups)
     layers = sum(group.elements for group in groups if group.within_backward)
     completed_s = reduced_s = 0.0
     for group in groups:
-        completed_s = completed_s + backward_s * group.elements / layers if group.within_backward else backward_s
-        reduced_s = max(reduced_s, completed_s) + reduction_s * group.elements / whole
-    return reduced_s - backward_s
+        completed_s = completed_s + computed_s * group.elements / layers if group.within_backward else computed_s
+        reduced_s = max(reduced_s, completed_s) + sent_s * group.elements / whole
+    return reduced_s - computed_s
 
 
 def _host_s(
@@ -175,7 +177,8 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
     else:  # each micro-batch's are reduced, and the shares added up
         moved_bytes = micro_batches * assumed.REDUCED_BYTES * parameters
         moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
-    return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
+    share_bytes = assumed.SHARE_BYTES if parallel.partitions(world_size) else assumed.STAGE_1_SHARE_BYTES
+    return moved_bytes / rate, share * share_bytes / rate
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def build_training(
     else:
         for part in parts:
             initialize_parameters(part, seed=config.run.seed)
-    overlaps = parallel.overlaps_reduction(world.size)
+    overlaps = parallel.overlaps_messages(world.size)
     engine = zero_engine(
         parts,
         functools.partial(config.optimizer.build, bucket_elements=bucket_elements if overlaps else None),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from benchmark_files import FOLDER, load_benchmark
@@ -30,10 +31,23 @@ def rows(output):
 
 
 @pytest.mark.slow
-def test_steps_are_timed():
-    found = rows(run("step.py", CONFIG, "--steps", 4, *TINY, "parallel={}"))["as it is"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_steps_are_timed(processes):
+    found = rows(run("step.py", CONFIG, "--steps", 4, "--gpus", processes, *TINY, "parallel={}"))["as it is"]
     assert float(found[0].replace(",", "")) > 0
     assert abs(float(found[-1]) - 7.62) < 0.3  # random tokens of 2,048: log(2048)
+
+
+def test_what_a_device_waits_for_is_told_from_what_runs_beside():
+    step = load_benchmark("step")
+
+    def event(name, start, end):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=1e3 * start, end=1e3 * end))
+
+    events = [event("a", 0, 30), event("nccl", 3, 12), event("b", 36, 39), event("nccl", 38, 60)]
+    waits = {"a | b": 6 / step.PROFILED_STEPS}
+    assert step.waits_ms(events) == pytest.approx(waits)
+    assert step.busy_ms(events) == pytest.approx((60 - 6) / step.PROFILED_STEPS)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """When gradients are reduced under ZeRO-1, and which of them together."""
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -62,10 +63,18 @@ def test_buckets_are_sent_as_the_last_backward_leaves_their_layers(recompute):
         assert events[6:] == ["forward", head, *in_turn, embedding, undecayed]
 
 
-def test_a_bucket_of_all_layers_is_sent_after_the_first():
-    *backward, first = [f"layer {number}" for number in (4, 3, 2, 1, 0)]
-    for events, (layers, embedding, undecayed) in run_world(events_on_rank, run_values(), 10**9, ranks=2):
-        assert events == ["forward", *backward, first, "forward", *backward, layers, first, embedding, undecayed]
+def test_a_bucket_of_several_layers_is_sent_after_the_lowest():
+    pattern = {"pattern": "M-*- x 3"}
+    *lowest, _, _ = [completed_by for _, _, completed_by in groups_of(meta_model(**pattern), 10**9)]
+    assert len(lowest) < 12
+    for events, (*buckets, embedding, undecayed) in run_world(
+        events_on_rank, run_values(model=pattern), 10**9, ranks=2
+    ):
+        sent = dict(zip(lowest, buckets, strict=True))
+        backward = []
+        for number in range(11, -1, -1):
+            backward += [sent.get(f"layers.{number}.norm.weight"), f"layer {number}"]
+        assert events[13:] == ["forward", *filter(None, backward), embedding, undecayed]
 
 
 def groups_of(model: Samba, bucket_elements: int | None) -> Iterator[tuple[set[str], float, str | None]]:
@@ -81,27 +90,29 @@ def meta_model(tp: TensorParallel = TensorParallel(), **changes) -> Samba:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_groups_hold_each_parameter_once(tied):
-    model = meta_model(pattern="M-*- x 3", tie_embeddings=tied)
+    model = meta_model(pattern="M-*- x 6", tie_embeddings=tied)
     counts = []
     for bucket_elements in (None, 10**9, 30_000, 1):
         groups = list(groups_of(model, bucket_elements))
         assert sorted(name for group, _, _ in groups for name in group) == sorted(dict(model.named_parameters()))
         assert [decay for _, decay, _ in groups] == [0.1] * (len(groups) - 1) + [0.0]
         counts.append(len(groups))
-    assert counts[:2] == [2, 3]
-    assert 3 < counts[2] < counts[3] == 12 + (not tied) + 2
+    assert counts[0] == 2
+    assert 8 + 2 <= counts[1] < counts[2] < counts[3] == 24 + (not tied) + 2
 
 
-def test_buckets_are_full_and_named_by_their_lowest_layer():
-    model, most = meta_model(pattern="M-*- x 3"), 30_000
+@pytest.mark.parametrize("bucket_elements", [30_000, 10**9])
+def test_buckets_are_full_and_named_by_their_lowest_layer(bucket_elements):
+    model = meta_model(pattern="M-*- x 6")
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     numbers, elements = [], []
-    for names, _, completed_by in list(groups_of(model, most))[:-2]:
+    for names, _, completed_by in list(groups_of(model, bucket_elements))[:-2]:
         layers = sorted({int(name.split(".")[1]) for name in names}, reverse=True)
         assert completed_by == f"layers.{layers[-1]}.norm.weight"
         numbers += layers
         elements.append(sum(sizes[name] for name in names))
-    assert numbers == list(range(11, -1, -1))
+    assert numbers == list(range(23, -1, -1))
+    most = min(bucket_elements, math.ceil(sum(elements) / 8))
     assert max(elements) <= most < min(map(sum, pairwise(elements)))
 
 

@@ -265,7 +265,11 @@ def gradients_are_reduced_with_another_micro_batch_than_the_last(monkeypatch):
     from sambalm.parallel.execution import AccumulatingModel
 
     run = AccumulatingModel._run
-    monkeypatch.setattr(AccumulatingModel, "_run", lambda self, batch, count, last: run(self, batch, count, not last))
+
+    def run_another_as_the_last(self, batch, count, *, is_first, is_last):
+        return run(self, batch, count, is_first=is_first, is_last=not is_last)
+
+    monkeypatch.setattr(AccumulatingModel, "_run", run_another_as_the_last)
 
 
 MISTAKES = [

@@ -132,6 +132,9 @@ def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):
     assert run.exit_codes() == [ExitCode.DIVERGED, ExitCode.DIVERGED]
     norms = [record["grad_norm"] for record in read_metrics(run.dir)]
     assert [math.isfinite(norm) for norm in norms] == [True] + [False] * 4
+    text = (run.dir / "metrics.jsonl").read_text()
+    assert text.count('"grad_norm": null') == 4
+    assert "NaN" not in text  # which is no JSON
     assert run.text().count("so the optimizer skipped it") == 4
     assert "gradients were not finite from step 2 to 5, more than train.max_skipped_steps 3" in run.text()
     assert "Traceback" not in run.text()

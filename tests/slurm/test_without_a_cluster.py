@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,15 +14,15 @@ from whole_runs import train
 from sambalm.pretrain.attempts import read_attempts, write_outcome, write_snapshot
 from sambalm.pretrain.config import load_config
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.plan import find_plans, layout_name, plan_of
+from sambalm.pretrain.plan import DAY_S, find_plans, layout_name, plan_of
 from sambalm.pretrain.plan_hardware import H100
 from sambalm.slurm.agent import torchrun_arguments
 from sambalm.slurm.errors import SlurmError
-from sambalm.slurm.estimate import HOUR_S, Cluster, Estimate
+from sambalm.slurm.estimate import HOUR_S, Cluster, Estimate, estimate
 from sambalm.slurm.health import find_problems, pick
 from sambalm.slurm.status import run_status
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs", "slurm"))
 
 
 def test_torchrun_meets_at_the_first_node_of_the_step():
@@ -30,6 +31,16 @@ def test_torchrun_meets_at_the_first_node_of_the_step():
     assert "--rdzv-endpoint=n1:29500" in arguments
     assert "--nnodes=2" in arguments
     assert any(argument.startswith("--rdzv-conf=is_host=0") for argument in arguments)
+
+
+@pytest.mark.parametrize("size", ["421m", "1.3b", "1.7b", "3.8b"])
+def test_launchers_say_how_long_their_run_takes_by_plan(size):
+    script = (LAUNCHERS / f"samba_{size}.sbatch").read_text()
+    nodes = int(re.search(r"^#SBATCH --nodes=(\d+)", script, re.MULTILINE)[1])
+    said = re.search(r"^# Takes   ([\d.]+) (hours|days) by plan", script, re.MULTILINE)
+    planned = estimate(load_config(CONFIGS / f"samba_{size}.yaml"), nodes=nodes, cluster=Cluster())
+    unit_s = {"hours": HOUR_S, "days": DAY_S}[said[2]]
+    assert said[1] == f"{planned.training_s / planned.goodput / unit_s:.1f}"
 
 
 def check_links(folder, nodes, **limits):

@@ -1,0 +1,100 @@
+"""Weights under ZeRO stage 1, which ranks gather from each other's shares when they next need them.
+
+DeepSpeed's step would gather them at its end and wait. Here the next step's first forward does, which computes with the
+first layers while the weights of others are on their way, as with megatron-core's --overlap-param-gather.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+
+import torch.distributed as dist
+from torch import nn
+
+from sambalm.parallel.rounded_weights import RoundedWeights
+from sambalm.parallel.state import World
+from sambalm.parallel.zero import Engine
+
+
+class FlatWeights:
+    """Takes the gather over from DeepSpeed (0.19.8, runtime/zero/stage_1_and_2.py), whose flat buffers it has.
+
+    After the engine's step() a rank has new weights in its own share alone. Run the next forward inside `arriving`, or
+    call `gather` before; both round what has arrived.
+
+    Args:
+        parts: that hold the weights. Every module's forward reads the parameters that are its own, and no others but
+            those of modules that it calls.
+        rounded: the weights' copies.
+    """
+
+    def __init__(self, engine: Engine, parts: Sequence[nn.Module], *, world: World, rounded: RoundedWeights) -> None:
+        optimizer = engine.optimizer
+        self.group, self.rounded, self.stale = world.replica_group, rounded, False
+        self.buffers = optimizer.bit16_groups_flat
+        self.shares = [buffer.chunk(world.replica_size)[world.replica_rank] for buffer in self.buffers]
+        self.parameters: list[list[nn.Parameter]] = optimizer.round_robin_bit16_groups  # of each buffer
+        self.order = self._hook(parts)  # of the buffers
+        self.arrived = len(self.order)
+        optimizer.optimizer.register_step_post_hook(self._changed)
+        # The step has nothing to gather, and need not make parameters views of the buffers again.
+        optimizer.bit16_groups_flat = []
+        optimizer._update_model_bit16_weights = lambda group_index: None
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Around a forward, whose modules wait for the buffers with their parameters. The host need not."""
+        self.stale, self.arrived = False, 0
+        self._send()
+        yield
+        self._wait(len(self.order))
+
+    def gather(self) -> None:
+        """Brings all weights up to date. Collective."""
+        if self.stale:
+            with self.arriving():
+                pass
+
+    def _hook(self, parts: Sequence[nn.Module]) -> list[int]:
+        """Lets modules wait; returns the buffers in the order in which a forward needs them."""
+        buffer_of = {p: number for number, parameters in enumerate(self.parameters) for p in parameters}
+        needed = {
+            module: [buffer_of[parameter] for parameter in module.parameters(recurse=False)]
+            for part in parts
+            for module in part.modules()
+        }
+        order = list(dict.fromkeys(chain(*needed.values())))
+        for module, buffers in needed.items():
+            if buffers:
+                count = 1 + max(order.index(number) for number in buffers)
+                module.register_forward_pre_hook(partial(self._before_forward, count))
+        return order
+
+    def _changed(self, *_) -> None:
+        self.stale = True
+
+    def _before_forward(self, count: int, *_) -> None:
+        if self.stale:
+            raise RuntimeError("weights of other ranks are those of a step before: gather them first")
+        self._wait(count)
+
+    def _wait(self, count: int) -> None:
+        """The device waits for the first buffers.
+
+        One is sent at a time: kernels share a queue (CUDA_DEVICE_MAX_CONNECTIONS), where a message that waits for
+        another would keep what comes after it waiting as well.
+        """
+        while self.arrived < count:
+            self.work.wait()
+            number = self.order[self.arrived]
+            self.arrived += 1
+            self._send()
+            self.rounded.update(self.parameters[number])
+
+    def _send(self) -> None:
+        """Sends the next buffer."""
+        if self.arrived < len(self.order):
+            number = self.order[self.arrived]
+            buffer, share = self.buffers[number], self.shares[number]
+            self.work = dist.all_gather_into_tensor(buffer, share, group=self.group, async_op=True)
