@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from layout_runs import STEPS, batches, one_process, run_values, steps_on_rank
 from worlds import run_world
 
+from sambalm.parallel import flat_weights
 from sambalm.parallel.flat_weights import FlatWeights
 
 
@@ -63,6 +65,29 @@ def test_layers_wait_for_no_weights_but_their_own(recompute):
         expected += [head, "end"]
         assert events[: len(expected)] == expected
         assert not any(isinstance(event, int) for event in events[len(expected) :])  # of the second micro-batch
+
+
+def weights_arrive_when_they_are_waited_for(monkeypatch):
+    gather = dist.all_gather_into_tensor
+
+    class Late:
+        def __init__(self, buffer, share, *, group, async_op):
+            self.buffer, self.share, self.group = buffer, share, group
+
+        def wait(self):
+            gather(self.buffer, self.share, group=self.group)
+
+    monkeypatch.setattr(flat_weights, "dist", SimpleNamespace(all_gather_into_tensor=Late))
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"zero_stage": 1}, {"zero_stage": 1, "recompute": "full"}, {"context": 2}], ids=str
+)
+def test_no_weight_is_used_before_it_is_waited_for(parallel):
+    expected, values = one_process(), run_values(parallel=parallel)
+    for result in run_world(steps_on_rank, values, STEPS, weights_arrive_when_they_are_waited_for, ranks=2):
+        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert result.norms == pytest.approx(expected.norms, rel=1e-5)
 
 
 def held_out_on_rank(values: dict, changes_weights: bool) -> list[float]:

@@ -326,7 +326,8 @@ def test_gradients_of_all_parameters_are_reduced(tensor, tied):
     *layers, embedding, vectors = [group.within_backward for group in groups]
     assert len(layers) > 1
     assert all(layers)
-    assert not (embedding or vectors)
+    assert not embedding
+    assert not vectors
     assert sum(group.elements for group in groups) == stage_parameters(config, 0)
 
 
