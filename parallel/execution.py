@@ -95,7 +95,10 @@ class AccumulatingModel(Execution):
     def _run(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
         with self.weights.arriving() if self.weights and is_first else nullcontext():
             loss = self._forward(batch).mean()
-        with self.gradients.overlapped() if self.gradients and is_last else nullcontext():
+        with (
+            self.gradients.overwritten() if self.gradients and is_first else nullcontext(),
+            self.gradients.overlapped() if self.gradients and is_last else nullcontext(),
+        ):
             (loss / micro_batches).backward()
         return loss.detach()
 
@@ -154,7 +157,7 @@ class PipelinedModel(Execution):
             self.gradients.clear()
         if not self.weights:
             self.rounded.update()
-        with self.rounded.kept():
+        with self.rounded.kept(), self.gradients.overwritten() if self.gradients else nullcontext():
             loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
             dist.all_reduce(self.tied_weight.grad, group=parallel_state.get_embedding_group())

@@ -9,7 +9,7 @@ where the optimizer's group has a "completed_by", the parameter whose gradient c
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from sambalm.parallel.clipping import Clipping
+from sambalm.parallel.linear import overwriting
 from sambalm.parallel.state import World
 from sambalm.parallel.zero import Engine
 
@@ -26,10 +27,13 @@ from sambalm.parallel.zero import Engine
 class FlatGradients:
     """Takes the reduction over from DeepSpeed (0.19.8, runtime/zero/stage_1_and_2.py), whose order and padding it has.
 
-    Call `clear` before each step's first micro-batch. Run its last backward inside `overlapped`, or call `reduce` after
-    it, before the engine's step(). Stays allocated between steps.
+    Call `clear` before each step's first micro-batch and run its backward inside `overwritten`. Run the last backward
+    inside `overlapped`, or call `reduce` after it, before the engine's step(). Stays allocated between steps.
 
     Groups with a "completed_by" come first in the optimizer, in the order in which a backward completes them.
+
+    Args:
+        engine: whose parameters `fuse_gradient_accumulation` has been told of.
     """
 
     def __init__(self, engine: Engine, world: World, *, clip_norm: float) -> None:
@@ -60,11 +64,17 @@ class FlatGradients:
         optimizer.reduce_gradients = self._hand_over
 
     def clear(self) -> None:
-        """Sets all gradients to zero, where they are reduced from: DeepSpeed's step leaves parameters without."""
-        for buffer in self.buffers:
-            buffer.zero_()
+        """Gives all parameters gradients, where they are reduced from: DeepSpeed's step leaves them without.
+
+        They are zero but for those that `overwritten` is about.
+        """
+        torch._foreach_zero_([view for parameter, view in self.views if not parameter.has_product])
         for parameter, view in self.views:
             parameter.grad = view
+
+    def overwritten(self) -> AbstractContextManager[None]:
+        """Around a step's first backward, or all of them: gradients that products find need no zeroes to add to."""
+        return overwriting([parameter for parameter, _ in self.views if parameter.has_product])
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:

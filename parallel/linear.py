@@ -1,6 +1,7 @@
 """Matrix products with fp32 weights at the activations' precision, also of column-parallel layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 
 import torch
@@ -19,9 +20,30 @@ def fuse_gradient_accumulation(parameters: Iterable[nn.Parameter]) -> None:
 
     Autograd then finds no gradient for the weight and runs none of its hooks, and `torch.autograd.grad` would change
     `weight.grad`. megatron-core's gradient_accumulation_fusion likewise, whose `main_grad` is `grad` here.
+
+    A weight whose gradient a product has added to so far `has_product`.
     """
     for parameter in parameters:
-        parameter.fuses_accumulation = True
+        parameter.fuses_accumulation, parameter.has_product, parameter.is_overwritten = True, False, False
+
+
+@contextmanager
+def overwriting(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While backwards find the first gradients of a step: a product writes over what the weight has, and does not read
+    it; others then add.
+
+    Args:
+        weights: that have a product; what else uses them comes before it in the forward.
+
+    Raises:
+        RuntimeError: on leaving, if a weight still has what it had.
+    """
+    for weight in weights:
+        weight.is_overwritten = True
+    yield
+    kept = sum(weight.is_overwritten for weight in weights)
+    if kept:
+        raise RuntimeError(f"{kept} weights have gradients of the step before: no product has found others")
 
 
 def linear(x: Tensor, weight: Tensor, *, tp: TensorParallel = ALONE) -> Tensor:
@@ -151,12 +173,16 @@ def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) 
         gradients: [tokens, features] of each part of the output.
         rows: [tokens, in], what the weight was multiplied by.
     """
-    adds = getattr(weight, "fuses_accumulation", False) and weight.grad is not None
+    fused = getattr(weight, "fuses_accumulation", False) and weight.grad is not None
     features = [gradient.shape[1] for gradient in gradients]
-    found = weight.grad if adds else rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype)
+    found = weight.grad if fused else rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype)
+    beta = int(fused and not weight.is_overwritten)
     for gradient, part in zip(gradients, found.split(features), strict=True):
-        _add_product(part, gradient.t(), rows, beta=int(adds))
-    return None if adds else found
+        _add_product(part, gradient.t(), rows, beta=beta)
+    if not fused:
+        return found
+    weight.has_product, weight.is_overwritten = True, False
+    return None
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: int) -> None:

@@ -172,13 +172,12 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
     rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
     if replicas == 1:
         return 0.0, parameters * assumed.SINGLE_REPLICA_BYTES / rate
-    if parallel.zero_stage == 1:  # products add to gradients that are there, zeroes at first
-        moved_bytes = FP32_BYTES * parameters
-    else:  # each micro-batch's are reduced, and the shares added up
-        moved_bytes = micro_batches * assumed.REDUCED_BYTES * parameters
-        moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
-    share_bytes = assumed.SHARE_BYTES if parallel.partitions(world_size) else assumed.STAGE_1_SHARE_BYTES
-    return moved_bytes / rate, share * share_bytes / rate
+    if not parallel.partitions(world_size):  # products write gradients where they are reduced
+        return 0.0, share * assumed.STAGE_1_SHARE_BYTES / rate
+    # Each micro-batch's are reduced, and the shares added up.
+    moved_bytes = micro_batches * assumed.REDUCED_BYTES * parameters
+    moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
+    return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
 
 
 @dataclass(frozen=True)

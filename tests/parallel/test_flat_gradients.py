@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
-from layout_runs import MODEL, batches, run_values
+from layout_runs import MODEL, STEPS, batches, one_process, run_values, steps_on_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import run_world
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.samba import Samba
+from sambalm.parallel.flat_gradients import FlatGradients
 from sambalm.parallel.state import TensorParallel
 from sambalm.pretrain.optimizer import OptimizerConfig
 
@@ -75,6 +77,48 @@ def test_a_bucket_of_several_layers_is_sent_after_the_lowest():
         for number in range(11, -1, -1):
             backward += [sent.get(f"layers.{number}.norm.weight"), f"layer {number}"]
         assert events[13:] == ["forward", *filter(None, backward), embedding, undecayed]
+
+
+def poisoned(monkeypatch):
+    """What products find gradients for holds no number before they have."""
+    clear = FlatGradients.clear
+
+    def clear_and_poison(gradients):
+        clear(gradients)
+        for parameter, view in gradients.views:
+            if parameter.has_product:
+                view.fill_(torch.nan)
+
+    monkeypatch.setattr(FlatGradients, "clear", clear_and_poison)
+
+
+def added_to_those_of_the_step_before(monkeypatch):
+    monkeypatch.setattr(FlatGradients, "overwritten", lambda gradients: nullcontext())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, {"zero_stage": 1}),
+        (4, {"pipeline": 2, "virtual_pipeline": 2, "zero_stage": 1}),
+        (4, {"tensor": 2, "sequence": True, "zero_stage": 1}),
+    ],
+    ids=str,
+)
+def test_gradients_that_products_find_are_not_read_before(ranks, parallel, tied):
+    model = {"tie_embeddings": tied}
+    expected, values = one_process(model), run_values(model=model, parallel=parallel)
+    for result in run_world(steps_on_rank, values, STEPS, poisoned, ranks=ranks):
+        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+
+
+def test_gradients_of_the_step_before_are_seen():
+    expected, values = one_process(), run_values(parallel={"zero_stage": 1})
+    for result in run_world(steps_on_rank, values, 2, added_to_those_of_the_step_before, ranks=2):
+        assert result.norms[0] == pytest.approx(expected.norms[0], rel=1e-5)
+        assert result.norms[1] != pytest.approx(expected.norms[1], rel=1e-2)
 
 
 def groups_of(model: Samba, bucket_elements: int | None) -> Iterator[tuple[set[str], float, str | None]]:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from worlds import run_world
 
-from sambalm.parallel.linear import fuse_gradient_accumulation, linear, linear_beside, linear_parts
+from sambalm.parallel.linear import fuse_gradient_accumulation, linear, linear_beside, linear_parts, overwriting
 from sambalm.parallel.state import TensorParallel
 
 SIZES = ((5,), (2, 7))  # of the parts of each weight
@@ -87,6 +87,32 @@ def test_gradients_are_left_alone_unless_they_are_to_be_added_to():
     (found,) = torch.autograd.grad(linear(torch.ones(2, 11), weight).sum(), weight)
     assert torch.equal(weight.grad, torch.ones_like(weight))
     assert torch.equal(found, torch.full_like(weight, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_overwrite_what_is_there_and_then_add(dtype):
+    weights = [torch.randn(rows, 11).bfloat16().float().requires_grad_() for rows in ROWS]
+    xs = [torch.randn(7, 11).to(dtype) for _ in range(2)]
+    fuse_gradient_accumulation(weights)
+    assert not any(weight.has_product for weight in weights)
+    for weight in weights:
+        weight.grad = torch.full_like(weight, torch.nan)
+    with overwriting(weights):
+        for x in xs:
+            sum(y.double().sum() for y in linear_parts(x, *weights, sizes=SIZES)).backward()
+    assert all(weight.has_product for weight in weights)
+    expected = sum(x.double().sum(0) for x in xs)
+    for weight in weights:
+        assert (weight.grad - expected).abs().max() < 1e-5
+
+
+def test_a_gradient_of_the_step_before_is_refused():
+    weights = [torch.randn(5, 11, requires_grad=True) for _ in range(2)]
+    fuse_gradient_accumulation(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    with pytest.raises(RuntimeError, match="1 weights have gradients of the step before"), overwriting(weights):
+        linear(torch.randn(3, 11), weights[0]).sum().backward()
 
 
 RANKS, TOKENS, WIDTH = 2, (4, 3), 11
