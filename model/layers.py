@@ -119,7 +119,9 @@ class StateProjection(nn.Module):
     def __init__(self, channels: Cut, out_features: int, *, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter((out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1)
+        self.weight = sharded_parameter(
+            (out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1, only_multiplied=True
+        )
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u for the scan, and its projection."""
@@ -132,7 +134,7 @@ class StepProjection(nn.Module):
 
     def __init__(self, rank: int, channels: Cut, *, bias_init: init.Init) -> None:
         super().__init__()
-        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank))
+        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank), only_multiplied=True)
         self.bias = sharded_parameter((0,), {"bias": channels}, init=bias_init)
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +153,11 @@ class QKVProjection(nn.Module):
         width, weights = config.hidden_size, init.linear(config.hidden_size)
         self.tp, self.copies = tp, tp.copies(share.kv_copies)
         self.local_sizes = [[share.query.length], [share.kv.length, share.kv.length]]
-        self.query = sharded_parameter((0, width), {"q.weight": share.query}, init=weights)
-        parts = {"k.weight": share.kv, "v.weight": share.kv}
-        self.key_value = sharded_parameter((0, width), parts, init=weights, counted=share.owns_kv)
+        self.query = sharded_parameter((0, width), {"q.weight": share.query}, init=weights, only_multiplied=True)
+        parts, alone = {"k.weight": share.kv, "v.weight": share.kv}, share.kv_copies == 1
+        self.key_value = sharded_parameter(
+            (0, width), parts, init=weights, counted=share.owns_kv, only_multiplied=alone
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         key_value = copy_to_region(self.key_value, self.copies)

@@ -96,7 +96,7 @@ class Samba(nn.Module):
             return self.embedding.weight
         width = self.config.hidden_size
         rows = equal_cut(self.config.vocab_size, self.tp)
-        return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width))
+        return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width), only_multiplied=True)
 
     def forward(
         self,

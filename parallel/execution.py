@@ -199,7 +199,7 @@ def execution(
     gradients = weights = None
     if engine.zero_optimization_stage() == 1:
         gradients = FlatGradients(engine, world, clip_norm=clip_norm)
-        weights = FlatWeights(engine, parts, world=world, rounded=rounded)
+        weights = FlatWeights(engine, parts, world=world, dtype=dtype, rounded=rounded)
     else:
         clip_before_steps(engine.optimizer, max_norm=clip_norm)
     if world.pipeline.size > 1:

@@ -2,6 +2,9 @@
 
 DeepSpeed's step would gather them at its end and wait. Here the next step's first forward does, which computes with the
 first layers while the weights of others are on their way, as with megatron-core's --overlap-param-gather.
+
+What only matrix products read is gathered rounded to their precision, and whole in no other: half as much is sent and
+kept. The optimizer steps its share in fp32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,8 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 
 from sambalm.parallel.rounded_weights import RoundedWeights
 from sambalm.parallel.state import World
@@ -25,14 +30,28 @@ class FlatWeights:
 
     Args:
         parts: that hold the weights. Every module's forward reads the parameters that are its own, and no others but
-            those of modules that it calls.
+            those of modules that it calls. Those that are gathered rounded hold no numbers from now on.
+        dtype: of matrix products.
         rounded: the weights' copies.
     """
 
-    def __init__(self, engine: Engine, parts: Sequence[nn.Module], *, world: World, rounded: RoundedWeights) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        parts: Sequence[nn.Module],
+        *,
+        world: World,
+        dtype: torch.dtype,
+        rounded: RoundedWeights,
+    ) -> None:
         optimizer = engine.optimizer
         self.group, self.rounded, self.stale = world.replica_group, rounded, False
         self.buffers = optimizer.bit16_groups_flat
+        for number, parameters in enumerate(optimizer.round_robin_bit16_groups):
+            if dtype != torch.float32 and all(parameter.only_multiplied for parameter in parameters):
+                self.buffers[number] = _rounded_flat(optimizer, number, dtype=dtype, rounded=rounded)
+                # Where the step copies this rank's new weights to.
+                optimizer.parallel_partitioned_bit16_groups[number] = self.buffers[number].chunk(world.replica_size)
         self.shares = [buffer.chunk(world.replica_size)[world.replica_rank] for buffer in self.buffers]
         self.parameters: list[list[nn.Parameter]] = optimizer.round_robin_bit16_groups  # of each buffer
         self.order = self._hook(parts)  # of the buffers
@@ -98,3 +117,18 @@ class FlatWeights:
             number = self.order[self.arrived]
             buffer, share = self.buffers[number], self.shares[number]
             self.work = dist.all_gather_into_tensor(buffer, share, group=self.group, async_op=True)
+
+
+def _rounded_flat(
+    optimizer: DeepSpeedZeroOptimizer, number: int, *, dtype: torch.dtype, rounded: RoundedWeights
+) -> Tensor:
+    """A group's flat weights in another precision, in place of the parameters' own."""
+    buffer = optimizer.bit16_groups_flat[number].to(dtype)
+    places = zip(optimizer.round_robin_bit16_groups[number], optimizer.round_robin_bit16_offsets[number], strict=True)
+    for parameter, offset in places:
+        rounded.adopt(parameter, buffer[offset : offset + parameter.numel()].view_as(parameter))
+        # The shape alone, with what shows wherever it should be read nevertheless.
+        parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+        if parameter._hp_mapping is not None:
+            parameter._hp_mapping.lp_fragment = None
+    return buffer

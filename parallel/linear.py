@@ -163,7 +163,7 @@ def _rounded(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """[out, in] of all weights; what is no parameter, such as a copy for several ranks, is rounded at each use."""
     if all(hasattr(weight, "rounded") for weight in weights):
         return weights[0].rounded.of(weights, dtype)
-    return joined(weights, dtype)
+    return joined([w.rounded.of((w,), dtype) if hasattr(w, "rounded") else w for w in weights], dtype)
 
 
 def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ class RoundedWeights:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.copies: dict[tuple[nn.Parameter, ...], Tensor] = {}
+        self.adopted: dict[nn.Parameter, Tensor] = {}
         self.parts: defaultdict[nn.Parameter, list[Tensor]] = defaultdict(list)  # of the copies
         self.written: set[nn.Parameter] = set()  # whose copies the optimizer has left up to date
         self.valid = False
@@ -41,8 +42,14 @@ class RoundedWeights:
             self.valid = False
             self.written.clear()
 
+    def adopt(self, weight: nn.Parameter, rounded: Tensor) -> None:
+        """Takes what somebody else keeps up to date, always, for the weight's copy."""
+        weight.rounded, self.adopted[weight] = self, rounded
+
     def of(self, weights: tuple[nn.Parameter, ...], dtype: torch.dtype) -> Tensor:
         """[out, in] of all weights, one below the other."""
+        if weights[0] in self.adopted:
+            return _below_each_other([self.adopted[weight] for weight in weights])
         if not self.valid:
             return joined(weights, dtype)
         if weights not in self.copies:
@@ -60,6 +67,17 @@ class RoundedWeights:
             return None
         self.written.add(weight)
         return parts[0]
+
+
+def _below_each_other(parts: Sequence[Tensor]) -> Tensor:
+    """A view of all, where they lie in memory as they should, or a copy."""
+    first, *others = parts
+    end = first.storage_offset() + first.numel()
+    for part in others:
+        if part.storage_offset() != end or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(parts)
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -84,7 +84,13 @@ class CanonicalSlice:
 
 
 def sharded_parameter(
-    shape: tuple[int, ...], cuts: Mapping[str, Cut], *, init: Init, dim: int = 0, counted: bool = True
+    shape: tuple[int, ...],
+    cuts: Mapping[str, Cut],
+    *,
+    init: Init,
+    dim: int = 0,
+    counted: bool = True,
+    only_multiplied: bool = False,
 ) -> nn.Parameter:
     """An uninitialised fp32 parameter that concatenates this rank's slices of canonical tensors.
 
@@ -94,6 +100,7 @@ def sharded_parameter(
         init: fills a whole canonical tensor, given a generator.
         counted: whether this copy is the one that counts in the gradient's norm and in checkpoints, where other ranks
             hold the same slices.
+        only_multiplied: whether nothing reads it but the matrix products of `linear`, which round it.
     """
     slices, local_start = [], 0
     for name, part in cuts.items():
@@ -102,7 +109,7 @@ def sharded_parameter(
         local_start += part.length
     parameter = nn.Parameter(torch.empty(*shape[:dim], local_start, *shape[dim + 1 :], dtype=torch.float32))
     parameter.canonical_slices = tuple(slices)
-    parameter.counted = counted
+    parameter.counted, parameter.only_multiplied = counted, only_multiplied
     # What DeepSpeed's gradient norm reads: the first counts a parameter on every tensor-parallel rank instead of the
     # first alone, the second on none.
     parameter.tensor_model_parallel, parameter.ds_pipe_replicated = counted, not counted

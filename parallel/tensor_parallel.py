@@ -59,7 +59,7 @@ class ColumnParallelLinear(nn.Module):
         self.tp = tp
         self.local_sizes = [part.length for part in parts.values()]
         cuts = {f"{name}.weight": part for name, part in parts.items()}
-        self.weight = sharded_parameter((0, in_features), cuts, init=init)
+        self.weight = sharded_parameter((0, in_features), cuts, init=init, only_multiplied=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
@@ -72,7 +72,9 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: Cut, out_features: int, *, tp: TensorParallel, init: Init) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter((out_features, 0), {"weight": in_features}, init=init, dim=1)
+        self.weight = sharded_parameter(
+            (out_features, 0), {"weight": in_features}, init=init, dim=1, only_multiplied=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""

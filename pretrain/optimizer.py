@@ -49,28 +49,28 @@ class OptimizerConfig(BaseModel):
         return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def parameter_groups(self, model: nn.Module, *, bucket_elements: int | None = None) -> list[dict[str, Any]]:
-        """Parameters with weight decay, and those without.
+        """Weights of matrix products and other parameters with weight decay, and those without.
 
         Args:
-            bucket_elements: makes several groups of those with weight decay, for `FlatGradients`: of consecutive layers
+            bucket_elements: makes several groups of the weights of products, for `FlatGradients`: of consecutive layers
                 with up to so many elements, and up to BUCKET_SHARE of all, from the last of a whole Samba to its first.
         """
         groups = self._buckets(model, max_elements=bucket_elements) if bucket_elements else []
         bucketed = {parameter for group in groups for parameter in group["params"]}
-        by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
         for name, parameter in model.named_parameters():
             if parameter not in bucketed:
-                by_decay[decays(name, parameter)].append(parameter)
+                by_use[decays(name, parameter), parameter.only_multiplied].append(parameter)
         groups += [
             {"params": parameters, "weight_decay": self.weight_decay if decayed else 0.0}
-            for decayed, parameters in by_decay.items()
+            for (decayed, _), parameters in by_use.items()
             if parameters
         ]
         return groups
 
     def _buckets(self, model: Samba, *, max_elements: int) -> list[dict[str, Any]]:
         layers = [
-            ([parameter for name, parameter in module.named_parameters() if decays(name, parameter)], last)
+            ([parameter for parameter in module.parameters() if parameter.only_multiplied], last)
             for module, last in model.backward_order()
         ]
         # Of an even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.

@@ -26,6 +26,7 @@ from sambalm.pretrain.plan_memory import (
     is_last,
     local_sizes,
     micro_batch_tokens,
+    only_rounded_elements,
     stage_letters,
     stage_parameters,
     stage_parts,
@@ -184,7 +185,9 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
             ledger.add("data", "reduce-scatter", ranks, weights / groups, times=groups)
         else:
             ledger.add("data", "all-reduce", ranks, weights, times=micro_batches)
-        ledger.add("data", "all-gather", ranks, weights / groups / ranks, times=groups)
+        rounded = only_rounded_elements(config, stage, world_size=world_size)
+        gathered = weights - rounded * (FP32_BYTES - ACTIVATION_BYTES[config.train.precision])
+        ledger.add("data", "all-gather", ranks, gathered / groups / ranks, times=groups)
     ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
     at_end = stage in (0, parallel.pipeline - 1)
     if model.tie_embeddings and parallel.pipeline > 1 and ends and at_end:

@@ -117,11 +117,11 @@ TORCH_SCAN_PASSES = 20
 # Bytes a parameter that are moved: of the whole gradient under stages 2 and 3, in each micro-batch, its copy into the
 # bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's
 # share once a step there the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but
-# the gradient written) and the copy of the new weights; under stage 1 the norm, AdamW and that copy; without replicas
-# the norm and AdamW.
+# the gradient written) and the copy of the new weights; under stage 1 the norm, AdamW and that copy, rounded to
+# bf16; without replicas the norm and AdamW.
 REDUCED_BYTES = 16
 SHARE_BYTES = 8 + 20 + 8 + 28 + 8
-STAGE_1_SHARE_BYTES = 4 + 28 + 8
+STAGE_1_SHARE_BYTES = 4 + 28 + 6
 SINGLE_REPLICA_BYTES = 4 + 28
 # Stage 3 runs hooks on the host around every module that has parameters, forward and backward, which start its gather
 # and wait. From the steps of two H200 and of two H100, between which it lies.

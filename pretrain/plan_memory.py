@@ -76,6 +76,7 @@ class LocalSizes:
     parameters: int
     small: int  # of them in tensors that ZeRO-3 never releases
     matrix: int  # elements of the weights that are cast to the activations' dtype for matrix products
+    only_multiplied: int  # of them in weights that nothing else reads
     channels: int
     query: int
     kv: int
@@ -102,6 +103,7 @@ def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSize
         parameters=sum(p.numel() for p in parameters.values()),
         small=sum(p.numel() for p in parameters.values() if p.numel() < PERSISTENT_ELEMENTS),
         matrix=sum(p.numel() for p in matrices),
+        only_multiplied=sum(p.numel() for p in matrices if p.only_multiplied),
         channels=cut(model.inner_size, tp).length,
         query=share.query.length if share else 0,
         kv=share.kv.length if share else 0,
@@ -143,6 +145,19 @@ def stage_parameters(config: RunConfig, stage: int) -> int:
     else:
         count += embedding * (first + last)
     return count + model.hidden_size * last
+
+
+def only_rounded_elements(config: RunConfig, stage: int, *, world_size: int) -> int:
+    """Weights of a stage that are there in the activations' dtype alone, but for a share (parallel/flat_weights.py)."""
+    parallel, model = config.parallel, config.model
+    flat = parallel.zero_stage == 1 and parallel.replicas(world_size) > 1
+    if not flat or ACTIVATION_BYTES[config.train.precision] == FP32_BYTES:
+        return 0
+    letters = stage_letters(config, stage)
+    count = sum(number * local_sizes(model, letter, parallel.tensor).only_multiplied for letter, number in letters)
+    if not model.tie_embeddings and any(is_last(part, model) for part in stage_parts(config)[stage]):
+        count += model.vocab_size // parallel.tensor * model.hidden_size
+    return count
 
 
 def stage_letters(config: RunConfig, stage: int) -> list[tuple[str, int]]:
@@ -203,6 +218,7 @@ def _rank_memory(
     parts = stage_parts(config)[stage]
     stay = rounded_weights_stay(config, world_size=world_size)
     rounded = [_part_rounded_bytes(config, part) if stay else Counter() for part in parts]
+    alone = only_rounded_elements(config, stage, world_size=world_size)
     in_flight = Counter(chunks_in_flight(config, stage=stage, world_size=world_size))
     for number, forwards in in_flight.items():
         for kind, kept in _part_saved_bytes(config, parts[number], sublayers, kernels=kernels).items():
@@ -216,8 +232,8 @@ def _rank_memory(
         # Without gradients of an earlier micro-batch: they come, and the bucket with the first, after the loss's.
         late = gradients + max(0, min(bucket, *(at_loss - in_layers for at_loss, in_layers in moments)))
     return RankMemory(
-        weights_bytes=weights,
-        rounded_bytes=sum(copies.total() for copies in rounded),
+        weights_bytes=weights - alone * FP32_BYTES,
+        rounded_bytes=max(sum(copies.total() for copies in rounded), _rounded_bytes(config, alone)),
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         **{f"{kind}_bytes": kept for kind, kept in saved.items()},

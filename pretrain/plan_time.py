@@ -16,11 +16,13 @@ from sambalm.pretrain.plan_communication import ReducedGroup, Transfer, reduced_
 from sambalm.pretrain.plan_hardware import Hardware
 from sambalm.pretrain.plan_kernels import KernelNames, Seconds, Traffic
 from sambalm.pretrain.plan_memory import (
+    ACTIVATION_BYTES,
     FP32_BYTES,
     is_first,
     is_last,
     local_sizes,
     micro_batch_tokens,
+    only_rounded_elements,
     rounded_weights_stay,
     stage_letters,
     stage_parameters,
@@ -97,10 +99,9 @@ def _stage_time(
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
     idle_s = assumed.ZERO_IDLE_S if parallel.partitions(world_size) else 0.0
     if parallel.overlaps_messages(world_size):
-        groups, share = reduced_groups(config), assumed.BACKWARD_SHARE[parallel.recompute]
         micro_batch_s = launched_s / micro_batches
-        data_s = exposed_s(groups, sent_s=sent_s["data", "reduce-scatter"], computed_s=micro_batch_s * share)
-        data_s += exposed_s(groups, sent_s=sent_s["data", "all-gather"], computed_s=micro_batch_s * (1 - share))
+        backward_s = micro_batch_s * assumed.BACKWARD_SHARE[parallel.recompute]
+        data_s = _exposed_data_s(config, sent_s, backward_s=backward_s, forward_s=micro_batch_s - backward_s)
     return StepTime(
         compute_s=computed_s,
         layout_s=layout_s,
@@ -111,7 +112,23 @@ def _stage_time(
     )
 
 
-def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: float, computed_s: float) -> float:
+def _exposed_data_s(
+    config: RunConfig, sent_s: Counter[tuple[str, str]], *, backward_s: float, forward_s: float
+) -> float:
+    """What neither the last backward hides of the gradients that ZeRO-1 sends, nor the first forward of the weights."""
+    groups, a = reduced_groups(config), ACTIVATION_BYTES[config.train.precision]
+    exposed = 0.0
+    for operation, layers_bytes, hidden_by_s in (
+        ("reduce-scatter", FP32_BYTES, backward_s),
+        ("all-gather", a, forward_s),
+    ):
+        sizes = [group.elements * (layers_bytes if group.within_backward else FP32_BYTES) for group in groups]
+        each_s = [sent_s["data", operation] * size / sum(sizes) for size in sizes]
+        exposed += exposed_s(groups, sent_s=each_s, computed_s=hidden_by_s)
+    return exposed
+
+
+def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], computed_s: float) -> float:
     """What is left of a step's reduction of gradients when its last backward ends.
 
     Groups are reduced one after the other, those of layers once the backward, which takes equally long for every
@@ -119,15 +136,14 @@ def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: float, computed_s: floa
     that backwards in time.
 
     Args:
-        sent_s: that the messages of all groups take.
+        sent_s: that each group's message takes.
         computed_s: that the backward or the forward takes.
     """
-    whole = sum(group.elements for group in groups)
     layers = sum(group.elements for group in groups if group.within_backward)
     completed_s = reduced_s = 0.0
-    for group in groups:
+    for group, message_s in zip(groups, sent_s, strict=True):
         completed_s = completed_s + computed_s * group.elements / layers if group.within_backward else computed_s
-        reduced_s = max(reduced_s, completed_s) + sent_s * group.elements / whole
+        reduced_s = max(reduced_s, completed_s) + message_s
     return reduced_s - computed_s
 
 
@@ -153,13 +169,14 @@ def _host_s(
 
 def _rounding_s(config: RunConfig, stage: int, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
     """Weights to the activations' dtype, once a step or wherever they are used."""
+    rounded = stage_parameters(config, stage) - only_rounded_elements(config, stage, world_size=world_size)
     if not rounded_weights_stay(config, world_size=world_size):
         moved_bytes = costs.ROUNDING_BYTES * micro_batches * (2 if config.parallel.recompute == "full" else 1)
     elif config.parallel.replicas(world_size) > 1:
         moved_bytes = costs.ROUNDING_BYTES
     else:
         moved_bytes = costs.ROUNDED_BYTES  # with AdamW's kernel
-    return stage_parameters(config, stage) * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
+    return rounded * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
 
 
 def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from sambalm.parallel.captured_step import UNCAPTURED_STEPS
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.pipeline import MicroBatch
 from sambalm.parallel.state import start_world
+from sambalm.parallel.zero import whole_parameter
 from sambalm.pretrain.config import load_config
 from sambalm.pretrain.trainer import build_training
 
@@ -51,9 +52,7 @@ def steps(config, world, *, graphs):
             assert not captured  # their memory is free meanwhile
             expected.clear()
     training.execution.close()
-    if training.execution.weights:
-        training.execution.weights.gather()
-    return losses, held_out, [parameter.detach().clone() for parameter in training.parts[0].parameters()]
+    return losses, held_out, [whole_parameter(parameter).clone() for parameter in training.parts[0].parameters()]
 
 
 def compare_steps(parallel):

@@ -141,7 +141,7 @@ def test_groups_hold_each_parameter_once(tied):
         assert sorted(name for group, _, _ in groups for name in group) == sorted(dict(model.named_parameters()))
         assert [decay for _, decay, _ in groups] == [0.1] * (len(groups) - 1) + [0.0]
         counts.append(len(groups))
-    assert counts[0] == 2
+    assert counts[0] == 3
     assert 8 + 2 <= counts[1] < counts[2] < counts[3] == 24 + (not tied) + 2
 
 

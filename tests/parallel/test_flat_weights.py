@@ -108,15 +108,17 @@ def held_out_on_rank(values: dict, changes_weights: bool) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
 @pytest.mark.parametrize(
     ("ranks", "parallel"), [(2, {"zero_stage": 1}), (2, {"context": 2}), (4, {"pipeline": 2, "zero_stage": 1})], ids=str
 )
-def test_losses_between_steps_are_of_the_new_weights(ranks, parallel):
-    (expected,) = run_world(held_out_on_rank, run_values(), True, ranks=1)
-    for found in run_world(held_out_on_rank, run_values(parallel=parallel), True, ranks=ranks):
-        assert found == pytest.approx(expected, rel=1e-5)
-    for found in run_world(held_out_on_rank, run_values(parallel=parallel), False, ranks=ranks):
-        assert found != pytest.approx(expected, rel=1e-3)
+def test_losses_between_steps_are_of_the_new_weights(ranks, parallel, precision, tolerance):
+    (expected,) = run_world(held_out_on_rank, run_values(precision=precision), True, ranks=1)
+    values = run_values(parallel=parallel, precision=precision)
+    for found in run_world(held_out_on_rank, values, True, ranks=ranks):
+        assert found == pytest.approx(expected, rel=tolerance)
+    for found in run_world(held_out_on_rank, values, False, ranks=ranks):
+        assert found != pytest.approx(expected, rel=tolerance)
 
 
 def no_weights_are_sent(monkeypatch):

@@ -6,31 +6,52 @@ import torch
 from layout_runs import run_values, steps_on_rank
 from worlds import run_world
 
+from sambalm.parallel.flat_weights import FlatWeights
 from sambalm.parallel.linear import linear, linear_parts
 from sambalm.parallel.rounded_weights import RoundedWeights, joined
 
 
 def rounded_at_each_use(monkeypatch):
     monkeypatch.setattr(RoundedWeights, "of", lambda copies, weights, dtype: joined(weights, dtype))
+    make = FlatWeights.__init__
+    monkeypatch.setattr(
+        FlatWeights, "__init__", lambda self, *args, **kwargs: make(self, *args, **kwargs | {"dtype": torch.float32})
+    )
 
 
 def rounded_in_the_first_step_alone(monkeypatch):
     monkeypatch.setattr(RoundedWeights, "update", lambda copies, weights=None: None)
 
 
-def losses_and_gradients(parallel, mistake=None):
+def losses_and_gradients(ranks, parallel, mistake=None):
     values = run_values(parallel=parallel, precision="bf16")
-    results = run_world(steps_on_rank, values, 3, mistake, ranks=2)
+    results = run_world(steps_on_rank, values, 3, mistake, ranks=ranks)
     return [result.losses for result in results], [piece for result in results for _, _, piece in result.gradients]
 
 
-@pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
-def test_steps_have_the_same_bits(parallel):
-    losses, gradients = losses_and_gradients(parallel)
-    expected_losses, expected_gradients = losses_and_gradients(parallel, rounded_at_each_use)
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, {"zero_stage": 1}),
+        (2, {"zero_stage": 1, "recompute": "full"}),
+        (2, {"tensor": 2, "sequence": True}),
+        (2, {"pipeline": 2}),
+        (4, {"pipeline": 2, "zero_stage": 1}),
+        (8, {"tensor": 4, "zero_stage": 1}),  # with two copies of each kv head
+    ],
+    ids=str,
+)
+def test_steps_have_the_same_bits(ranks, parallel):
+    losses, gradients = losses_and_gradients(ranks, parallel)
+    expected_losses, expected_gradients = losses_and_gradients(ranks, parallel, rounded_at_each_use)
     assert losses == expected_losses
     assert all(np.array_equal(a, e) for a, e in zip(gradients, expected_gradients, strict=True))
-    assert losses_and_gradients(parallel, rounded_in_the_first_step_alone)[0] != expected_losses
+
+
+@pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_copies_of_the_step_before_are_seen(parallel):
+    expected_losses, _ = losses_and_gradients(2, parallel)
+    assert losses_and_gradients(2, parallel, rounded_in_the_first_step_alone)[0] != expected_losses
 
 
 def test_copies_are_one_for_all_uses_and_follow_the_weights():
@@ -68,3 +89,21 @@ def test_what_the_optimizer_has_written_is_not_rounded_again():
     copies.update()
     with copies.kept():  # and is, where the optimizer has not been there since
         assert torch.equal(pair, torch.cat(weights[:2]).bfloat16())
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+def test_what_others_keep_is_taken_where_it_lies(gap):
+    weights = [torch.nn.Parameter(torch.full((), torch.nan).expand(rows, 11)) for rows in (5, 4)]
+    flat = torch.randn(9 * 11 + gap).bfloat16()
+    kept = flat[:55].view(5, 11), flat[55 + gap :].view(4, 11)
+    copies = RoundedWeights([])
+    for weight, rounded in zip(weights, kept, strict=True):
+        copies.adopt(weight, rounded)
+    x = torch.randn(3, 11).bfloat16()
+    for _ in range(2):
+        first, second = linear_parts(x, *weights, sizes=[[5], [4]])
+        assert torch.equal(torch.cat((first, second), dim=-1), x @ torch.cat(kept).t())
+        assert torch.equal(linear(x, weights[1]), x @ kept[1].t())
+        flat.add_(1)
+    both = copies.of(tuple(weights), torch.bfloat16)
+    assert (both.data_ptr() == flat.data_ptr()) == (gap == 0)
