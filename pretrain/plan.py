@@ -11,7 +11,8 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.plan_communication import step_transfers
 from sambalm.pretrain.plan_hardware import Hardware
 from sambalm.pretrain.plan_kernels import KernelNames, planned_kernels
-from sambalm.pretrain.plan_memory import RankMemory, stage_memories, stage_parameters
+from sambalm.pretrain.plan_memory import RankMemory, stage_memories
+from sambalm.pretrain.plan_sizes import stage_parameters
 from sambalm.pretrain.plan_time import StepTime, step_time
 
 GIB = 2**30

@@ -16,10 +16,10 @@ from sambalm.model.heads import kv_copies
 from sambalm.model.samba import Samba
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, OptimizerConfig
-from sambalm.pretrain.plan_memory import (
+from sambalm.pretrain.plan_memory import MAX_LIVE_PARAMETERS
+from sambalm.pretrain.plan_sizes import (
     ACTIVATION_BYTES,
     FP32_BYTES,
-    MAX_LIVE_PARAMETERS,
     PERSISTENT_ELEMENTS,
     first_tensor_rank,
     is_first,

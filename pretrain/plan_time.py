@@ -15,7 +15,9 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.plan_communication import ReducedGroup, Transfer, reduced_groups
 from sambalm.pretrain.plan_hardware import Hardware
 from sambalm.pretrain.plan_kernels import KernelNames, Seconds, Traffic
-from sambalm.pretrain.plan_memory import (
+from sambalm.pretrain.plan_memory import rounded_weights_stay
+from sambalm.pretrain.plan_scan import cuda_scan_s
+from sambalm.pretrain.plan_sizes import (
     ACTIVATION_BYTES,
     FP32_BYTES,
     is_first,
@@ -23,12 +25,10 @@ from sambalm.pretrain.plan_memory import (
     local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
-    rounded_weights_stay,
     stage_letters,
     stage_parameters,
     stage_parts,
 )
-from sambalm.pretrain.plan_scan import cuda_scan_s
 
 # Modules with parameters of their own, by kind of sublayer; the norm included.
 MODULES = {MAMBA: 7, ATTENTION: 3, MLP: 3}

@@ -13,7 +13,7 @@ from sambalm.model.parameters import count_parameters
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.plan import DAY_S, GIB, Plan, find_plans
 from sambalm.pretrain.plan_hardware import H100
-from sambalm.pretrain.plan_memory import FP32_BYTES
+from sambalm.pretrain.plan_sizes import FP32_BYTES
 
 HOUR_S = 3600.0
 STATE_TENSORS = 3  # a weight and two moments

@@ -70,7 +70,7 @@ def test_a_sequence_in_pieces_gives_the_logits_of_the_whole(pattern, splits):
         whole = model(tokens, use_cache=False).logits
         for cache in caches:
             pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split(splits, dim=1)]
-            assert largest_difference(torch.cat(pieces, dim=1), whole) < 1e-5
+            assert largest_difference(torch.cat(pieces, dim=1), whole) < 2e-5
 
 
 @pytest.mark.parametrize("forgotten", [0, 1], ids=["convolution", "scan"])

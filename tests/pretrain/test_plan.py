@@ -25,7 +25,8 @@ from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, l
 from sambalm.pretrain.plan_communication import ReducedGroup, reduced_groups, step_transfers
 from sambalm.pretrain.plan_hardware import DEVICES, LINK_SHARE
 from sambalm.pretrain.plan_kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
-from sambalm.pretrain.plan_memory import stage_memories, stage_parameters, stage_parts
+from sambalm.pretrain.plan_memory import stage_memories
+from sambalm.pretrain.plan_sizes import stage_parameters, stage_parts
 from sambalm.pretrain.plan_time import exposed_s
 
 CONFIGS = Path(__file__).parents[2] / "configs"
