@@ -37,7 +37,7 @@ def losses_and_gradients(ranks, parallel, mistake=None):
         (2, {"tensor": 2, "sequence": True}),
         (2, {"pipeline": 2}),
         (4, {"pipeline": 2, "zero_stage": 1}),
-        (8, {"tensor": 4, "zero_stage": 1}),  # with two copies of each kv head
+        pytest.param(8, {"tensor": 4, "zero_stage": 1}, marks=pytest.mark.slow),  # with two copies of each kv head
     ],
     ids=str,
 )
