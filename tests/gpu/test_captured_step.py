@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,17 +42,17 @@ def steps(config, world, *, graphs):
     expected = set()
     torch.manual_seed(world.data_rank)
     losses, held_out = [], []
-    for step, count in enumerate(MICRO_BATCHES, start=1):
-        losses.append(training.execution.train_step(batches_of(config, count, world=world, length=256)).item())
-        if graphs and step > UNCAPTURED_STEPS:
-            expected |= {(number == 1, reduces and number == count) for number in range(1, count + 1)}
-            assert set(captured) == expected
-        if step % 4 == 0:
-            batches = batches_of(config, 2, world=world, length=512)
-            held_out.append(training.execution.losses(batches)[1].mean().item())
-            assert not captured  # their memory is free meanwhile
-            expected.clear()
-    training.execution.close()
+    with closing(training.execution):  # graphs that hold messages must be gone before their process groups
+        for step, count in enumerate(MICRO_BATCHES, start=1):
+            losses.append(training.execution.train_step(batches_of(config, count, world=world, length=256)).item())
+            if graphs and step > UNCAPTURED_STEPS:
+                expected |= {(number == 1, reduces and number == count) for number in range(1, count + 1)}
+                assert set(captured) == expected
+            if step % 4 == 0:
+                batches = batches_of(config, 2, world=world, length=512)
+                held_out.append(training.execution.losses(batches)[1].mean().item())
+                assert not captured  # their memory is free meanwhile
+                expected.clear()
     return losses, held_out, [whole_parameter(parameter).clone() for parameter in training.parts[0].parameters()]
 
 
