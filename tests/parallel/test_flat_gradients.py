@@ -73,10 +73,10 @@ def test_a_bucket_of_several_layers_is_sent_after_the_lowest():
         events_on_rank, run_values(model=pattern), 10**9, ranks=2
     ):
         sent = dict(zip(lowest, buckets, strict=True))
-        backward = []
-        for number in range(11, -1, -1):
-            backward += [sent.get(f"layers.{number}.norm.weight"), f"layer {number}"]
-        assert events[13:] == ["forward", *filter(None, backward), embedding, undecayed]
+        layers, sending = [f"layer {number}" for number in range(11, -1, -1)], []
+        for number, layer in zip(range(11, -1, -1), layers, strict=True):
+            sending += [sent.get(f"layers.{number}.norm.weight"), layer]
+        assert events == ["forward", *layers, "forward", *filter(None, sending), embedding, undecayed]
 
 
 def poisoned(monkeypatch):

@@ -90,7 +90,7 @@ def test_no_weight_is_used_before_it_is_waited_for(parallel):
         assert result.norms == pytest.approx(expected.norms, rel=1e-5)
 
 
-def held_out_on_rank(values: dict, changes_weights: bool) -> list[float]:
+def held_out_on_rank(values: dict, gathers: bool) -> list[float]:
     """Losses without training after each of a few steps."""
     from sambalm.parallel.state import start_world
     from sambalm.pretrain.config import parse_config
@@ -98,7 +98,7 @@ def held_out_on_rank(values: dict, changes_weights: bool) -> list[float]:
 
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world, pytest.MonkeyPatch.context() as monkeypatch:
-        if not changes_weights:
+        if not gathers:
             monkeypatch.setattr(FlatWeights, "gather", lambda weights: setattr(weights, "stale", False))
         training = build_training(config, world=world, checkpoint=None, bucket_elements=1)
         for step in range(3):
