@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
                 return f"| failed: {last_error(errors.read_text())[:90]} | | | | "
             time.sleep(0.2)
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            records = [json.loads(line) for line in lines[: arguments.steps] if line.endswith("\n")]
         stop(process)
     steady, last = records[len(records) // 2 :], records[-1]
     speeds = [record["tokens_per_second"] for record in steady]
