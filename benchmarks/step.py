@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +110,8 @@ def stop(process: subprocess.Popen) -> None:
     """At once: the checkpoint at a run's end would take longer than its steps."""
     ranks = psutil.Process(process.pid).children(recursive=True)
     for each in (process, *ranks):
-        each.kill()
+        with suppress(psutil.NoSuchProcess):  # whom the launcher's end has taken along
+            each.kill()
     psutil.wait_procs(ranks)
     process.wait()
 

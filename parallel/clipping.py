@@ -48,7 +48,8 @@ class Clipping:
 def _count_skipped(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Fused optimizers do not."""
     parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
-    torch._foreach_add_([optimizer.state[parameter]["step"] for parameter in parameters], optimizer.found_inf)
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    torch._foreach_add_(steps, [optimizer.found_inf] * len(steps))  # the host would read a tensor for all, and wait
 
 
 def clip_before_steps(optimizer: Optimizer, *, max_norm: float) -> None:

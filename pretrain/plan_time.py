@@ -94,8 +94,9 @@ def _stage_time(
     rounding_s = _rounding_s(config, stage, micro_batches=micro_batches, world_size=world_size, hardware=hardware)
     computed_s = micro_batches * compute_s + rounding_s
     busy_s = computed_s + layout_s
+    sublayers = _launched_sublayers(config, stage, micro_batches=micro_batches)
     host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
-    launched_s = max(busy_s, host_s)
+    launched_s = max(busy_s + sublayers * assumed.KERNEL_GAPS_S, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
     idle_s = assumed.ZERO_IDLE_S if parallel.partitions(world_size) else 0.0
     if parallel.overlaps_messages(world_size):
@@ -147,6 +148,12 @@ def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], comput
     return reduced_s - computed_s
 
 
+def _launched_sublayers(config: RunConfig, stage: int, *, micro_batches: int) -> float:
+    """How often a step runs a sublayer forward and backward; a forward alone counts as a third of that."""
+    passes = micro_batches * (assumed.HOST_RECOMPUTE if config.parallel.recompute == "full" else 1.0)
+    return passes * sum(count for _, count in stage_letters(config, stage))
+
+
 def _host_s(
     config: RunConfig, stage: int, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
 ) -> float:
@@ -156,12 +163,10 @@ def _host_s(
     captured = config.train.cuda_graphs and not config.data.reset_at_document
     if captured and parallel.pipeline == 1 and not partitioned:
         return 0.0
-    letters = stage_letters(config, stage)
-    passes = micro_batches * (assumed.HOST_RECOMPUTE if parallel.recompute == "full" else 1.0)
-    launches_s = passes * sum(count for _, count in letters) * assumed.HOST_SUBLAYER_S
+    launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
     if partitioned and parallel.zero_stage == 3:
-        modules = 2 + sum(count * MODULES[letter] for letter, count in letters)
+        modules = 2 + sum(count * MODULES[letter] for letter, count in stage_letters(config, stage))
         forwards = 2 if parallel.recompute == "full" else 1
         launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
     return launches_s + messages_s

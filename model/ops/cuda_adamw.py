@@ -33,8 +33,9 @@ class CudaAdamW(torch.optim.AdamW):
         gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
         states = [self._state_of(weight) for weight in weights]
         copies = [weight.rounded.to_write(weight) if hasattr(weight, "rounded") else None for weight in weights]
-        taken = 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        torch._foreach_add_([state["step"] for state in states], taken)
+        steps = [state["step"] for state in states]
+        # A list, since the host would read a tensor for all, and wait.
+        torch._foreach_add_(steps, 1.0 if self.found_inf is None else [1.0 - self.found_inf] * len(steps))
         rows, blocks = [], 0
         for weight, gradient, copy, state in zip(weights, gradients, copies, states, strict=True):
             tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], copy)
