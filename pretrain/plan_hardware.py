@@ -102,10 +102,10 @@ BACKWARD_SHARE = {"none": 2 / 3, "selective": 2 / 3, "full": 3 / 4}
 # messages adds. From 421M on H100: micro-batches of one sequence on one GPU, and steps of two under TP2 + SP and CP2.
 HOST_SUBLAYER_S = 2.6e-3
 HOST_MESSAGE_S = {"tensor": 0.33e-3, "context": 1.57e-3}
-HOST_RECOMPUTE = 4 / 3  # forward again, as a third of forward and backward: assumed
 # Between a sublayer's kernels, forward and backward, the device does nothing even where they are a CUDA graph: from a
 # profile of 1.3B on one H100; in one of 421M they were 106e-6.
 KERNEL_GAPS_S = 80e-6
+RECOMPUTED_PASSES = 4 / 3  # of both, with the forward again as a third of forward and backward: assumed
 
 # Of a message: NCCL's start on both sides, and the share of a link's rate that large ones achieve. Assumed.
 MESSAGE_S = 20e-6

@@ -150,7 +150,7 @@ def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], comput
 
 def _launched_sublayers(config: RunConfig, stage: int, *, micro_batches: int) -> float:
     """How often a step runs a sublayer forward and backward; a forward alone counts as a third of that."""
-    passes = micro_batches * (assumed.HOST_RECOMPUTE if config.parallel.recompute == "full" else 1.0)
+    passes = micro_batches * (assumed.RECOMPUTED_PASSES if config.parallel.recompute == "full" else 1.0)
     return passes * sum(count for _, count in stage_letters(config, stage))
 
 
