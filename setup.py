@@ -1,11 +1,33 @@
-"""Packaging: the top-level folders install as ``sambalm.<folder>``.
+"""Packaging: the top-level folders install as ``sambalm.<folder>``, as the links in ``.src/sambalm`` have it.
+
+An editable install then is one path, which editors and type checkers follow too.
 
 The ranges below say what the code works with; ``requirements.lock`` pins what `make` installs and CI runs.
 """
 
 from setuptools import setup
 
-FOLDERS = ("data_pipeline", "model", "model.hf", "model.ops", "parallel", "pretrain", "slurm")
+FOLDERS = (
+    "data_pipeline",
+    "model",
+    "model.hf",
+    "model.ops",
+    "model.ops.attention",
+    "model.ops.cuda",
+    "model.ops.reference",
+    "parallel",
+    "parallel.compat",
+    "parallel.layers",
+    "parallel.pipeline",
+    "parallel.zero",
+    "pretrain",
+    "pretrain.checkpointing",
+    "pretrain.cli",
+    "pretrain.lifecycle",
+    "pretrain.planner",
+    "pretrain.reporting",
+    "slurm",
+)
 
 setup(
     name="sambalm",
@@ -13,9 +35,9 @@ setup(
     description="Distributed pretraining of Samba (Mamba + sliding-window attention) language models on megatron-core",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=[f"sambalm.{folder}" for folder in FOLDERS],
-    package_data={"sambalm.model.ops": ["cuda_source/*"], "sambalm.slurm": ["*.sbatch", "*.sh"]},
-    package_dir={f"sambalm.{folder}": folder.replace(".", "/") for folder in FOLDERS},
+    packages=["sambalm", *(f"sambalm.{folder}" for folder in FOLDERS)],
+    package_data={"sambalm.model.ops.cuda": ["source/*"], "sambalm.slurm": ["*.sbatch", "*.sh"]},
+    package_dir={"": ".src"},
     install_requires=[
         "deepspeed==0.19.8",
         "fsspec>=2024.6",

@@ -25,8 +25,8 @@ import yaml
 from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.samba import Samba
 from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.groups import ContextParallel, start_world
 from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.state import ContextParallel, start_world
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STATE_BYTES = 4  # scan states are fp32 whatever the activations are
@@ -37,7 +37,7 @@ UNCOUNTED += ("reduce_scatter", "scatter", "send")
 
 
 @dataclass(frozen=True)
-class Cut:
+class Shard:
     """One sequence a rank in `ranks` parts, and the bytes of an activation."""
 
     length: int
@@ -53,32 +53,32 @@ class Cut:
 # either side, and less at the ends of the sequence.
 
 
-def passed_states(config: ModelConfig, cut: Cut) -> int:
+def passed_states(config: ModelConfig, cut: Shard) -> int:
     """Ours, Mamba: the convolution's tokens to the next rank; decay and reached state to all others."""
     halo = min(config.d_conv - 1, cut.length - cut.part) * config.inner_size * cut.element_bytes
     states = (cut.ranks - 1) * 2 * config.inner_size * config.d_state * STATE_BYTES
     return 2 * (halo + states)
 
 
-def passed_window(config: ModelConfig, cut: Cut) -> int:
+def passed_window(config: ModelConfig, cut: Shard) -> int:
     """Ours, attention: keys and values of the window, to one neighbour or to several."""
     return 2 * min(config.window - 1, cut.length - cut.part) * 2 * config.kv_size * cut.element_bytes
 
 
-def ring(config: ModelConfig, cut: Cut) -> int:
+def ring(config: ModelConfig, cut: Shard) -> int:
     """Ring attention: keys and values go round forward and backward, with them their gradients, back to their owner."""
     key_values = cut.part * 2 * config.kv_size * cut.element_bytes
     return (cut.ranks - 1) * key_values + (cut.ranks - 1) * key_values + cut.ranks * key_values
 
 
-def all_to_all_attention(config: ModelConfig, cut: Cut) -> int:
+def all_to_all_attention(config: ModelConfig, cut: Shard) -> int:
     """From sequence to heads and back; a rank needs a whole kv head at least. (Query heads often do not divide.)"""
     kv_width = max(config.kv_size / cut.ranks, config.head_dim)
     widths = 2 * config.hidden_size / cut.ranks + 2 * kv_width  # to each other rank: queries, output, keys, values
     return round(2 * (cut.ranks - 1) * cut.part * widths * cut.element_bytes)
 
 
-def all_to_all_mamba(config: ModelConfig, cut: Cut) -> int:
+def all_to_all_mamba(config: ModelConfig, cut: Shard) -> int:
     """From sequence to channels and back: x, z and the output; without what x_proj would need besides."""
     return round(2 * (cut.ranks - 1) * cut.part * 3 * config.inner_size / cut.ranks * cut.element_bytes)
 
@@ -144,7 +144,7 @@ def _count_on_rank(rank: int, ranks: int, store: str, length: int) -> None:
         for letter, formula in ((MAMBA, passed_states), (ATTENTION, passed_window), (MLP, None)):
             config = ModelConfig(pattern=letter, **SMALL)
             counted = sum(count_sent(config, batch=1, length=length, cp=world.context))
-            expected = formula(config, Cut(length, ranks, element_bytes=4)) if formula else 0
+            expected = formula(config, Shard(length, ranks, element_bytes=4)) if formula else 0
             if rank == 1:  # neither first nor last
                 print(f"  {letter} {length:4} tokens: {counted:6,} bytes counted, {expected:6,} by the formula")
             if rank == 1 and counted != expected:
@@ -158,7 +158,7 @@ def print_table(ranks: int, names: Sequence[str], lengths: Sequence[int]) -> Non
         print(f"\n{name}, {ranks} context-parallel ranks, MB sent by a rank for one layer and sequence (bf16)\n")
         print("| tokens | " + " | ".join(COLUMNS) + " |\n| ---: |" + " ---: |" * len(COLUMNS))
         for length in lengths:
-            sizes = [formula(config, Cut(length, ranks)) / 1e6 for formula in COLUMNS.values()]
+            sizes = [formula(config, Shard(length, ranks)) / 1e6 for formula in COLUMNS.values()]
             print(f"| {length // 1024}K | " + " | ".join(f"{size:,.2f}" for size in sizes) + " |")
 
 

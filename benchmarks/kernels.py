@@ -13,12 +13,12 @@ import statistics
 import torch
 import torch._functorch.config
 
-from sambalm.model.ops import cuda
-from sambalm.model.ops.causal_conv import causal_conv_silu
-from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
-from sambalm.model.ops.cuda_scan import cuda_selective_scan
-from sambalm.model.ops.cudnn_window import cudnn_window
-from sambalm.model.ops.flex_window import flex_window
+from sambalm.model.ops import external as cuda
+from sambalm.model.ops.attention.cudnn import cudnn_window
+from sambalm.model.ops.attention.flex import flex_window
+from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
+from sambalm.model.ops.cuda.scan import cuda_selective_scan
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 
 SHAPES = ((1, 3072, 4096), (8, 3072, 4096), (4, 4608, 4096), (1, 5632, 4096), (4, 5632, 4096), (1, 5632, 131072))
 D_STATE = 16
@@ -64,7 +64,7 @@ def median_ms(function, *, repeats: int) -> float:
 
 
 def runs(operation: str, name: str) -> bool:
-    return cuda.why_unavailable(operation, name, cuda.Circumstances(torch.device("cuda"), torch.bfloat16)) is None
+    return cuda.why_unavailable(operation, name, cuda.KernelRequirements(torch.device("cuda"), torch.bfloat16)) is None
 
 
 def measure(scan, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:

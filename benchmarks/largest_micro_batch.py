@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import get_args
 
 from sambalm.parallel.config import ParallelConfig
-from sambalm.pretrain.config import load_config
-from sambalm.pretrain.plan import GIB, USABLE_SHARE
-from sambalm.pretrain.plan_kernels import planned_kernels
-from sambalm.pretrain.plan_memory import stage_memories
+from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.planner.kernels import planned_kernels
+from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.search import GIB, USABLE_SHARE
 
 LEVELS = get_args(ParallelConfig.model_fields["recompute"].annotation)
 

@@ -18,12 +18,12 @@ import yaml
 
 from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.layers import SequenceContext
-from sambalm.model.ops.kernels import TORCH_KERNELS
-from sambalm.model.ops.window_attention import rotary_tables
+from sambalm.model.ops.reference.window_attention import rotary_tables
+from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.samba import Sublayer
 from sambalm.parallel import recompute
+from sambalm.parallel.groups import ContextParallel, TensorParallel
 from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.state import ContextParallel, TensorParallel
 
 MODES = ("none", "selective", "full")
 NAMES = {MAMBA: "Mamba", MLP: "MLP", ATTENTION: "attention"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sambalm.model.ops.selective_scan import selective_scan
-from sambalm.model.ops.window_attention import window_attention
+from sambalm.model.ops.reference.selective_scan import selective_scan
+from sambalm.model.ops.reference.window_attention import window_attention
 
 SCAN_LENGTH, SCAN_STATES, SCAN_WIDTHS = 2048, 16, (64, 256, 1024)
 WINDOW, ATTENTION_LENGTHS, HEADS, HEAD_DIM = 512, (2048, 4096, 8192, 16384), 4, 64

@@ -27,7 +27,7 @@ import psutil
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from sambalm.pretrain.config import load_config
+from sambalm.pretrain.config_file import load_config
 
 PROFILED_STEPS = 3
 # What a GPU kernel belongs to, by the first pattern that its name matches.
@@ -124,9 +124,9 @@ def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def profile_rank(arguments: argparse.Namespace, settings: list[str]) -> None:
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.run_folder import open_run_folder
-    from sambalm.pretrain.signals import Signals
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.lifecycle.run_folder import open_run_folder
+    from sambalm.pretrain.lifecycle.signals import Signals
     from sambalm.pretrain.trainer import Trainer
 
     config = load_config(Path(arguments.config), settings)

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from sambalm.pretrain.config import RunConfig, load_config
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.metrics_file import read_metrics
-from sambalm.pretrain.signals import KILL_SWITCH
+from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
+from sambalm.pretrain.reporting.metrics_file import read_metrics
 from sambalm.pretrain.validation import LOSS_AT
 
 GIB = 2**30

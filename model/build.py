@@ -7,11 +7,11 @@ from torch import nn
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import layer_flops
-from sambalm.model.ops.kernels import Kernels
+from sambalm.model.ops.registry import Kernels
 from sambalm.model.samba import Samba
 from sambalm.parallel.config import ParallelConfig
-from sambalm.parallel.stages import balanced_stages
-from sambalm.parallel.state import World
+from sambalm.parallel.groups import World
+from sambalm.parallel.pipeline.stages import balanced_stages
 
 
 def build_parts(

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 from sambalm.model.config import ATTENTION, ModelConfig
-from sambalm.parallel.sharding import Cut, cut
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.sharding import Shard, shard
 
 
 @dataclass(frozen=True)
 class HeadShare:
     """One rank's heads, as shares of the query width and of the key (and value) width."""
 
-    query: Cut
-    kv: Cut
+    query: Shard
+    kv: Shard
     kv_heads: int
     kv_copies: int  # tensor-parallel ranks that hold the same kv heads; they add up their gradients
     owns_kv: bool  # whether this rank's copy is the first
@@ -45,12 +45,12 @@ def share_heads(config: ModelConfig, tp: TensorParallel) -> HeadShare:
     copies, head_dim = kv_copies(config, tp.size), config.head_dim
     group_width = config.hidden_size // config.num_kv_heads  # of the query heads that read one kv head
     owner, member = divmod(tp.rank, copies)
-    kv = cut(config.kv_size, TensorParallel(rank=owner, size=tp.size // copies), unit=head_dim)
-    within = cut(group_width, TensorParallel(rank=member, size=copies), unit=head_dim)
+    kv = shard(config.kv_size, TensorParallel(rank=owner, size=tp.size // copies), unit=head_dim)
+    within = shard(group_width, TensorParallel(rank=member, size=copies), unit=head_dim)
     kv_heads = kv.length // head_dim
     first = kv.start // head_dim * group_width
     return HeadShare(
-        query=Cut(config.hidden_size, first + within.start, kv_heads * within.length),
+        query=Shard(config.hidden_size, first + within.start, kv_heads * within.length),
         kv=kv,
         kv_heads=kv_heads,
         kv_copies=copies,

@@ -14,19 +14,19 @@ from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.heads import HeadShare, share_heads
 from sambalm.model.ops.documents import Documents
-from sambalm.model.ops.kernels import Kernels
+from sambalm.model.ops.registry import Kernels
 from sambalm.model.sequence_scan import context_parallel_scan
-from sambalm.parallel.context_parallel import TokensBefore
-from sambalm.parallel.linear import linear, linear_beside, linear_parts
-from sambalm.parallel.sharding import Cut, cut, replicated_parameter, sharded_parameter
-from sambalm.parallel.state import ContextParallel, TensorParallel
-from sambalm.parallel.tensor_parallel import (
+from sambalm.parallel.groups import ContextParallel, TensorParallel
+from sambalm.parallel.layers.context_parallel import HaloExchange
+from sambalm.parallel.layers.linear import linear, linear_beside, linear_parts
+from sambalm.parallel.layers.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_region,
     reduce_from_region,
     replicated_weight,
 )
+from sambalm.parallel.sharding import Shard, replicated_parameter, shard, sharded_parameter
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MambaMixer(nn.Module):
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         width, rank, states = config.hidden_size, config.dt_rank_size, config.d_state
-        channels = cut(config.inner_size, tp)
+        channels = shard(config.inner_size, tp)
         self.kernels = kernels
         self.state_sizes = [rank, states, states]
         self.in_proj = ColumnParallelLinear(width, {"x": channels, "z": channels}, tp=tp, init=init.linear(width))
@@ -89,7 +89,7 @@ class MambaMixer(nn.Module):
 class CausalConv(nn.Module):
     """Mamba's depthwise convolution and SiLU over this rank's channels."""
 
-    def __init__(self, channels: Cut, taps: int, *, kernels: Kernels) -> None:
+    def __init__(self, channels: Shard, taps: int, *, kernels: Kernels) -> None:
         super().__init__()
         self.kernel, self.taps = kernels.conv, taps
         self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
@@ -99,7 +99,7 @@ class CausalConv(nn.Module):
         if context.cp.size == 1:
             return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
         reach = self.taps - 1
-        neighbours = TokensBefore(x_BSD, reach, cp=context.cp)
+        neighbours = HaloExchange(x_BSD, reach, cp=context.cp)
         y_BSD = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
         before = neighbours.wait()
         start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
@@ -116,11 +116,11 @@ class StateProjection(nn.Module):
     channels, so its gradient is a sum over ranks as well.
     """
 
-    def __init__(self, channels: Cut, out_features: int, *, tp: TensorParallel) -> None:
+    def __init__(self, channels: Shard, out_features: int, *, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
         self.weight = sharded_parameter(
-            (out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1, only_multiplied=True
+            (out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1, matmul_only=True
         )
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,9 +132,9 @@ class StateProjection(nn.Module):
 class StepProjection(nn.Module):
     """Mamba's dt_proj to this rank's channels. The bias stays fp32 and is added by the scan."""
 
-    def __init__(self, rank: int, channels: Cut, *, bias_init: init.Init) -> None:
+    def __init__(self, rank: int, channels: Shard, *, bias_init: init.Init) -> None:
         super().__init__()
-        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank), only_multiplied=True)
+        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank), matmul_only=True)
         self.bias = sharded_parameter((0,), {"bias": channels}, init=bias_init)
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,11 +153,9 @@ class QKVProjection(nn.Module):
         width, weights = config.hidden_size, init.linear(config.hidden_size)
         self.tp, self.copies = tp, tp.copies(share.kv_copies)
         self.local_sizes = [[share.query.length], [share.kv.length, share.kv.length]]
-        self.query = sharded_parameter((0, width), {"q.weight": share.query}, init=weights, only_multiplied=True)
+        self.query = sharded_parameter((0, width), {"q.weight": share.query}, init=weights, matmul_only=True)
         parts, alone = {"k.weight": share.kv, "v.weight": share.kv}, share.kv_copies == 1
-        self.key_value = sharded_parameter(
-            (0, width), parts, init=weights, counted=share.owns_kv, only_multiplied=alone
-        )
+        self.key_value = sharded_parameter((0, width), parts, init=weights, owned=share.owns_kv, matmul_only=alone)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         key_value = copy_to_region(self.key_value, self.copies)
@@ -198,7 +196,7 @@ class WindowAttention(nn.Module):
         # Queries that see neighbours' keys. Where most do, the others would not fill the time until those arrive.
         near = self.window - 1 if q.shape[2] >= 2 * (self.window - 1) else q.shape[2]
         kv_BSHd = torch.cat((k, v), dim=1).transpose(1, 2)  # one message instead of two
-        neighbours = TokensBefore(kv_BSHd, self.window - 1, cp=context.cp)
+        neighbours = HaloExchange(kv_BSHd, self.window - 1, cp=context.cp)
         near_q, far_q = q.split([near, q.shape[2] - near], dim=2)
         parts = []
         if far_q.shape[2]:
@@ -214,7 +212,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
-        width, inner = config.hidden_size, cut(config.mlp_size, tp)
+        width, inner = config.hidden_size, shard(config.mlp_size, tp)
         self.kernel = kernels.elementwise.swiglu
         self.gate_up_proj = ColumnParallelLinear(width, {"gate": inner, "up": inner}, tp=tp, init=init.linear(width))
         self.down_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner.size, config))

@@ -9,13 +9,13 @@ from sambalm.model import initialization as init
 from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.layers import MambaMixer, RMSNorm, SequenceContext, SwiGLU, WindowAttention
 from sambalm.model.ops.documents import Documents
-from sambalm.model.ops.kernels import TORCH_KERNELS, Kernels
-from sambalm.model.ops.window_attention import rotary_tables
-from sambalm.parallel.linear import linear
-from sambalm.parallel.recompute import recomputed
-from sambalm.parallel.sharding import equal_cut, sharded_parameter
-from sambalm.parallel.state import ContextParallel, TensorParallel
-from sambalm.parallel.tensor_parallel import VocabParallelEmbedding, cross_entropy
+from sambalm.model.ops.reference.window_attention import rotary_tables
+from sambalm.model.ops.registry import TORCH_KERNELS, Kernels
+from sambalm.parallel.groups import ContextParallel, TensorParallel
+from sambalm.parallel.layers.linear import linear
+from sambalm.parallel.layers.recompute import recomputed
+from sambalm.parallel.layers.tensor_parallel import VocabParallelEmbedding, cross_entropy
+from sambalm.parallel.sharding import equal_shard, sharded_parameter
 
 SUBLAYERS = {MAMBA: MambaMixer, ATTENTION: WindowAttention, MLP: SwiGLU}
 
@@ -81,7 +81,7 @@ class Samba(nn.Module):
                 config.hidden_size,
                 tp=tp,
                 init=init.normal(config.embedding_std),
-                counted=self.is_first,
+                owned=self.is_first,
             )
         # Keyed by their number in the whole model, which canonical names and initial weights depend on.
         self.layers = nn.ModuleDict(
@@ -95,8 +95,8 @@ class Samba(nn.Module):
         if self.config.tie_embeddings:
             return self.embedding.weight
         width = self.config.hidden_size
-        rows = equal_cut(self.config.vocab_size, self.tp)
-        return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width), only_multiplied=True)
+        rows = equal_shard(self.config.vocab_size, self.tp)
+        return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width), matmul_only=True)
 
     def forward(
         self,

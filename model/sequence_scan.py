@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sambalm.parallel.context_parallel import after, state_at_start
-from sambalm.parallel.state import ContextParallel
+from sambalm.parallel.groups import ContextParallel
+from sambalm.parallel.layers.context_parallel import after, incoming_state
 
 
 def context_parallel_scan(
@@ -35,11 +35,11 @@ def context_parallel_scan(
     unused = torch.zeros(len(dt), *A.shape, dtype=A.dtype, device=A.device, requires_grad=True)
     if cp.rank == 0:
         y, reached = scan()
-        return after(y, state_at_start(unused, reached, cp=cp))
+        return after(y, incoming_state(unused, reached, cp=cp))
     own = (unused, unused)
     if cp.rank < cp.size - 1:
         own = (decay_over(dt, A, dt_bias, resets), scan()[1])
-    return scan(initial_state=state_at_start(*own, cp=cp))[0]
+    return scan(initial_state=incoming_state(*own, cp=cp))[0]
 
 
 def decay_over(dt: Tensor, A: Tensor, dt_bias: Tensor, resets: Tensor | None) -> Tensor:

@@ -9,15 +9,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from sambalm.parallel.captured_step import CapturedMicroBatches, run_in_turn
-from sambalm.parallel.clipping import clip_before_steps
-from sambalm.parallel.flat_gradients import FlatGradients
-from sambalm.parallel.flat_weights import FlatWeights
-from sambalm.parallel.linear import fuse_gradient_accumulation
-from sambalm.parallel.pipeline import MicroBatch, PipelineSchedule
-from sambalm.parallel.rounded_weights import RoundedWeights
-from sambalm.parallel.state import World
-from sambalm.parallel.zero import Engine, set_accumulation
+from sambalm.parallel.cuda_graphs import CapturedMicroBatches, run_in_turn
+from sambalm.parallel.groups import World
+from sambalm.parallel.layers.linear import fuse_gradient_accumulation
+from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.pipeline.schedule import PipelineSchedule
+from sambalm.parallel.zero.clipping import clip_before_steps
+from sambalm.parallel.zero.compute_weights import ComputeWeights
+from sambalm.parallel.zero.engine import Engine, set_accumulation
+from sambalm.parallel.zero.gradients import FlatGradients
+from sambalm.parallel.zero.weights import FlatWeights
 
 
 class Execution(Protocol):
@@ -41,7 +42,7 @@ def evaluating(engine: Engine) -> Iterator[None]:
     engine.train()
 
 
-class AccumulatingModel(Execution):
+class AccumulatingExecutor(Execution):
     """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
 
     Args:
@@ -57,7 +58,7 @@ class AccumulatingModel(Execution):
         *,
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
-        rounded: RoundedWeights,
+        rounded: ComputeWeights,
         cuda_graphs: bool,
     ) -> None:
         self.engine, self.model, self.gradients, self.weights = engine, model, gradients, weights
@@ -103,7 +104,7 @@ class AccumulatingModel(Execution):
         return loss.detach()
 
 
-class PartitioningModel(Execution):
+class PartitioningExecutor(Execution):
     """Every rank holds all layers, and DeepSpeed's engine takes weights or gradients apart in every micro-batch."""
 
     def __init__(self, engine: Engine) -> None:
@@ -129,7 +130,7 @@ class PartitioningModel(Execution):
         return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
 
-class PipelinedModel(Execution):
+class PipelinedExecutor(Execution):
     """Ranks hold parts of the layers: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
 
     Args:
@@ -146,7 +147,7 @@ class PipelinedModel(Execution):
         *,
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
-        rounded: RoundedWeights,
+        rounded: ComputeWeights,
         tied_weight: nn.Parameter | None,
     ) -> None:
         self.engine, self.schedule, self.gradients, self.weights = engine, schedule, gradients, weights
@@ -192,10 +193,10 @@ def execution(
         recompute_layers: whether the backward runs layers again; weights are then rounded each time instead of kept.
     """
     if engine.managed_gradient_accumulation():
-        return PartitioningModel(engine)
+        return PartitioningExecutor(engine)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     fuse_gradient_accumulation(parameters)
-    rounded = RoundedWeights([] if recompute_layers or dtype == torch.float32 else parameters)
+    rounded = ComputeWeights([] if recompute_layers or dtype == torch.float32 else parameters)
     gradients = weights = None
     if engine.zero_optimization_stage() == 1:
         gradients = FlatGradients(engine, world, clip_norm=clip_norm)
@@ -204,10 +205,10 @@ def execution(
         clip_before_steps(engine.optimizer, max_norm=clip_norm)
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
-        return PipelinedModel(
+        return PipelinedExecutor(
             engine, schedule, gradients=gradients, weights=weights, rounded=rounded, tied_weight=tied_weight
         )
     captured = cuda_graphs and world.device.type == "cuda"
-    return AccumulatingModel(
+    return AccumulatingExecutor(
         engine, parts[0], gradients=gradients, weights=weights, rounded=rounded, cuda_graphs=captured
     )

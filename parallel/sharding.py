@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.groups import TensorParallel
 
 Init = Callable[[Tensor, torch.Generator], None]
 
 
 @dataclass(frozen=True)
-class Cut:
+class Shard:
     """One rank's share of a dimension: `length` from `start` on, of `size` in all."""
 
     size: int
@@ -25,7 +25,7 @@ class Cut:
     length: int
 
 
-def cut(size: int, tp: TensorParallel, *, unit: int = 1) -> Cut:
+def shard(size: int, tp: TensorParallel, *, unit: int = 1) -> Shard:
     """This rank's share of a dimension, as even as whole units allow: earlier ranks have one unit more.
 
     Shares need not be equal, since ranks only ever add up whole outputs: 11 heads on 8 ranks are 2, 2, 2, 1, ... heads,
@@ -41,14 +41,14 @@ def cut(size: int, tp: TensorParallel, *, unit: int = 1) -> Cut:
     if units < tp.size:
         raise ValueError(f"a dimension of {size} in units of {unit} cannot be cut over {tp.size} tensor-parallel ranks")
     start, end = (_first_unit(rank, units=units, ranks=tp.size) * unit for rank in (tp.rank, tp.rank + 1))
-    return Cut(size, start, min(end, size) - start)
+    return Shard(size, start, min(end, size) - start)
 
 
-def equal_cut(size: int, tp: TensorParallel) -> Cut:
+def equal_shard(size: int, tp: TensorParallel) -> Shard:
     """This rank's share of a dimension that must be cut equally. Raises ValueError where it cannot."""
     if size % tp.size:
         raise ValueError(f"a dimension of {size} cannot be cut equally over {tp.size} tensor-parallel ranks")
-    return cut(size, tp)
+    return shard(size, tp)
 
 
 def _first_unit(rank: int, *, units: int, ranks: int) -> int:
@@ -85,12 +85,12 @@ class CanonicalSlice:
 
 def sharded_parameter(
     shape: tuple[int, ...],
-    cuts: Mapping[str, Cut],
+    cuts: Mapping[str, Shard],
     *,
     init: Init,
     dim: int = 0,
-    counted: bool = True,
-    only_multiplied: bool = False,
+    owned: bool = True,
+    matmul_only: bool = False,
 ) -> nn.Parameter:
     """An uninitialised fp32 parameter that concatenates this rank's slices of canonical tensors.
 
@@ -98,9 +98,9 @@ def sharded_parameter(
         shape: of the parameter but for dim, whose entry is ignored.
         cuts: the slices along dim, by the canonical tensors' names below the module.
         init: fills a whole canonical tensor, given a generator.
-        counted: whether this copy is the one that counts in the gradient's norm and in checkpoints, where other ranks
+        owned: whether this copy is the one that counts in the gradient's norm and in checkpoints, where other ranks
             hold the same slices.
-        only_multiplied: whether nothing reads it but the matrix products of `linear`, which round it.
+        matmul_only: whether nothing reads it but the matrix products of `linear`, which round it.
     """
     slices, local_start = [], 0
     for name, part in cuts.items():
@@ -109,16 +109,16 @@ def sharded_parameter(
         local_start += part.length
     parameter = nn.Parameter(torch.empty(*shape[:dim], local_start, *shape[dim + 1 :], dtype=torch.float32))
     parameter.canonical_slices = tuple(slices)
-    parameter.counted, parameter.only_multiplied = counted, only_multiplied
+    parameter.owned, parameter.matmul_only = owned, matmul_only
     # What DeepSpeed's gradient norm reads: the first counts a parameter on every tensor-parallel rank instead of the
     # first alone, the second on none.
-    parameter.tensor_model_parallel, parameter.ds_pipe_replicated = counted, not counted
+    parameter.tensor_model_parallel, parameter.ds_pipe_replicated = owned, not owned
     return parameter
 
 
 def replicated_parameter(shape: tuple[int, ...], *, name: str, init: Init, tp: TensorParallel) -> nn.Parameter:
     """An uninitialised fp32 parameter that every tensor-parallel rank holds whole."""
-    return sharded_parameter(shape, {name: Cut(shape[0], 0, shape[0])}, init=init, counted=tp.rank == 0)
+    return sharded_parameter(shape, {name: Shard(shape[0], 0, shape[0])}, init=init, owned=tp.rank == 0)
 
 
 def canonical_slices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, CanonicalSlice]]:

@@ -1,19 +1,14 @@
-"""The configuration of a run: one YAML file, typed, with overrides from the command line."""
+"""The configuration of a run, typed; `config_file.py` reads it."""
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.model.config import ModelConfig
 from sambalm.model.heads import kv_copies
-from sambalm.model.ops.kernels import KernelConfig
+from sambalm.model.ops.registry import KernelConfig
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
 from sambalm.pretrain.errors import ConfigError
@@ -226,105 +221,3 @@ class RunConfig(BaseModel):
                 f"data.sequence_length is {self.data.sequence_length}, which cannot be cut into {parts} parts "
                 "(parallel.context, times parallel.tensor with parallel.sequence): make it a multiple"
             )
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and applies overrides such as 'train.steps=100'.
-
-    Raises:
-        ConfigError: naming the key, its value and what is allowed.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad UTF-8, or a scalar such as the date 2026-13-45
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no keys: a config is a YAML mapping with the sections of docs/config.md")
-    for override in overrides:
-        _apply(override, values)
-    return parse_config(values, source=str(path))
-
-
-def parse_config(values: dict[str, Any], *, source: str) -> RunConfig:
-    """Validates plain values, for example those that a checkpoint holds."""
-    try:
-        return RunConfig.model_validate(values, strict=True)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(_telling_error(error.errors()), values)}") from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """The whole configuration as YAML, defaults included."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 4e-4 as a string; this reads it as the number that it is everywhere else."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), "-+0123456789"
-)
-
-
-def _apply(override: str, values: dict[str, Any]) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"the override {override!r} is not of the form section.key=value, as in train.steps=100")
-    *sections, leaf = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"the override {override!r} names {key!r}, but {section!r} is not a section")
-    try:
-        values[leaf] = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"the override {override!r} has a value that is not valid YAML") from None
-
-
-def _telling_error(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """The first error; of a key with several allowed types, the one that went deepest into the given value."""
-    place = errors[0]["loc"][:2]
-    return max((error for error in errors if error["loc"][:2] == place), key=lambda error: len(error["loc"]))
-
-
-def _sentence(error: ErrorDetails, values: dict[str, Any]) -> str:
-    """One of pydantic's errors as a sentence that names key, value and what is allowed."""
-    kind, value = error["type"], error["input"]
-    location = _keys(error, values)
-    key = ".".join(map(str, location))
-    if kind == "extra_forbidden":
-        section = _section(location[:-1])
-        allowed = f"; allowed in {'.'.join(map(str, location[:-1])) or 'a config'}: " if section else ""
-        return f"unknown key {key} (value {value!r}){allowed}{', '.join(section.model_fields) if section else ''}"
-    if kind == "missing":
-        return f"{key} is missing; docs/config.md says what it holds"
-    if kind == "model_type":
-        section = _section(location)
-        keys = f" with the keys {', '.join(section.model_fields)}" if section else ""
-        return f"{key} is {value!r}: it is a section{keys}"
-    message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
-    if kind == "value_error" and isinstance(value, dict):  # a check over several keys: its message names them
-        return message
-    return f"{key} is {value!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys(error: ErrorDetails, values: Any) -> list[str | int]:
-    """Where an error is, without the names of types that pydantic puts between keys."""
-    keys = []
-    for part in error["loc"]:
-        if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int)):
-            values = values[part]
-            keys.append(part)
-    return [*keys, error["loc"][-1]] if error["type"] == "missing" else keys
-
-
-def _section(location: Sequence[str | int]) -> type[BaseModel] | None:
-    section: Any = RunConfig
-    for part in location:
-        fields = getattr(section, "model_fields", {})
-        section = fields[part].annotation if part in fields else None
-    return section if isinstance(section, type) and issubclass(section, BaseModel) else None

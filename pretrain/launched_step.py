@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sambalm.pretrain.metrics import StepResult
-from sambalm.pretrain.signals import Request
+from sambalm.pretrain.lifecycle.signals import Request
+from sambalm.pretrain.reporting.metrics import StepResult
 
 
 @dataclass(frozen=True)

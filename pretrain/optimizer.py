@@ -7,8 +7,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from sambalm.model.ops.cuda import Circumstances, why_unavailable
-from sambalm.model.ops.cuda_adamw import CudaAdamW
+from sambalm.model.ops.cuda.adamw import CudaAdamW
+from sambalm.model.ops.external import KernelRequirements, why_unavailable
 from sambalm.model.samba import Samba
 
 # Of layers whose gradients ranks reduce together, and whose weights they gather together: so many elements at most, and
@@ -44,7 +44,7 @@ class OptimizerConfig(BaseModel):
             bucket_elements: see `parameter_groups`.
         """
         groups = self.parameter_groups(model, bucket_elements=bucket_elements)
-        where = Circumstances(groups[0]["params"][0].device, torch.float32)
+        where = KernelRequirements(groups[0]["params"][0].device, torch.float32)
         adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
         return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
@@ -60,7 +60,7 @@ class OptimizerConfig(BaseModel):
         by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
         for name, parameter in model.named_parameters():
             if parameter not in bucketed:
-                by_use[decays(name, parameter), parameter.only_multiplied].append(parameter)
+                by_use[decays(name, parameter), parameter.matmul_only].append(parameter)
         groups += [
             {"params": parameters, "weight_decay": self.weight_decay if decayed else 0.0}
             for (decayed, _), parameters in by_use.items()
@@ -70,7 +70,7 @@ class OptimizerConfig(BaseModel):
 
     def _buckets(self, model: Samba, *, max_elements: int) -> list[dict[str, Any]]:
         layers = [
-            ([parameter for parameter in module.parameters() if parameter.only_multiplied], last)
+            ([parameter for parameter in module.parameters() if parameter.matmul_only], last)
             for module, last in model.backward_order()
         ]
         # Of an even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.

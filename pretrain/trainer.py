@@ -1,6 +1,5 @@
 """The training loop: fetch, forward and backward, step, and what happens between steps."""
 
-import functools
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -11,32 +10,21 @@ from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import check_vocabulary, open_sources
-from sambalm.model.build import build_parts, tied_copy
 from sambalm.model.heads import kv_copies
-from sambalm.parallel.execution import execution
-from sambalm.parallel.pipeline import MicroBatch
-from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.state import World, is_main_process, start_world, world_size
-from sambalm.parallel.zero import gradient_norm, zero_engine
-from sambalm.pretrain.checkpoint import Checkpoint
-from sambalm.pretrain.config import DTYPES, RunConfig
-from sambalm.pretrain.data_record import data_record
+from sambalm.parallel.groups import World, is_main_process, start_world, world_size
+from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.zero.engine import gradient_norm
+from sambalm.pretrain.checkpointing.data_record import data_record
+from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
+from sambalm.pretrain.checkpointing.write import remove_old_checkpoints, save_checkpoint
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
-from sambalm.pretrain.metrics import RunReport, StepResult
-from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
-from sambalm.pretrain.run_folder import RunFolder, open_run_folder
-from sambalm.pretrain.run_state import (
-    Training,
-    check_data,
-    find_resume_point,
-    load_moments,
-    load_weights,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
-from sambalm.pretrain.signals import Request, Signals, take_switches
-from sambalm.pretrain.skipped_steps import SkippedSteps
+from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
+from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
+from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
+from sambalm.pretrain.reporting.metrics import RunReport, StepResult
+from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
 LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
@@ -157,7 +145,7 @@ class Trainer:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.training,
+            self.training.parts,
             config=self.config,
             world=self.world,
             step=self.step,
@@ -170,61 +158,3 @@ class Trainer:
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
         return MicroBatch(*self.loader.next_micro_batch()).on_rank(self.world)
-
-
-def build_training(
-    config: RunConfig, *, world: World, checkpoint: Checkpoint | None, bucket_elements: int = BUCKET_ELEMENTS
-) -> Training:
-    """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective.
-
-    Args:
-        bucket_elements: of gradients that are reduced together while a backward runs; see `parameter_groups`.
-    """
-    parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    kernels = config.kernels.build(
-        device=world.device,
-        dtype=dtype,
-        d_state=config.model.d_state,
-        d_conv=config.model.d_conv,
-        initial_states=parallel.context > 1,
-        resets=config.data.reset_at_document,
-    )
-    parts = build_parts(
-        config.model,
-        parallel,
-        world=world,
-        kernels=kernels,
-        dtype=dtype,
-        sequence_length=config.data.sequence_length,
-    )
-    # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
-    if checkpoint:
-        load_weights(parts, checkpoint.path)
-    else:
-        for part in parts:
-            initialize_parameters(part, seed=config.run.seed)
-    overlaps = parallel.overlaps_messages(world.size)
-    engine = zero_engine(
-        parts,
-        functools.partial(config.optimizer.build, bucket_elements=bucket_elements if overlaps else None),
-        world=world,
-        zero_stage=parallel.zero_stage,
-        micro_batch_size=config.train.micro_batch_size,
-        clip_norm=config.optimizer.clip_norm,
-        done_steps=checkpoint.step if checkpoint else 0,
-    )
-    if checkpoint:
-        load_moments(parts, checkpoint.path)
-    tied_weight = tied_copy(parts)
-    run = execution(
-        engine,
-        parts,
-        world=world,
-        hidden_size=config.model.hidden_size,
-        dtype=dtype,
-        recompute_layers=config.parallel.recompute == "full",
-        tied_weight=tied_weight,
-        clip_norm=config.optimizer.clip_norm,
-        cuda_graphs=config.train.cuda_graphs,
-    )
-    return Training(engine=engine, parts=parts, execution=run, kernels=kernels)

@@ -9,8 +9,8 @@ from sambalm.data_pipeline.dataset import ValidationDataset, build_validation_da
 from sambalm.data_pipeline.loader import validation_batches
 from sambalm.data_pipeline.sources import Source
 from sambalm.parallel.execution import Execution
-from sambalm.parallel.pipeline import MicroBatch
-from sambalm.parallel.state import World
+from sambalm.parallel.groups import World
+from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.pretrain.config import RunConfig
 
 LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric

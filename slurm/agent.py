@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sambalm.pretrain.attempts import write_outcome
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.lifecycle.attempts import write_outcome
 
 SHUTDOWN_S = 30  # that the other ranks of the node have to end after one has failed
 

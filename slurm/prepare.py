@@ -10,7 +10,7 @@ from pathlib import Path
 
 def main() -> None:
     ranks, config_path, *overrides = sys.argv[1:]
-    from sambalm.pretrain.config import load_config
+    from sambalm.pretrain.config_file import load_config
 
     try:
         config = load_config(Path(config_path), overrides)

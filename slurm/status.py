@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from sambalm.pretrain.attempts import ATTEMPT, AttemptRecord, read_attempts
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.lease import LEASE
-from sambalm.pretrain.metrics_file import read_metrics
+from sambalm.pretrain.lifecycle.attempts import ATTEMPT, AttemptRecord, read_attempts
+from sambalm.pretrain.lifecycle.lease import LEASE
+from sambalm.pretrain.reporting.metrics_file import read_metrics
 from sambalm.slurm.errors import SlurmError
 
 RECENT_STEPS = 100

@@ -72,7 +72,7 @@ def training_job(
         SlurmError: no script, no cluster file.
         ConfigError, ParallelError: the run cannot start on so many GPUs.
     """
-    from sambalm.pretrain.config import load_config
+    from sambalm.pretrain.config_file import load_config
 
     checked = load_config(config, overrides)
     checked.check_world(nodes * gpus_per_node)

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 # Before torch is imported anywhere: the worlds' ranks share few cores, and dynamo would compile megatron's fusions.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 VOCAB_SIZE = 384
 

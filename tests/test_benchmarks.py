@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmark_files import FOLDER, load_benchmark
 
-from sambalm.pretrain.metrics_file import read_metrics
+from sambalm.pretrain.reporting.metrics_file import read_metrics
+from tests.support.benchmark_files import FOLDER, load_benchmark
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 TINY = [

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark_files import FOLDER, load_benchmark
+
+from tests.support.benchmark_files import FOLDER, load_benchmark
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = FOLDER / "peers.py"

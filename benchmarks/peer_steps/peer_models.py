@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
 from sambalm.model.hf.names import hf_config
-from sambalm.model.ops.cuda import torch_flash_window
-from sambalm.model.ops.window_attention import rotary_tables
+from sambalm.model.ops.external import torch_flash_window
+from sambalm.model.ops.reference.window_attention import rotary_tables
 
 LossOf = Callable[[Tensor], Tensor]
 

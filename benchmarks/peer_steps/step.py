@@ -35,16 +35,17 @@ from peer_models import Unavailable
 from torch import Tensor, nn
 
 from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
-from sambalm.model.ops.cuda import KernelError
+from sambalm.model.ops.external import KernelError
 from sambalm.model.parameters import count_parameters
-from sambalm.parallel.pipeline import MicroBatch
-from sambalm.parallel.state import start_world
-from sambalm.parallel.zero import gradient_norm
-from sambalm.pretrain.config import RunConfig, load_config
+from sambalm.parallel.groups import start_world
+from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.zero.engine import gradient_norm
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
-from sambalm.pretrain.metrics import StepResult
-from sambalm.pretrain.trainer import build_training
+from sambalm.pretrain.reporting.metrics import StepResult
+from sambalm.pretrain.training import build_training
 
 MLP_MULTIPLE = 128  # of the Llama's MLP width, for the sake of its matrix products
 PACKAGES = ("deepspeed", "flash-linear-attention", "flash-attn", "mamba-ssm", "causal-conv1d")

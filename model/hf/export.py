@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import sambalm.model.ops as ops
+import sambalm.model.ops.reference as operations
 from sambalm.model.config import ModelConfig
 from sambalm.model.durable_files import flush, write_json
 
@@ -158,9 +158,9 @@ def _write_code(folder: Path) -> None:
     """The modelling code and the operations beside it, importing each other as one flat package."""
     shutil.copyfile(configuration_samba.__file__, folder / "configuration_samba.py")
     code = Path(modeling_samba.__file__).read_text("utf-8")
-    (folder / "modeling_samba.py").write_text(code.replace(f"from {ops.__name__}.", "from ."), "utf-8")
+    (folder / "modeling_samba.py").write_text(code.replace(f"from {operations.__name__}.", "from ."), "utf-8")
     for name in OPERATIONS:
-        shutil.copyfile(Path(ops.__path__[0]) / f"{name}.py", folder / f"{name}.py")
+        shutil.copyfile(Path(operations.__path__[0]) / f"{name}.py", folder / f"{name}.py")
 
 
 def _write_weights(

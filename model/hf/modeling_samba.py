@@ -23,10 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from sambalm.model.ops.causal_conv import causal_conv_silu
-from sambalm.model.ops.rms_norm import rms_norm
-from sambalm.model.ops.selective_scan import gated_selective_scan
-from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.rms_norm import rms_norm
+from sambalm.model.ops.reference.selective_scan import gated_selective_scan
+from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables, window_attention
 
 from .configuration_samba import ATTENTION, MAMBA, Block, SambaConfig
 

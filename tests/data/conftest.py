@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from data_support import VOCAB_SIZE, make_texts, write_jsonl
 
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from tests.support.data import VOCAB_SIZE, make_texts, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from data_support import write_shard
 
 from sambalm.data_pipeline.baselines import baseline_losses, bigram_cross_entropy, entropy, unigram_cross_entropy
 from sambalm.data_pipeline.config import DataConfig
+from tests.support.data import write_shard
 
 
 def test_entropy():

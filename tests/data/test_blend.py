@@ -1,5 +1,4 @@
 import pytest
-from data_support import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_blend
 from sambalm.data_pipeline.dataset import build_train_dataset
@@ -7,6 +6,7 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import open_sources
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from tests.support.data import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_support import counting_documents, write_jsonl, write_shard
 
 from sambalm.data_pipeline import dataset as module
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import open_sources
+from tests.support.data import counting_documents, write_jsonl, write_shard
 
 S = 16
 

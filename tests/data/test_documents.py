@@ -5,12 +5,12 @@ import random
 import pyarrow
 import pytest
 import zstandard
-from data_support import write_jsonl
 from pyarrow import parquet
 
 from sambalm.data_pipeline.documents import BadRecord, ReadOptions, pieces, place, read_documents
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.inputs import input_file
+from tests.support.data import write_jsonl
 
 
 def test_documents_carry_text_and_position(tmp_path):

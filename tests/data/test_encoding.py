@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from data_support import listing, make_texts, write_jsonl
 
 from sambalm.data_pipeline import encoding
 from sambalm.data_pipeline.documents import ReadOptions
@@ -17,6 +16,7 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from tests.support.data import listing, make_texts, write_jsonl
 
 LITERALS = ["</s>", "a </s>b", "<s>", "x<unk>", "</s></s>", "<0x0A>", "&lt;/s>"]
 

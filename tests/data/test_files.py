@@ -1,8 +1,8 @@
 import pytest
-from data_support import listing
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.files import atomic_write, sha256_file
+from tests.support.data import listing
 
 
 def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):

@@ -4,10 +4,10 @@ import os
 import fsspec
 import pytest
 import zstandard
-from data_support import write_jsonl
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.inputs import expand_inputs, input_file
+from tests.support.data import write_jsonl
 
 
 def _names(patterns) -> list[str]:

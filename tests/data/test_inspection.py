@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-from data_support import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.dataset import build_train_dataset
@@ -10,6 +9,7 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.inspection import Inspector
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import open_sources
+from tests.support.data import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import time
 
 import pytest
 import torch
-from data_support import counting_documents, write_shard
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.dataset import Sample, TrainDataset, build_train_dataset
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.loader import BatchLoader, validation_batches
 from sambalm.data_pipeline.sources import open_sources
+from tests.support.data import counting_documents, write_shard
 
 VOCAB_SIZE = 1000
 

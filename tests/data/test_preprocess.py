@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from data_support import listing, make_texts, write_jsonl
 
 from sambalm.data_pipeline import preprocess as module
 from sambalm.data_pipeline.config import DataConfig
@@ -14,6 +13,7 @@ from sambalm.data_pipeline.files import sha256_file
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest, shard_prefixes
 from sambalm.data_pipeline.sources import open_sources
+from tests.support.data import listing, make_texts, write_jsonl
 
 
 def _tokens(prefix) -> list[list[int]]:

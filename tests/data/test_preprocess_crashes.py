@@ -7,12 +7,12 @@ import subprocess
 import time
 
 import pytest
-from data_support import make_texts, write_jsonl
-from preprocess_support import contents, run, start
 
 from sambalm.data_pipeline.files import sha256_file
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
+from tests.support.data import make_texts, write_jsonl
+from tests.support.preprocess import contents, run, start
 
 # Several to a piece of input, so that a part of one is on disk most of the time.
 SHARD_TOKENS = 200_000

@@ -9,8 +9,6 @@ import numpy as np
 import pyarrow
 import pytest
 import zstandard
-from data_support import listing, make_texts, write_jsonl
-from preprocess_support import run, start
 from pyarrow import parquet
 
 from sambalm.data_pipeline import preprocess as module
@@ -20,6 +18,8 @@ from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.parts import Part, part_spans
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
+from tests.support.data import listing, make_texts, write_jsonl
+from tests.support.preprocess import run, start
 
 
 def _documents_in_name_order(folder) -> list[list[int]]:

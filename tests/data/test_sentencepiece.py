@@ -1,9 +1,9 @@
 import pytest
-from data_support import VOCAB_SIZE, listing, write_jsonl
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from tests.support.data import VOCAB_SIZE, listing, write_jsonl
 
 
 @pytest.mark.parametrize(

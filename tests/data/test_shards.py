@@ -4,12 +4,12 @@ import zlib
 
 import numpy as np
 import pytest
-from data_support import listing, write_shard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from sambalm.data_pipeline import shards
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shards import ShardWriter, check_shard, read_manifest, shard_prefixes
+from tests.support.data import listing, write_shard
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32), (200_000, np.int32)])

@@ -3,8 +3,6 @@ import os
 import shutil
 
 import pytest
-from data_support import VOCAB_SIZE, counting_documents, listing, make_texts, write_jsonl, write_shard
-from worlds import run_world
 
 from sambalm.data_pipeline import shard_index
 from sambalm.data_pipeline.config import DataConfig
@@ -12,6 +10,8 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import check_vocabulary, open_sources
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from tests.support.data import VOCAB_SIZE, counting_documents, listing, make_texts, write_jsonl, write_shard
+from tests.support.worlds import run_world
 
 
 def _config(prefix, **options) -> DataConfig:

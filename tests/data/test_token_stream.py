@@ -3,12 +3,12 @@ import threading
 
 import numpy as np
 import pytest
-from data_support import counting_documents, write_shard
 
 from sambalm.data_pipeline import token_stream
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shard_index import IndexRequest, indexed_shards
 from sambalm.data_pipeline.token_stream import ShardFiles, TokenStream
+from tests.support.data import counting_documents, write_shard
 
 DOCUMENTS = [counting_documents(40, start=10_000 * number, seed=number) for number in range(3)]
 

@@ -3,7 +3,6 @@ import re
 
 import numpy as np
 import pytest
-from data_support import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 from sambalm.data_pipeline import shards
 from sambalm.data_pipeline import verify as module
@@ -11,6 +10,7 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 from sambalm.data_pipeline.verify import verify
+from tests.support.data import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sambalm.model.heads import kv_copies
-from sambalm.parallel.captured_step import UNCAPTURED_STEPS
+from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.errors import ParallelError
-from sambalm.parallel.pipeline import MicroBatch
-from sambalm.parallel.state import start_world
-from sambalm.parallel.zero import whole_parameter
-from sambalm.pretrain.config import load_config
-from sambalm.pretrain.trainer import build_training
+from sambalm.parallel.groups import start_world
+from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.zero.engine import whole_parameter
+from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.training import build_training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sambalm.model.ops.cuda_adamw import CHUNK, CudaAdamW
-from sambalm.parallel.rounded_weights import RoundedWeights
+from sambalm.model.ops.cuda.adamw import CHUNK, CudaAdamW
+from sambalm.parallel.zero.compute_weights import ComputeWeights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -76,7 +76,7 @@ def test_gradients_are_divided_and_stay():
 def test_rounded_copies_are_written(shift, dtype):
     weights = parameters(shift=shift)
     ours, other, doubles = optimizers(weights)
-    copies = RoundedWeights(weights)
+    copies = ComputeWeights(weights)
     with copies.kept():
         found = [copies.of((weight,), dtype) for weight in weights[1:]]
     set_gradients(weights, doubles)
@@ -128,7 +128,7 @@ def test_gradients_with_other_strides():
 
 
 def test_a_step_hook_sets_the_scale():
-    """As parallel/clipping.py clips."""
+    """As parallel/zero/clipping.py clips."""
     weights = parameters(shift=0)
     ours, other, doubles = optimizers(weights)
     ours.register_step_pre_hook(lambda optimizer, *_: setattr(optimizer, "grad_scale", torch.full((), 3.0).cuda()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sambalm.model.ops.cuda_scan import TILE_TOKENS, _Shape, cuda_selective_scan
+from sambalm.model.ops.cuda.scan import TILE_TOKENS, _Shape, cuda_selective_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sambalm.model.ops import cuda
-from sambalm.model.ops.cudnn_window import Call, cudnn_window
-from sambalm.model.ops.window_attention import window_attention
-from sambalm.parallel.recompute import recomputed
+from sambalm.model.ops import external as cuda
+from sambalm.model.ops.attention.cudnn import Call, cudnn_window
+from sambalm.model.ops.reference.window_attention import window_attention
+from sambalm.parallel.layers.recompute import recomputed
 
 DEVICE = torch.device("cuda")
 TOLERANCE = 1e-2  # of bf16, relative to the norm
@@ -14,7 +14,7 @@ TOLERANCE = 1e-2  # of bf16, relative to the norm
 
 @pytest.fixture(autouse=True)
 def _available():
-    reason = cuda.why_unavailable("attention", "cudnn", cuda.Circumstances(DEVICE, torch.bfloat16))
+    reason = cuda.why_unavailable("attention", "cudnn", cuda.KernelRequirements(DEVICE, torch.bfloat16))
     if not torch.cuda.is_available() or reason:
         pytest.skip(f"cudnn: {reason}")
 

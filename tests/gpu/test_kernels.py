@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sambalm.model.ops import cuda
-from sambalm.model.ops.causal_conv import causal_conv_silu
+from sambalm.model.ops import external as cuda
 from sambalm.model.ops.documents import Documents
-from sambalm.model.ops.elementwise import swiglu
-from sambalm.model.ops.kernels import KernelConfig
-from sambalm.model.ops.rms_norm import add_rms_norm
-from sambalm.model.ops.selective_scan import gated_selective_scan
-from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.elementwise import swiglu
+from sambalm.model.ops.reference.rms_norm import add_rms_norm
+from sambalm.model.ops.reference.selective_scan import gated_selective_scan
+from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables, window_attention
+from sambalm.model.ops.registry import KernelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,7 +24,7 @@ CONV_SIZES = [(2, 512, 256), (3, 77, 96), (1, 3, 64), (2, 300, 1304)]
 
 
 def kernel(operation, name):
-    reason = cuda.why_unavailable(operation, name, cuda.Circumstances(DEVICE, torch.bfloat16))
+    reason = cuda.why_unavailable(operation, name, cuda.KernelRequirements(DEVICE, torch.bfloat16))
     if reason:
         pytest.skip(f"{name}: {reason}")
     return getattr(KernelConfig(**{operation: name}).build(device=DEVICE, dtype=torch.bfloat16), operation)

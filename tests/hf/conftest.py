@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hf_support import RandomState, tiny_config
 
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
+from tests.support.hf import RandomState, tiny_config
 
 LLAMA_SETTINGS = {
     "vocab_size": 1200,

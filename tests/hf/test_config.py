@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hf_support import RandomState, tiny_config
-from test_modeling import PATTERNS
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 import sambalm.model.hf
@@ -11,6 +9,8 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.hf import HFError, SambaConfig, SambaForCausalLM, SambaModel
 from sambalm.model.hf.configuration_samba import fla_hidden_ratio, pattern_blocks
 from sambalm.model.hf.names import hf_config, hf_tensors, model_config
+from tests.hf.test_modeling import PATTERNS
+from tests.support.hf import RandomState, tiny_config
 
 PAPER = {  # name: (pattern, hidden_size, query heads, kv heads, MLP width, hidden_ratio)
     "421M": ("M-*- x 6", 1536, 12, 12, 4096, 4),

@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from hf_support import RandomState, hf_model, tiny_config
 from safetensors import safe_open
 
 from sambalm.model.hf import HFError, SambaForCausalLM, load_for_generation
@@ -16,6 +15,7 @@ from sambalm.model.hf.export import export_hf, plan_shards
 from sambalm.model.hf.folder import INDEX_FILE, FolderState
 from sambalm.model.hf.generate import load_config, load_model
 from sambalm.model.hf.verify import verify_export
+from tests.support.hf import RandomState, hf_model, tiny_config
 
 FP32_LEAVES = ("A_log", "D", "dt_proj.bias")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hf_support import RandomState, hf_model, random_tokens, tiny_config
-from test_modeling import PATTERNS, padded
 
 from sambalm.model.hf.modeling_samba import new_cache
+from tests.hf.test_modeling import PATTERNS, padded
+from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config
 
 GREEDY = {"max_new_tokens": 15, "do_sample": False}
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hf_reference import reference_logits
-from hf_support import RandomState, hf_model, random_tokens, tiny_config, training_model
 from transformers import DynamicCache, StaticCache
 
 from sambalm.model.hf import modeling_samba
 from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config
+from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
+from tests.support.hf_reference import reference_logits
 
 PATTERNS = ["M-*-M-*-", "M", "M-", "*-M", "--M*", "MM*--", "-*", "-"]
 WITH_ATTENTION = [pattern for pattern in PATTERNS if "*" in pattern]

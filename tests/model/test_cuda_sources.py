@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_cuda import COMPILER, HostCuda, KernelFault, guarded
 
 from sambalm.model.ops import cuda_adamw, cuda_conv, cuda_scan, cuda_scan_sizes
-from sambalm.model.ops.causal_conv import causal_conv_silu
-from sambalm.model.ops.cuda_adamw import CHUNK, CudaAdamW
-from sambalm.model.ops.cuda_conv import cuda_causal_conv_silu
-from sambalm.model.ops.cuda_scan import _Shape, cuda_selective_scan
-from sambalm.model.ops.selective_scan import gated_selective_scan
-from sambalm.parallel.rounded_weights import RoundedWeights
+from sambalm.model.ops.cuda.adamw import CHUNK, CudaAdamW
+from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
+from sambalm.model.ops.cuda.scan import _Shape, cuda_selective_scan
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.selective_scan import gated_selective_scan
+from sambalm.parallel.zero.compute_weights import ComputeWeights
+from tests.support.host_cuda import COMPILER, HostCuda, KernelFault, guarded
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux, which compiles the kernels for the CPU")
 
@@ -222,7 +222,7 @@ def guarded_optimizer(host, sizes, *, rounded=torch.bfloat16):
         zeros = torch.zeros_like(weight)
         state = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros}
         ours.state[weight] = {name: guard(tensor) for name, tensor in state.items()}
-    copies = RoundedWeights(weights)
+    copies = ComputeWeights(weights)
     for weight in weights[1:]:
         copies.parts[weight].append(guard(torch.full_like(weight, torch.nan, dtype=rounded, requires_grad=False)))
     return ours, other

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sambalm.model.ops.cudnn_window import Tile, _laid_out_as, _readable
+from sambalm.model.ops.attention.cudnn import Tile, _laid_out_as, _readable
 
 FUSED = torch.zeros(10, 2, 8, 64, dtype=torch.bfloat16)  # [tokens, batch, heads of q, k and v, head dim]
 

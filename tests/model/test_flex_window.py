@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sambalm.model.ops.flex_window import BLOCK, _window_blocks
-from sambalm.model.ops.window_attention import window_mask
+from sambalm.model.ops.attention.flex import BLOCK, _window_blocks
+from sambalm.model.ops.reference.window_attention import window_mask
 
 
 @pytest.mark.parametrize("window", [1, 64, 128, 300, 2048])

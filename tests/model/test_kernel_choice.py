@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sambalm.model.ops.cuda import KernelError
-from sambalm.model.ops.cuda_conv import MAX_TAPS
-from sambalm.model.ops.cuda_scan_sizes import backward_shared_bytes
-from sambalm.model.ops.kernels import KernelConfig
+from sambalm.model.ops.cuda.conv import MAX_TAPS
+from sambalm.model.ops.cuda.scan_sizes import backward_shared_bytes
+from sambalm.model.ops.external import KernelError
+from sambalm.model.ops.registry import KernelConfig
 
 KIB = 1024
 H100, A100, RTX_4090 = (kib * KIB for kib in (227, 163, 99))  # shared memory that a block may have

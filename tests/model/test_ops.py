@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from sambalm.model.ops import selective_scan as scan_module
-from sambalm.model.ops.causal_conv import causal_conv_silu
-from sambalm.model.ops.cuda import KernelError
-from sambalm.model.ops.cuda_scan import cuda_selective_scan
-from sambalm.model.ops.rms_norm import add_rms_norm, rms_norm
-from sambalm.model.ops.selective_scan import gated_selective_scan, selective_scan
-from sambalm.model.ops.window_attention import apply_rotary, rotary_tables, window_attention
+from sambalm.model.ops.cuda.scan import cuda_selective_scan
+from sambalm.model.ops.external import KernelError
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.rms_norm import add_rms_norm, rms_norm
+from sambalm.model.ops.reference.selective_scan import gated_selective_scan, selective_scan
+from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables, window_attention
 
 
 def relative(actual, expected):

@@ -3,8 +3,9 @@
 import gc
 
 import pytest
-from layout_runs import batches, run_values
-from worlds import run_world
+
+from tests.support.layout_runs import batches, run_values
+from tests.support.worlds import run_world
 
 
 def kept_nodes_on_rank(values: dict, keep: bool) -> list[str]:
@@ -13,9 +14,9 @@ def kept_nodes_on_rank(values: dict, keep: bool) -> list[str]:
     Args:
         keep: whether to make such a node.
     """
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     def node(parameter):
         return parameter.view_as(parameter).grad_fn.next_functions[0][0]

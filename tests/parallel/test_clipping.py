@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from layout_runs import batches, run_values
-from worlds import run_world
+
+from tests.support.layout_runs import batches, run_values
+from tests.support.worlds import run_world
 
 STEPS, BAD = 4, 2
 
@@ -13,10 +14,10 @@ STEPS, BAD = 4, 2
 def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[float]]:
     """Each step's norm, whether it changed the weights, and the steps that the optimizer has counted."""
     from sambalm.model.heads import kv_copies
-    from sambalm.parallel.state import start_world
-    from sambalm.parallel.zero import gradient_norm, whole_parameter
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.parallel.zero.engine import gradient_norm, whole_parameter
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from benchmark_files import load_benchmark
-from worlds import run_world
 
 from sambalm.model.config import ModelConfig
 from sambalm.parallel.config import ParallelConfig
+from tests.support.benchmark_files import load_benchmark
+from tests.support.worlds import run_world
 
 sent = load_benchmark("context_parallel")
 BATCH, WIDTH, STATES = 2, 3, 4
@@ -14,14 +14,14 @@ BATCH, WIDTH, STATES = 2, 3, 4
 
 def tokens_before_on_rank(part_tokens: int, tokens: int) -> tuple:
     """What a rank fetches, and the gradient of its own tokens when each fetched token weighs its own amount."""
-    from sambalm.parallel.context_parallel import TokensBefore
-    from sambalm.parallel.state import start_world, world_size
+    from sambalm.parallel.groups import start_world, world_size
+    from sambalm.parallel.layers.context_parallel import HaloExchange
 
     with start_world(ParallelConfig(context=world_size())) as world:
         cp = world.context
         whole = torch.randn(BATCH, part_tokens * cp.size, WIDTH, generator=torch.Generator().manual_seed(0))
         own = cp.part(whole).clone().requires_grad_()
-        fetched = TokensBefore(own, tokens, cp=cp).wait()
+        fetched = HaloExchange(own, tokens, cp=cp).wait()
         (fetched * _weights(cp.rank, fetched)).sum().backward()
     return fetched.detach().numpy(), own.grad.numpy()
 
@@ -48,13 +48,13 @@ def test_tokens_before_equal_a_slice_of_the_whole_both_ways(part_tokens, tokens)
 
 def state_on_rank() -> tuple:
     """The state at a rank's start and the gradients of its factors."""
-    from sambalm.parallel.context_parallel import state_at_start
-    from sambalm.parallel.state import start_world, world_size
+    from sambalm.parallel.groups import start_world, world_size
+    from sambalm.parallel.layers.context_parallel import incoming_state
 
     with start_world(ParallelConfig(context=world_size())) as world:
         rank = world.context.rank
         decay, reached = (factor[rank].clone().requires_grad_() for factor in _factors(world.context.size))
-        state = state_at_start(decay, reached, cp=world.context)
+        state = incoming_state(decay, reached, cp=world.context)
         (state * (rank + 1)).sum().backward()
     return state.detach().numpy(), decay.grad.numpy(), reached.grad.numpy()
 
@@ -83,7 +83,7 @@ MODEL = {"hidden_size": 16, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size":
 
 def bytes_on_rank(letter: str, length: int) -> tuple[int, int]:
     """Bytes that a rank hands to torch.distributed for others in one sublayer's forward, and in its backward."""
-    from sambalm.parallel.state import start_world, world_size
+    from sambalm.parallel.groups import start_world, world_size
 
     with start_world(ParallelConfig(context=world_size())) as world:
         return sent.count_sent(ModelConfig(pattern=letter, **MODEL), batch=BATCH, length=length, cp=world.context)
@@ -99,7 +99,7 @@ def test_bytes_sent_are_the_formulas_and_do_not_grow_with_the_sequence(letter, r
         assert backward == _bytes(letter, to_neighbour=rank > 0, ranks=ranks)
     if ranks > 2:
         formula = {"M": sent.passed_states, "*": sent.passed_window, "-": lambda config, cut: 0}[letter]
-        inner = formula(ModelConfig(pattern=letter, **MODEL), sent.Cut(128, ranks, element_bytes=4))
+        inner = formula(ModelConfig(pattern=letter, **MODEL), sent.Shard(128, ranks, element_bytes=4))
         assert sum(long[1]) == sum(long[2]) == BATCH * inner
 
 
@@ -125,11 +125,11 @@ def order_on_rank(letter: str) -> tuple[list[str], list[str]]:
     """What happens in a sublayer's forward and backward: kernels, and the exchanges' beginnings and ends."""
     from dataclasses import replace
 
-    from sambalm.model.ops.kernels import TORCH_KERNELS
+    from sambalm.model.ops.registry import TORCH_KERNELS
     from sambalm.model.samba import Samba
     from sambalm.parallel import context_parallel
+    from sambalm.parallel.groups import start_world
     from sambalm.parallel.sharding import initialize_parameters
-    from sambalm.parallel.state import start_world
 
     events: list[str] = []
 

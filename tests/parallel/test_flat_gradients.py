@@ -7,15 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from layout_runs import MODEL, STEPS, batches, one_process, run_values, steps_on_rank
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import run_world
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.samba import Samba
-from sambalm.parallel.flat_gradients import FlatGradients
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.pretrain.optimizer import OptimizerConfig
+from tests.support.layout_runs import MODEL, STEPS, batches, one_process, run_values, steps_on_rank
+from tests.support.worlds import run_world
 
 
 class Sent(TorchDispatchMode):
@@ -36,9 +36,9 @@ def events_on_rank(values: dict, bucket_elements: int) -> tuple[list[str | int],
 
     It enters a forward, leaves a layer's backward and starts the reduction of a buffer, told by its elements.
     """
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config, events = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from layout_runs import STEPS, batches, one_process, run_values, steps_on_rank
-from worlds import run_world
 
 from sambalm.parallel import flat_weights
-from sambalm.parallel.flat_weights import FlatWeights
+from sambalm.parallel.zero.weights import FlatWeights
+from tests.support.layout_runs import STEPS, batches, one_process, run_values, steps_on_rank
+from tests.support.worlds import run_world
 
 
 class Work:
@@ -30,9 +30,9 @@ def events_on_rank(values: dict) -> tuple[list[str | int], list[int]]:
 
     It sends a buffer, told by its elements below zero, waits for one, told by its elements, and goes through a layer.
     """
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config, events = parse_config(values, source="test"), []
     gather = dist.all_gather_into_tensor
@@ -92,9 +92,9 @@ def test_no_weight_is_used_before_it_is_waited_for(parallel):
 
 def held_out_on_rank(values: dict, gathers: bool) -> list[float]:
     """Losses without training after each of a few steps."""
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world, pytest.MonkeyPatch.context() as monkeypatch:
@@ -138,9 +138,9 @@ def test_weights_of_a_step_before_are_seen():
 
 
 def forward_on_rank(values: dict) -> None:
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
     with start_world(config.parallel) as world:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from layout_runs import batches, run_values
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import run_world
+
+from tests.support.layout_runs import batches, run_values
+from tests.support.worlds import run_world
 
 STEPS = 2
 
@@ -21,10 +22,10 @@ class HostReads(TorchDispatchMode):
 
 def reads_on_rank(values: dict) -> int:
     from sambalm.model.heads import kv_copies
-    from sambalm.parallel.state import start_world
-    from sambalm.parallel.zero import gradient_norm
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.parallel.zero.engine import gradient_norm
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from layout_runs import STEPS, Slices, differences, one_process, run_values, steps_on_rank, whole
-from worlds import run_world
+
+from tests.support.layout_runs import STEPS, Slices, differences, one_process, run_values, steps_on_rank, whole
+from tests.support.worlds import run_world
 
 SP2, SP4 = {"tensor": 2, "sequence": True}, {"tensor": 4, "sequence": True}
 TIED, UNTIED = True, False
@@ -192,7 +193,7 @@ def copied_twice(monkeypatch):
 def _projection(*, copies: int) -> Callable:
     import torch.nn.functional as F
 
-    from sambalm.parallel.tensor_parallel import copy_to_region, reduce_from_region
+    from sambalm.parallel.layers.tensor_parallel import copy_to_region, reduce_from_region
 
     def forward(self, u):
         result = reduce_from_region(F.linear(u, self.weight), self.tp)
@@ -210,7 +211,7 @@ def plain_norm_under_sequence_parallelism(monkeypatch):
 
 
 def copies_of_a_kv_head_are_not_summed(monkeypatch):
-    from sambalm.parallel.state import TensorParallel
+    from sambalm.parallel.groups import TensorParallel
 
     monkeypatch.setattr(TensorParallel, "copies", lambda self, number: TensorParallel())
 
@@ -218,15 +219,15 @@ def copies_of_a_kv_head_are_not_summed(monkeypatch):
 def states_between_ranks_carry_no_gradient(monkeypatch):
     from sambalm.model import sequence_scan
 
-    with_gradient = sequence_scan.state_at_start
-    monkeypatch.setattr(sequence_scan, "state_at_start", lambda *factors, cp: with_gradient(*factors, cp=cp).detach())
+    with_gradient = sequence_scan.incoming_state
+    monkeypatch.setattr(sequence_scan, "incoming_state", lambda *factors, cp: with_gradient(*factors, cp=cp).detach())
 
 
 def tokens_of_neighbours_carry_no_gradient(monkeypatch):
-    from sambalm.parallel.context_parallel import TokensBefore
+    from sambalm.parallel.layers.context_parallel import HaloExchange
 
-    with_gradient = TokensBefore.wait
-    monkeypatch.setattr(TokensBefore, "wait", lambda neighbours: with_gradient(neighbours).detach())
+    with_gradient = HaloExchange.wait
+    monkeypatch.setattr(HaloExchange, "wait", lambda neighbours: with_gradient(neighbours).detach())
 
 
 def copies_of_a_tied_embedding_are_not_summed(monkeypatch):
@@ -244,7 +245,7 @@ def gradients_of_earlier_micro_batches_are_overwritten(monkeypatch):
 
 def layers_are_reduced_before_their_backward(monkeypatch):
     from sambalm.model.samba import Samba
-    from sambalm.parallel.flat_gradients import FlatGradients
+    from sambalm.parallel.zero.gradients import FlatGradients
 
     right_order, start = Samba.backward_order, FlatGradients._start
 
@@ -262,14 +263,14 @@ def layers_are_reduced_before_their_backward(monkeypatch):
 
 
 def gradients_are_reduced_with_another_micro_batch_than_the_last(monkeypatch):
-    from sambalm.parallel.execution import AccumulatingModel
+    from sambalm.parallel.execution import AccumulatingExecutor
 
-    run = AccumulatingModel._run
+    run = AccumulatingExecutor._run
 
     def run_another_as_the_last(self, batch, count, *, is_first, is_last):
         return run(self, batch, count, is_first=is_first, is_last=not is_last)
 
-    monkeypatch.setattr(AccumulatingModel, "_run", run_another_as_the_last)
+    monkeypatch.setattr(AccumulatingExecutor, "_run", run_another_as_the_last)
 
 
 MISTAKES = [

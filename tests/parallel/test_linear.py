@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from worlds import run_world
 
-from sambalm.parallel.linear import fuse_gradient_accumulation, linear, linear_beside, linear_parts, overwriting
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.layers.linear import fuse_gradient_accumulation, linear, linear_beside, linear_parts, overwriting
+from tests.support.worlds import run_world
 
 SIZES = ((5,), (2, 7))  # of the parts of each weight
 ROWS = [sum(sizes) for sizes in SIZES]

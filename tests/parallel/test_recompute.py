@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_files import load_benchmark
 
 from sambalm.model.build import build_parts
 from sambalm.model.config import ModelConfig
-from sambalm.model.ops.kernels import TORCH_KERNELS
+from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.groups import ContextParallel, Pipeline, TensorParallel
 from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.state import ContextParallel, Pipeline, TensorParallel
+from tests.support.benchmark_files import load_benchmark
 
 memory = load_benchmark("recompute")
 CONFIG = ModelConfig(

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from layout_runs import run_values, steps_on_rank
-from worlds import run_world
 
-from sambalm.parallel.flat_weights import FlatWeights
-from sambalm.parallel.linear import linear, linear_parts
-from sambalm.parallel.rounded_weights import RoundedWeights, joined
+from sambalm.parallel.layers.linear import linear, linear_parts
+from sambalm.parallel.zero.compute_weights import ComputeWeights, joined
+from sambalm.parallel.zero.weights import FlatWeights
+from tests.support.layout_runs import run_values, steps_on_rank
+from tests.support.worlds import run_world
 
 
 def rounded_at_each_use(monkeypatch):
-    monkeypatch.setattr(RoundedWeights, "of", lambda copies, weights, dtype: joined(weights, dtype))
+    monkeypatch.setattr(ComputeWeights, "of", lambda copies, weights, dtype: joined(weights, dtype))
     make = FlatWeights.__init__
     monkeypatch.setattr(
         FlatWeights, "__init__", lambda self, *args, **kwargs: make(self, *args, **kwargs | {"dtype": torch.float32})
@@ -20,7 +20,7 @@ def rounded_at_each_use(monkeypatch):
 
 
 def rounded_in_the_first_step_alone(monkeypatch):
-    monkeypatch.setattr(RoundedWeights, "update", lambda copies, weights=None: None)
+    monkeypatch.setattr(ComputeWeights, "update", lambda copies, weights=None: None)
 
 
 def losses_and_gradients(ranks, parallel, mistake=None):
@@ -57,7 +57,7 @@ def test_copies_of_the_step_before_are_seen(parallel):
 def test_copies_are_one_for_all_uses_and_follow_the_weights():
     weights = [torch.nn.Parameter(torch.randn(rows, 11)) for rows in (5, 4)]
     x = torch.randn(3, 11).bfloat16()
-    copies = RoundedWeights(weights)
+    copies = ComputeWeights(weights)
 
     def products_are_right():
         first, second = linear_parts(x, *weights, sizes=[[5], [4]])
@@ -76,7 +76,7 @@ def test_copies_are_one_for_all_uses_and_follow_the_weights():
 
 def test_what_the_optimizer_has_written_is_not_rounded_again():
     weights = [torch.nn.Parameter(torch.randn(rows, 11)) for rows in (5, 4, 3)]
-    copies = RoundedWeights(weights)
+    copies = ComputeWeights(weights)
     with copies.kept():
         pair, alone = copies.of(tuple(weights[:2]), torch.bfloat16), copies.of(tuple(weights[:1]), torch.bfloat16)
     assert copies.to_write(weights[0]) is None  # of which there are two
@@ -96,7 +96,7 @@ def test_what_others_keep_is_taken_where_it_lies(gap):
     weights = [torch.nn.Parameter(torch.full((), torch.nan).expand(rows, 11)) for rows in (5, 4)]
     flat = torch.randn(9 * 11 + gap).bfloat16()
     kept = flat[:55].view(5, 11), flat[55 + gap :].view(4, 11)
-    copies = RoundedWeights([])
+    copies = ComputeWeights([])
     for weight, rounded in zip(weights, kept, strict=True):
         copies.adopt(weight, rounded)
     x = torch.randn(3, 11).bfloat16()

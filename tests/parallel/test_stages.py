@@ -9,7 +9,7 @@ from sambalm.model.build import part_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import layer_flops
 from sambalm.parallel.config import ParallelConfig
-from sambalm.parallel.stages import balanced_stages
+from sambalm.parallel.pipeline.stages import balanced_stages
 
 SIZES = {"hidden_size": 64, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size": 128, "window": 16}
 

@@ -6,20 +6,20 @@ That gradients come out right is in test_layouts.
 import numpy as np
 import pytest
 import torch
-from layout_runs import local_slices, run_values, whole
-from worlds import run_world
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.heads import kv_copies, share_heads
 from sambalm.parallel.config import ParallelConfig
-from sambalm.parallel.sharding import cut
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.sharding import shard
+from tests.support.layout_runs import local_slices, run_values, whole
+from tests.support.worlds import run_world
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("size", [8, 11, 64, 82, 2732, 8196, 9984])
 def test_shares_follow_one_another_and_fill_a_dimension(size, ranks):
-    shares = [cut(size, TensorParallel(rank=rank, size=ranks)) for rank in range(ranks)]
+    shares = [shard(size, TensorParallel(rank=rank, size=ranks)) for rank in range(ranks)]
     assert [share.start for share in shares] == list(np.cumsum([0] + [share.length for share in shares[:-1]]))
     assert sum(share.length for share in shares) == size
     assert max(share.length for share in shares) - min(share.length for share in shares) < 16
@@ -81,13 +81,13 @@ MODELS = {
 
 def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
     """Canonical slices of weights and moments: initial ones, or a checkpoint's; after one step when they are saved."""
-    from layout_runs import batches
-
-    from sambalm.parallel.state import start_world
-    from sambalm.parallel.zero import whole_moment, whole_parameter
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.run_state import find_resume_point, save_checkpoint
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.parallel.zero.engine import whole_moment, whole_parameter
+    from sambalm.pretrain.checkpointing.load import find_resume_point
+    from sambalm.pretrain.checkpointing.write import save_checkpoint
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
+    from tests.support.layout_runs import batches
 
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
@@ -96,7 +96,7 @@ def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
         training = build_training(config, world=world, checkpoint=checkpoint)
         if save_to:
             training.execution.train_step(batches(0, config=config, world=world))
-            save_checkpoint(training, config=config, world=world, step=1, samples=0, data={})
+            save_checkpoint(training.parts, config=config, world=world, step=1, samples=0, data={})
         state = {"weights": local_slices(training.parts, whole_parameter)}
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = local_slices(training.parts, lambda parameter, key=key: whole_moment(parameter, key))
@@ -155,8 +155,8 @@ def _assert_equal(results: list[dict], expected: dict, *, keys: list[str]) -> No
 
 def reduce_transposed_gradient() -> float:
     """The gradient that arrives at copy_to_region from a transposed use."""
-    from sambalm.parallel.state import start_world
-    from sambalm.parallel.tensor_parallel import copy_to_region
+    from sambalm.parallel.groups import start_world
+    from sambalm.parallel.layers.tensor_parallel import copy_to_region
 
     with start_world(ParallelConfig(tensor=2)) as world:
         x = torch.ones(3, 4, requires_grad=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from whole_runs import changed, train
-from worlds import run_world
 
 from sambalm.pretrain.batch_schedule import BatchSchedule
-from sambalm.pretrain.config import parse_config
+from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
+from tests.support.whole_runs import changed, train
+from tests.support.worlds import run_world
 
 RAMP = {"start_tokens": 128, "increment_tokens": 128, "ramp_tokens": 1536}
 
@@ -87,8 +87,8 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     from sambalm.data_pipeline.dataset import build_train_dataset
     from sambalm.data_pipeline.sources import open_sources
     from sambalm.model.build import build_parts
+    from sambalm.parallel.groups import start_world
     from sambalm.parallel.sharding import initialize_parameters
-    from sambalm.parallel.state import start_world
 
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:
@@ -124,7 +124,7 @@ def engine_counts(values: dict) -> list[tuple[float, float]]:
     """The run as it would be if DeepSpeed counted micro-batches over all steps."""
     from deepspeed import DeepSpeedEngine
 
-    from sambalm.pretrain.metrics_file import read_metrics
+    from sambalm.pretrain.reporting.metrics_file import read_metrics
     from sambalm.pretrain.trainer import train as run
 
     with pytest.MonkeyPatch.context() as patch:

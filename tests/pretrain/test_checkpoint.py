@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from whole_runs import changed, run_dir, stopped_after, train
-from worlds import run_world
 
-from sambalm.pretrain.checkpoint import checkpoint_folder, checkpoint_folders, newest_checkpoint, open_checkpoint
+from sambalm.pretrain.checkpointing.format import (
+    checkpoint_folder,
+    checkpoint_folders,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
+from tests.support.whole_runs import changed, run_dir, stopped_after, train
+from tests.support.worlds import run_world
 
 
 @pytest.mark.parametrize(
@@ -91,17 +96,18 @@ def test_a_checkpoint_is_the_same_whatever_gradients_are_reduced_together(run_va
 def load_and_save(values, target, bucket_elements=BUCKET_ELEMENTS):
     """Takes a run's newest checkpoint over, without a step, and saves it into the run folder of other values."""
     from sambalm.model.heads import kv_copies
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.config import parse_config
-    from sambalm.pretrain.run_state import find_resume_point, save_checkpoint
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.checkpointing.load import find_resume_point
+    from sambalm.pretrain.checkpointing.write import save_checkpoint
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
         checkpoint = find_resume_point(config, world=world)
         training = build_training(config, world=world, checkpoint=checkpoint, bucket_elements=bucket_elements)
         target_config = parse_config(target, source="test")
-        save_checkpoint(training, config=target_config, world=world, step=3, samples=24, data={})
+        save_checkpoint(training.parts, config=target_config, world=world, step=3, samples=24, data={})
 
 
 def stored_tensors(path):
@@ -124,7 +130,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sambalm.pretrain.checkpoint import open_checkpoint
+from sambalm.pretrain.checkpointing.format import open_checkpoint
 
 
 def resident_mb(field):
@@ -226,7 +232,7 @@ def test_only_the_newest_checkpoints_are_kept(run_values):
 
 def train_with_a_full_disk(values):
     """Rank 1 cannot write a file of the size of its shard, as when its disk is full."""
-    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.trainer import train
 
     if os.environ["RANK"] == "1":

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 from typer.main import get_command
-from whole_runs import changed
 
 from sambalm.pretrain import cli
-from sambalm.pretrain.checkpoint import checkpoint_folders
+from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from tests.support.whole_runs import changed
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sambalm.pretrain.cli"]

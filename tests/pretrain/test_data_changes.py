@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from whole_runs import changed, train
 
 from sambalm.data_pipeline.shards import ShardWriter
-from sambalm.pretrain.data_record import data_change
+from sambalm.pretrain.checkpointing.data_record import data_change
+from tests.support.whole_runs import changed, train
 
 
 def write_source(prefix: Path, *, seed: int) -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from whole_runs import changed, stopped_after, train
-from worlds import run_world
 
 from sambalm.data_pipeline.shards import ShardWriter
+from tests.support.whole_runs import changed, stopped_after, train
+from tests.support.worlds import run_world
 
 
 def batches_on_rank(values: dict) -> tuple[int, int, list]:
     """This rank's data and context rank and the tokens of its micro-batches, step by step, as training used them."""
     from sambalm.pretrain import trainer
-    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.config_file import parse_config
 
     steps, worlds, build = [], [], trainer.build_training
 
@@ -127,7 +127,7 @@ def test_a_run_stopped_after_any_step_goes_on_with_the_same_bits(blended_values,
 def dies_within_a_step(values: dict, batches: int) -> None:
     """Trains until this rank has taken a number of micro-batches, and fails at the next."""
     from sambalm.data_pipeline.loader import BatchLoader
-    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.trainer import train as run
 
     taken, take = [], BatchLoader.next_micro_batch

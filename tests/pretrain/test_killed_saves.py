@@ -5,17 +5,16 @@ import os
 import shutil
 import signal
 
-from whole_runs import changed, run_dir, train
-from worlds import PRELOAD
-
-from sambalm.pretrain.checkpoint import checkpoint_folders, open_checkpoint
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, open_checkpoint
+from tests.support.whole_runs import changed, run_dir, train
+from tests.support.worlds import PRELOAD
 
 OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
 
 
 def train_until(values, point):
     """In a process of its own: ends it just before operation number `point` on the run's checkpoints."""
-    from sambalm.pretrain.config import parse_config
+    from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.trainer import train
 
     seen = 0

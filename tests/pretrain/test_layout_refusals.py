@@ -2,12 +2,12 @@
 
 import pytest
 import torch.distributed as dist
-from whole_runs import changed
 
 from sambalm.parallel.errors import ParallelError
-from sambalm.pretrain.config import parse_config
+from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.trainer import train
+from tests.support.whole_runs import changed
 
 # Name: processes, changed sections, what the sentence must say; the processes and changes that make it work.
 REFUSED = {

@@ -11,23 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_counters import HandedBytes, LiveBytes
 from typer.testing import CliRunner
-from worlds import run_world
 
-from sambalm.model.ops.kernels import TORCH_KERNELS
+from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.samba import Samba
-from sambalm.parallel.state import TensorParallel
+from sambalm.parallel.groups import TensorParallel
 from sambalm.pretrain.cli import app
-from sambalm.pretrain.config import DTYPES, RunConfig, load_config, parse_config
+from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.plan import GIB, USABLE_SHARE, describe_run, find_plans, layout_name, plan_of
-from sambalm.pretrain.plan_communication import ReducedGroup, reduced_groups, step_transfers
-from sambalm.pretrain.plan_hardware import DEVICES, HOST_SUBLAYER_S, KERNEL_GAPS_S, LINK_SHARE
-from sambalm.pretrain.plan_kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
-from sambalm.pretrain.plan_memory import stage_memories
-from sambalm.pretrain.plan_sizes import stage_parameters, stage_parts
-from sambalm.pretrain.plan_time import exposed_s
+from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
+from sambalm.pretrain.planner.hardware import DEVICES, HOST_SUBLAYER_S, KERNEL_GAPS_S, LINK_SHARE
+from sambalm.pretrain.planner.kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
+from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, layout_name, plan_of
+from sambalm.pretrain.planner.sizes import stage_parameters, stage_parts
+from sambalm.pretrain.planner.time import exposed_s
+from tests.support.plan_counters import HandedBytes, LiveBytes
+from tests.support.worlds import run_world
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -101,7 +102,7 @@ def kept_on_rank(values: dict) -> int:
     """Bytes that the rank's real forward leaves for its backward, without the weights."""
     from sambalm.model.build import build_parts
     from sambalm.model.heads import kv_copies
-    from sambalm.parallel.state import start_world
+    from sambalm.parallel.groups import start_world
 
     config = RunConfig.model_validate(values)
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
@@ -158,9 +159,9 @@ def test_parameters_are_those_of_the_real_parts(parallel, tied):
 
 def states_on_rank(values: dict) -> tuple[int, int, int]:
     """Live bytes before a step, between a step's micro-batches and after it, without DeepSpeed's bucket."""
-    from sambalm.parallel.pipeline import MicroBatch
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.parallel.micro_batch import MicroBatch
+    from sambalm.pretrain.training import build_training
 
     config, counts = RunConfig.model_validate(values), []
 
@@ -222,9 +223,9 @@ LAYOUTS = [
 def handed_on_rank(values: dict) -> tuple[int, Counter]:
     """The rank's pipeline stage, and what it hands over in its second step."""
     from sambalm.model.heads import kv_copies
-    from sambalm.parallel.pipeline import MicroBatch
-    from sambalm.parallel.state import start_world
-    from sambalm.pretrain.trainer import build_training
+    from sambalm.parallel.groups import start_world
+    from sambalm.parallel.micro_batch import MicroBatch
+    from sambalm.pretrain.training import build_training
 
     config = RunConfig.model_validate(values)
     with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sambalm.model.ops.cuda_scan_sizes import tiles_of_a_segment
-from sambalm.pretrain.plan_hardware import DEVICES, H100
-from sambalm.pretrain.plan_scan import cuda_scan_s
+from sambalm.model.ops.cuda.scan_sizes import tiles_of_a_segment
+from sambalm.pretrain.planner.hardware import DEVICES, H100
+from sambalm.pretrain.planner.scan import cuda_scan_s
 
 # Forward and backward in ms of one H100 80GB, 16 states, bf16 (docs/performance.md).
 MEASURED = {

@@ -8,7 +8,7 @@ import pytest
 from sambalm.model.parameters import count_parameters
 from sambalm.parallel.errors import ParallelError
 from sambalm.pretrain import config_docs
-from sambalm.pretrain.config import dump_config, load_config
+from sambalm.pretrain.config_file import dump_config, load_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
 

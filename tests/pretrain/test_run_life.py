@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from whole_runs import changed, train
 
-from sambalm.pretrain.attempts import read_attempts
-from sambalm.pretrain.checkpoint import checkpoint_folders, newest_checkpoint
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.errors import ExitCode, RunInUseError
-from sambalm.pretrain.lease import Lease
-from sambalm.pretrain.metrics_file import read_metrics
+from sambalm.pretrain.lifecycle.attempts import read_attempts
+from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.reporting.metrics_file import read_metrics
+from tests.support.whole_runs import changed, train
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -212,7 +212,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, long_v
 
 def test_a_lease_is_taken_over_without_a_beat_and_its_holder_finds_out(tmp_path, monkeypatch):
     """As from another host, where process ids say nothing."""
-    monkeypatch.setattr("sambalm.pretrain.lease._pid_space", lambda: os.urandom(4).hex())
+    monkeypatch.setattr("sambalm.pretrain.lifecycle.lease._pid_space", lambda: os.urandom(4).hex())
     beating, silent = Lease(tmp_path, beat_s=0.05, stale_s=1.0), Lease(tmp_path / "b", beat_s=1000.0)
     beating.acquire()
     silent.acquire()
@@ -232,7 +232,7 @@ def test_a_lease_is_taken_over_without_a_beat_and_its_holder_finds_out(tmp_path,
 CRASH = """
 import os, sys
 from sambalm.pretrain import trainer
-from sambalm.pretrain.config import load_config
+from sambalm.pretrain.config_file import load_config
 real = trainer.Trainer._launch_step
 def crash(self):
     if self.step == int(sys.argv[2]):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from whole_runs import changed, train
 
-from sambalm.pretrain.checkpoint import newest_checkpoint
+from sambalm.pretrain.checkpointing.format import newest_checkpoint
+from tests.support.whole_runs import changed, train
 
 TIED, UNTIED = True, False
 LAYOUTS = {

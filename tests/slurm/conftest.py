@@ -1,7 +1,8 @@
 """A throw-away Slurm cluster for the tests of this folder, which `make test-slurm` runs."""
 
 import pytest
-from cluster_client import Cluster, why_not
+
+from tests.support.slurm_client import Cluster, why_not
 
 
 def pytest_collection_modifyitems(items):

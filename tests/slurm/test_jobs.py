@@ -3,11 +3,11 @@
 import time
 
 import pytest
-from cluster_client import wait_until
-from jobs import Job
-from whole_runs import changed, train
 
 from sambalm.pretrain.errors import ExitCode
+from tests.support.slurm_client import wait_until
+from tests.support.slurm_jobs import Job
+from tests.support.whole_runs import changed, train
 
 
 @pytest.fixture

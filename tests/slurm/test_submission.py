@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_client import wait_until
-from whole_runs import changed
 
-from sambalm.pretrain.attempts import read_attempts
-from sambalm.pretrain.checkpoint import checkpoint_folders
+from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from sambalm.pretrain.lifecycle.attempts import read_attempts
+from tests.support.slurm_client import wait_until
+from tests.support.whole_runs import changed
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))

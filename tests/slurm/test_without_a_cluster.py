@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from whole_runs import train
 
-from sambalm.pretrain.attempts import read_attempts, write_outcome, write_snapshot
-from sambalm.pretrain.config import load_config
+from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.plan import DAY_S, find_plans, layout_name, plan_of
-from sambalm.pretrain.plan_hardware import H100
+from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot
+from sambalm.pretrain.planner.hardware import H100
+from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
+from sambalm.pretrain.planner.search import DAY_S, find_plans, layout_name, plan_of
 from sambalm.slurm.agent import torchrun_arguments
 from sambalm.slurm.errors import SlurmError
-from sambalm.slurm.estimate import HOUR_S, Cluster, Estimate, estimate
 from sambalm.slurm.health import find_problems, pick
 from sambalm.slurm.status import run_status
+from tests.support.whole_runs import train
 
 CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs", "slurm"))
 

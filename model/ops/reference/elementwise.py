@@ -1,0 +1,45 @@
+"""Operations on single elements and rows, in plain PyTorch and fused by torch.compile."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sambalm.model.ops.reference.window_attention import apply_rotary
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, in their dtype and shape."""
+    return F.silu(gate) * up
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label, fp32 [tokens], of logits [tokens, vocabulary] in any dtype."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """What lies between a model's matrix products, scans and attention, but for the norm."""
+
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
+    token_losses: Callable[[Tensor, Tensor], Tensor] = token_losses
+
+    def compiled(self) -> "Elementwise":
+        """The same, each fused into as few passes over memory as it takes; logits are never held in fp32."""
+        return Elementwise(*map(torch.compile, (self.swiglu, self.rotary, self.token_losses)))
+
+
+def why_not_compiled() -> str | None:
+    """Why torch.compile cannot make GPU kernels here; None when it can."""
+    if find_spec("triton") is None:
+        return "it needs Triton"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "Triton needs a C compiler"
+    return None

@@ -1,0 +1,110 @@
+"""Micro-batches that are launched as CUDA graphs.
+
+A micro-batch is thousands of kernels, most of them shorter than the host takes to launch one, and the device waits
+between them. As a graph they are launched at once, with what ranks send each other on the way.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sambalm.parallel.errors import ParallelError
+from sambalm.parallel.micro_batch import MicroBatch
+
+UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ranks connect, which cannot be captured
+
+
+class Run(Protocol):
+    """A micro-batch's forward and backward."""
+
+    def __call__(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
+        """Adds the gradients of one of a step's micro_batches to the parameters' and returns its loss, fp32 []."""
+
+
+def run_in_turn(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    count = len(micro_batches)
+    return [
+        run(batch, count, is_first=number == 1, is_last=number == count)
+        for number, batch in enumerate(micro_batches, start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A micro-batch's forward and backward. It reads its inputs, and leaves its results, where they were captured."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: MicroBatch
+    micro_batches: Tensor  # of the step, fp32 []
+    loss: Tensor  # fp32 []
+    gradients: list[Tensor | None]  # of all parameters, in their order
+
+
+class CapturedMicroBatches:
+    """Runs micro-batches as `run` does, to the same bits.
+
+    A step's first micro-batch has a graph of its own, which writes gradients where steps start without, and so has its
+    last, and one that is both, where the last differs. All use the same memory, which stays reserved from step to step
+    until `clear`. Packed documents, whose lengths differ from step to step, run uncaptured.
+
+    Gradients that are there before the first micro-batch must lie at the same place in every step.
+
+    Args:
+        run: must do the same for each first, each last and each other micro-batch, and on all ranks.
+        last_differs: whether `run` does anything else for the last.
+    """
+
+    def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool) -> None:
+        self.run, self.parameters, self.last_differs = run, list(parameters), last_differs
+        self.uncaptured_steps = UNCAPTURED_STEPS
+        self.captured: dict[tuple[bool, bool], Captured] = {}  # of the first; of a last that differs
+
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Runs a step's micro-batches.
+
+        Raises:
+            ParallelError: a micro-batch cannot be captured.
+        """
+        packed = any(batch.document_starts is not None for batch in micro_batches)
+        captured = not packed and self.uncaptured_steps == 0
+        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
+        return run_in_turn(self._replay if captured else self.run, micro_batches)
+
+    def clear(self) -> None:
+        """Gives the graphs' memory back; the next step captures them again, in a fraction of a second."""
+        if self.captured:
+            self.captured.clear()
+            torch.cuda.empty_cache()
+
+    def _replay(self, batch: MicroBatch, micro_batches: int, *, is_first: bool, is_last: bool) -> Tensor:
+        kind = is_first, is_last and self.last_differs
+        if kind not in self.captured:
+            self.captured[kind] = self._capture(batch, is_first=is_first, is_last=is_last)
+        captured = self.captured[kind]
+        captured.batch.tokens.copy_(batch.tokens)
+        captured.batch.labels.copy_(batch.labels)
+        captured.micro_batches.fill_(micro_batches)
+        captured.graph.replay()
+        for parameter, gradient in zip(self.parameters, captured.gradients, strict=True):
+            parameter.grad = gradient
+        return captured.loss.clone()
+
+    def _capture(self, batch: MicroBatch, *, is_first: bool, is_last: bool) -> Captured:
+        """Nothing is computed yet. Parameters that have a gradient get it added to."""
+        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone())
+        micro_batches = torch.ones((), device=batch.tokens.device)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.graph.pool() for other in self.captured.values()), None)
+        try:
+            # NCCL has a thread that looks after its messages all the while; only this one's calls are to be refused.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                loss = self.run(batch, micro_batches, is_first=is_first, is_last=is_last)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ParallelError(
+                f"a micro-batch could not be captured as a CUDA graph ({reason}): set train.cuda_graphs=false"
+            ) from error
+        return Captured(graph, batch, micro_batches, loss, [parameter.grad for parameter in self.parameters])

@@ -1,0 +1,169 @@
+"""What ranks that share a sequence tell each other. They hold contiguous parts of it in order, all of one length.
+
+A causal layer that looks back a bounded distance needs the tokens just before its part, from one neighbour or, when
+parts are shorter than that distance, from several. A recurrence needs the state at its start. Neither grows with the
+length of the sequence.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sambalm.parallel.groups import ContextParallel
+
+
+class HaloExchange:
+    """The tokens just before this rank's part of a sequence, under way from the ranks before until `wait`.
+
+    Differentiable, and what is computed between making it and `wait` overlaps with the messages in both directions: the
+    backward of `wait` posts the gradients' messages, and only the backward of the beginning waits for them.
+
+    Args:
+        x: [batch, this rank's tokens, ...], of one shape on all ranks.
+        tokens: how many to fetch; near the start of the sequence there are fewer.
+    """
+
+    def __init__(self, x: Tensor, tokens: int, *, cp: ContextParallel) -> None:
+        self._exchange = _Exchange(tokens, part_tokens=x.shape[1], cp=cp)
+        self._pieces = _Post.apply(x, self._exchange)
+
+    def wait(self) -> Tensor:
+        """[batch, min(tokens, tokens on the ranks before), ...].
+
+        The loss must depend on it on every rank, also where it is empty: the backward is collective.
+        """
+        return _Arrive.apply(self._exchange, *self._pieces)
+
+
+class _Exchange:
+    """Messages to the ranks after and from the ranks before, or the other way round."""
+
+    def __init__(self, tokens: int, *, part_tokens: int, cp: ContextParallel) -> None:
+        self.group = cp.group
+        hops = min(math.ceil(tokens / part_tokens), cp.size - 1)
+        portions = {hop: min(part_tokens, tokens - (hop - 1) * part_tokens) for hop in range(1, hops + 1)}
+        # Ranks and how many of its last tokens the earlier one of two passes on; in the order of the sequence.
+        self.before = [(cp.rank - hop, n) for hop, n in reversed(portions.items()) if hop <= cp.rank]
+        self.after = [(cp.rank + hop, n) for hop, n in portions.items() if cp.rank + hop < cp.size]
+        self._under_way: list[dist.Work] = []
+        self._tensors: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})  # which must live until then
+
+    def post(self, sent: dict[int, Tensor], wanted: dict[int, Tensor]) -> None:
+        """Begins to send to ranks and to fill the wanted buffers from ranks."""
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
+            for operation, tensors in ((dist.isend, sent), (dist.irecv, wanted))
+            for rank, tensor in tensors.items()
+        ]
+        self._tensors = sent, wanted
+        self._under_way = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> dict[int, Tensor]:
+        """What was received, by rank."""
+        for request in self._under_way:
+            request.wait()
+        _, received = self._tensors
+        self._under_way, self._tensors = [], ({}, {})
+        return received
+
+
+class _Post(torch.autograd.Function):
+    """Sends a rank's last tokens on. The results are empty buffers until `_Arrive`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, exchange: _Exchange) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.shape = exchange, x.shape
+        sent = {rank: x[:, x.shape[1] - n :].contiguous() for rank, n in exchange.after}
+        wanted = {rank: x.new_empty(x.shape[0], n, *x.shape[2:]) for rank, n in exchange.before}
+        exchange.post(sent, wanted)
+        return tuple(wanted.values()) or (torch.empty_like(x[:, :0]),)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        total = gradient.new_zeros(ctx.shape)
+        for part in ctx.exchange.wait().values():
+            total[:, ctx.shape[1] - part.shape[1] :] += part
+        return total, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Joins what `_Post` asked for. The backward sends the gradients back, for the other ranks' `_Post`."""
+
+    @staticmethod
+    def forward(ctx, exchange: _Exchange, *pieces: Tensor) -> Tensor:
+        ctx.exchange, ctx.sizes = exchange, [piece.shape[1] for piece in pieces]
+        exchange.wait()
+        return torch.cat(pieces, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, pieces = ctx.exchange, gradient.split(ctx.sizes, dim=1)
+        sent = {rank: piece.contiguous() for (rank, _), piece in zip(exchange.before, pieces, strict=False)}
+        wanted = {rank: gradient.new_empty(len(gradient), n, *gradient.shape[2:]) for rank, n in exchange.after}
+        exchange.post(sent, wanted)
+        return None, *pieces
+
+
+def incoming_state(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Tensor:
+    """The state at the start of this rank's part of a sequence, of a recurrence that is linear in its state.
+
+    Over its part a rank's state becomes decay * state + reached. Differentiable, and collective in both directions on
+    every rank: the first rank's state is zero and yet it takes part.
+
+    Args:
+        decay, reached: of this rank's part, of one shape on all ranks.
+
+    Returns:
+        A tensor of that shape; zeros on the first rank.
+    """
+    return _IncomingState.apply(torch.stack((decay, reached)), cp)
+
+
+def after(result: Tensor, other: Tensor) -> Tensor:
+    """The result, with the backward of another tensor run too: a collective one has to be run on every rank."""
+    return _After.apply(result, other)
+
+
+class _After(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, result: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(other)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (other,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(other)
+
+
+class _IncomingState(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, own: Tensor, cp: ContextParallel) -> Tensor:
+        ctx.cp = cp
+        gathered = own.new_empty(cp.size, *own.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), own.contiguous(), group=cp.group)
+        ctx.save_for_backward(gathered)
+        return _states(gathered, cp.rank)[-1]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        cp, (gathered,) = ctx.cp, ctx.saved_tensors
+        states = _states(gathered, cp.rank)
+        gradients = torch.zeros_like(gathered)
+        for rank in reversed(range(cp.rank)):
+            gradients[rank, 0] = gradient * states[rank]
+            gradients[rank, 1] = gradient
+            gradient = gradient * gathered[rank, 0]
+        own = torch.empty_like(gathered[0])
+        dist.reduce_scatter_tensor(own, gradients.flatten(0, 1), group=cp.group)
+        return own, None
+
+
+def _states(gathered: Tensor, rank: int) -> list[Tensor]:
+    """The states at the start of each rank's part up to `rank`, from decays and reached states [ranks, 2, ...]."""
+    states = [torch.zeros_like(gathered[0, 1])]
+    for decay, reached in gathered[:rank]:
+        states.append(decay * states[-1] + reached)
+    return states

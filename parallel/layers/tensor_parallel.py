@@ -1,0 +1,128 @@
+"""Tensor- and sequence-parallel layers over megatron-core's communication primitives.
+
+Weights are fp32 and are cast to the input's dtype where they are used: they are their own master copies. Sequence-first
+activations [sequence, batch, width], as megatron-core's sequence parallelism needs them.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sambalm.parallel.compat.megatron import tensor_parallel
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.layers.linear import linear, linear_parts
+from sambalm.parallel.sharding import Init, Shard, equal_shard, sharded_parameter
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """megatron-core's all-reduces silently reduce a copy when given a tensor that is not contiguous."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def copy_to_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Identity; the backward sums the gradient over the tensor-parallel ranks, each of which used x for its part."""
+    if tp.size == 1:
+        return x
+    return _ContiguousGradient.apply(tensor_parallel.copy_to_tensor_model_parallel_region(x, group=tp.group))
+
+
+def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum over tensor-parallel ranks; the backward is the identity."""
+    if tp.size == 1:
+        return x
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(x.contiguous(), group=tp.group)
+
+
+def replicated_weight(weight: Tensor, tp: TensorParallel) -> Tensor:
+    """A whole weight for use on this rank's share of the sequence: under sequence parallelism its gradient is a sum."""
+    return copy_to_region(weight, tp) if tp.sequence else weight
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer without bias whose output features are cut over ranks.
+
+    Args:
+        parts: this rank's shares of the output features, by name; all are computed in one matrix product.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, Shard], *, tp: TensorParallel, init: Init) -> None:
+        super().__init__()
+        self.tp = tp
+        self.local_sizes = [part.length for part in parts.values()]
+        cuts = {f"{name}.weight": part for name, part in parts.items()}
+        self.weight = sharded_parameter((0, in_features), cuts, init=init, matmul_only=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
+        return linear_parts(x, self.weight, sizes=[self.local_sizes], tp=self.tp)
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer without bias whose input features are cut over ranks; the output is summed over them."""
+
+    def __init__(self, in_features: Shard, out_features: int, *, tp: TensorParallel, init: Init) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = sharded_parameter((out_features, 0), {"weight": in_features}, init=init, dim=1, matmul_only=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""
+        partial = linear(x, self.weight)
+        if self.tp.sequence:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
+        return reduce_from_region(partial, self.tp)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding whose rows are cut over ranks.
+
+    Args:
+        owned: False for a second copy, which a tied head has on the last pipeline stage.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, tp: TensorParallel, init: Init, owned: bool = True) -> None:
+        super().__init__()
+        self.tp = tp
+        rows = equal_shard(vocab_size, tp)
+        self.weight = sharded_parameter((0, width), {"weight": rows}, init=init, owned=owned)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """int64 [batch, sequence] to [sequence (/ tp under sequence parallelism), batch, width]."""
+        tokens = tokens.t()
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight).to(dtype)
+        rows = self.weight.shape[0]
+        local = tokens - self.tp.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
+        partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0)
+        if self.tp.sequence:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
+        return reduce_from_region(partial, self.tp)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, tp: TensorParallel, *, token_losses: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Negative log-likelihood of each label in fp32.
+
+    Args:
+        logits: [sequence, batch, vocabulary / tp].
+        labels: int64 [sequence, batch].
+        token_losses: of logits [tokens, vocabulary] and labels [tokens], for a process that has the whole vocabulary.
+
+    Returns:
+        fp32 [sequence, batch].
+    """
+    if tp.size == 1:
+        return token_losses(logits.flatten(0, 1), labels.flatten()).view_as(labels)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.contiguous())

@@ -1,0 +1,68 @@
+"""Clipping that the host does not wait for: the norm stays on the device, and the optimizer's own kernel divides by it.
+
+Fused optimizers take both factors of GradScaler (torch.amp): `grad_scale`, which gradients are divided by, and
+`found_inf`, 1.0 where the step is to be skipped. They are set here instead.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Clipping:
+    """Shortens gradients to max_norm within a fused optimizer's step, which skips those that are not finite.
+
+    A skipped step counts as one, as it does for a run that is resumed.
+
+    Args:
+        groups: over whose ranks the squares of gradients add up.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, max_norm: float, groups: Sequence[dist.ProcessGroup]) -> None:
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self.groups = [group for group in groups if group.size() > 1]
+        optimizer.register_step_post_hook(_count_skipped)
+
+    def prepare(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Prepares the optimizer's next step. Collective.
+
+        Args:
+            gradients: those that count on this rank, at least one.
+
+        Returns:
+            The norm of all ranks' gradients before clipping, fp32 [].
+        """
+        squares = torch.nn.utils.get_total_norm(gradients, foreach=True).square()
+        for group in self.groups:
+            dist.all_reduce(squares, group=group)
+        norm = squares.sqrt()
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        return norm
+
+
+def _count_skipped(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Fused optimizers do not."""
+    parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    torch._foreach_add_(steps, [optimizer.found_inf] * len(steps))  # the host would read a tensor for all, and wait
+
+
+def clip_before_steps(optimizer: Optimizer, *, max_norm: float) -> None:
+    """Clips in every step of an optimizer without ZeRO, over all model-parallel ranks.
+
+    The norm is then the optimizer's `_global_grad_norm`, where DeepSpeed's engine looks for it. DeepSpeed itself would
+    join, copy and scale a flat buffer of all gradients.
+    """
+    clipping = Clipping(optimizer, max_norm=max_norm, groups=[parallel_state.get_model_parallel_group()])
+
+    def clip(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
+        owned = [parameter.grad for parameter in parameters if parameter.owned and parameter.grad is not None]
+        optimizer._global_grad_norm = clipping.prepare(owned)
+
+    optimizer.register_step_pre_hook(clip)

@@ -1,0 +1,102 @@
+"""Finding the checkpoint that a run goes on from, and reading it on any layout."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from sambalm.parallel.checkpoint_tensors import CheckpointSlice
+from sambalm.parallel.groups import World
+from sambalm.parallel.sharding import CanonicalSlice
+from sambalm.parallel.zero.engine import MOMENTS, set_moment
+from sambalm.pretrain.checkpointing import format as files
+from sambalm.pretrain.checkpointing.data_record import data_change
+from sambalm.pretrain.checkpointing.format import Checkpoint
+from sambalm.pretrain.checkpointing.snapshot import all_slices
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.errors import CheckpointError, ConfigError
+
+
+def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
+    """The newest good checkpoint of the run's folder; None for a new run. Collective.
+
+    Raises:
+        CheckpointsDamagedError: every checkpoint is damaged.
+        ConfigError: the checkpoint holds another model.
+    """
+    found: list[Any] = [None]
+    if world.is_main:
+        found = [_newest_or_error(Path(config.run.dir))]
+    dist.broadcast_object_list(found, src=0)  # one rank reads the checksums for all
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    checkpoint: Checkpoint | None = found[0]
+    if checkpoint:
+        saved, wanted = checkpoint.state["config"]["model"], config.model.model_dump()
+        for key, value in wanted.items():
+            if saved.get(key) != value:
+                raise ConfigError(
+                    f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved.get(key)!r}: restore the "
+                    "key or start a new run with another run.dir"
+                )
+    return checkpoint
+
+
+def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
+    if not files.checkpoint_folders(run_dir):
+        return None
+    try:
+        return files.newest_checkpoint(run_dir, warn=lambda message: warnings.warn(message, stacklevel=2))
+    except CheckpointError as error:
+        return error
+
+
+def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunConfig) -> None:
+    """Compares what a checkpoint says of the data with what is there now.
+
+    Raises:
+        ConfigError: the samples to come would not be those that the run had before it; unless data.allow_changed.
+    """
+    changed = data_change(checkpoint.state.get("data"), record)
+    if changed and not config.data.allow_changed:
+        raise ConfigError(
+            f"{changed} since {checkpoint.path} was saved: restore it, or set data.allow_changed=true to go on with it "
+            "as it is now"
+        )
+
+
+def load_weights(parts: Sequence[nn.Module], path: Path) -> None:
+    """Fills parameters, on any layout, before the engine takes them over. Collective."""
+    _load(path, {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in all_slices(parts)})
+
+
+def load_moments(parts: Sequence[nn.Module], path: Path) -> None:
+    """Fills the optimizer's moments, on any layout, once the engine has taken the parameters over. Collective."""
+    for key in MOMENTS:
+        wholes: dict[nn.Parameter, Tensor] = {}
+        wanted = {}
+        for name, parameter, piece in all_slices(parts):
+            whole = wholes.setdefault(parameter, torch.zeros(_local_shape(parameter)))
+            wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
+        _load(path, wanted)
+        for parameter, whole in wholes.items():
+            set_moment(parameter, key, whole.to(parameter.device))
+
+
+def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]]) -> None:
+    """Reads slices into their targets."""
+    buffers = {name: torch.empty(piece.sizes) for name, (piece, _) in wanted.items()}
+    slices = {name: CheckpointSlice(buffers[name], piece) for name, (piece, _) in wanted.items()}
+    dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(path)))
+    for name, (_, target) in wanted.items():
+        target.copy_(buffers[name])
+
+
+def _local_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

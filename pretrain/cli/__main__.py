@@ -1,0 +1,5 @@
+"""`python -m sambalm.pretrain.cli`, as torchrun starts it."""
+
+from sambalm.pretrain.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""The commands `sambalm convert ...` and `sambalm generate`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sambalm.pretrain.cli.examples import example
+from sambalm.pretrain.cli.progress import ProgressBar
+
+commands = typer.Typer()
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints to other formats.")
+commands.add_typer(convert, name="convert")
+
+
+class Precision(StrEnum):
+    """Dtype of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@convert.command("to-hf", epilog=example("sambalm convert to-hf runs/demo runs/demo/hf"))
+def to_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its newest good one.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    precision: Annotated[Precision, typer.Option(help="Of the weights; A_log, D and dt biases stay fp32.")] = (
+        Precision.fp32
+    ),
+    documents: Annotated[
+        str | None, typer.Option(help="JSONL files to verify on, a glob; default: the run's held-out documents.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:
+    """Convert a checkpoint to the Hugging Face format, and verify logits and tokenizer before it appears."""
+    from sambalm.pretrain.checkpointing.to_hf import checkpoint_to_hf
+
+    with ProgressBar("converting") as progress:
+        taken = checkpoint_to_hf(
+            checkpoint,
+            output,
+            precision=precision.value,
+            documents=documents,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(f"{output}: step {taken.step}, verified against the training model and the tokenizer")
+
+
+@commands.command(epilog=example("sambalm generate runs/demo/hf --prompt 'def main('"))
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder that `sambalm convert to-hf` wrote.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass to sample from.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with a converted model."""
+    from sambalm.pretrain.generation import generate_text
+
+    generate_text(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        write=lambda text: print(text, end="", flush=True),
+    )
+    print()

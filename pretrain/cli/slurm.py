@@ -1,0 +1,74 @@
+"""The commands `sambalm slurm ...`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sambalm.pretrain.cli.examples import example
+
+commands = typer.Typer()
+slurm = typer.Typer(no_args_is_help=True, help="Runs as jobs of a Slurm cluster.")
+commands.add_typer(slurm, name="slurm")
+
+
+class Then(StrEnum):
+    """What may follow a run."""
+
+    convert = "convert"
+
+
+@slurm.command(epilog=example("sambalm slurm submit configs/samba_3.8b.yaml --nodes 64 --spares 2 --then convert"))
+def submit(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes to train on.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+    spares: Annotated[int, typer.Option(min=0, help="Nodes to take besides, to replace lost ones at once.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = 8,
+    chain: Annotated[int, typer.Option(min=1, help="Jobs in a row, each going on where the one before left.")] = 1,
+    then: Annotated[Then | None, typer.Option(help="A job to start when the run has finished.")] = None,
+    script: Annotated[Path | None, typer.Option(help="The sbatch file; default: the shipped one of that name.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show commands and Slurm's judgement only.")] = False,
+) -> None:
+    """Submit a run with a shipped sbatch file, once its config fits and `sbatch --test-only` accepts it.
+
+    Partition, account and time limit come from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT, the cluster's
+    file in configs/clusters from SAMBALM_CLUSTER.
+    """
+    from sambalm.slurm.submit import convert_job, submit_all, training_job
+
+    job, run_dir = training_job(
+        config, nodes=nodes, spares=spares, gpus_per_node=gpus_per_node, script=script, overrides=overrides or []
+    )
+    after = [convert_job(run_dir)] if then else []
+    if dry_run:
+        for part in (job, *after):
+            print(f"{part.shown()}\n  {part.test()}")
+        return
+    numbers = submit_all(job, chain=chain, after=after)
+    print(f"jobs {', '.join(numbers)}: watch with `sambalm slurm status {run_dir}`")
+
+
+@slurm.command(epilog=example("sambalm slurm status runs/samba_3.8b"))
+def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Show a run's state, attempts, step, tokens, time left, share of time in training, and last error."""
+    from sambalm.slurm.status import show_status
+
+    print(show_status(run_dir))
+
+
+@slurm.command(
+    "estimate", epilog=example("sambalm slurm estimate configs/samba_3.8b.yaml --nodes 64 --nodes 128 --nodes 1024")
+)
+def slurm_estimate(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout is searched.")],
+    nodes: Annotated[list[int], typer.Option(min=1, help="Nodes of 8 H100; may be repeated.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+) -> None:
+    """Estimate a run on so many nodes: step, saves, failures, goodput, days. docs/scaling.md explains the rows."""
+    from sambalm.pretrain.config_file import load_config
+    from sambalm.pretrain.planner.run_estimate import Cluster, estimate, print_estimates
+
+    checked = load_config(config, overrides or [])
+    print_estimates([estimate(checked, nodes=number, cluster=Cluster()) for number in nodes])

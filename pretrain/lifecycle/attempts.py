@@ -1,0 +1,167 @@
+"""The attempts of a run: what each started from and how it ended.
+
+runs/NAME/attempts/ATTEMPT/
+    attempt.json      when, where, from which step, by which command and code revision
+    config.yaml       the whole configuration
+    packages.txt      versions of every installed package
+    environment.txt   environment variables; what looks like a secret is hidden
+    code.diff         of a git checkout: what its revision lacks
+    outcome.json      exit code, step and reason; missing after a kill
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from sambalm.pretrain.errors import ExitCode, NoProgressError
+
+ATTEMPT_VARIABLE = "SAMBALM_ATTEMPT"  # a launcher's name for the attempt; the same on every rank
+ATTEMPT, OUTCOME = "attempt.json", "outcome.json"
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+# Ways to end that say that the run works or that someone means to look after it.
+_DELIBERATE = {ExitCode.FINISHED, ExitCode.NO_PROGRESS, ExitCode.STOPPED, ExitCode.INTERRUPTED}
+_REFUSED = {ExitCode.BAD_INPUT, ExitCode.RUN_IN_USE}
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """An attempt as its folder tells it."""
+
+    path: Path
+    started_s: float  # since the epoch
+    start_step: int
+    exit_code: int | None  # None while it runs and after a kill
+    step: int | None  # that it ended at
+    reason: str | None
+
+
+def attempt_folder(run_dir: Path, name: str) -> Path:
+    return run_dir / "attempts" / name
+
+
+def new_attempt_name() -> str:
+    """The launcher's name, or one of its own."""
+    return os.environ.get(ATTEMPT_VARIABLE) or time.strftime("%Y%m%dT%H%M%S") + f"-{os.getpid()}"
+
+
+def read_attempts(run_dir: Path) -> list[AttemptRecord]:
+    """The attempts of a run, oldest first."""
+    records = []
+    for path in run_dir.glob(f"attempts/*/{ATTEMPT}"):
+        started, outcome = _read(path), _read(path.with_name(OUTCOME))
+        records.append(
+            AttemptRecord(
+                path=path.parent,
+                started_s=started["started_s"],
+                start_step=started["start_step"],
+                exit_code=outcome.get("exit_code"),
+                step=outcome.get("step"),
+                reason=outcome.get("reason"),
+            )
+        )
+    return sorted(records, key=lambda record: record.started_s)
+
+
+def check_progress(earlier: Sequence[AttemptRecord], *, step: int, limit: int) -> None:
+    """Refuses an attempt from a step that the last `limit` attempts began at too.
+
+    Args:
+        earlier: the attempts before, oldest first.
+
+    Raises:
+        NoProgressError: the refusal counts as an end of the series, so that a start by hand after it is let through.
+    """
+    fruitless = 0
+    for record in reversed(earlier):
+        if record.exit_code in _DELIBERATE or record.start_step != step:
+            break
+        fruitless += record.exit_code not in _REFUSED
+    if fruitless >= limit:
+        raise NoProgressError(
+            f"the last {fruitless} attempts in {earlier[-1].path.parent} began at step {step} and none left a "
+            "checkpoint after it: find out why, then start the run again"
+        )
+
+
+def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_step: int) -> None:
+    """Writes what an attempt starts from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(__file__).resolve().parents[2]
+    tracked = _git(
+        source, "ls-files", "--error-unmatch", "pretrain/lifecycle/attempts.py"
+    )  # not installed into another project
+    revision = _git(source, "rev-parse", "HEAD") if tracked else ""
+    difference = _git(source, "diff", "HEAD") if revision else ""
+    (folder / "config.yaml").write_text(config_yaml)
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in distributions()}
+    (folder / "packages.txt").write_text("".join(f"{line}\n" for line in sorted(packages, key=str.lower)))
+    shown = ((name, "(hidden)" if _SECRET.search(name) else value) for name, value in sorted(os.environ.items()))
+    (folder / "environment.txt").write_text("".join(f"{name}={value}\n" for name, value in shown))
+    if difference:
+        (folder / "code.diff").write_text(difference)
+    values = {
+        "started_s": time.time(),
+        "start_step": start_step,
+        "world_size": world_size,
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
+        "command": sys.argv,
+        "revision": revision.strip() or None,
+        "changed": bool(difference),
+    }
+    _write_once(folder / ATTEMPT, values)
+
+
+def write_outcome(folder: Path, *, exit_code: int, step: int | None, reason: str) -> None:
+    """Says how an attempt ended; whoever comes first is right, since what follows a failure are its consequences."""
+    values = {"exit_code": int(exit_code), "step": step, "reason": reason, "ended_s": time.time()}
+    _write_once(folder / OUTCOME, values)
+
+
+@contextlib.contextmanager
+def recorded_errors(folder: Path) -> Iterator[None]:
+    """Writes an outcome for an error that has an exit code of its own."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        write_outcome(folder, exit_code=ExitCode.INTERRUPTED, step=None, reason="interrupted from the keyboard")
+        raise
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is not None:
+            write_outcome(folder, exit_code=exit_code, step=None, reason=str(error))
+        raise
+
+
+def _write_once(path: Path, values: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    draft.write_text(json.dumps(values, indent=1) + "\n")
+    with contextlib.suppress(FileExistsError):
+        os.link(draft, path)
+    draft.unlink()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout if result.returncode == 0 else ""

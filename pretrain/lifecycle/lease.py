@@ -1,0 +1,151 @@
+"""One process at a time works in a run's folder: a lease file that its holder keeps touching."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from sambalm.pretrain.errors import RunInUseError
+from sambalm.pretrain.lifecycle.attempts import ATTEMPT_VARIABLE
+
+LEASE = "lease.json"
+BEAT_S, STALE_S = 10.0, 60.0
+
+
+class Lease:
+    """The right to write into a run's folder.
+
+    A lease whose holder is gone is taken over: at once when its process is known to be dead or is an earlier attempt of
+    the same Slurm job, else after stale_s without a beat. A holder that was suspended meanwhile finds out in `check`.
+    """
+
+    def __init__(self, run_dir: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
+        self._path = run_dir / LEASE
+        self._beat_s, self._stale_s = beat_s, stale_s
+        self._mine = _identity()
+        self._ended = threading.Event()
+
+    def acquire(self) -> None:
+        """Raises RunInUseError while another process holds the folder; waits up to stale_s to find out."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._create():
+            holder = _read(self._path)
+            if holder is None:
+                continue  # released between the two looks
+            if not _is_gone(holder, self._mine) and self._beats(holder):
+                raise RunInUseError(
+                    f"{self._path.parent} is in use by process {holder['pid']} on {holder['host']}"
+                    + (f" (Slurm job {holder['job']})" if holder["job"] else "")
+                    + ": let it end, or give this run another run.dir"
+                )
+            self._displace(holder)
+        threading.Thread(target=self._keep_beating, name="lease", daemon=True).start()
+
+    def check(self) -> None:
+        """Raises RunInUseError when another process has taken the folder over."""
+        holder = _read(self._path)
+        if holder != self._mine:
+            taken = f"process {holder['pid']} on {holder['host']} took it" if holder else "its lease was removed"
+            raise RunInUseError(
+                f"{self._path.parent} is no longer this process's: {taken} while this one did not answer"
+            )
+
+    def release(self) -> None:
+        self._ended.set()
+        if _read(self._path) == self._mine:
+            self._path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Whether the file could be made; it appears with its content."""
+        draft = self._path.with_name(f".{LEASE}.{self._mine['token']}")
+        draft.write_text(json.dumps(self._mine))
+        try:
+            os.link(draft, self._path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        return True
+
+    def _beats(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder shows itself within stale_s, by this process's clock."""
+        seen, end_s = _touched(self._path), time.monotonic() + self._stale_s
+        while time.monotonic() < end_s:
+            time.sleep(min(1.0, self._stale_s / 20))
+            now = _touched(self._path)
+            if now != seen:
+                return now is not None and _read(self._path) == holder
+        return False
+
+    def _displace(self, holder: dict[str, Any]) -> None:
+        """Takes a stale lease away. Only one of several processes gets it; a lease made since is put back."""
+        taken = self._path.with_name(f".{LEASE}.{self._mine['token']}.stale")
+        try:
+            os.rename(self._path, taken)
+        except FileNotFoundError:
+            return
+        if _read(taken) != holder:
+            with contextlib.suppress(FileExistsError):
+                os.link(taken, self._path)
+        taken.unlink()
+
+    def _keep_beating(self) -> None:
+        while not self._ended.wait(self._beat_s):
+            with contextlib.suppress(OSError):
+                if _read(self._path) == self._mine:
+                    os.utime(self._path)
+
+
+def _identity() -> dict[str, Any]:
+    """Of this process, on whatever host."""
+    pid = os.getpid()
+    return {
+        "token": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": pid,
+        "pids": _pid_space(),
+        "process_start": _process_start(pid),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "attempt": os.environ.get(ATTEMPT_VARIABLE),
+    }
+
+
+def _is_gone(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether the holder certainly does not run any more."""
+    if holder["attempt"] and mine["attempt"] and holder["job"] == mine["job"]:
+        return True  # the launcher of a job starts an attempt when the one before has ended
+    return holder["pids"] == mine["pids"] and _process_start(holder["pid"]) != holder["process_start"]
+
+
+def _pid_space() -> str:
+    """Names what process ids count in: a boot of a kernel and a namespace on it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; None when there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,82 @@
+"""The folder of a run while an attempt works in it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sambalm.parallel.groups import is_main_process, world_size
+from sambalm.pretrain.checkpointing.format import newest_step, remove_leftovers
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config_file import dump_config
+from sambalm.pretrain.errors import ExitCode, StoppedError
+from sambalm.pretrain.lifecycle.attempts import (
+    attempt_folder,
+    check_progress,
+    new_attempt_name,
+    read_attempts,
+    recorded_errors,
+    write_outcome,
+    write_snapshot,
+)
+from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
+
+ENDINGS = {
+    ExitCode.FINISHED: "finished: train.steps is reached",
+    ExitCode.REQUEUE: "asked to leave: saved, to be started again",
+    ExitCode.STOPPED: "asked to stop: saved",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What an attempt holds of its run's folder."""
+
+    attempt: Path
+    check_lease: Callable[[], None]  # raises RunInUseError once another process has taken the run over
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Every rank's errors are recorded where the main rank's are. Collective."""
+        found = [self.attempt]
+        dist.broadcast_object_list(found, src=0)
+        with recorded_errors(found[0]):
+            yield
+
+    def end(self, exit_code: ExitCode, *, step: int) -> None:
+        """Records how the attempt ended before any rank leaves. Collective."""
+        if is_main_process():
+            write_outcome(self.attempt, exit_code=exit_code, step=step, reason=ENDINGS[exit_code])
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
+    """Takes the run's folder for this attempt and writes what the attempt starts from; the main process alone does so.
+
+    Raises:
+        RunInUseError: another process works in it.
+        StoppedError: its kill switch is set.
+        NoProgressError: attempt after attempt began at the same step.
+    """
+    run_dir = Path(config.run.dir)
+    folder = attempt_folder(run_dir, new_attempt_name())
+    if not is_main_process():
+        yield RunFolder(folder, check_lease=lambda: None)
+        return
+    lease = Lease(run_dir)
+    lease.acquire()
+    try:
+        earlier, step = read_attempts(run_dir), newest_step(run_dir)
+        write_snapshot(folder, config_yaml=dump_config(config), world_size=world_size(), start_step=step)
+        with recorded_errors(folder):
+            if (run_dir / KILL_SWITCH).exists():
+                raise StoppedError(f"{run_dir / KILL_SWITCH} is there, which stops this run: remove it to go on")
+            check_progress(earlier, step=step, limit=config.run.fruitless_attempts)
+            remove_leftovers(run_dir)
+            yield RunFolder(folder, check_lease=lease.check)
+    finally:
+        lease.release()

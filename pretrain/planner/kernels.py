@@ -1,0 +1,99 @@
+"""Which kernels a plan counts with, and what each takes: seconds of a kernel, bytes of what is bound by memory.
+
+Bytes are those that move between a device and its memory for each element of an activation in bf16, forward and
+backward, by the list of kernels that PyTorch launches: a cast from bf16 to fp32, say, reads 2 and writes 4.
+"""
+
+from dataclasses import dataclass
+
+from sambalm.model.ops.cuda.conv import MAX_TAPS
+from sambalm.model.ops.cuda.scan_sizes import D_STATES
+from sambalm.pretrain.config import RunConfig
+
+KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
+
+
+@dataclass(frozen=True)
+class KernelNames:
+    """An implementation of each operation, as `kernels.*` names them."""
+
+    scan: str
+    conv: str
+    attention: str
+    norm: str
+    elementwise: str
+    device: str = "cuda"
+
+
+TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", device="cpu")
+# What `auto` stands for: nothing that has to be installed besides, so not cuDNN's attention, which runs where it is.
+AUTO = {"scan": "cuda", "conv": "cuda", "attention": "flex", "norm": "compiled", "elementwise": "compiled"}
+
+
+def planned_kernels(config: RunConfig) -> KernelNames:
+    """What a run on GPUs computes with."""
+    chosen = {operation: name for operation, name in config.kernels.model_dump().items() if name != "auto"}
+    too_large = {"scan": config.model.d_state > max(D_STATES), "conv": config.model.d_conv > MAX_TAPS}
+    fallen_back = {operation: "torch" for operation, is_too_large in too_large.items() if is_too_large}
+    return KernelNames(**AUTO | fallen_back | chosen)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a kernel for each channel and token, on an H100."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes for each element, and whether the kernels are fused ones or single PyTorch operations."""
+
+    forward: float
+    backward: float
+    fused: bool = False
+
+
+def _measured(forward_ms: float, backward_ms: float) -> Seconds:
+    return Seconds(forward_ms * 1e-3 / KERNEL_ELEMENTS, backward_ms * 1e-3 / KERNEL_ELEMENTS)
+
+
+# One H100 80GB, torch 2.11, B4 D5632 L4096 N16, bf16, medians (benchmarks/kernels.py). Our own scan: plan_scan.py.
+MAMBA_SSM_SCAN = _measured(3.741, 6.593)  # mamba-ssm 2.3.2, with the copies to its layout, time innermost, and back
+CONV = {
+    "cuda": _measured(0.181, 0.351),
+    "causal-conv1d": _measured(0.147, 0.296),  # causal-conv1d 1.7.0
+    "torch": _measured(1.741, 4.921),
+}
+# By flops.py's count, of B8 H12 d128 L4096 W2048 forward and backward.
+ATTENTION_FLOP = 3 * 4.0 * 12 * 128 * (2048 * 2049 / 2 + 2048 * 2048) * 8
+# Milliseconds at B8 H12 d128 L4096 W2048 on the same. flash-attn is taken for PyTorch's copy of it, and its blocks with
+# masks are assumed to take twice as long.
+ATTENTION = {
+    "cudnn": (0.568, 1.775),
+    "flex": (0.869, 2.426),
+    "torch-flash": (1.137, 3.134),
+    "flash-attn": (1.137, 3.134),
+    "torch": (2 * 1.137, 2 * 3.134),
+}
+
+# Casts to fp32 and back around the norm, and in its backward two readings for the weight's gradient.
+NORM = {"torch": Traffic(20, 32), "compiled": Traffic(4, 6, fused=True), "apex": Traffic(4, 6, fused=True)}
+# A sum forward and one backward; the compiled norm takes them in and passes the stream through.
+RESIDUAL = {
+    "torch": Traffic(6, 6, fused=True),
+    "compiled": Traffic(4, 2, fused=True),
+    "apex": Traffic(6, 6, fused=True),
+}
+# SiLU and product; backward two products, SiLU's and both gradients joined.
+SWIGLU = {"torch": Traffic(10, 26), "compiled": Traffic(6, 10, fused=True)}
+# Of a query or key: casts, four products of halves, two sums, joined.
+ROTARY = {"torch": Traffic(48, 52), "compiled": Traffic(4, 4, fused=True)}
+ATTENTION_LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens and back
+# Of a logit: the cast, the softmax's two readings; backward the filling of the gradient, the softmax's and the cast.
+LOSS = {"torch": Traffic(18, 26), "compiled": Traffic(4, 4, fused=True)}
+EMBEDDING = Traffic(14, 30)  # of a token's width: the lookup in fp32 and its cast; the gradient's and its scattering
+
+# Of a weight: the writing of its rounded copy, with reading it before, and a gradient's addition to one that is there.
+ROUNDED_BYTES, ROUNDING_BYTES, ACCUMULATION_BYTES = 2, 6, 12

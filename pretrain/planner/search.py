@@ -1,0 +1,200 @@
+"""Which layouts of a cluster fit a run, and how fast each is expected to be."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.errors import ParallelError
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.planner.communication import step_transfers
+from sambalm.pretrain.planner.hardware import Hardware
+from sambalm.pretrain.planner.kernels import KernelNames, planned_kernels
+from sambalm.pretrain.planner.memory import RankMemory, stage_memories
+from sambalm.pretrain.planner.sizes import stage_parameters
+from sambalm.pretrain.planner.time import StepTime, step_time
+
+GIB = 2**30
+DAY_S = 86_400
+LONG_RUN_TOKENS = 3.2e12  # what Samba 3.8B was trained on
+# Of the device's memory: the rest is for the CUDA context, NCCL's buffers and the allocator's gaps. Assumed.
+USABLE_SHARE = 0.9
+
+CONTEXTS, PIPELINES, CHUNKS = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout and what is estimated of it."""
+
+    config: RunConfig
+    world_size: int
+    stages: tuple[RankMemory, ...]  # the fullest rank of each pipeline stage
+    time: StepTime
+    wire_bytes: float  # that the busiest rank sends in a step
+
+    @property
+    def layout(self) -> str:
+        return layout_name(self.config, world_size=self.world_size)
+
+    @property
+    def memory(self) -> RankMemory:
+        """Of the fullest rank."""
+        return max(self.stages, key=lambda memory: memory.total_bytes)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.config.train.global_batch_tokens / self.time.total_s
+
+    @property
+    def run_days(self) -> float:
+        return self.days_to(self.config.run_tokens)
+
+    def days_to(self, tokens: float) -> float:
+        return tokens / self.tokens_per_s / DAY_S
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one rank in a step."""
+        return self.config.accumulation_steps(data_size=self.world_size // self.config.parallel.model_ranks)
+
+
+def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardware: Hardware) -> list[Plan]:
+    """The layouts that fit, fastest first; of each, the fastest setting of recompute and micro-batch size.
+
+    Args:
+        config: the run; its parallel section and micro-batch size are searched over.
+        memory_gib: memory of each device.
+
+    Raises:
+        ConfigError: no layout is allowed, or none fits; the message says by how much.
+    """
+    limit_bytes, kernels = memory_gib * GIB * USABLE_SHARE, planned_kernels(config)
+    best: dict[ParallelConfig, Plan] = {}
+    smallest: tuple[int, RunConfig] | None = None
+    full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
+    for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
+        if candidate.parallel == full:
+            continue
+        stages = stage_memories(candidate, world_size=world_size, kernels=kernels)
+        needed = max(memory.total_bytes for memory in stages)
+        if smallest is None or needed < smallest[0]:
+            smallest = needed, candidate
+        if needed > limit_bytes:
+            full = candidate.parallel
+            continue
+        plan = _plan(candidate, stages, world_size=world_size, hardware=hardware, kernels=kernels)
+        key = candidate.parallel.model_copy(update={"recompute": "none"})
+        if key not in best or plan.time.total_s < best[key].time.total_s:
+            best[key] = plan
+    if smallest is None:
+        raise ConfigError(
+            f"no layout of {world_size} GPUs can take train.global_batch_tokens {config.train.global_batch_tokens} in "
+            f"sequences of {config.data.sequence_length}: change --gpus or train.global_batch_tokens"
+        )
+    if not best:
+        needed, candidate = smallest
+        layout = layout_name(candidate, world_size=world_size)
+        raise ConfigError(
+            f"no layout of {world_size} GPUs fits {memory_gib:g} GiB, of which {USABLE_SHARE:.0%} are planned with: "
+            f"the smallest, {layout}, takes {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
+        )
+    return sorted(best.values(), key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))
+
+
+def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames | None = None) -> Plan:
+    """The estimates of a config's own layout, with given kernels or those that it would run with."""
+    kernels = kernels or planned_kernels(config)
+    stages = stage_memories(config, world_size=world_size, kernels=kernels)
+    return _plan(config, stages, world_size=world_size, hardware=hardware, kernels=kernels)
+
+
+def _plan(
+    config: RunConfig, stages: tuple[RankMemory, ...], *, world_size: int, hardware: Hardware, kernels: KernelNames
+) -> Plan:
+    transfers = [step_transfers(config, stage=stage, world_size=world_size) for stage in range(len(stages))]
+    return Plan(
+        config=config,
+        world_size=world_size,
+        stages=stages,
+        time=step_time(config, transfers, world_size=world_size, hardware=hardware, kernels=kernels),
+        wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers),
+    )
+
+
+def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterator[RunConfig]:
+    """The run under every layout that the config's own checks allow on a world."""
+    sizes = sorted({*MICRO_BATCHES, config.train.micro_batch_size})
+    for parallel in _parallel_sections(world_size, node_gpus=node_gpus):
+        values = config.model_dump() | {"parallel": parallel}
+        try:
+            checked = parse_config(values, source="plan")
+        except ConfigError:
+            continue  # such as more tensor-parallel ranks than heads
+        for recompute, size in itertools.product(("none", "selective", "full"), sizes):
+            candidate = checked.model_copy(
+                update={
+                    "model": config.model,  # one object, which caches then know at once
+                    "parallel": checked.parallel.model_copy(update={"recompute": recompute}),
+                    "train": checked.train.model_copy(update={"micro_batch_size": size}),
+                }
+            )
+            try:
+                candidate.check_world(world_size)
+            except (ConfigError, ParallelError):
+                continue  # such as a batch that the data-parallel ranks do not divide
+            yield candidate
+
+
+def _parallel_sections(world_size: int, *, node_gpus: int) -> Iterator[dict]:
+    tensors = [ranks for ranks in (1, 2, 4, 8, 16) if ranks <= node_gpus]
+    for tensor, context, pipeline in itertools.product(tensors, CONTEXTS, PIPELINES):
+        if world_size % (tensor * context * pipeline):
+            continue
+        for chunks in CHUNKS if pipeline > 1 else (1,):
+            stages = (1,) if pipeline > 1 or world_size == tensor else (1, 2, 3)  # the same without replicas
+            for stage in stages:
+                for sequence in (False, True) if tensor > 1 else (False,):
+                    yield {
+                        "tensor": tensor,
+                        "sequence": sequence,
+                        "context": context,
+                        "pipeline": pipeline,
+                        "virtual_pipeline": chunks,
+                        "zero_stage": stage,
+                    }
+
+
+def layout_name(config: RunConfig, *, world_size: int) -> str:
+    """A layout in a few words, such as 'TP2+SP CP2 PP4x2 ZeRO-1'; a dimension of one is left out."""
+    parallel = config.parallel
+    parts = []
+    if parallel.tensor > 1:
+        parts.append(f"TP{parallel.tensor}" + ("+SP" if parallel.sequence else ""))
+    if parallel.context > 1:
+        parts.append(f"CP{parallel.context}")
+    if parallel.pipeline > 1:
+        chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
+        parts.append(f"PP{parallel.pipeline}{chunks}")
+    shared = parallel.replicas(world_size) > 1
+    return " ".join([*parts, f"ZeRO-{parallel.zero_stage}" if shared else "no ZeRO"])
+
+
+def describe_run(config: RunConfig, *, world_size: int) -> str:
+    """One line on a config in a world, checked without data or devices.
+
+    Raises:
+        ConfigError, ParallelError: the run does not fit the world.
+    """
+    config.check_world(world_size)
+    parallel = config.parallel
+    data_size, layout = world_size // parallel.model_ranks, layout_name(config, world_size=world_size)
+    largest = max(stage_parameters(config, stage) for stage in range(parallel.pipeline))
+    return (
+        f"{world_size:,} ranks: DP{data_size} {layout}, recompute {parallel.recompute}; "
+        f"{config.accumulation_steps(data_size=data_size):,} micro-batches of {config.train.micro_batch_size} a step; "
+        f"{largest:,} parameters on the largest rank"
+    )

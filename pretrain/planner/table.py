@@ -1,0 +1,92 @@
+"""Plans as tables for a terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from sambalm.pretrain.planner.memory import RankMemory
+from sambalm.pretrain.planner.search import GIB, LONG_RUN_TOKENS, Plan
+
+MEMORY_PARTS = {
+    "weights": "weights_bytes",
+    "rounded": "rounded_bytes",
+    "gradients": "gradients_bytes",
+    "optimizer": "optimizer_bytes",
+    "Mamba": "mamba_bytes",
+    "attention": "attention_bytes",
+    "MLP": "mlp_bytes",
+    "ends": "ends_bytes",
+    "workspace": "workspace_bytes",
+    "buffers": "communication_bytes",
+    "total": "total_bytes",
+}
+TABLE_WIDTH = 200  # of output that is no terminal
+
+
+def print_plans(plans: Sequence[Plan]) -> None:
+    """One table of the plans, and one of the memory by pipeline stage and part of the first."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    console.print(_speed_table(plans))
+    console.print(_memory_table(plans))
+    if len(plans[0].stages) > 1:
+        console.print(_stage_table(plans[0]))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _speed_table(plans: Sequence[Plan]) -> Table:
+    run_tokens = plans[0].config.run_tokens
+    table = _table(
+        "Estimated step of the slowest stage, fastest layout first",
+        "layout",
+        "DP",
+        "recompute",
+        "micro-batches x size",
+        "step s",
+        "bubble",
+        "tokens/s",
+        f"days to {run_tokens / 1e9:,.0f}B",
+        f"days to {LONG_RUN_TOKENS / 1e12:g}T",
+        "GB sent a rank and step",
+    )
+    for plan in plans:
+        config = plan.config
+        table.add_row(
+            plan.layout,
+            str(plan.world_size // config.parallel.model_ranks),
+            config.parallel.recompute,
+            f"{plan.micro_batches} x {config.train.micro_batch_size}",
+            f"{plan.time.total_s:.2f}",
+            f"{plan.time.bubble_s / plan.time.total_s:.1%}",
+            f"{plan.tokens_per_s:,.0f}",
+            f"{plan.run_days:.1f}",
+            f"{plan.days_to(LONG_RUN_TOKENS):.1f}",
+            f"{plan.wire_bytes / 1e9:.1f}",
+        )
+    return table
+
+
+def _memory_table(plans: Sequence[Plan]) -> Table:
+    table = _table("Memory of the fullest rank in GiB", "layout", *MEMORY_PARTS)
+    for plan in plans:
+        table.add_row(plan.layout, *_memory_cells(plan.memory))
+    return table
+
+
+def _stage_table(plan: Plan) -> Table:
+    table = _table(f"Memory of each stage of {plan.layout} in GiB", "stage", *MEMORY_PARTS)
+    for stage, memory in enumerate(plan.stages):
+        table.add_row(str(stage), *_memory_cells(memory))
+    return table
+
+
+def _memory_cells(memory: RankMemory) -> list[str]:
+    return [f"{getattr(memory, part) / GIB:.2f}" for part in MEMORY_PARTS.values()]

@@ -1,0 +1,339 @@
+"""How long a step of a layout takes, estimated: the sum of what the device computes, moves and sends, as if nothing but
+what ZeRO-1 sends overlapped.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
+from sambalm.model.flops import flops_per_token
+from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.planner import hardware as assumed
+from sambalm.pretrain.planner import kernels as costs
+from sambalm.pretrain.planner.communication import ReducedGroup, Transfer, reduced_groups
+from sambalm.pretrain.planner.hardware import Hardware
+from sambalm.pretrain.planner.kernels import KernelNames, Seconds, Traffic
+from sambalm.pretrain.planner.memory import rounded_weights_stay
+from sambalm.pretrain.planner.scan import cuda_scan_s
+from sambalm.pretrain.planner.sizes import (
+    ACTIVATION_BYTES,
+    FP32_BYTES,
+    is_first,
+    is_last,
+    local_sizes,
+    micro_batch_tokens,
+    only_rounded_elements,
+    stage_letters,
+    stage_parameters,
+    stage_parts,
+)
+
+# Modules with parameters of their own, by kind of sublayer; the norm included.
+MODULES = {MAMBA: 7, ATTENTION: 3, MLP: 3}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where the slowest stage's step goes, in seconds."""
+
+    compute_s: float
+    layout_s: float  # communication of tensor, context and pipeline parallelism
+    bubble_s: float
+    zero_s: float  # gradients and weights between replicas, but for what backward and forward hide
+    optimizer_s: float
+    idle_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.layout_s + self.bubble_s + self.zero_s + self.optimizer_s + self.idle_s
+
+
+def step_time(
+    config: RunConfig,
+    transfers: Sequence[Sequence[Transfer]],
+    *,
+    world_size: int,
+    hardware: Hardware,
+    kernels: KernelNames,
+) -> StepTime:
+    """Of the slowest pipeline stage, which all others wait for.
+
+    Args:
+        transfers: `step_transfers` of each stage.
+    """
+    device = _Device(config, hardware, kernels)
+    seconds = {letter: device.sublayer_s(letter) for letter in set(config.model.pattern)}
+    times = []
+    for stage, sent in enumerate(transfers):
+        compute_s = sum(device.part_s(part, seconds) for part in stage_parts(config)[stage])
+        times.append(_stage_time(config, stage, sent, compute_s, world_size=world_size, hardware=hardware))
+    return max(times, key=lambda time: time.total_s)
+
+
+def _stage_time(
+    config: RunConfig,
+    stage: int,
+    transfers: Sequence[Transfer],
+    compute_s: float,
+    *,
+    world_size: int,
+    hardware: Hardware,
+) -> StepTime:
+    """Of a stage that computes compute_s for each micro-batch."""
+    parallel = config.parallel
+    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    sent_s: Counter[tuple[str, str]] = Counter()
+    for transfer in transfers:
+        rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware) * assumed.LINK_SHARE
+        seconds = transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
+        sent_s[transfer.dimension, transfer.operation] += seconds
+    data_s = sum(seconds for (dimension, _), seconds in sent_s.items() if dimension == "data")
+    layout_s = sent_s.total() - data_s
+    rounding_s = _rounding_s(config, stage, micro_batches=micro_batches, world_size=world_size, hardware=hardware)
+    computed_s = micro_batches * compute_s + rounding_s
+    busy_s = computed_s + layout_s
+    sublayers = _launched_sublayers(config, stage, micro_batches=micro_batches)
+    host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
+    launched_s = max(busy_s + sublayers * assumed.KERNEL_GAPS_S, host_s)
+    moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
+    idle_s = assumed.ZERO_IDLE_S if parallel.partitions(world_size) else 0.0
+    if parallel.overlaps_messages(world_size):
+        micro_batch_s = launched_s / micro_batches
+        backward_s = micro_batch_s * assumed.BACKWARD_SHARE[parallel.recompute]
+        data_s = _exposed_data_s(config, sent_s, backward_s=backward_s, forward_s=micro_batch_s - backward_s)
+    return StepTime(
+        compute_s=computed_s,
+        layout_s=layout_s,
+        bubble_s=launched_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
+        zero_s=data_s + moved_s,
+        optimizer_s=update_s,
+        idle_s=launched_s - busy_s + idle_s,
+    )
+
+
+def _exposed_data_s(
+    config: RunConfig, sent_s: Counter[tuple[str, str]], *, backward_s: float, forward_s: float
+) -> float:
+    """What neither the last backward hides of the gradients that ZeRO-1 sends, nor the first forward of the weights."""
+    groups, a = reduced_groups(config), ACTIVATION_BYTES[config.train.precision]
+    exposed = 0.0
+    for operation, layers_bytes, hidden_by_s in (
+        ("reduce-scatter", FP32_BYTES, backward_s),
+        ("all-gather", a, forward_s),
+    ):
+        sizes = [group.elements * (layers_bytes if group.within_backward else FP32_BYTES) for group in groups]
+        each_s = [sent_s["data", operation] * size / sum(sizes) for size in sizes]
+        exposed += exposed_s(groups, sent_s=each_s, computed_s=hidden_by_s)
+    return exposed
+
+
+def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], computed_s: float) -> float:
+    """What is left of a step's reduction of gradients when its last backward ends.
+
+    Groups are reduced one after the other, those of layers once the backward, which takes equally long for every
+    parameter, has gone through them. What a forward waits for weights, which are gathered in the opposite order, is
+    that backwards in time.
+
+    Args:
+        sent_s: that each group's message takes.
+        computed_s: that the backward or the forward takes.
+    """
+    layers = sum(group.elements for group in groups if group.within_backward)
+    completed_s = reduced_s = 0.0
+    for group, message_s in zip(groups, sent_s, strict=True):
+        completed_s = completed_s + computed_s * group.elements / layers if group.within_backward else computed_s
+        reduced_s = max(reduced_s, completed_s) + message_s
+    return reduced_s - computed_s
+
+
+def _launched_sublayers(config: RunConfig, stage: int, *, micro_batches: int) -> float:
+    """How often a step runs a sublayer forward and backward; a forward alone counts as a third of that."""
+    passes = micro_batches * (assumed.RECOMPUTED_PASSES if config.parallel.recompute == "full" else 1.0)
+    return passes * sum(count for _, count in stage_letters(config, stage))
+
+
+def _host_s(
+    config: RunConfig, stage: int, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
+) -> float:
+    """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
+    parallel = config.parallel
+    partitioned = parallel.partitions(world_size)
+    captured = config.train.cuda_graphs and not config.data.reset_at_document
+    if captured and parallel.pipeline == 1 and not partitioned:
+        return 0.0
+    launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
+    messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
+    if partitioned and parallel.zero_stage == 3:
+        modules = 2 + sum(count * MODULES[letter] for letter, count in stage_letters(config, stage))
+        forwards = 2 if parallel.recompute == "full" else 1
+        launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
+    return launches_s + messages_s
+
+
+def _rounding_s(config: RunConfig, stage: int, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
+    """Weights to the activations' dtype, once a step or wherever they are used."""
+    rounded = stage_parameters(config, stage) - only_rounded_elements(config, stage, world_size=world_size)
+    if not rounded_weights_stay(config, world_size=world_size):
+        moved_bytes = costs.ROUNDING_BYTES * micro_batches * (2 if config.parallel.recompute == "full" else 1)
+    elif config.parallel.replicas(world_size) > 1:
+        moved_bytes = costs.ROUNDING_BYTES
+    else:
+        moved_bytes = costs.ROUNDED_BYTES  # with AdamW's kernel
+    return rounded * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
+
+
+def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
+    """What DeepSpeed does on the device with a step's gradients before and in the optimizer's step."""
+    parallel = config.parallel
+    replicas = parallel.replicas(world_size)
+    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    parameters = stage_parameters(config, stage)
+    share = parameters / replicas
+    rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
+    if replicas == 1:
+        return 0.0, parameters * assumed.SINGLE_REPLICA_BYTES / rate
+    if not parallel.partitions(world_size):  # products write gradients where they are reduced
+        return 0.0, share * assumed.STAGE_1_SHARE_BYTES / rate
+    # Each micro-batch's are reduced, and the shares added up.
+    moved_bytes = micro_batches * assumed.REDUCED_BYTES * parameters
+    moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
+    return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
+
+
+@dataclass(frozen=True)
+class _Device:
+    """One rank's forward and backward of a micro-batch: the rank with the largest shares."""
+
+    config: RunConfig
+    hardware: Hardware
+    kernels: KernelNames
+
+    def part_s(self, part: range, seconds: dict[str, float]) -> float:
+        """Of a part of the model.
+
+        Args:
+            seconds: of each kind of sublayer.
+        """
+        config, model = self.config, self.config.model
+        total = sum(seconds[letter] for letter in model.pattern[part.start : part.stop])
+        vocabulary, tokens = model.vocab_size // config.parallel.tensor, micro_batch_tokens(config)
+        if is_first(part, model):
+            total += self._traffic_s(costs.EMBEDDING, tokens * model.hidden_size)
+        if is_last(part, model):
+            # Over several ranks the loss is megatron-core's, in single operations.
+            fused = self.kernels.elementwise if config.parallel.tensor == 1 else "torch"
+            total += self._matrix_s(vocabulary * model.hidden_size)
+            total += self._traffic_s(costs.LOSS[fused], tokens * vocabulary)
+            total += self._norm_s()
+        return total
+
+    def sublayer_s(self, letter: str) -> float:
+        size = local_sizes(self.config.model, letter, self.config.parallel.tensor)
+        inside = {MAMBA: self._mamba_s, ATTENTION: self._attention_s, MLP: self._mlp_s}[letter]()
+        again = self.config.parallel.recompute == "full"
+        residual_s = self._traffic_s(costs.RESIDUAL[self.kernels.norm], self._residual_elements, again=again)
+        return self._matrix_s(size.matrix, again=again) + inside + self._norm_s(again=again) + residual_s
+
+    @property
+    def _residual_elements(self) -> int:
+        parallel = self.config.parallel
+        tokens = micro_batch_tokens(self.config) // (parallel.tensor if parallel.sequence else 1)
+        return tokens * self.config.model.hidden_size
+
+    def _norm_s(self, *, again: bool = False) -> float:
+        return self._traffic_s(costs.NORM[self.kernels.norm], self._residual_elements, again=again)
+
+    def _matrix_s(self, weights: int, *, again: bool = False) -> float:
+        """Products with some weights."""
+        passes = 4 if again else 3
+        flops = passes * 2.0 * weights * micro_batch_tokens(self.config)
+        return flops / (self.hardware.matrix_flops * self.hardware.matrix_efficiency)
+
+    def _traffic_s(self, traffic: Traffic, elements: float, *, again: bool = False) -> float:
+        moved = traffic.forward * (2 if again else 1) + traffic.backward
+        fused_rate = self.hardware.memory_bytes_per_s * assumed.FUSED_SHARE
+        single_rate = assumed.SINGLE_BYTES_PER_S * self.hardware.vector_rate
+        return elements * moved / (fused_rate if traffic.fused else single_rate)
+
+    def _mamba_s(self) -> float:
+        config, kernels = self.config, self.kernels
+        size, full = local_sizes(config.model, MAMBA, config.parallel.tensor), config.parallel.recompute == "full"
+        elements = size.channels * micro_batch_tokens(config)
+        bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
+        conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
+        return conv_s + self._scan_s(size.channels)
+
+    def _scan_s(self, channels: int) -> float:
+        config, kernels = self.config, self.kernels
+        again = config.parallel.recompute != "none"
+        # A rank between others scans for the state that it reaches and from the state that it starts at; at the ends of
+        # the sequence one rank waits for the other's scan instead.
+        scans = 2 if config.parallel.context > 1 else 1
+        sequences, tokens = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
+        if kernels.scan == "cuda":
+            return scans * cuda_scan_s(
+                sequences=sequences, channels=channels, tokens=tokens, hardware=self.hardware, again=again
+            )
+        elements = sequences * tokens * channels
+        if kernels.scan == "mamba-ssm":
+            return scans * _kernel_s(costs.MAMBA_SSM_SCAN, elements, again=again) / self.hardware.vector_rate
+        moved_bytes = elements * config.model.d_state * FP32_BYTES * assumed.TORCH_SCAN_PASSES
+        once_s = tokens * assumed.TORCH_SCAN_TOKEN_S + moved_bytes / self.hardware.memory_bytes_per_s
+        return once_s * (scans + (TORCH_FORWARD_SHARE if again else 0))
+
+    def _attention_s(self) -> float:
+        config, model = self.config, self.config.model
+        size, full = local_sizes(model, ATTENTION, config.parallel.tensor), config.parallel.recompute == "full"
+        tokens = micro_batch_tokens(config)
+        flops = _window_flops(model, config.data.sequence_length) * size.query / model.hidden_size * tokens
+        forward_ms, backward_ms = costs.ATTENTION[self.kernels.attention]
+        passes_ms = forward_ms * (1 if config.parallel.recompute == "none" else 2) + backward_ms
+        rotary = costs.ROTARY[self.kernels.elementwise]
+        return (
+            flops
+            / (costs.ATTENTION_FLOP / (passes_ms * 1e-3))
+            / (self.hardware.matrix_flops / assumed.H100.matrix_flops)
+            + self._traffic_s(rotary, tokens * (size.query + size.kv), again=full)
+            + self._traffic_s(costs.ATTENTION_LAYOUT, tokens * size.query, again=full)
+        )
+
+    def _mlp_s(self) -> float:
+        size = local_sizes(self.config.model, MLP, self.config.parallel.tensor)
+        elements, full = micro_batch_tokens(self.config) * size.mlp, self.config.parallel.recompute == "full"
+        return self._traffic_s(costs.SWIGLU[self.kernels.elementwise], elements, again=full)
+
+
+TORCH_FORWARD_SHARE = 1 / 3  # of the scan's launches in plain PyTorch
+
+
+def _kernel_s(kernel: Seconds, elements: float, *, again: bool) -> float:
+    return elements * (kernel.forward * (2 if again else 1) + kernel.backward)
+
+
+@lru_cache(maxsize=8)
+def _window_flops(model: ModelConfig, sequence_length: int) -> float:
+    """Of one attention sublayer, a token."""
+    return flops_per_token(model, sequence_length=sequence_length).window / model.pattern.count(ATTENTION)
+
+
+def bandwidth(config: RunConfig, transfer: Transfer, *, world_size: int, hardware: Hardware) -> float:
+    """Bytes a second that each rank of an operation sends.
+
+    Ranks are numbered over tensor, context, data and pipeline, the first changing fastest. A group that reaches beyond
+    a node uses the adapters of all its members there.
+    """
+    parallel = config.parallel
+    stride = {
+        "tensor": 1,
+        "context": parallel.tensor,
+        "data": parallel.tensor,  # ranks with the same weights: those of the context and the data dimension
+        "pipeline": world_size // parallel.pipeline,
+    }[transfer.dimension]
+    if stride * transfer.ranks <= hardware.node_gpus:
+        return hardware.node_bytes_per_s
+    members = max(1, hardware.node_gpus // stride)
+    if transfer.operation == "send":
+        members = 1
+    return min(hardware.node_bytes_per_s, members * hardware.network_bytes_per_s)

@@ -1,0 +1,47 @@
+"""Whole training runs in worlds of real ranks."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sambalm.pretrain.checkpointing.format import checkpoint_folder
+from sambalm.pretrain.reporting.metrics_file import read_metrics
+from tests.support.worlds import run_world
+
+MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes")  # no two runs have the same
+
+
+def changed(values: dict, **sections: dict[str, Any]) -> dict:
+    """A copy of plain configuration values with keys of some sections replaced."""
+    values = copy.deepcopy(values)
+    for section, keys in sections.items():
+        values.setdefault(section, {}).update(keys)
+    return values
+
+
+def run_dir(values):
+    return Path(values["run"]["dir"])
+
+
+def stopped_after(values, step, folder):
+    """A copy of a run as a stop right after a step's checkpoint would have left it, metrics beyond it included."""
+    stopped = changed(values, run={"dir": str(folder)})
+    kept = checkpoint_folder(run_dir(values), step)
+    shutil.copytree(kept, folder / "checkpoints" / kept.name)
+    shutil.copy(run_dir(values) / "metrics.jsonl", folder)
+    return stopped
+
+
+def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:
+    """Trains and returns what metrics.jsonl holds, without the times."""
+    run_world(_train_on_rank, values, ranks=ranks)
+    records = read_metrics(Path(values["run"]["dir"]))
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
+
+
+def _train_on_rank(values: dict) -> None:
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.trainer import train
+
+    train(parse_config(values, source="test"))

@@ -1,0 +1,55 @@
+"""Real multi-rank gloo worlds for tests, forked from a server that has already imported the slow packages."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.compat.cpu"]
+
+
+def run_world(function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 120.0) -> list[Any]:
+    """Runs function(*args) on every rank of a new world and returns the ranks' results, rank 0 first.
+
+    The function must be importable (a module's top level) and the results picklable. A rank's failure fails the call
+    with that rank's traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.Queue()
+        processes = [
+            context.Process(target=_run_rank, args=(function, args, rank, ranks, f"{folder}/store", queue))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        results, failure = {}, None
+        try:
+            while len(results) < ranks and failure is None:
+                rank, result, failure = queue.get(timeout=timeout_s)
+                results[rank] = result
+        finally:
+            for process in processes:
+                if failure is not None:
+                    process.terminate()
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+    assert failure is None, failure
+    return [results[rank] for rank in range(ranks)]
+
+
+def _run_rank(function: Callable, args: tuple, rank: int, ranks: int, store: str, queue: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        queue.put((rank, function(*args), None))
+    except BaseException:
+        queue.put((rank, None, f"rank {rank} of {ranks}:\n{traceback.format_exc()}"))
