@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sambalm.model.ops import cuda_adamw, cuda_conv, cuda_scan, cuda_scan_sizes
+from sambalm.model.ops.cuda import adamw as cuda_adamw
+from sambalm.model.ops.cuda import conv as cuda_conv
+from sambalm.model.ops.cuda import scan as cuda_scan
+from sambalm.model.ops.cuda import scan_sizes as cuda_scan_sizes
 from sambalm.model.ops.cuda.adamw import CHUNK, CudaAdamW
 from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import _Shape, cuda_selective_scan

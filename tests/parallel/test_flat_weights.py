@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sambalm.parallel import flat_weights
+from sambalm.parallel.zero import weights as flat_weights
 from sambalm.parallel.zero.weights import FlatWeights
 from tests.support.layout_runs import STEPS, batches, one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world

@@ -231,13 +231,13 @@ def tokens_of_neighbours_carry_no_gradient(monkeypatch):
 
 
 def copies_of_a_tied_embedding_are_not_summed(monkeypatch):
-    from sambalm.pretrain import trainer
+    from sambalm.pretrain import training
 
-    monkeypatch.setattr(trainer, "tied_copy", lambda parts: None)
+    monkeypatch.setattr(training, "tied_copy", lambda parts: None)
 
 
 def gradients_of_earlier_micro_batches_are_overwritten(monkeypatch):
-    from sambalm.parallel import linear
+    from sambalm.parallel.layers import linear
 
     add = linear._add_product
     monkeypatch.setattr(linear, "_add_product", lambda *tensors, beta: add(*tensors, beta=0))
@@ -298,7 +298,7 @@ def test_known_mistakes_change_gradients_and_not_the_first_loss(mistake, ranks, 
 
 
 def interleaved_stages_send_batched_messages(monkeypatch):
-    from sambalm.parallel import pipeline
+    from sambalm.parallel.pipeline import schedule as pipeline
 
     make = pipeline.ModelParallelConfig
     batched = {"overlap_p2p_comm": False, "batch_p2p_comm": True}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sambalm.model.ops import nvrtc
+from sambalm.model.ops.cuda import nvrtc
 
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 HEADER = Path(__file__).with_name("host_cuda.h")
