@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.ops import selective_scan as scan_module
+from sambalm.model.ops.reference import selective_scan as scan_module
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.external import KernelRequirements, why_unavailable
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
@@ -94,7 +94,7 @@ def test_convolution(taps):
 @pytest.mark.parametrize("window", [1, 3, 12, 64])
 @pytest.mark.parametrize("block", [7, 512])
 def test_attention(window, block, monkeypatch):
-    from sambalm.model.ops import window_attention as module
+    from sambalm.model.ops.reference import window_attention as module
 
     monkeypatch.setattr(module, "MIN_BLOCK_QUERIES", min(block, 64))
     monkeypatch.setattr(module, "MAX_BLOCK_QUERIES", block)
