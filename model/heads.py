@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sambalm.model.config import ATTENTION, ModelConfig
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.sharding import Shard, shard
+from sambalm.parallel.shard import Shard, shard
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from sambalm.parallel.layers.tensor_parallel import (
     reduce_from_region,
     replicated_weight,
 )
-from sambalm.parallel.sharding import Shard, replicated_parameter, shard, sharded_parameter
+from sambalm.parallel.shard import Shard, shard
+from sambalm.parallel.sharding import replicated_parameter, sharded_parameter
 
 
 @dataclass(frozen=True)

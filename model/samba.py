@@ -15,7 +15,8 @@ from sambalm.parallel.groups import ContextParallel, TensorParallel
 from sambalm.parallel.layers.linear import linear
 from sambalm.parallel.layers.recompute import recomputed
 from sambalm.parallel.layers.tensor_parallel import VocabParallelEmbedding, cross_entropy
-from sambalm.parallel.sharding import equal_shard, sharded_parameter
+from sambalm.parallel.shard import equal_shard
+from sambalm.parallel.sharding import sharded_parameter
 
 SUBLAYERS = {MAMBA: MambaMixer, ATTENTION: WindowAttention, MLP: SwiGLU}
 

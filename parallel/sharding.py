@@ -12,48 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.shard import Shard
 
 Init = Callable[[Tensor, torch.Generator], None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One rank's share of a dimension: `length` from `start` on, of `size` in all."""
-
-    size: int
-    start: int
-    length: int
-
-
-def shard(size: int, tp: TensorParallel, *, unit: int = 1) -> Shard:
-    """This rank's share of a dimension, as even as whole units allow: earlier ranks have one unit more.
-
-    Shares need not be equal, since ranks only ever add up whole outputs: 11 heads on 8 ranks are 2, 2, 2, 1, ... heads,
-    and no padding exists that could learn or leak. A width without natural units is cut into multiples of 8 where it
-    must be uneven, which matrix products on GPUs want.
-
-    Raises:
-        ValueError: there are fewer units than ranks.
-    """
-    if unit == 1 and size % tp.size and size >= 8 * tp.size:
-        unit = 8
-    units = -(-size // unit)
-    if units < tp.size:
-        raise ValueError(f"a dimension of {size} in units of {unit} cannot be cut over {tp.size} tensor-parallel ranks")
-    start, end = (_first_unit(rank, units=units, ranks=tp.size) * unit for rank in (tp.rank, tp.rank + 1))
-    return Shard(size, start, min(end, size) - start)
-
-
-def equal_shard(size: int, tp: TensorParallel) -> Shard:
-    """This rank's share of a dimension that must be cut equally. Raises ValueError where it cannot."""
-    if size % tp.size:
-        raise ValueError(f"a dimension of {size} cannot be cut equally over {tp.size} tensor-parallel ranks")
-    return shard(size, tp)
-
-
-def _first_unit(rank: int, *, units: int, ranks: int) -> int:
-    share, longer = divmod(units, ranks)
-    return rank * share + min(rank, longer)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sambalm.parallel.compat.megatron import tensor_parallel
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.layers.linear import linear, linear_parts
-from sambalm.parallel.sharding import Init, Shard, equal_shard, sharded_parameter
+from sambalm.parallel.shard import Shard, equal_shard
+from sambalm.parallel.sharding import Init, sharded_parameter
 
 
 class _ContiguousGradient(torch.autograd.Function):

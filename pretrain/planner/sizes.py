@@ -12,7 +12,7 @@ from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.samba import SUBLAYERS, Sublayer
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.sharding import shard
+from sambalm.parallel.shard import shard
 from sambalm.pretrain.config import DTYPES, RunConfig
 
 FP32_BYTES = 4

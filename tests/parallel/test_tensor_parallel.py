@@ -11,7 +11,7 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.heads import kv_copies, share_heads
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.sharding import shard
+from sambalm.parallel.shard import shard
 from tests.support.layout_runs import local_slices, run_values, whole
 from tests.support.worlds import run_world
 
