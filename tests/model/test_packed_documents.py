@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.ops.reference import selective_scan as scan_module
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.external import KernelRequirements, why_unavailable
+from sambalm.model.ops.reference import selective_scan as scan_module
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.model.ops.reference.window_attention import window_attention

@@ -127,8 +127,8 @@ def order_on_rank(letter: str) -> tuple[list[str], list[str]]:
 
     from sambalm.model.ops.registry import TORCH_KERNELS
     from sambalm.model.samba import Samba
-    from sambalm.parallel.layers import context_parallel
     from sambalm.parallel.groups import start_world
+    from sambalm.parallel.layers import context_parallel
     from sambalm.parallel.sharding import initialize_parameters
 
     events: list[str] = []
