@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch
 
-from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.planner.hardware import DEVICES
 from sambalm.pretrain.planner.kernels import KernelNames, planned_kernels
 from sambalm.pretrain.planner.search import GIB, Plan, plan_of
+from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 
 # Name: processes and settings.

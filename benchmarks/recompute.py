@@ -16,17 +16,17 @@ from unittest import mock
 import torch
 import yaml
 
-from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
-from sambalm.model.layers import SequenceContext
-from sambalm.model.ops.reference.window_attention import rotary_tables
+from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.context import SequenceContext
 from sambalm.model.ops.registry import TORCH_KERNELS
+from sambalm.model.registry import mixer
 from sambalm.model.samba import Sublayer
 from sambalm.parallel.groups import ContextParallel, TensorParallel
 from sambalm.parallel.layers import recompute
 from sambalm.parallel.sharding import initialize_parameters
 
 MODES = ("none", "selective", "full")
-NAMES = {MAMBA: "Mamba", MLP: "MLP", ATTENTION: "attention"}
+NAMES = {"M": "Mamba", "-": "MLP", "*": "attention"}
 
 
 @contextlib.contextmanager
@@ -57,15 +57,15 @@ def kept_bytes(config: ModelConfig, letter: str, mode: str, *, tokens: int, dtyp
     kernels = TORCH_KERNELS.recomputing() if mode == "selective" else TORCH_KERNELS
     layer = Sublayer(letter, config, tp=TensorParallel(), kernels=kernels)
     initialize_parameters(layer, seed=0)
-    rotary = rotary_tables(torch.arange(tokens)[:, None, None], head_dim=config.head_dim, base=config.rope_base)
-    context = SequenceContext(rotary=rotary, cp=ContextParallel())
+    tables = mixer(letter).shared_inputs(config, torch.arange(tokens).unsqueeze(1))
+    context = SequenceContext(cp=ContextParallel(), shared={letter: tables})
     x = torch.randn(tokens, 1, config.hidden_size, dtype=dtype).requires_grad_()
     with keeping() as kept:
         _, output = recompute.recomputed(layer, x, None, context) if mode == "full" else layer(x, None, context)
     assert output.requires_grad  # and so everything kept is alive, and no address was used twice
     weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    tables = {table.untyped_storage().data_ptr() for table in rotary}  # all layers share them
-    return sum(size for address, size in kept.items() if address not in weights | tables)
+    shared = {table.untyped_storage().data_ptr() for table in tables or ()}
+    return sum(size for address, size in kept.items() if address not in weights | shared)
 
 
 def bytes_per_token(config: ModelConfig, letter: str, mode: str, *, tokens: int, dtype: torch.dtype) -> float:

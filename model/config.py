@@ -1,15 +1,21 @@
-"""What a Samba is: sizes, layer pattern and initialisation (arXiv 2406.07522, section 2 and table 12)."""
+"""What a model is: its sizes and layer pattern (arXiv 2406.07522, section 2 and table 12)."""
 
-import math
 import re
+from functools import cached_property
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-MAMBA, ATTENTION, MLP = "M", "*", "-"
-_PATTERN = re.compile(r"\s*([M*-]+)\s*(?:x\s*(\d+)\s*)?")
+from sambalm.model.mixers.attention.sizes import AttentionSizes
+from sambalm.model.mixers.base import Mixer
+from sambalm.model.mixers.mamba.sizes import MambaSizes
+from sambalm.model.mixers.mlp.sizes import MLPSizes
+from sambalm.model.registry import MixerError, all_mixers, mixer, mixers_of
+
+_PATTERN = re.compile(r"\s*([^\sx\d]+)\s*(?:x\s*(\d+)\s*)?")
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(MambaSizes, AttentionSizes, MLPSizes):
     """The shape of a model; it does not depend on how the model is spread over ranks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -19,66 +25,73 @@ class ModelConfig(BaseModel):
         "'M-*- x 6' repeats a pattern"
     )
     hidden_size: int = Field(gt=0, description="Width of the residual stream (d_model)")
-    num_query_heads: int = Field(gt=0, description="Query heads; hidden_size / num_query_heads is the head dim")
-    num_kv_heads: int = Field(gt=0, description="Attention key and value heads, a divisor of num_query_heads")
-    mlp_size: int = Field(gt=0, description="Inner width of the SwiGLU MLP")
-    window: int = Field(gt=0, description="Positions that a query sees, itself included")
     vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's vocabulary")
     tie_embeddings: bool = Field(True, description="Whether the LM head is the embedding matrix")
-    d_state: int = Field(16, gt=0, description="Mamba states per channel")
-    d_conv: int = Field(4, gt=1, description="Taps of Mamba's causal convolution")
-    expand: int = Field(2, gt=0, description="Mamba's inner width over hidden_size")
-    dt_rank: int | None = Field(None, gt=0, description="Rank of Mamba's step sizes; null: ceil(hidden_size / 16)")
-    dt_min: float = Field(1e-3, gt=0, description="Smallest initial step size (log-uniform up to dt_max)")
-    dt_max: float = Field(1e-1, gt=0, description="Largest initial step size")
-    dt_floor: float = Field(1e-4, gt=0, description="Floor of the initial step size")
-    rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary position embedding")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm")
     embedding_std: float = Field(0.02, gt=0, description="Standard deviation of the initial embedding")
+    mixers: dict[str, dict[str, Any]] = Field(
+        {}, description="Sizes of other mixers of the pattern, a section for each under its name"
+    )
 
     @field_validator("pattern")
     @classmethod
     def _expand_pattern(cls, value: str) -> str:
         match = _PATTERN.fullmatch(value)
         if not match or match[2] == "0":
-            raise ValueError("allowed are the letters M, * and -, and an optional repetition as in 'M-*- x 6'")
+            raise ValueError(_allowed_letters())
+        for letter in set(match[1]):
+            try:
+                mixer(letter)
+            except MixerError:
+                raise ValueError(_allowed_letters()) from None
         return match[1] * int(match[2] or 1)
 
     @model_validator(mode="after")
-    def _check_heads(self) -> "ModelConfig":
-        if self.hidden_size % self.num_query_heads:
+    def _check_mixers(self) -> Self:
+        unknown = self.mixers.keys() - {one.name for one in self.kinds if one.sizes}
+        if unknown:
             raise ValueError(
-                f"model.num_query_heads is {self.num_query_heads}, which does not divide model.hidden_size "
-                f"{self.hidden_size}: choose a divisor"
+                f"model.mixers has a section {min(unknown)!r}, and no mixer of model.pattern {self.pattern} that has "
+                "sizes there has that name: remove it"
             )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"model.num_query_heads is {self.num_query_heads}, which makes the head dim {self.head_dim} odd: "
-                "rotary positions need an even one"
-            )
-        if self.num_query_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_query_heads "
-                f"{self.num_query_heads}: choose a divisor"
-            )
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"model.dt_min is {self.dt_min}, above model.dt_max {self.dt_max}")
+        for one in self.kinds:
+            if one.sizes:
+                self.sizes_of(one)
         return self
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_query_heads
+    def kinds(self) -> list[Mixer]:
+        """Each mixer of the pattern once."""
+        return mixers_of(self.pattern)
 
-    @property
-    def kv_size(self) -> int:
-        """Width of all keys (and of all values)."""
-        return self.num_kv_heads * self.head_dim
+    def sizes_of(self, one: Mixer) -> Any:
+        """Returns the section `model.mixers.NAME` of a mixer as its schema, defaults included.
 
-    @property
-    def inner_size(self) -> int:
-        """Width of Mamba's inner stream (d_inner)."""
-        return self.expand * self.hidden_size
+        Raises:
+            ValueError: the section does not fit the schema; a sentence that names the key.
+        """
+        if one.sizes is None:
+            raise TypeError(f"the mixer {one.name} has no sizes of its own")
+        return _checked_sizes(one, self.mixers.get(one.name, {}))
 
-    @property
-    def dt_rank_size(self) -> int:
-        return self.dt_rank or math.ceil(self.hidden_size / 16)
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.model_dump_json())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _checked_sizes(one: Mixer, section: dict[str, Any]) -> BaseModel:
+    try:
+        return one.sizes.model_validate(section, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("model.mixers", one.name, *first["loc"])))
+        raise ValueError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _allowed_letters() -> str:
+    letters = [one.letter for one in all_mixers()]
+    listed = f"{', '.join(letters[:-1])} and {letters[-1]}"
+    return f"allowed are the letters {listed}, and an optional repetition as in 'M-*- x 6'"

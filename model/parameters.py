@@ -1,28 +1,24 @@
-"""Parameter counts by part."""
+"""Parameter counts by kind."""
 
-import torch
-
-from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
-from sambalm.model.samba import Samba
-from sambalm.parallel.sharding import canonical_slices
-
-_BODY = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
+from sambalm.model.config import ModelConfig
+from sambalm.model.registry import all_mixers, mixer
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Counts of each part, of all but the embeddings and in total, from a model without memory (the meta device)."""
-    with torch.device("meta"):
-        model = Samba(config)
-    counts = dict.fromkeys(("embedding", "mamba", "attention", "mlp", "norms", "head"), 0)
-    for name, _, piece in canonical_slices(model):
-        counts[_part(name, config.pattern)] += torch.Size(piece.shape).numel()
+    """Counts each kind of layer, all but the embeddings, and the total; a shared embedding once."""
+    embedding = config.vocab_size * config.hidden_size
+    counts = {"embedding": embedding}
+    counts |= {
+        one.name: config.pattern.count(one.letter) * layer_parameters(config, one.letter)
+        for one in all_mixers()
+        if one.sizes is None or one.letter in config.pattern
+    }
+    counts["norms"] = (len(config.pattern) + 1) * config.hidden_size
+    counts["head"] = 0 if config.tie_embeddings else embedding
     total = sum(counts.values())
     return counts | {"non-embedding": total - counts["embedding"] - counts["head"], "total": total}
 
 
-def _part(name: str, pattern: str) -> str:
-    owner, *rest = name.split(".")
-    if owner != "layers":
-        return "norms" if owner == "final_norm" else owner
-    number, component, *_ = rest
-    return "norms" if component == "norm" else _BODY[pattern[int(number)]]
+def layer_parameters(config: ModelConfig, letter: str) -> int:
+    """Counts the parameters of one layer without its norm."""
+    return sum(each.elements for each in mixer(letter).parameters(config, tensor_ranks=1))

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from sambalm.model import initialization as init
-from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
-from sambalm.model.layers import MambaMixer, RMSNorm, SequenceContext, SwiGLU, WindowAttention
+from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.context import SequenceContext
+from sambalm.model.norm import RMSNorm
 from sambalm.model.ops.documents import Documents
-from sambalm.model.ops.reference.window_attention import rotary_tables
 from sambalm.model.ops.registry import TORCH_KERNELS, Kernels
+from sambalm.model.registry import mixer, mixers_of
 from sambalm.parallel.groups import ContextParallel, TensorParallel
 from sambalm.parallel.layers.linear import linear
 from sambalm.parallel.layers.recompute import recomputed
 from sambalm.parallel.layers.tensor_parallel import VocabParallelEmbedding, cross_entropy
 from sambalm.parallel.shard import equal_shard
 from sambalm.parallel.sharding import sharded_parameter
-
-SUBLAYERS = {MAMBA: MambaMixer, ATTENTION: WindowAttention, MLP: SwiGLU}
 
 
 class Sublayer(nn.Module):
@@ -27,7 +26,7 @@ class Sublayer(nn.Module):
     def __init__(self, letter: str, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.norm = RMSNorm(config, tp=tp, kernels=kernels)
-        self.mixer = SUBLAYERS[letter](config, tp=tp, kernels=kernels)
+        self.mixer = mixer(letter).layer(config, tp=tp, kernels=kernels)
 
     def forward(self, x: Tensor, branch: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """The residual stream and what the sublayer before adds to it, to the stream and what this one adds."""
@@ -85,6 +84,7 @@ class Samba(nn.Module):
                 owned=self.is_first,
             )
         # Keyed by their number in the whole model, which canonical names and initial weights depend on.
+        self.kinds = mixers_of({config.pattern[i] for i in layers})
         self.layers = nn.ModuleDict(
             {str(i): Sublayer(config.pattern[i], config, tp=tp, kernels=kernels) for i in layers}
         )
@@ -152,8 +152,8 @@ class Samba(nn.Module):
             positions = documents.positions.t()
         else:
             positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(1)
-        rotary = rotary_tables(positions.unsqueeze(2), head_dim=self.config.head_dim, base=self.config.rope_base)
-        return SequenceContext(rotary=rotary, cp=self.cp, documents=documents)
+        shared = {one.letter: one.shared_inputs(self.config, positions) for one in self.kinds}
+        return SequenceContext(cp=self.cp, documents=documents, shared=shared)
 
 
 def _added(x: Tensor, branch: Tensor | None) -> Tensor:

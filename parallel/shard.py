@@ -15,8 +15,8 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class FirstRank:
-    """The first of `size` ranks: no rank's shares are larger."""
+class Position:
+    """A place that has no process group. The first rank is the default: no rank's shares are larger."""
 
     size: int
     rank: int = 0

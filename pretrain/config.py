@@ -2,12 +2,11 @@
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.model.config import ModelConfig
-from sambalm.model.heads import kv_copies
+from sambalm.model.mixers.base import Ability
 from sambalm.model.ops.registry import KernelConfig
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
@@ -15,7 +14,7 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
 
 FORMAT_VERSION = 1
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of train.precision
+PRECISION_BYTES = {"bf16": 2, "fp32": 4}  # of train.precision
 
 
 class RunSection(BaseModel):
@@ -164,6 +163,7 @@ class RunConfig(BaseModel):
             )
         self._check_batch_ramp()
         self._check_tensor_parallelism()
+        self._check_abilities()
         self._check_sequence_cuts()
         layers = self.parallel.pipeline_layers
         if self.parallel.model_parts > len(self.model.pattern):
@@ -203,16 +203,28 @@ class RunConfig(BaseModel):
                 f"model.vocab_size is {model.vocab_size}, which parallel.tensor {ranks} does not divide: raise it to "
                 f"{-(-model.vocab_size // ranks) * ranks} (rows that no token uses do no harm)"
             )
-        try:
-            kv_copies(model, ranks)
-        except ValueError as error:
-            raise ValueError(
-                f"parallel.tensor is {ranks}: {error} (model.num_query_heads, model.num_kv_heads); choose at most "
-                f"{model.num_kv_heads}, or a multiple of it up to {model.num_query_heads}"
-            ) from None
-        for key, size in (("model.mlp_size", model.mlp_size), ("model.expand x model.hidden_size", model.inner_size)):
-            if size < ranks:
-                raise ValueError(f"{key} is {size}, less than parallel.tensor {ranks}: lower parallel.tensor")
+        for one in model.kinds:
+            one.check(model, tensor_ranks=ranks)
+
+    def _check_abilities(self) -> None:
+        parallel = self.parallel
+        needed = {
+            Ability.TENSOR_PARALLEL: ("parallel.tensor", parallel.tensor, parallel.tensor > 1),
+            Ability.SEQUENCE_PARALLEL: ("parallel.sequence", parallel.sequence, parallel.sequence),
+            Ability.CONTEXT_PARALLEL: ("parallel.context", parallel.context, parallel.context > 1),
+            Ability.PACKED_DOCUMENTS: (
+                "data.reset_at_document",
+                self.data.reset_at_document,
+                self.data.reset_at_document,
+            ),
+        }
+        for ability, (key, value, is_needed) in needed.items():
+            for one in self.model.kinds if is_needed else ():
+                if ability not in one.abilities:
+                    raise ValueError(
+                        f"{key} is {str(value).lower()}, and the mixer {one.name} ({one.letter} in model.pattern) has "
+                        f"no {ability}: turn it off, or take another mixer"
+                    )
 
     def _check_sequence_cuts(self) -> None:
         parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)

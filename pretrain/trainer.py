@@ -10,7 +10,7 @@ from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import check_vocabulary, open_sources
-from sambalm.model.heads import kv_copies
+from sambalm.model.registry import weight_copies
 from sambalm.parallel.groups import World, is_main_process, start_world, world_size
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.zero.engine import gradient_norm
@@ -42,7 +42,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
         check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
     with (
         open_run_folder(config) as folder,
-        start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world,
+        start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world,
         folder.shared(),
     ):
         trainer = Trainer(config, world, folder=folder, signals=signals or Signals())

@@ -14,8 +14,9 @@ from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.zero.engine import Engine, zero_engine
 from sambalm.pretrain.checkpointing.format import Checkpoint
 from sambalm.pretrain.checkpointing.load import load_moments, load_weights
-from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
+from sambalm.pretrain.precision import DTYPES
 
 
 @dataclass(frozen=True)

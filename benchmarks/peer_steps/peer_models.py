@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
+from sambalm.model.config import ModelConfig
 from sambalm.model.hf.names import hf_config
 from sambalm.model.ops.external import torch_flash_window
 from sambalm.model.ops.reference.window_attention import rotary_tables
@@ -143,9 +143,9 @@ class PlainSamba(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).weight
         states = {"d_state": config.d_state, "d_conv": config.d_conv, "expand": config.expand}
         mixers = {
-            MAMBA: lambda: mamba(config.hidden_size, dt_rank=config.dt_rank_size, **states),
-            ATTENTION: lambda: PlainAttention(config),
-            MLP: lambda: PlainMLP(config),
+            "M": lambda: mamba(config.hidden_size, dt_rank=config.dt_rank_size, **states),
+            "*": lambda: PlainAttention(config),
+            "-": lambda: PlainMLP(config),
         }
         self.layers = nn.ModuleList(PlainSublayer(config, mixers[letter]()) for letter in config.pattern)
         self.final_weight = nn.Parameter(torch.ones(config.hidden_size))

@@ -34,7 +34,7 @@ import torch
 from peer_models import Unavailable
 from torch import Tensor, nn
 
-from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
+from sambalm.model.config import ModelConfig
 from sambalm.model.ops.external import KernelError
 from sambalm.model.parameters import count_parameters
 from sambalm.parallel.groups import start_world
@@ -94,7 +94,7 @@ def settings_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> list
 
 def llama_settings(model: ModelConfig, *, length: int) -> list[str]:
     """Settings that make a Samba's config a Llama's."""
-    values = model.model_dump() | {"pattern": model.pattern.replace(MAMBA, ATTENTION), "window": length}
+    values = model.model_dump() | {"pattern": model.pattern.replace("M", "*"), "window": length}
     parameters = count_parameters(model)["total"]
 
     def parameters_at(mlp_size: int) -> int:

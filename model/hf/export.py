@@ -14,13 +14,14 @@ from torch import Tensor
 import sambalm.model.ops.reference as operations
 from sambalm.model.config import ModelConfig
 from sambalm.model.durable_files import flush, write_json
+from sambalm.model.mixers.base import HFTensor
 
 from . import configuration_samba, modeling_samba
 from .configuration_samba import SambaConfig
 from .errors import HFError
 from .folder import INDEX_FILE
 from .model_card import TrainingFacts, model_card
-from .names import CanonicalState, HFTensor, hf_config, hf_tensors
+from .names import CanonicalState, hf_config, hf_dtype, hf_shape, hf_tensors
 from .tokenizer import read_model, save_tokenizer, token_ids
 from .verify import verify_export
 
@@ -173,7 +174,7 @@ def _write_weights(
     progress: Progress | None,
 ) -> None:
     shapes = state.shapes()
-    sizes = {n: math.prod(t.hf_shape(shapes)) * t.dtype(dtype).itemsize for n, t in tensors.items()}
+    sizes = {n: math.prod(hf_shape(t, shapes)) * hf_dtype(t, dtype).itemsize for n, t in tensors.items()}
     shards = plan_shards(sizes, max_shard_bytes=max_shard_bytes)
     total, done, weight_map = sum(sizes.values()), 0, {}
     for number, names in enumerate(shards, start=1):
@@ -206,7 +207,7 @@ def _write_shard(
     shapes = state.shapes()
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        shape, kind = tensor.hf_shape(shapes), tensor.dtype(dtype)
+        shape, kind = hf_shape(tensor, shapes), hf_dtype(tensor, dtype)
         start, end = end, end + math.prod(shape) * kind.itemsize
         header[name] = {"dtype": DTYPES[kind], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -215,7 +216,7 @@ def _write_shard(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             for part in tensor.parts:  # concatenated along the first dimension, so one after the other
-                _write_tensor(file, state.read(part).to(tensor.dtype(dtype)), name=part, shape=shapes[part])
+                _write_tensor(file, state.read(part).to(hf_dtype(tensor, dtype)), name=part, shape=shapes[part])
             start, end = header[name]["data_offsets"]
             yield end - start
 

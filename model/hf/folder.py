@@ -8,9 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sambalm.model.mixers.base import HFTensor
+
 from .configuration_samba import SambaConfig
 from .errors import HFError
-from .names import HFTensor, hf_tensors
+from .names import hf_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -5,16 +5,18 @@ dimension.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.base import Ability, HFSide, HFTensor
+from sambalm.model.registry import BUILT_IN, mixer
 
-from .configuration_samba import ATTENTION, MAMBA, SambaConfig, pattern_blocks
+from .configuration_samba import SambaConfig, pattern_blocks
 from .errors import HFError
 
 
@@ -28,120 +30,74 @@ class CanonicalState(Protocol):
         """One whole tensor, fp32 on the CPU."""
 
 
-@dataclass(frozen=True)
-class HFTensor:
-    """How a tensor of a Hugging Face folder is made."""
-
-    parts: tuple[str, ...]  # canonical names, in order along dimension 0
-    is_conv: bool = False  # nn.Conv1d has a dimension of one input channel, which the canonical [channels, taps] lacks
-    is_fp32: bool = False  # whatever the dtype of the rest
-
-    def hf_shape(self, canonical_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        shapes = [tuple(canonical_shapes[part]) for part in self.parts]
-        rows = sum(shape[0] for shape in shapes)
-        return (rows, *((1,) if self.is_conv else ()), *shapes[0][1:])
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.is_fp32 else dtype
+def hf_shape(tensor: HFTensor, canonical_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape of a tensor in the folder, from those of the canonical tensors that it is made of."""
+    shapes = [tuple(canonical_shapes[part]) for part in tensor.parts]
+    rows = sum(shape[0] for shape in shapes)
+    return (rows, *((1,) if tensor.is_conv else ()), *shapes[0][1:])
 
 
-# Name in a block of the Hugging Face model: name in the sublayer of the canonical one.
-_MIXERS = {
-    MAMBA: {
-        "mixer_norm.weight": HFTensor(("norm.weight",)),
-        "mixer.A_log": HFTensor(("mixer.A_log",), is_fp32=True),
-        "mixer.D": HFTensor(("mixer.D",), is_fp32=True),
-        "mixer.in_proj.weight": HFTensor(("mixer.in_proj.x.weight", "mixer.in_proj.z.weight")),
-        "mixer.conv1d.weight": HFTensor(("mixer.conv.weight",), is_conv=True),
-        "mixer.conv1d.bias": HFTensor(("mixer.conv.bias",)),
-        "mixer.x_proj.weight": HFTensor(("mixer.x_proj.weight",)),
-        "mixer.dt_proj.weight": HFTensor(("mixer.dt_proj.weight",)),
-        "mixer.dt_proj.bias": HFTensor(("mixer.dt_proj.bias",), is_fp32=True),
-        "mixer.out_proj.weight": HFTensor(("mixer.out_proj.weight",)),
-    },
-    ATTENTION: {
-        "mixer_norm.weight": HFTensor(("norm.weight",)),
-        "mixer.q_proj.weight": HFTensor(("mixer.qkv_proj.q.weight",)),
-        "mixer.k_proj.weight": HFTensor(("mixer.qkv_proj.k.weight",)),
-        "mixer.v_proj.weight": HFTensor(("mixer.qkv_proj.v.weight",)),
-        "mixer.o_proj.weight": HFTensor(("mixer.o_proj.weight",)),
-    },
-    None: {},
-}
-_MLP = {
-    "mlp_norm.weight": HFTensor(("norm.weight",)),
-    "mlp.gate_proj.weight": HFTensor(("mixer.gate_up_proj.gate.weight",)),
-    "mlp.up_proj.weight": HFTensor(("mixer.gate_up_proj.up.weight",)),
-    "mlp.down_proj.weight": HFTensor(("mixer.down_proj.weight",)),
-}
+def hf_dtype(tensor: HFTensor, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a tensor in a folder of a dtype."""
+    return torch.float32 if tensor.is_fp32 else dtype
 
 
 def hf_tensors(pattern: str, *, tie_embeddings: bool) -> dict[str, HFTensor]:
-    """Name and making of every tensor of the Hugging Face model, in the model's order."""
+    """Returns name and making of every tensor of the Hugging Face model, in the model's order."""
     tensors = {"backbone.embeddings.weight": HFTensor(("embedding.weight",))}
     for i, block in enumerate(pattern_blocks(pattern)):
-        for table, sublayer in ((_MIXERS[block.mixer], block.mixer_sublayer), (_MLP, block.mlp_sublayer)):
+        for slot, sublayer in (("mixer", block.mixer_sublayer), ("mlp", block.mlp_sublayer)):
             if sublayer is None:
                 continue
-            for name, tensor in table.items():
-                parts = tuple(f"layers.{sublayer}.{part}" for part in tensor.parts)
-                made = HFTensor(parts, is_conv=tensor.is_conv, is_fp32=tensor.is_fp32)
-                tensors[f"backbone.layers.{i}.{name}"] = made
+            tensors[f"backbone.layers.{i}.{slot}_norm.weight"] = HFTensor((f"layers.{sublayer}.norm.weight",))
+            for name, tensor in hf_side(pattern[sublayer]).tensors.items():
+                parts = tuple(f"layers.{sublayer}.mixer.{part}" for part in tensor.parts)
+                tensors[f"backbone.layers.{i}.{slot}.{name}"] = replace(tensor, parts=parts)
     tensors["backbone.norm_f.weight"] = HFTensor(("final_norm.weight",))
     if not tie_embeddings:
         tensors["lm_head.weight"] = HFTensor(("head.weight",))
     return tensors
 
 
-def hf_config(config: ModelConfig, **others) -> SambaConfig:
-    """The Hugging Face configuration of a model; `others` are keys that ModelConfig lacks, such as token ids."""
+def hf_side(letter: str) -> HFSide:
+    """Returns what a mixer is in the Hugging Face format. Raises HFError for one that has no such side."""
+    one = mixer(letter)
+    if one.hf is None:
+        raise HFError(f"the mixer {one.name} ({letter} in model.pattern) has no {Ability.HUGGING_FACE}")
+    return one.hf
+
+
+def hf_config(config: ModelConfig, **others: Any) -> SambaConfig:
+    """Returns the Hugging Face configuration of a model; `others` are further keys, such as token ids."""
+    own: dict[str, Any] = {}
+    for letter in [*BUILT_IN, *config.pattern]:  # ours have keys of ModelConfig whether the pattern has them or not
+        own |= hf_side(letter).to_config(config)
     return SambaConfig(
         pattern=config.pattern,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        mlp_size=config.mlp_size,
-        attn={
-            "num_heads": config.num_query_heads,
-            "num_kv_heads": config.num_kv_heads,
-            "window_size": config.window,
-            "rope_theta": config.rope_base,
-        },
-        state_size=config.d_state,
-        expand=config.expand,
-        conv_kernel=config.d_conv,
-        time_step_rank=config.dt_rank_size,
-        time_step_min=config.dt_min,
-        time_step_max=config.dt_max,
-        time_step_floor=config.dt_floor,
         norm_eps=config.norm_eps,
         initializer_range=config.embedding_std,
         tie_word_embeddings=config.tie_embeddings,
+        **own,
         **others,
     )
 
 
 def model_config(config: SambaConfig) -> ModelConfig:
-    """The inverse of hf_config. Raises HFError for a model that training does not know."""
+    """Returns the inverse of `hf_config`. Raises HFError for a model that training does not know."""
+    own: dict[str, Any] = {}
+    for letter in [*BUILT_IN, *config.pattern]:
+        own |= hf_side(letter).from_config(config)
     try:
         return ModelConfig(
             pattern=config.pattern,
             hidden_size=config.hidden_size,
-            num_query_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            mlp_size=config.mlp_size,
-            window=config.sliding_window,
             vocab_size=config.vocab_size,
             tie_embeddings=config.tie_word_embeddings,
-            d_state=config.state_size,
-            d_conv=config.conv_kernel,
-            expand=config.expand,
-            dt_rank=config.time_step_rank,
-            dt_min=config.time_step_min,
-            dt_max=config.time_step_max,
-            dt_floor=config.time_step_floor,
-            rope_base=config.attn["rope_theta"],
             norm_eps=config.norm_eps,
             embedding_std=config.initializer_range,
+            **own,
         )
     except ValidationError as error:
         raise HFError(

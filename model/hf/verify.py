@@ -14,7 +14,7 @@ from .errors import HFError
 from .folder import FolderState
 from .generate import load_config, load_model
 from .modeling_samba import SambaForCausalLM
-from .names import CanonicalState, hf_tensors
+from .names import CanonicalState, hf_dtype, hf_tensors
 from .tokenizer import compare_tokenizers, load_tokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-4
@@ -82,7 +82,7 @@ def _compare_weights(output: Path, state: CanonicalState, config: ModelConfig) -
 def _stored_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype that a folder of a dtype has each canonical tensor in."""
     tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings).values()
-    return {part: tensor.dtype(dtype) for tensor in tensors for part in tensor.parts}
+    return {part: hf_dtype(tensor, dtype) for tensor in tensors for part in tensor.parts}
 
 
 def _training_model(state: CanonicalState, config: ModelConfig, *, dtype: torch.dtype) -> Samba:

@@ -16,9 +16,10 @@ from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
-from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 
 VERIFIED_DOCUMENTS = 1000

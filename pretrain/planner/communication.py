@@ -4,29 +4,30 @@
 all-gather, what is sent to another rank. `wire_bytes` is what a ring then sends from each rank.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from sambalm.model.config import ATTENTION, MAMBA, ModelConfig
-from sambalm.model.heads import kv_copies
+from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.counts import FP32_BYTES, Share
+from sambalm.model.registry import mixer, weight_copies
 from sambalm.model.samba import Samba
+from sambalm.parallel.groups import TensorParallel
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, OptimizerConfig
+from sambalm.pretrain.planner.kernels import planned_kernels
 from sambalm.pretrain.planner.memory import MAX_LIVE_PARAMETERS
 from sambalm.pretrain.planner.sizes import (
-    ACTIVATION_BYTES,
-    FP32_BYTES,
     PERSISTENT_ELEMENTS,
-    first_tensor_rank,
+    activation_bytes,
     is_first,
     is_last,
     local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
+    share_of,
     stage_letters,
     stage_parameters,
     stage_parts,
@@ -76,9 +77,9 @@ def step_transfers(config: RunConfig, *, stage: int, world_size: int) -> list[Tr
     """All that the busiest rank of a pipeline stage hands over in one step, but for single numbers."""
     ledger, parallel = _Ledger(), config.parallel
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    share = share_of(config, planned_kernels(config))
     for letter, count in stage_letters(config, stage):
-        _tensor_sublayer(ledger, config, letter, count * micro_batches)
-        _context_sublayer(ledger, config, letter, count * micro_batches)
+        _sublayers(ledger, config, share, letter, passes=count * micro_batches)
     for part in stage_parts(config)[stage]:
         _tensor_ends(ledger, config, part, micro_batches)
         _pipeline(ledger, config, part, micro_batches)
@@ -86,39 +87,18 @@ def step_transfers(config: RunConfig, *, stage: int, world_size: int) -> list[Tr
     return ledger.transfers()
 
 
-def _tensor_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: int) -> None:
-    """Of `passes` sublayers of a kind: as many as the stage has, times micro-batches."""
-    parallel, model = config.parallel, config.model
-    ranks, sequence = parallel.tensor, parallel.sequence
-    a, tokens = ACTIVATION_BYTES[config.train.precision], micro_batch_tokens(config)
-    # A checkpointed sublayer runs again up to its last saved tensor, so all but its output's reduction.
-    forwards = 2 if parallel.recompute == "full" else 1
-    _linear_pair(ledger, config, forwards=forwards, passes=passes)
-    if sequence:  # the norm's weight
+def _sublayers(ledger: _Ledger, config: RunConfig, share: Share, letter: str, *, passes: int) -> None:
+    """Counts what `passes` sublayers of a kind send: as many as the stage has, times micro-batches."""
+    ranks, model = config.parallel.tensor, config.model
+    if config.parallel.sequence:  # the norm's weight
         ledger.add("tensor", "all-reduce", ranks, model.hidden_size * FP32_BYTES, times=passes)
-    if letter == MAMBA:
-        projected = a * tokens * (model.dt_rank_size + 2 * model.d_state)
-        ledger.add("tensor", "all-reduce", ranks, projected, times=passes * (forwards + 1))
-    if letter == ATTENTION and ranks > 1:
-        copies, kv = kv_copies(model, ranks), local_sizes(model, letter, ranks).kv
-        ledger.add("tensor", "all-reduce", copies, FP32_BYTES * 2 * kv * model.hidden_size, times=passes)
-
-
-def _linear_pair(ledger: _Ledger, config: RunConfig, *, forwards: int, passes: int) -> None:
-    """The column-parallel input and the row-parallel output of every sublayer."""
-    ranks = config.parallel.tensor
-    whole = _hidden_bytes(config)
-    if config.parallel.sequence:
-        # Input: gathered forward and again backward, its gradient scattered. Output: scattered, its gradient gathered.
-        ledger.add("tensor", "all-gather", ranks, whole / ranks, times=passes * (forwards + 2))
-        ledger.add("tensor", "reduce-scatter", ranks, whole, times=passes * 2)
-    else:
-        ledger.add("tensor", "all-reduce", ranks, whole, times=passes * 2)
+    for sent in mixer(letter).messages(model, share):
+        ledger.add(sent.dimension, sent.operation, sent.ranks, sent.handed_bytes, times=passes * sent.times)
 
 
 def _hidden_bytes(config: RunConfig) -> int:
     """The residual stream of a micro-batch, whole."""
-    return micro_batch_tokens(config) * config.model.hidden_size * ACTIVATION_BYTES[config.train.precision]
+    return micro_batch_tokens(config) * config.model.hidden_size * activation_bytes(config)
 
 
 def _tensor_ends(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
@@ -135,32 +115,6 @@ def _tensor_ends(ledger: _Ledger, config: RunConfig, part: range, micro_batches:
             ledger.add("tensor", "all-reduce", ranks, config.model.hidden_size * FP32_BYTES, times=micro_batches)
         else:
             ledger.add("tensor", "all-reduce", ranks, whole, times=micro_batches)
-
-
-def _context_sublayer(ledger: _Ledger, config: RunConfig, letter: str, passes: int) -> None:
-    parallel, model = config.parallel, config.model
-    ranks, size = parallel.context, local_sizes(model, letter, parallel.tensor)
-    if ranks == 1:
-        return
-    a, batch = ACTIVATION_BYTES[config.train.precision], config.train.micro_batch_size
-    forwards = 2 if parallel.recompute == "full" else 1
-    if letter == MAMBA:
-        states = 2 * batch * size.channels * model.d_state * FP32_BYTES
-        ledger.add("context", "all-gather", ranks, states, times=passes * forwards)
-        ledger.add("context", "reduce-scatter", ranks, ranks * states, times=passes)
-    halo, width = {MAMBA: (model.d_conv - 1, size.channels), ATTENTION: (model.window - 1, 2 * size.kv)}.get(
-        letter, (0, 0)
-    )
-    tokens = _halo_tokens(halo, config=config, forwards=forwards)
-    ledger.add("context", "send", ranks, a * batch * width * tokens, times=passes)
-
-
-def _halo_tokens(halo: int, *, config: RunConfig, forwards: int) -> int:
-    """Tokens that the busiest rank sends: forward to the ranks after it, backward their gradients to those before."""
-    ranks, part_tokens = config.parallel.context, config.data.sequence_length // config.parallel.context
-    hops = min(math.ceil(halo / part_tokens), ranks - 1)
-    sent = [min(part_tokens, halo - (hop - 1) * part_tokens) for hop in range(1, hops + 1)]
-    return max(forwards * sum(sent[: ranks - 1 - rank]) + sum(sent[:rank]) for rank in range(ranks))
 
 
 def _pipeline(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
@@ -186,7 +140,7 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
         else:
             ledger.add("data", "all-reduce", ranks, weights, times=micro_batches)
         rounded = only_rounded_elements(config, stage, world_size=world_size)
-        gathered = weights - rounded * (FP32_BYTES - ACTIVATION_BYTES[config.train.precision])
+        gathered = weights - rounded * (FP32_BYTES - activation_bytes(config))
         ledger.add("data", "all-gather", ranks, gathered / groups / ranks, times=groups)
     ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
     at_end = stage in (0, parallel.pipeline - 1)
@@ -212,9 +166,15 @@ def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
 def _reduced_groups(optimizer: OptimizerConfig, model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
     """Those of a model on the meta device."""
     with torch.device("meta"):
-        samba = Samba(model, tp=first_tensor_rank(model, tensor_ranks))
+        samba = Samba(model, tp=_first_tensor_rank(model, tensor_ranks))
     groups = optimizer.parameter_groups(samba, bucket_elements=BUCKET_ELEMENTS)
     return tuple(ReducedGroup(sum(p.numel() for p in group["params"]), "completed_by" in group) for group in groups)
+
+
+def _first_tensor_rank(model: ModelConfig, tensor_ranks: int) -> TensorParallel:
+    """Returns a place for modules on the meta device, which communicate with nobody."""
+    copies = weight_copies(model, tensor_ranks=tensor_ranks)
+    return TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
 
 
 def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> float:

@@ -6,23 +6,12 @@ backward, by the list of kernels that PyTorch launches: a cast from bf16 to fp32
 
 from dataclasses import dataclass
 
+from sambalm.model.mixers.counts import KernelNames, Traffic
 from sambalm.model.ops.cuda.conv import MAX_TAPS
 from sambalm.model.ops.cuda.scan_sizes import D_STATES
 from sambalm.pretrain.config import RunConfig
 
 KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
-
-
-@dataclass(frozen=True)
-class KernelNames:
-    """An implementation of each operation, as `kernels.*` names them."""
-
-    scan: str
-    conv: str
-    attention: str
-    norm: str
-    elementwise: str
-    device: str = "cuda"
 
 
 TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", device="cpu")
@@ -44,15 +33,6 @@ class Seconds:
 
     forward: float
     backward: float
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes for each element, and whether the kernels are fused ones or single PyTorch operations."""
-
-    forward: float
-    backward: float
-    fused: bool = False
 
 
 def _measured(forward_ms: float, backward_ms: float) -> Seconds:
@@ -86,11 +66,6 @@ RESIDUAL = {
     "compiled": Traffic(4, 2, fused=True),
     "apex": Traffic(6, 6, fused=True),
 }
-# SiLU and product; backward two products, SiLU's and both gradients joined.
-SWIGLU = {"torch": Traffic(10, 26), "compiled": Traffic(6, 10, fused=True)}
-# Of a query or key: casts, four products of halves, two sums, joined.
-ROTARY = {"torch": Traffic(48, 52), "compiled": Traffic(4, 4, fused=True)}
-ATTENTION_LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens and back
 # Of a logit: the cast, the softmax's two readings; backward the filling of the gradient, the softmax's and the cast.
 LOSS = {"torch": Traffic(18, 26), "compiled": Traffic(4, 4, fused=True)}
 EMBEDDING = Traffic(14, 30)  # of a token's width: the lookup in fp32 and its cast; the gradient's and its scattering

@@ -3,63 +3,57 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from sambalm.model.build import part_layers
-from sambalm.model.config import ATTENTION, ModelConfig
-from sambalm.model.heads import kv_copies, share_heads
-from sambalm.model.ops.registry import TORCH_KERNELS
-from sambalm.model.samba import SUBLAYERS, Sublayer
+from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.counts import FP32_BYTES, KernelNames, Share
+from sambalm.model.registry import mixer, mixers_of
 from sambalm.parallel.config import ParallelConfig
-from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.shard import shard
-from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.config import PRECISION_BYTES, RunConfig
 
-FP32_BYTES = 4
-ACTIVATION_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 PERSISTENT_ELEMENTS = 100_000  # DeepSpeed 0.19.8's param_persistence_threshold, runtime/zero/config.py
 
 
 @dataclass(frozen=True)
 class LocalSizes:
-    """The first tensor-parallel rank's share of a sublayer, which is the largest."""
+    """The first tensor-parallel rank's share of a sublayer's parameters, which is the largest."""
 
     parameters: int
     small: int  # of them in tensors that ZeRO-3 never releases
-    matrix: int  # elements of the weights that are cast to the activations' dtype for matrix products
+    matrix: int  # elements of the weights that matrix products take, in the activations' dtype
     matmul_only: int  # of them in weights that nothing else reads
-    channels: int
-    query: int
-    kv: int
-    mlp: int
-
-
-def first_tensor_rank(model: ModelConfig, tensor_ranks: int) -> TensorParallel:
-    """For modules on the meta device, which communicate with nobody."""
-    copies = kv_copies(model, tensor_ranks) if ATTENTION in model.pattern else 1
-    return TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
 
 
 @lru_cache(maxsize=256)
 def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSizes:
-    """Counts the real module on the meta device."""
-    tp = first_tensor_rank(model, tensor_ranks)
-    with torch.device("meta"):
-        module = Sublayer(letter, model, tp=tp, kernels=TORCH_KERNELS)
-    parameters = dict(module.named_parameters())
-    apart = ("A_log", "conv.weight")
-    matrices = [p for name, p in parameters.items() if p.dim() == 2 and not name.endswith(apart)]
-    share = share_heads(model, tp) if letter == ATTENTION else None
+    """Counts a mixer's parameters, and its norm's."""
+    parameters = mixer(letter).parameters(model, tensor_ranks=tensor_ranks)
+    sizes = [model.hidden_size, *(each.elements for each in parameters)]
     return LocalSizes(
-        parameters=sum(p.numel() for p in parameters.values()),
-        small=sum(p.numel() for p in parameters.values() if p.numel() < PERSISTENT_ELEMENTS),
-        matrix=sum(p.numel() for p in matrices),
-        matmul_only=sum(p.numel() for p in matrices if p.matmul_only),
-        channels=shard(model.inner_size, tp).length,
-        query=share.query.length if share else 0,
-        kv=share.kv.length if share else 0,
-        mlp=shard(model.mlp_size, tp).length,
+        parameters=sum(sizes),
+        small=sum(size for size in sizes if size < PERSISTENT_ELEMENTS),
+        matrix=sum(each.elements for each in parameters if each.in_product),
+        matmul_only=sum(each.elements for each in parameters if each.matmul_only),
     )
+
+
+def share_of(config: RunConfig, kernels: KernelNames, *, recompute: str | None = None) -> Share:
+    """Returns what a rank of a run computes on, with the run's own recomputation or another."""
+    parallel = config.parallel
+    return Share(
+        tensor_ranks=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        context_ranks=parallel.context,
+        sequences=config.train.micro_batch_size,
+        sequence_tokens=config.data.sequence_length,
+        activation_bytes=activation_bytes(config),
+        recompute=recompute or parallel.recompute,
+        kernels=kernels,
+    )
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Returns the bytes of one element of an activation."""
+    return PRECISION_BYTES[config.train.precision]
 
 
 def stage_parts(config: RunConfig) -> list[list[range]]:
@@ -102,7 +96,7 @@ def only_rounded_elements(config: RunConfig, stage: int, *, world_size: int) -> 
     """Weights of a stage that are there in the activations' dtype alone, but for a share (parallel/zero/weights.py)."""
     parallel, model = config.parallel, config.model
     flat = parallel.zero_stage == 1 and parallel.replicas(world_size) > 1
-    if not flat or ACTIVATION_BYTES[config.train.precision] == FP32_BYTES:
+    if not flat or activation_bytes(config) == FP32_BYTES:
         return 0
     letters = stage_letters(config, stage)
     count = sum(number * local_sizes(model, letter, parallel.tensor).matmul_only for letter, number in letters)
@@ -115,7 +109,7 @@ def stage_letters(config: RunConfig, stage: int) -> list[tuple[str, int]]:
     """Kinds of sublayers on a stage, and how many of each."""
     parts = stage_parts(config)[stage]
     letters = "".join(config.model.pattern[part.start : part.stop] for part in parts)
-    return [(letter, letters.count(letter)) for letter in SUBLAYERS if letter in letters]
+    return [(one.letter, letters.count(one.letter)) for one in mixers_of(letters)]
 
 
 def is_first(part: range, model: ModelConfig) -> bool:

@@ -8,19 +8,14 @@ from rich.table import Table
 from sambalm.pretrain.planner.memory import RankMemory
 from sambalm.pretrain.planner.search import GIB, LONG_RUN_TOKENS, Plan
 
-MEMORY_PARTS = {
+STATES = {
     "weights": "weights_bytes",
     "rounded": "rounded_bytes",
     "gradients": "gradients_bytes",
     "optimizer": "optimizer_bytes",
-    "Mamba": "mamba_bytes",
-    "attention": "attention_bytes",
-    "MLP": "mlp_bytes",
-    "ends": "ends_bytes",
-    "workspace": "workspace_bytes",
-    "buffers": "communication_bytes",
-    "total": "total_bytes",
 }
+REST = {"workspace": "workspace_bytes", "buffers": "communication_bytes", "total": "total_bytes"}
+TITLES = {"mamba": "Mamba", "mlp": "MLP"}  # of mixers whose names are no words
 TABLE_WIDTH = 200  # of output that is no terminal
 
 
@@ -75,18 +70,21 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
 
 
 def _memory_table(plans: Sequence[Plan]) -> Table:
-    table = _table("Memory of the fullest rank in GiB", "layout", *MEMORY_PARTS)
+    table = _table("Memory of the fullest rank in GiB", "layout", *_memory_cells(plans[0].memory))
     for plan in plans:
-        table.add_row(plan.layout, *_memory_cells(plan.memory))
+        table.add_row(plan.layout, *_memory_cells(plan.memory).values())
     return table
 
 
 def _stage_table(plan: Plan) -> Table:
-    table = _table(f"Memory of each stage of {plan.layout} in GiB", "stage", *MEMORY_PARTS)
+    table = _table(f"Memory of each stage of {plan.layout} in GiB", "stage", *_memory_cells(plan.memory))
     for stage, memory in enumerate(plan.stages):
-        table.add_row(str(stage), *_memory_cells(memory))
+        table.add_row(str(stage), *_memory_cells(memory).values())
     return table
 
 
-def _memory_cells(memory: RankMemory) -> list[str]:
-    return [f"{getattr(memory, part) / GIB:.2f}" for part in MEMORY_PARTS.values()]
+def _memory_cells(memory: RankMemory) -> dict[str, str]:
+    """Returns GiB by the title of a column: states, what each kind of layer saves, and the rest."""
+    saved = {TITLES.get(kind, kind): kept for kind, kept in memory.saved_by_kind.items()}
+    states, rest = ({name: getattr(memory, key) for name, key in keys.items()} for keys in (STATES, REST))
+    return {name: f"{size / GIB:.2f}" for name, size in (states | saved | rest).items()}

@@ -5,33 +5,38 @@ what ZeRO-1 sends overlapped.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from sambalm.model.config import ATTENTION, MAMBA, MLP, ModelConfig
-from sambalm.model.flops import flops_per_token
+from sambalm.model.mixers.counts import (
+    FP32_BYTES,
+    Attention,
+    Convolution,
+    Kernel,
+    KernelNames,
+    MemoryPass,
+    Scan,
+    Traffic,
+)
+from sambalm.model.registry import mixer
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.planner import hardware as assumed
 from sambalm.pretrain.planner import kernels as costs
 from sambalm.pretrain.planner.communication import ReducedGroup, Transfer, reduced_groups
 from sambalm.pretrain.planner.hardware import Hardware
-from sambalm.pretrain.planner.kernels import KernelNames, Seconds, Traffic
+from sambalm.pretrain.planner.kernels import Seconds
 from sambalm.pretrain.planner.memory import rounded_weights_stay
 from sambalm.pretrain.planner.scan import cuda_scan_s
 from sambalm.pretrain.planner.sizes import (
-    ACTIVATION_BYTES,
-    FP32_BYTES,
+    activation_bytes,
     is_first,
     is_last,
     local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
+    share_of,
     stage_letters,
     stage_parameters,
     stage_parts,
 )
-
-# Modules with parameters of their own, by kind of sublayer; the norm included.
-MODULES = {MAMBA: 7, ATTENTION: 3, MLP: 3}
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _exposed_data_s(
     config: RunConfig, sent_s: Counter[tuple[str, str]], *, backward_s: float, forward_s: float
 ) -> float:
     """What neither the last backward hides of the gradients that ZeRO-1 sends, nor the first forward of the weights."""
-    groups, a = reduced_groups(config), ACTIVATION_BYTES[config.train.precision]
+    groups, a = reduced_groups(config), activation_bytes(config)
     exposed = 0.0
     for operation, layers_bytes, hidden_by_s in (
         ("reduce-scatter", FP32_BYTES, backward_s),
@@ -166,7 +171,7 @@ def _host_s(
     launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
     if partitioned and parallel.zero_stage == 3:
-        modules = 2 + sum(count * MODULES[letter] for letter, count in stage_letters(config, stage))
+        modules = 2 + sum(count * mixer(letter).modules for letter, count in stage_letters(config, stage))
         forwards = 2 if parallel.recompute == "full" else 1
         launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
     return launches_s + messages_s
@@ -230,11 +235,24 @@ class _Device:
         return total
 
     def sublayer_s(self, letter: str) -> float:
+        """Returns the seconds of a sublayer: its products, its own kernels, the norm and the residual sum."""
         size = local_sizes(self.config.model, letter, self.config.parallel.tensor)
-        inside = {MAMBA: self._mamba_s, ATTENTION: self._attention_s, MLP: self._mlp_s}[letter]()
         again = self.config.parallel.recompute == "full"
+        share = share_of(self.config, self.kernels)
+        inside = sum(self._kernel_s(kernel) for kernel in mixer(letter).kernels(self.config.model, share))
         residual_s = self._traffic_s(costs.RESIDUAL[self.kernels.norm], self._residual_elements, again=again)
         return self._matrix_s(size.matrix, again=again) + inside + self._norm_s(again=again) + residual_s
+
+    def _kernel_s(self, kernel: Kernel) -> float:
+        match kernel:
+            case MemoryPass(traffic, elements):
+                return self._traffic_s(traffic, elements, again=self.config.parallel.recompute == "full")
+            case Convolution(elements):
+                return self._conv_s(elements)
+            case Scan():
+                return self._scan_s(kernel)
+            case Attention(flops):
+                return self._attention_s(flops)
 
     @property
     def _residual_elements(self) -> int:
@@ -257,65 +275,41 @@ class _Device:
         single_rate = assumed.SINGLE_BYTES_PER_S * self.hardware.vector_rate
         return elements * moved / (fused_rate if traffic.fused else single_rate)
 
-    def _mamba_s(self) -> float:
-        config, kernels = self.config, self.kernels
-        size, full = local_sizes(config.model, MAMBA, config.parallel.tensor), config.parallel.recompute == "full"
-        elements = size.channels * micro_batch_tokens(config)
+    def _conv_s(self, elements: float) -> float:
+        again = self.config.parallel.recompute == "full"
         bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
-        conv_s = _kernel_s(costs.CONV[kernels.conv], elements, again=full) * bound
-        return conv_s + self._scan_s(size.channels)
+        return _measured_s(costs.CONV[self.kernels.conv], elements, again=again) * bound
 
-    def _scan_s(self, channels: int) -> float:
-        config, kernels = self.config, self.kernels
-        again = config.parallel.recompute != "none"
-        # A rank between others scans for the state that it reaches and from the state that it starts at; at the ends of
-        # the sequence one rank waits for the other's scan instead.
-        scans = 2 if config.parallel.context > 1 else 1
-        sequences, tokens = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
-        if kernels.scan == "cuda":
-            return scans * cuda_scan_s(
-                sequences=sequences, channels=channels, tokens=tokens, hardware=self.hardware, again=again
+    def _scan_s(self, scan: Scan) -> float:
+        again = self.config.parallel.recompute != "none"
+        if self.kernels.scan == "cuda":
+            return scan.scans * cuda_scan_s(
+                sequences=scan.sequences,
+                channels=scan.channels,
+                tokens=scan.tokens,
+                hardware=self.hardware,
+                again=again,
             )
-        elements = sequences * tokens * channels
-        if kernels.scan == "mamba-ssm":
-            return scans * _kernel_s(costs.MAMBA_SSM_SCAN, elements, again=again) / self.hardware.vector_rate
-        moved_bytes = elements * config.model.d_state * FP32_BYTES * assumed.TORCH_SCAN_PASSES
-        once_s = tokens * assumed.TORCH_SCAN_TOKEN_S + moved_bytes / self.hardware.memory_bytes_per_s
-        return once_s * (scans + (TORCH_FORWARD_SHARE if again else 0))
+        elements = scan.sequences * scan.tokens * scan.channels
+        if self.kernels.scan == "mamba-ssm":
+            once_s = _measured_s(costs.MAMBA_SSM_SCAN, elements, again=again) / self.hardware.vector_rate
+            return scan.scans * once_s
+        moved_bytes = elements * scan.states * FP32_BYTES * assumed.TORCH_SCAN_PASSES
+        once_s = scan.tokens * assumed.TORCH_SCAN_TOKEN_S + moved_bytes / self.hardware.memory_bytes_per_s
+        return once_s * (scan.scans + (TORCH_FORWARD_SHARE if again else 0))
 
-    def _attention_s(self) -> float:
-        config, model = self.config, self.config.model
-        size, full = local_sizes(model, ATTENTION, config.parallel.tensor), config.parallel.recompute == "full"
-        tokens = micro_batch_tokens(config)
-        flops = _window_flops(model, config.data.sequence_length) * size.query / model.hidden_size * tokens
+    def _attention_s(self, flops: float) -> float:
         forward_ms, backward_ms = costs.ATTENTION[self.kernels.attention]
-        passes_ms = forward_ms * (1 if config.parallel.recompute == "none" else 2) + backward_ms
-        rotary = costs.ROTARY[self.kernels.elementwise]
-        return (
-            flops
-            / (costs.ATTENTION_FLOP / (passes_ms * 1e-3))
-            / (self.hardware.matrix_flops / assumed.H100.matrix_flops)
-            + self._traffic_s(rotary, tokens * (size.query + size.kv), again=full)
-            + self._traffic_s(costs.ATTENTION_LAYOUT, tokens * size.query, again=full)
-        )
-
-    def _mlp_s(self) -> float:
-        size = local_sizes(self.config.model, MLP, self.config.parallel.tensor)
-        elements, full = micro_batch_tokens(self.config) * size.mlp, self.config.parallel.recompute == "full"
-        return self._traffic_s(costs.SWIGLU[self.kernels.elementwise], elements, again=full)
+        passes_ms = forward_ms * (1 if self.config.parallel.recompute == "none" else 2) + backward_ms
+        measured_s = flops / (costs.ATTENTION_FLOP / (passes_ms * 1e-3))
+        return measured_s / (self.hardware.matrix_flops / assumed.H100.matrix_flops)
 
 
 TORCH_FORWARD_SHARE = 1 / 3  # of the scan's launches in plain PyTorch
 
 
-def _kernel_s(kernel: Seconds, elements: float, *, again: bool) -> float:
+def _measured_s(kernel: Seconds, elements: float, *, again: bool) -> float:
     return elements * (kernel.forward * (2 if again else 1) + kernel.backward)
-
-
-@lru_cache(maxsize=8)
-def _window_flops(model: ModelConfig, sequence_length: int) -> float:
-    """Of one attention sublayer, a token."""
-    return flops_per_token(model, sequence_length=sequence_length).window / model.pattern.count(ATTENTION)
 
 
 def bandwidth(config: RunConfig, transfer: Transfer, *, world_size: int, hardware: Hardware) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sambalm.model.heads import kv_copies
+from sambalm.model.registry import weight_copies
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.groups import start_world
@@ -70,7 +70,7 @@ def steps(config, world, *, graphs):
 
 def compare_steps(parallel):
     config = load_config(CONFIG, [*SETTINGS, *(f"parallel.{key}={value}" for key, value in parallel.items())])
-    copies = kv_copies(config.model, config.parallel.tensor)
+    copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
     with start_world(config.parallel, copies=copies) as world:
         losses, held_out, weights = steps(config, world, graphs=True)
         expected = steps(config, world, graphs=False)

@@ -8,7 +8,7 @@ import sambalm.model.hf
 from sambalm.model.config import ModelConfig
 from sambalm.model.hf import HFError, SambaConfig, SambaForCausalLM, SambaModel
 from sambalm.model.hf.configuration_samba import fla_hidden_ratio, pattern_blocks
-from sambalm.model.hf.names import hf_config, hf_tensors, model_config
+from sambalm.model.hf.names import hf_config, hf_shape, hf_tensors, model_config
 from tests.hf.test_modeling import PATTERNS
 from tests.support.hf import RandomState, tiny_config
 
@@ -110,7 +110,7 @@ def test_the_table_covers_every_tensor_of_both_models_once(pattern, tied):
     assert sorted(parts) == sorted(state.shapes())
     model = SambaForCausalLM(hf_config(config))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert shapes == {name: tensor.hf_shape(state.shapes()) for name, tensor in tensors.items()}
+    assert shapes == {name: hf_shape(tensor, state.shapes()) for name, tensor in tensors.items()}
 
 
 def test_names_are_those_of_flash_linear_attention():

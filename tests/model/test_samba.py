@@ -134,5 +134,5 @@ def test_flops_of_the_1_3b_model():
     flops = flops_per_token(paper_config("1.3B"), sequence_length=4096)
     assert flops.matrix == pytest.approx(6 * 1_330_207_488, rel=0.003)
     mean_keys = (sum(range(1, 2049)) + 2048 * 2048) / 4096
-    assert flops.window == pytest.approx(3 * 9 * 4 * 2304 * mean_keys)
+    assert flops.mixing["attention"] == pytest.approx(3 * 9 * 4 * 2304 * mean_keys)
     assert flops.total * 16384 == pytest.approx(137e12, rel=0.03)

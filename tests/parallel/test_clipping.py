@@ -13,14 +13,14 @@ STEPS, BAD = 4, 2
 
 def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[float]]:
     """Each step's norm, whether it changed the weights, and the steps that the optimizer has counted."""
-    from sambalm.model.heads import kv_copies
+    from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.zero.engine import gradient_norm, whole_parameter
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         training = build_training(config, world=world, checkpoint=None)
         norms, changed, weights = [], [], None
         for step in range(STEPS):

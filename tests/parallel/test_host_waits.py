@@ -21,14 +21,14 @@ class HostReads(TorchDispatchMode):
 
 
 def reads_on_rank(values: dict) -> int:
-    from sambalm.model.heads import kv_copies
+    from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.zero.engine import gradient_norm
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         training = build_training(config, world=world, checkpoint=None)
         with HostReads() as reads:
             for step in range(STEPS):

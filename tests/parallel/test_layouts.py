@@ -106,7 +106,7 @@ def test_documents_change_what_is_trained():
 
 
 def a_document_that_begins_in_a_part_lets_the_state_through(monkeypatch):
-    from sambalm.model import sequence_scan
+    from sambalm.model.mixers.mamba import context_parallel_scan as sequence_scan
 
     decay = sequence_scan.decay_over
     monkeypatch.setattr(sequence_scan, "decay_over", lambda dt, A, bias, resets: decay(dt, A, bias, None))
@@ -179,13 +179,13 @@ def _distance(ranks: list[Slices], expected: dict[str, np.ndarray]) -> float:
 
 
 def no_copy_before_the_state_projection_feeds_each_rank(monkeypatch):
-    from sambalm.model import layers
+    from sambalm.model.mixers.mamba import layer as layers
 
     monkeypatch.setattr(layers.StateProjection, "forward", _projection(copies=0))
 
 
 def copied_twice(monkeypatch):
-    from sambalm.model import layers
+    from sambalm.model.mixers.mamba import layer as layers
 
     monkeypatch.setattr(layers.StateProjection, "forward", _projection(copies=2))
 
@@ -205,9 +205,9 @@ def _projection(*, copies: int) -> Callable:
 
 
 def plain_norm_under_sequence_parallelism(monkeypatch):
-    from sambalm.model import layers
+    from sambalm.model import norm
 
-    monkeypatch.setattr(layers, "replicated_weight", lambda weight, tp: weight)
+    monkeypatch.setattr(norm, "replicated_weight", lambda weight, tp: weight)
 
 
 def copies_of_a_kv_head_are_not_summed(monkeypatch):
@@ -217,7 +217,7 @@ def copies_of_a_kv_head_are_not_summed(monkeypatch):
 
 
 def states_between_ranks_carry_no_gradient(monkeypatch):
-    from sambalm.model import sequence_scan
+    from sambalm.model.mixers.mamba import context_parallel_scan as sequence_scan
 
     with_gradient = sequence_scan.incoming_state
     monkeypatch.setattr(sequence_scan, "incoming_state", lambda *factors, cp: with_gradient(*factors, cp=cp).detach())

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.heads import kv_copies, share_heads
+from sambalm.model.mixers.attention.heads import kv_copies, share_heads
+from sambalm.model.registry import weight_copies
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.shard import shard
@@ -90,7 +91,7 @@ def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
     from tests.support.layout_runs import batches
 
     config = parse_config(values, source="test")
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         checkpoint = find_resume_point(config, world=world) if load else None
         assert (checkpoint is not None) == load
         training = build_training(config, world=world, checkpoint=checkpoint)

@@ -95,7 +95,7 @@ def test_a_checkpoint_is_the_same_whatever_gradients_are_reduced_together(run_va
 
 def load_and_save(values, target, bucket_elements=BUCKET_ELEMENTS):
     """Takes a run's newest checkpoint over, without a step, and saves it into the run folder of other values."""
-    from sambalm.model.heads import kv_copies
+    from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.pretrain.checkpointing.load import find_resume_point
     from sambalm.pretrain.checkpointing.write import save_checkpoint
@@ -103,7 +103,7 @@ def load_and_save(values, target, bucket_elements=BUCKET_ELEMENTS):
     from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         checkpoint = find_resume_point(config, world=world)
         training = build_training(config, world=world, checkpoint=checkpoint, bucket_elements=bucket_elements)
         target_config = parse_config(target, source="test")

@@ -17,7 +17,7 @@ from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.samba import Samba
 from sambalm.parallel.groups import TensorParallel
 from sambalm.pretrain.cli import app
-from sambalm.pretrain.config import DTYPES, RunConfig
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
@@ -27,6 +27,7 @@ from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, layout_name, plan_of
 from sambalm.pretrain.planner.sizes import stage_parameters, stage_parts
 from sambalm.pretrain.planner.time import exposed_s
+from sambalm.pretrain.precision import DTYPES
 from tests.support.plan_counters import HandedBytes, LiveBytes
 from tests.support.worlds import run_world
 
@@ -101,11 +102,11 @@ def test_activations_are_what_a_real_run_keeps(model, precision, recompute):
 def kept_on_rank(values: dict) -> int:
     """Bytes that the rank's real forward leaves for its backward, without the weights."""
     from sambalm.model.build import build_parts
-    from sambalm.model.heads import kv_copies
+    from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
 
     config = RunConfig.model_validate(values)
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         (model,) = build_parts(
             config.model,
             config.parallel,
@@ -222,13 +223,13 @@ LAYOUTS = [
 
 def handed_on_rank(values: dict) -> tuple[int, Counter]:
     """The rank's pipeline stage, and what it hands over in its second step."""
-    from sambalm.model.heads import kv_copies
+    from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.micro_batch import MicroBatch
     from sambalm.pretrain.training import build_training
 
     config = RunConfig.model_validate(values)
-    with start_world(config.parallel, copies=kv_copies(config.model, config.parallel.tensor)) as world:
+    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         training = build_training(config, world=world, checkpoint=None)
         shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
         tokens = torch.randint(0, 64, shape)

@@ -6,7 +6,7 @@ import torch
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.hf.modeling_samba import SambaForCausalLM
-from sambalm.model.hf.names import hf_config, hf_tensors
+from sambalm.model.hf.names import hf_config, hf_shape, hf_tensors
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices
 
@@ -52,7 +52,7 @@ def hf_model(config: ModelConfig, state: RandomState, **others) -> SambaForCausa
     weights = {}
     for name, tensor in tensors.items():
         joined = torch.cat([state.read(part) for part in tensor.parts])
-        weights[name] = joined.view(tensor.hf_shape(state.shapes()))
+        weights[name] = joined.view(hf_shape(tensor, state.shapes()))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected

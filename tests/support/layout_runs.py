@@ -86,14 +86,14 @@ def steps_on_rank(values: dict, steps: int = STEPS, mistake: Callable[[pytest.Mo
     """Takes steps from the initial weights. The first gradient is read from what AdamW keeps of it, so that it has gone
     through everything that a gradient goes through: the schedule, ties, ZeRO's reductions and clipping.
     """
-    from sambalm.model.heads import kv_copies
+    from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.zero.engine import gradient_norm
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
-    copies = kv_copies(config.model, config.parallel.tensor)
+    copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
     with start_world(config.parallel, copies=copies) as world, pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(monkeypatch)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from sambalm.model.config import ATTENTION, ModelConfig
-from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.shard import Shard, shard
+from sambalm.model.mixers.attention.sizes import AttentionSizes
+from sambalm.parallel.shard import Place, Position, Shard, shard
 
 
 @dataclass(frozen=True)
@@ -18,13 +17,13 @@ class HeadShare:
     owns_kv: bool  # whether this rank's copy is the first
 
 
-def kv_copies(config: ModelConfig, tensor_parallel_size: int) -> int:
-    """How many ranks share each kv head: one while there are enough kv heads for all ranks, or no attention.
+def kv_copies(config: AttentionSizes, tensor_parallel_size: int) -> int:
+    """Returns how many ranks share each kv head: one while there are enough kv heads for all ranks.
 
     Raises:
         ValueError: the heads cannot be dealt to so many ranks.
     """
-    if ATTENTION not in config.pattern or tensor_parallel_size <= config.num_kv_heads:
+    if tensor_parallel_size <= config.num_kv_heads:
         return 1
     copies, rest = divmod(tensor_parallel_size, config.num_kv_heads)
     group = config.num_query_heads // config.num_kv_heads
@@ -36,17 +35,18 @@ def kv_copies(config: ModelConfig, tensor_parallel_size: int) -> int:
     return copies
 
 
-def share_heads(config: ModelConfig, tp: TensorParallel) -> HeadShare:
-    """Whole kv heads with all their query heads where there are enough; else one kv head and a share of its queries.
+def share_heads(config: AttentionSizes, place: Place) -> HeadShare:
+    """Deals whole kv heads with all their query heads where there are enough; else one kv head and a share of its
+    queries.
 
     Raises:
         ValueError: the heads cannot be dealt to so many ranks.
     """
-    copies, head_dim = kv_copies(config, tp.size), config.head_dim
+    copies, head_dim = kv_copies(config, place.size), config.head_dim
     group_width = config.hidden_size // config.num_kv_heads  # of the query heads that read one kv head
-    owner, member = divmod(tp.rank, copies)
-    kv = shard(config.kv_size, TensorParallel(rank=owner, size=tp.size // copies), unit=head_dim)
-    within = shard(group_width, TensorParallel(rank=member, size=copies), unit=head_dim)
+    owner, member = divmod(place.rank, copies)
+    kv = shard(config.kv_size, Position(rank=owner, size=place.size // copies), unit=head_dim)
+    within = shard(group_width, Position(rank=member, size=copies), unit=head_dim)
     kv_heads = kv.length // head_dim
     first = kv.start // head_dim * group_width
     return HeadShare(

@@ -1,0 +1,191 @@
+"""Sliding-window attention as the rest of the code knows it: parameters, operations, memory, messages and names.
+
+T: tokens of a micro-batch on the rank; `a` is the bytes of an activation.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sambalm.model.mixers.attention.heads import HeadShare, kv_copies, share_heads
+from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.counts import (
+    FORWARD_AND_BACKWARD,
+    FP32_BYTES,
+    Attention,
+    Kernel,
+    MemoryPass,
+    Message,
+    Parameter,
+    Share,
+    Traffic,
+    halo_message,
+    input_and_output_messages,
+    mean_keys,
+)
+from sambalm.parallel.shard import Position
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sambalm.model.config import ModelConfig
+    from sambalm.model.ops.registry import Kernels
+    from sambalm.parallel.groups import TensorParallel
+
+# Of a query or key: casts, four products of halves, two sums, joined.
+ROTARY = {"torch": Traffic(48, 52), "compiled": Traffic(4, 4, fused=True)}
+LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens and back
+
+
+class AttentionHF(HFSide):
+    """Window attention in the Hugging Face format, by the names of flash-linear-attention."""
+
+    tensors: ClassVar = {
+        "q_proj.weight": HFTensor(("qkv_proj.q.weight",)),
+        "k_proj.weight": HFTensor(("qkv_proj.k.weight",)),
+        "v_proj.weight": HFTensor(("qkv_proj.v.weight",)),
+        "o_proj.weight": HFTensor(("o_proj.weight",)),
+    }
+    module, layer = "sambalm.model.mixers.attention.hf", "SambaAttention"
+    cache_layer = "sliding_attention"
+
+    def to_config(self, config: "ModelConfig") -> dict[str, Any]:
+        return {
+            "attn": {
+                "num_heads": config.num_query_heads,
+                "num_kv_heads": config.num_kv_heads,
+                "window_size": config.window,
+                "rope_theta": config.rope_base,
+            }
+        }
+
+    def from_config(self, hf: Any) -> dict[str, Any]:
+        return {
+            "num_query_heads": hf.num_attention_heads,
+            "num_kv_heads": hf.num_key_value_heads,
+            "window": hf.sliding_window,
+            "rope_base": hf.attn["rope_theta"],
+        }
+
+    def describe(self, hf: Any) -> str:
+        return (
+            f"attention: {hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads, window "
+            f"{hf.sliding_window}, rotary base {hf.attn['rope_theta']:g}"
+        )
+
+
+class WindowAttention(Mixer):
+    """Causal attention over a sliding window, with rotary positions and grouped queries."""
+
+    letter, name, modules = "*", "attention", 3
+    hf = AttentionHF()
+
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        from sambalm.model.mixers.attention.layer import AttentionLayer
+
+        return AttentionLayer(config, tp=tp, kernels=kernels)
+
+    def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
+        try:
+            kv_copies(config, tensor_ranks)
+        except ValueError as error:
+            raise ValueError(
+                f"parallel.tensor is {tensor_ranks}: {error} (model.num_query_heads, model.num_kv_heads); choose at "
+                f"most {config.num_kv_heads}, or a multiple of it up to {config.num_query_heads}"
+            ) from None
+
+    def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
+        return kv_copies(config, tensor_ranks)
+
+    def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> "tuple[Tensor, Tensor]":
+        """Returns cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]."""
+        from sambalm.model.ops.reference.window_attention import rotary_tables
+
+        return rotary_tables(positions.unsqueeze(2), head_dim=config.head_dim, base=config.rope_base)
+
+    def shared_inputs_bytes(self, config: "ModelConfig", share: Share) -> int:
+        return FP32_BYTES * config.head_dim * share.part_tokens
+
+    def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
+        width, heads = config.hidden_size, self._heads(config, tensor_ranks)
+        alone = heads.kv_copies == 1  # copies of a kv head are summed before they are multiplied
+        return (
+            Parameter("qkv_proj.query", (heads.query.length, width), in_product=True, matmul_only=True),
+            Parameter("qkv_proj.key_value", (2 * heads.kv.length, width), in_product=True, matmul_only=alone),
+            Parameter("o_proj.weight", (width, heads.query.length), in_product=True, matmul_only=True),
+        )
+
+    def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
+        return FORWARD_AND_BACKWARD * 4.0 * config.hidden_size * mean_keys(sequence_tokens, config.window)
+
+    def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
+        yield from input_and_output_messages(config.hidden_size, share)
+        heads = self._heads(config, share.tensor_ranks)
+        kv_weights = FP32_BYTES * 2 * heads.kv.length * config.hidden_size
+        yield Message("tensor", "all-reduce", heads.kv_copies, kv_weights)
+        if share.context_ranks > 1:
+            yield halo_message(2 * heads.kv.length, config.window - 1, share)
+
+    def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
+        heads = self._heads(config, share.tensor_ranks)
+        flops = self.mixing_flops(config, sequence_tokens=share.sequence_tokens)
+        yield Attention(flops * heads.query.length / config.hidden_size * share.tokens)
+        yield MemoryPass(ROTARY[share.kernels.elementwise], share.tokens * (heads.query.length + heads.kv.length))
+        yield MemoryPass(LAYOUT, share.tokens * heads.query.length)
+
+    def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
+        query, kv, calls = heads.query.length, heads.kv.length, _kernel_calls(config, share)
+        total = a * T * 2 * query  # the rotated queries, and o_proj's input
+        if share.context_ranks > 1:  # keys and values in one tensor, and once more those joined to the neighbours'
+            keys = sum(queries + before for queries, before in calls)
+            total += a * share.sequences * keys * 2 * kv
+        else:
+            total += a * T * (query + 3 * kv)  # the projections, for the values, and the rotated keys
+        if not inside:
+            return total
+        total += a * T * query + FP32_BYTES * T * query // config.head_dim  # output, log-sum-exp
+        if share.kernels.attention != "torch":
+            return total
+        return total + sum(_joined_blocks_bytes(config, share, heads, *call) for call in calls)
+
+    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
+        heads = self._heads(config, share.tensor_ranks)
+        return share.tokens * share.activation_bytes * 2 * (heads.query.length + 2 * heads.kv.length)
+
+    @staticmethod
+    def _heads(config: "ModelConfig", tensor_ranks: int) -> HeadShare:
+        return share_heads(config, Position(tensor_ranks))
+
+
+def _kernel_calls(config: "ModelConfig", share: Share) -> list[tuple[int, int]]:
+    """Lists queries, and keys before the first of them, of each call of the kernel on a sequence's last rank."""
+    window, ranks, part = config.window, share.context_ranks, share.part_tokens
+    if ranks == 1:
+        return [(share.sequence_tokens, 0)]
+    near = min(window - 1, part)
+    calls = [(near, min(window - 1, (ranks - 1) * part)), (part - near, near)]
+    return [(queries, before) for queries, before in calls if queries]
+
+
+def _joined_blocks_bytes(config: "ModelConfig", share: Share, heads: HeadShare, length: int, before: int) -> int:
+    """Counts the masks of one call in plain PyTorch, and the keys and values that each block joins."""
+    from sambalm.model.ops.reference.window_attention import MAX_BLOCK_QUERIES, MIN_BLOCK_QUERIES
+
+    a, window = share.activation_bytes, config.window
+    before = min(before, window - 1)
+    if before == 0 and length <= window:
+        return 0
+    block = max(MIN_BLOCK_QUERIES, min(window, MAX_BLOCK_QUERIES))
+    total = 0
+    starts = [0, *range(before + block, before + length, block), before + length]
+    for number in range(len(starts) - 1):
+        first_query = starts[number] if number else before
+        first_key = max(start for start in starts if start <= max(0, first_query - window + 1))
+        keys, queries = starts[number + 1] - first_key, starts[number + 1] - first_query
+        total += queries * keys * a
+        if first_key != starts[number]:
+            total += share.sequences * keys * 2 * heads.kv.length * a
+    return total
+
+
+MIXER = WindowAttention()

@@ -1,0 +1,146 @@
+"""The interface of a mixer: everything that the rest of the code asks of a kind of layer, in one place.
+
+A mixer is what stands between the norm and the residual sum of a sublayer. Its folder brings one object of a class
+below, which `model/registry.py` finds by the letter that stands for it in a layer pattern. Another package registers
+its own through the entry point group `sambalm.mixers`. Importing a mixer's object must not import torch: plans,
+counts and checks of a config need none.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from sambalm.model.mixers.counts import Kernel, Message, Parameter, Share
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sambalm.model.config import ModelConfig
+    from sambalm.model.ops.registry import Kernels
+    from sambalm.parallel.groups import TensorParallel
+
+
+class Ability(StrEnum):
+    """What a mixer may be able to do; a run that needs what one lacks is refused before it starts."""
+
+    TENSOR_PARALLEL = "tensor parallelism"
+    SEQUENCE_PARALLEL = "sequence parallelism"
+    CONTEXT_PARALLEL = "context parallelism"
+    PACKED_DOCUMENTS = "packed documents"
+    HUGGING_FACE = "the Hugging Face format"
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """How a tensor of a Hugging Face folder is made: of canonical tensors, joined along their first dimension."""
+
+    parts: tuple[str, ...]  # canonical names, in order
+    is_conv: bool = False  # nn.Conv1d has a dimension of one input channel, which the canonical [channels, taps] lacks
+    is_fp32: bool = False  # whatever the dtype of the rest
+
+
+class HFSide(ABC):
+    """A mixer in the Hugging Face format: names, configuration, and the module that `modeling_samba.py` runs."""
+
+    tensors: ClassVar[Mapping[str, HFTensor]]
+    """Names below the mixer in the Hugging Face model, and the canonical names there that each is made of."""
+
+    module: ClassVar[str]
+    """The importable Python file with the layer, which a folder takes a copy of. It imports transformers, torch, files
+    of `sambalm.model.ops.reference` and `sambalm.model.hf.layers`, and nothing else."""
+
+    layer: ClassVar[str]
+    """The class in `module`: made with (SambaConfig, layer_idx), called with (hidden_states, context)."""
+
+    cache_layer: ClassVar[str] = "moe"
+    """The kind of cache layer that transformers makes for it: linear_attention, sliding_attention, or moe for none."""
+
+    is_mlp: ClassVar[bool] = False
+    """Whether it stands behind another mixer in one block, as the MLP does."""
+
+    def to_config(self, config: "ModelConfig") -> dict[str, Any]:
+        """Returns the keys of SambaConfig that say what this mixer is; sizes in `model.mixers` travel by themselves."""
+        return {}
+
+    def from_config(self, hf: Any) -> dict[str, Any]:
+        """Returns the keys of ModelConfig, from a SambaConfig. The inverse of `to_config`."""
+        return {}
+
+    def describe(self, hf: Any) -> str | None:
+        """Returns a line for the model card."""
+        return None
+
+
+class Mixer(ABC):
+    """One kind of layer. Methods take the whole ModelConfig; a mixer reads `hidden_size` and its own sizes."""
+
+    letter: ClassVar[str]
+    """What stands for it in a layer pattern: one character, no digit, no x, no space."""
+
+    name: ClassVar[str]
+    """What tables and the section `model.mixers` call it."""
+
+    modules: ClassVar[int]
+    """Modules with parameters of their own, the sublayer's norm included."""
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset(Ability)
+
+    sizes: ClassVar[type[BaseModel] | None] = None
+    """The schema of `model.mixers.NAME`, where the mixer's sizes are; those of the first three mixers are keys of
+    `model` itself."""
+
+    hf: ClassVar[HFSide | None] = None
+
+    @abstractmethod
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        """Returns the uninitialised layer of one rank: (normed [S, B, width], SequenceContext) to what is added."""
+
+    @abstractmethod
+    def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
+        """Returns the parameters of the first tensor-parallel rank's layer; with one rank those of the model."""
+
+    def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:  # noqa: B027 - there may be nothing to check
+        """Raises ValueError, with a sentence that names the keys, where so many ranks cannot share a layer."""
+
+    def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
+        """Returns how many neighbouring tensor-parallel ranks hold the same slice of a weight, such as a kv head."""
+        return 1
+
+    def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> Any:
+        """Returns what all layers of this kind read and a micro-batch makes once, such as rotary tables.
+
+        Args:
+            positions: int64 [S, B or 1]: of each token in its document, or in the sequence.
+        """
+        return None
+
+    def shared_inputs_bytes(self, config: "ModelConfig", share: Share) -> int:
+        return 0
+
+    def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
+        """Returns the operations a token, forward and backward, beside the products with weights."""
+        return 0.0
+
+    @abstractmethod
+    def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        """Returns what autograd keeps of a layer for its backward, without the norm and the weights' copies.
+
+        Args:
+            inside: whether kernels keep what selective recomputation would drop.
+        """
+
+    @abstractmethod
+    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
+        """Returns the widest gradients and buffers that are alive together in a layer's backward."""
+
+    def messages(self, config: "ModelConfig", share: Share) -> Iterable[Message]:
+        """Returns what a rank sends in a layer's forward and backward; what `share` has no ranks for is left out."""
+        return ()
+
+    def kernels(self, config: "ModelConfig", share: Share) -> Iterable[Kernel]:
+        """Returns the kernels of a layer beside products with weights, the norm and the residual sum."""
+        return ()

@@ -1,0 +1,112 @@
+"""Mamba-1 with its channels cut over tensor-parallel ranks (arXiv 2406.07522, section 2.1).
+
+S: sequence, B: batch, D: channels, N: states.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sambalm.model import initialization as init
+from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.context import SequenceContext
+from sambalm.model.mixers.mamba.context_parallel_scan import context_parallel_scan
+from sambalm.model.ops.registry import Kernels
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.layers.context_parallel import HaloExchange
+from sambalm.parallel.layers.linear import linear, linear_beside
+from sambalm.parallel.layers.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_region,
+    reduce_from_region,
+)
+from sambalm.parallel.shard import Shard, shard
+from sambalm.parallel.sharding import sharded_parameter
+
+
+class MambaLayer(nn.Module):
+    """Mamba-1 with its channels cut over ranks (arXiv 2312.00752, section 3.4)."""
+
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
+        super().__init__()
+        width, rank, states = config.hidden_size, config.dt_rank_size, config.d_state
+        channels = shard(config.inner_size, tp)
+        self.kernels = kernels
+        self.state_sizes = [rank, states, states]
+        self.in_proj = ColumnParallelLinear(width, {"x": channels, "z": channels}, tp=tp, init=init.linear(width))
+        self.conv = CausalConv(channels, config.d_conv, kernels=kernels)
+        self.x_proj = StateProjection(channels, rank + 2 * states, tp=tp)
+        self.dt_proj = StepProjection(rank, channels, bias_init=init.dt_bias(config))
+        self.A_log = sharded_parameter((0, states), {"A_log": channels}, init=init.a_log)
+        self.D = sharded_parameter((0,), {"D": channels}, init=init.ones)
+        self.out_proj = RowParallelLinear(channels, width, tp=tp, init=init.residual_linear(channels.size, config))
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        x_SBD, z_SBD = self.in_proj(x)
+        u_SBD = self.conv(x_SBD.transpose(0, 1), context).transpose(0, 1)
+        # Projections take the memory's order; of another view they would make a copy.
+        u_SBD, projected = self.x_proj(u_SBD)
+        dt, B, C = projected.split(self.state_sizes, dim=-1)
+        dt, dt_bias = self.dt_proj(dt)
+        u_BSD, dt_BSD, B, C, z_BSD = (t.transpose(0, 1) for t in (u_SBD, dt, B, C, z_SBD))
+        A, resets = -torch.exp(self.A_log), context.resets
+        scan = partial(self.kernels.scan, u_BSD, dt_BSD, A, B, C, D=self.D, z=z_BSD, dt_bias=dt_bias, resets=resets)
+        y_BSD = context_parallel_scan(scan, dt=dt_BSD, A=A, dt_bias=dt_bias, resets=resets, cp=context.cp)
+        return self.out_proj(y_BSD.transpose(0, 1))
+
+
+class CausalConv(nn.Module):
+    """Mamba's depthwise convolution and SiLU over this rank's channels."""
+
+    def __init__(self, channels: Shard, taps: int, *, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernel, self.taps = kernels.conv, taps
+        self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
+        self.bias = sharded_parameter((0,), {"bias": channels}, init=init.linear(taps))
+
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+        if context.cp.size == 1:
+            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
+        reach = self.taps - 1
+        neighbours = HaloExchange(x_BSD, reach, cp=context.cp)
+        y_BSD = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
+        before = neighbours.wait()
+        start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
+        resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
+        y_start = self.kernel(start, self.weight, self.bias, resets=resets)
+        y_SBD = torch.cat((y_start[:, before.shape[1] :].transpose(0, 1), y_BSD[:, reach:].transpose(0, 1)))
+        return y_SBD.transpose(0, 1)  # so that it lies in memory as without neighbours
+
+
+class StateProjection(nn.Module):
+    """Mamba's x_proj: every rank contributes its channels and all need the whole result.
+
+    Not a RowParallelLinear, which would scatter the result under sequence parallelism. The result feeds each rank's own
+    channels, so its gradient is a sum over ranks as well.
+    """
+
+    def __init__(self, channels: Shard, out_features: int, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = sharded_parameter(
+            (out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1, matmul_only=True
+        )
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u for the scan, and its projection."""
+        u, partial = linear_beside(u, self.weight)
+        return u, copy_to_region(reduce_from_region(partial, self.tp), self.tp)
+
+
+class StepProjection(nn.Module):
+    """Mamba's dt_proj to this rank's channels. The bias stays fp32 and is added by the scan."""
+
+    def __init__(self, rank: int, channels: Shard, *, bias_init: init.Init) -> None:
+        super().__init__()
+        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank), matmul_only=True)
+        self.bias = sharded_parameter((0,), {"bias": channels}, init=bias_init)
+
+    def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        return linear(dt, self.weight), self.bias

@@ -1,0 +1,213 @@
+"""Mamba-1 as the rest of the code knows it: parameters, operations, memory, messages and names.
+
+T: tokens of a micro-batch on the rank, D: channels on the rank, N: states, R: the rank of the step sizes; `a` is the
+bytes of an activation.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.counts import (
+    FORWARD_AND_BACKWARD,
+    FP32_BYTES,
+    Convolution,
+    Kernel,
+    Message,
+    Parameter,
+    Scan,
+    Share,
+    halo_message,
+    input_and_output_messages,
+)
+from sambalm.parallel.shard import Position, shard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sambalm.model.config import ModelConfig
+    from sambalm.model.ops.registry import Kernels
+    from sambalm.parallel.groups import TensorParallel
+
+# Of the scan, for each channel and state: dt * A, its exponential, decay * h, dt * u * B (one of its two products is
+# shared by the states), the sum, C * h and the sum over states.
+SCAN_FLOPS = 7
+CUDA_SCAN_CHUNK_TOKENS = 16  # model/ops/cuda/scan.py keeps states before each, in 16 bits with 16-bit inputs
+MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a pair of fp32 states for each
+
+
+class MambaHF(HFSide):
+    """Mamba in the Hugging Face format, by the names of flash-linear-attention."""
+
+    tensors: ClassVar = {
+        "A_log": HFTensor(("A_log",), is_fp32=True),
+        "D": HFTensor(("D",), is_fp32=True),
+        "in_proj.weight": HFTensor(("in_proj.x.weight", "in_proj.z.weight")),
+        "conv1d.weight": HFTensor(("conv.weight",), is_conv=True),
+        "conv1d.bias": HFTensor(("conv.bias",)),
+        "x_proj.weight": HFTensor(("x_proj.weight",)),
+        "dt_proj.weight": HFTensor(("dt_proj.weight",)),
+        "dt_proj.bias": HFTensor(("dt_proj.bias",), is_fp32=True),
+        "out_proj.weight": HFTensor(("out_proj.weight",)),
+    }
+    module, layer = "sambalm.model.mixers.mamba.hf", "SambaMamba"
+    cache_layer = "linear_attention"
+
+    def to_config(self, config: "ModelConfig") -> dict[str, Any]:
+        return {
+            "state_size": config.d_state,
+            "expand": config.expand,
+            "conv_kernel": config.d_conv,
+            "time_step_rank": config.dt_rank_size,
+            "time_step_min": config.dt_min,
+            "time_step_max": config.dt_max,
+            "time_step_floor": config.dt_floor,
+        }
+
+    def from_config(self, hf: Any) -> dict[str, Any]:
+        return {
+            "d_state": hf.state_size,
+            "expand": hf.expand,
+            "d_conv": hf.conv_kernel,
+            "dt_rank": hf.time_step_rank,
+            "dt_min": hf.time_step_min,
+            "dt_max": hf.time_step_max,
+            "dt_floor": hf.time_step_floor,
+        }
+
+    def describe(self, hf: Any) -> str:
+        return (
+            f"Mamba: {hf.state_size} states, inner width {hf.intermediate_size}, convolution over {hf.conv_kernel} "
+            f"tokens, step rank {hf.time_step_rank}"
+        )
+
+
+class Mamba(Mixer):
+    """Selective state space layer with a causal convolution."""
+
+    letter, name, modules = "M", "mamba", 7
+    hf = MambaHF()
+
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        from sambalm.model.mixers.mamba.layer import MambaLayer
+
+        return MambaLayer(config, tp=tp, kernels=kernels)
+
+    def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
+        if config.inner_size < tensor_ranks:
+            raise ValueError(
+                f"model.expand x model.hidden_size is {config.inner_size}, less than parallel.tensor {tensor_ranks}: "
+                "lower parallel.tensor"
+            )
+
+    def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
+        width, rank, states = config.hidden_size, config.dt_rank_size, config.d_state
+        channels = self._channels(config, tensor_ranks)
+        product = {"in_product": True, "matmul_only": True}
+        return (
+            Parameter("in_proj.weight", (2 * channels, width), **product),
+            Parameter("conv.weight", (channels, config.d_conv)),
+            Parameter("conv.bias", (channels,)),
+            Parameter("x_proj.weight", (rank + 2 * states, channels), **product),
+            Parameter("dt_proj.weight", (channels, rank), **product),
+            Parameter("dt_proj.bias", (channels,)),
+            Parameter("A_log", (channels, states)),
+            Parameter("D", (channels,)),
+            Parameter("out_proj.weight", (width, channels), **product),
+        )
+
+    def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
+        return FORWARD_AND_BACKWARD * float(SCAN_FLOPS * config.inner_size * config.d_state)
+
+    def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
+        yield from input_and_output_messages(config.hidden_size, share)
+        projected = share.activation_bytes * share.tokens * (config.dt_rank_size + 2 * config.d_state)
+        yield Message("tensor", "all-reduce", share.tensor_ranks, projected, times=share.forwards + 1)
+        if share.context_ranks == 1:
+            return
+        ranks, channels = share.context_ranks, self._channels(config, share.tensor_ranks)
+        states = 2 * share.sequences * channels * config.d_state * FP32_BYTES
+        yield Message("context", "all-gather", ranks, states, times=share.forwards)
+        yield Message("context", "reduce-scatter", ranks, ranks * states)
+        yield halo_message(channels, config.d_conv - 1, share)
+
+    def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
+        channels = self._channels(config, share.tensor_ranks)
+        yield Convolution(channels * share.tokens)
+        # A rank between others scans for the state that it reaches and from the state that it starts at; at the ends of
+        # the sequence one rank waits for the other's scan instead.
+        scans = 2 if share.context_ranks > 1 else 1
+        yield Scan(share.sequences, channels, share.part_tokens, states=config.d_state, scans=scans)
+
+    def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        a, T, D = share.activation_bytes, share.tokens, self._channels(config, share.tensor_ranks)
+        N, R, kernels = config.d_state, config.dt_rank_size, share.kernels
+        total = 2 * D * N * FP32_BYTES  # A's exponential and its negative
+        total += a * T * D * 2 + a * T * (R + 2 * N)  # the outputs of conv and scan, x_proj's output
+        if kernels.conv == "torch":
+            halo = share.sequences * (config.d_conv - 1)
+            total += a * (2 * T + halo) * D  # the input with what precedes, and the sum
+        total += self._context_bytes(config, share, inside=inside)
+        # x and z are one tensor: it stays whole for a kernel that keeps either.
+        keeps_z = kernels.scan == "cuda" or (kernels.scan == "torch" and not share.is_narrow) or not inside
+        total += a * T * 2 * D if keeps_z or kernels.conv != "torch" else 0
+        if not inside:
+            return total + a * T * D  # dt
+        return total + self._states_bytes(config, share) + self._scan_bytes(config, share)
+
+    def _context_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        """Counts what passing states over context-parallel ranks keeps."""
+        ranks, D, N, T = share.context_ranks, self._channels(config, share.tensor_ranks), config.d_state, share.tokens
+        states = FP32_BYTES * share.sequences * D * N
+        total = 0
+        if ranks > 1:  # all ranks' decays and reached states, and the state at the start
+            total += (2 * ranks + 2) * states
+        if ranks > 2:  # a rank between others: the step sizes and the decay that it passes on
+            total += FP32_BYTES * T * D + 2 * states
+            if inside:  # and a scan from zero, of which the output and so the gate are not kept
+                in_torch = FP32_BYTES * T * (3 * D + 2 * N if share.is_narrow else 2 * D)
+                total += in_torch if share.kernels.scan == "torch" else self._scan_bytes(config, share)
+                total += self._states_bytes(config, share)
+        return total
+
+    def _scan_bytes(self, config: "ModelConfig", share: Share) -> int:
+        """Counts what a scan keeps for its backward besides states, u, z and its output."""
+        a, T, N, D = share.activation_bytes, share.tokens, config.d_state, self._channels(config, share.tensor_ranks)
+        if share.kernels.scan == "mamba-ssm":  # u, dt, z, B and C time-innermost, and the output before the gate
+            return a * T * (4 * D + 2 * N)
+        if share.kernels.scan == "cuda":  # dt, and B and C in fp32
+            return T * (a * D + FP32_BYTES * 2 * N)
+        # u and z in fp32 where they were not; softplus's argument and result, the sum with the skip, the gate.
+        return FP32_BYTES * T * ((6 * D + 2 * N) if share.is_narrow else 4 * D)
+
+    def _states_bytes(self, config: "ModelConfig", share: Share) -> int:
+        """Counts the states that a scan keeps at the borders of its chunks."""
+        one = share.sequences * self._channels(config, share.tensor_ranks) * config.d_state
+        if share.kernels.scan == "mamba-ssm":
+            return math.ceil(share.part_tokens / MAMBA_SSM_CHUNK_TOKENS) * 2 * one * FP32_BYTES
+        if share.kernels.scan == "cuda":
+            return math.ceil(share.part_tokens / CUDA_SCAN_CHUNK_TOKENS) * one * share.activation_bytes
+        return math.ceil(share.part_tokens / _torch_chunk_tokens(one, share)) * one * FP32_BYTES
+
+    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
+        channels = self._channels(config, share.tensor_ranks)
+        chunk = 0
+        if share.kernels.scan == "torch":  # decays, states, gradients and a product of theirs
+            token = share.sequences * channels * config.d_state
+            chunk = 4 * FP32_BYTES * token * _torch_chunk_tokens(token, share)
+        return share.tokens * FP32_BYTES * 4 * channels + chunk
+
+    @staticmethod
+    def _channels(config: "ModelConfig", tensor_ranks: int) -> int:
+        return shard(config.inner_size, Position(tensor_ranks)).length
+
+
+def _torch_chunk_tokens(token_elements: int, share: Share) -> int:
+    """Returns the tokens that the scan in plain PyTorch takes at a time."""
+    from sambalm.model.ops.reference.selective_scan import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
+
+    return max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[share.kernels.device] // token_elements))
+
+
+MIXER = Mamba()

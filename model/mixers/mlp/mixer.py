@@ -1,0 +1,91 @@
+"""The SwiGLU MLP as the rest of the code knows it."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.counts import (
+    Kernel,
+    MemoryPass,
+    Message,
+    Parameter,
+    Share,
+    Traffic,
+    input_and_output_messages,
+)
+from sambalm.parallel.shard import Position, shard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sambalm.model.config import ModelConfig
+    from sambalm.model.ops.registry import Kernels
+    from sambalm.parallel.groups import TensorParallel
+
+# SiLU and product; backward two products, SiLU's and both gradients joined.
+SWIGLU = {"torch": Traffic(10, 26), "compiled": Traffic(6, 10, fused=True)}
+
+
+class MLPHF(HFSide):
+    """The MLP in the Hugging Face format, by the names of flash-linear-attention."""
+
+    tensors: ClassVar = {
+        "gate_proj.weight": HFTensor(("gate_up_proj.gate.weight",)),
+        "up_proj.weight": HFTensor(("gate_up_proj.up.weight",)),
+        "down_proj.weight": HFTensor(("down_proj.weight",)),
+    }
+    module, layer = "sambalm.model.mixers.mlp.hf", "SambaMLP"
+    is_mlp = True
+
+    def to_config(self, config: "ModelConfig") -> dict[str, Any]:
+        return {"mlp_size": config.mlp_size}
+
+    def from_config(self, hf: Any) -> dict[str, Any]:
+        return {"mlp_size": hf.mlp_size}
+
+
+class MLP(Mixer):
+    """down(SiLU(gate(x)) * up(x))."""
+
+    letter, name, modules = "-", "mlp", 3
+    hf = MLPHF()
+
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        from sambalm.model.mixers.mlp.layer import SwiGLU
+
+        return SwiGLU(config, tp=tp, kernels=kernels)
+
+    def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
+        if config.mlp_size < tensor_ranks:
+            raise ValueError(
+                f"model.mlp_size is {config.mlp_size}, less than parallel.tensor {tensor_ranks}: lower parallel.tensor"
+            )
+
+    def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
+        width, inner = config.hidden_size, self._inner(config, tensor_ranks)
+        return (
+            Parameter("gate_up_proj.weight", (2 * inner, width), in_product=True, matmul_only=True),
+            Parameter("down_proj.weight", (width, inner), in_product=True, matmul_only=True),
+        )
+
+    def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
+        return input_and_output_messages(config.hidden_size, share)
+
+    def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
+        elements = share.tokens * self._inner(config, share.tensor_ranks)
+        yield MemoryPass(SWIGLU[share.kernels.elementwise], elements)
+
+    def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        """Counts gate and up, SiLU of the gate where it is an operation of its own, and their product."""
+        widths = 3 if share.kernels.elementwise == "compiled" else 4
+        return share.activation_bytes * share.tokens * widths * self._inner(config, share.tensor_ranks)
+
+    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
+        return share.tokens * share.activation_bytes * 4 * self._inner(config, share.tensor_ranks)
+
+    @staticmethod
+    def _inner(config: "ModelConfig", tensor_ranks: int) -> int:
+        return shard(config.mlp_size, Position(tensor_ranks)).length
+
+
+MIXER = MLP()

@@ -1,0 +1,23 @@
+"""The norm of the residual stream."""
+
+from torch import Tensor, nn
+
+from sambalm.model import initialization as init
+from sambalm.model.config import ModelConfig
+from sambalm.model.ops.registry import Kernels
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.layers.tensor_parallel import replicated_weight
+from sambalm.parallel.sharding import replicated_parameter
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm of the residual stream before each sublayer and the head, after the last one's sum."""
+
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
+        super().__init__()
+        self.tp, self.eps, self.kernel = tp, config.norm_eps, kernels.norm
+        self.weight = replicated_parameter((config.hidden_size,), name="weight", init=init.ones, tp=tp)
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream x with what the sublayer before adds to it (None: nothing), and that normed."""
+        return self.kernel(x, branch, replicated_weight(self.weight, self.tp), eps=self.eps)

@@ -1,0 +1,88 @@
+"""The mixers by the letters of a layer pattern: those of this project, and those that other packages bring.
+
+Another package registers a mixer through the entry point group `sambalm.mixers`, whose entries name an object of a
+class of `sambalm.model.mixers.base.Mixer`. This file imports no torch, and a mixer only once a pattern has its letter.
+"""
+
+import importlib
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from sambalm.model.mixers.base import Mixer
+
+if TYPE_CHECKING:
+    from sambalm.model.config import ModelConfig
+
+ENTRY_POINT_GROUP = "sambalm.mixers"
+BUILT_IN = {
+    "M": "sambalm.model.mixers.mamba.mixer:MIXER",
+    "*": "sambalm.model.mixers.attention.mixer:MIXER",
+    "-": "sambalm.model.mixers.mlp.mixer:MIXER",
+}
+
+
+class MixerError(ValueError):
+    """A letter without a mixer, or a mixer that cannot be registered; one sentence for the user."""
+
+
+def mixer(letter: str) -> Mixer:
+    """Returns the mixer of a letter. Raises MixerError where there is none."""
+    if letter in BUILT_IN:
+        return _load(BUILT_IN[letter])
+    found = external_mixers().get(letter)
+    if found is None:
+        known = ", ".join(f"{one.letter} {one.name}" for one in all_mixers())
+        raise MixerError(f"no mixer has the letter {letter!r}: known are {known}")
+    return found
+
+
+def mixers_of(letters: Iterable[str]) -> list[Mixer]:
+    """Returns each mixer of a pattern, or of some letters, once, in the registry's order."""
+    return sorted((mixer(letter) for letter in set(letters)), key=lambda one: _rank(one.letter))
+
+
+def all_mixers() -> list[Mixer]:
+    """Returns every mixer that is installed, our own first."""
+    return [*map(mixer, BUILT_IN), *external_mixers().values()]
+
+
+@lru_cache(maxsize=1)
+def external_mixers() -> dict[str, Mixer]:
+    """Loads the mixers of other packages, by their letters.
+
+    Raises:
+        MixerError: two mixers have one letter, or one has a letter that a pattern cannot hold.
+    """
+    found: dict[str, Mixer] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        one = entry.load()
+        if not isinstance(one, Mixer):
+            raise MixerError(f"the entry point {entry.name} of {ENTRY_POINT_GROUP} names no object of the class Mixer")
+        if len(one.letter) != 1 or one.letter.isdigit() or one.letter.isspace() or one.letter == "x":
+            raise MixerError(f"the mixer {one.name} has the letter {one.letter!r}: take one that is no digit and no x")
+        taken = BUILT_IN.keys() | found.keys()
+        if one.letter in taken:
+            raise MixerError(f"the mixer {one.name} has the letter {one.letter!r}, which another mixer has")
+        found[one.letter] = one
+    return found
+
+
+@lru_cache(maxsize=64)
+def _load(reference: str) -> Mixer:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _rank(letter: str) -> tuple[int, str]:
+    letters = list(BUILT_IN)
+    return (letters.index(letter) if letter in BUILT_IN else len(letters), letter)
+
+
+def weight_copies(config: "ModelConfig", *, tensor_ranks: int) -> int:
+    """Returns how many neighbouring tensor-parallel ranks hold the same slice of some weight; 1 where none do."""
+    numbers = {one.weight_copies(config, tensor_ranks=tensor_ranks) for one in config.kinds} - {1}
+    if len(numbers) > 1:
+        raise ValueError(f"the mixers of this model need copies of weights on {sorted(numbers)} ranks: one number only")
+    return next(iter(numbers), 1)
