@@ -27,6 +27,12 @@ class ParallelConfig(BaseModel):
         "none",
         description="What the backward computes again instead of keeping: the scan's and attention's insides, or all",
     )
+    timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        le=604_800,
+        description="How long ranks wait for each other in any message or agreement before the run fails, in seconds",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "ParallelConfig":

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from sambalm.parallel.cuda_graphs import CapturedMicroBatches, run_in_turn
@@ -137,7 +136,8 @@ class PipelinedExecutor(Execution):
         schedule: over this rank's parts.
         gradients, weights: where ranks share out their optimizer.
         rounded: the weights' copies during a step.
-        tied_weight: this rank's copy of an embedding that first and last stage share; None elsewhere.
+        embedding_group: the first and the last stage.
+        tied_weight: this rank's copy of an embedding that these two share; None elsewhere.
     """
 
     def __init__(
@@ -148,10 +148,11 @@ class PipelinedExecutor(Execution):
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
         rounded: ComputeWeights,
+        embedding_group: dist.ProcessGroup | None,
         tied_weight: nn.Parameter | None,
     ) -> None:
         self.engine, self.schedule, self.gradients, self.weights = engine, schedule, gradients, weights
-        self.rounded, self.tied_weight = rounded, tied_weight
+        self.rounded, self.embedding_group, self.tied_weight = rounded, embedding_group, tied_weight
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
@@ -161,7 +162,7 @@ class PipelinedExecutor(Execution):
         with self.rounded.kept(), self.gradients.overwritten() if self.gradients else nullcontext():
             loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
-            dist.all_reduce(self.tied_weight.grad, group=parallel_state.get_embedding_group())
+            dist.all_reduce(self.tied_weight.grad, group=self.embedding_group)
         if self.gradients:
             self.gradients.reduce()
         self.engine.step()
@@ -202,11 +203,17 @@ def execution(
         gradients = FlatGradients(engine, world, clip_norm=clip_norm)
         weights = FlatWeights(engine, parts, world=world, dtype=dtype, rounded=rounded)
     else:
-        clip_before_steps(engine.optimizer, max_norm=clip_norm)
+        clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group)
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
         return PipelinedExecutor(
-            engine, schedule, gradients=gradients, weights=weights, rounded=rounded, tied_weight=tied_weight
+            engine,
+            schedule,
+            gradients=gradients,
+            weights=weights,
+            rounded=rounded,
+            embedding_group=world.pipeline.embedding_group,
+            tied_weight=tied_weight,
         )
     captured = cuda_graphs and world.device.type == "cuda"
     return AccumulatingExecutor(

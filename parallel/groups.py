@@ -1,10 +1,14 @@
-"""Who the other ranks are: `TensorParallel` is what a layer needs to know of them, `World` what the run needs."""
+"""Every process group of a run: `TensorParallel` is what a layer needs to know of the other ranks, `World` the rest.
+
+No other file asks megatron-core's `parallel_state`, but for DeepSpeed's adapter (`parallel/zero`).
+"""
 
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,15 +55,24 @@ class Pipeline:
     rank: int = 0
     size: int = 1
     chunks: int = 1  # model chunks a stage (virtual pipeline)
+    group: ProcessGroup | None = None
+    embedding_group: ProcessGroup | None = None  # the first and the last stage, on these two alone
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the run, made by `start_world`."""
+    """This process's place in the run and all groups that it belongs to, made by `start_world`.
+
+    Operations of one group must not be started by two threads at once. `host_group` is a group of its own on every
+    device, so that a thread may use it while the main thread communicates over the others.
+    """
 
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta  # how long an operation of any group waits for the other ranks
+    host_group: ProcessGroup  # all ranks, over the hosts' network (gloo): what hosts agree on, without the device
+    model_group: ProcessGroup  # ranks that hold one copy of the weights between them: tensor and pipeline dimension
     tensor: TensorParallel
     context: ContextParallel
     pipeline: Pipeline
@@ -93,14 +106,31 @@ class World:
         if self.pipeline.size == 1:
             return value
         value = value.clone()
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(value, group=group, group_src=self.pipeline.size - 1)
+        dist.broadcast(value, group=self.pipeline.group, group_src=self.pipeline.size - 1)
         return value
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main rank's value of something that pickle can send, on every rank. Collective, over the host group."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """All ranks' values of something that pickle can send, rank 0 first. Collective, over the host group."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for the host of every rank to come here. Collective, over the host group."""
+        dist.barrier(group=self.host_group)
 
 
 @contextlib.contextmanager
-def start_world(config: ParallelConfig, *, copies: int = 1, timeout_s: float = 1800.0) -> Iterator[World]:
+def start_world(config: ParallelConfig, *, copies: int = 1) -> Iterator[World]:
     """Makes the process groups of the layout, under torchrun or in a process alone, and ends them on leaving.
+
+    Every group has the timeout `parallel.timeout_s`, but for a default group that the caller has already made.
 
     Args:
         copies: how many neighbouring tensor-parallel ranks hold the same kv head.
@@ -113,9 +143,9 @@ def start_world(config: ParallelConfig, *, copies: int = 1, timeout_s: float = 1
     # One queue of kernels, so that a collective starts before the matrix product that it overlaps with.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     check_world_size(config, world_size=size)
-    device = _device()
+    device, timeout = _device(), timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
-        backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(seconds=timeout_s)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if size == 1 else None  # torchrun's environment names the store of several
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     parallel_state.initialize_model_parallel(
@@ -123,9 +153,11 @@ def start_world(config: ParallelConfig, *, copies: int = 1, timeout_s: float = 1
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+        create_gloo_process_groups=False,  # nothing uses them, and megatron-core gives some of them no timeout
     )
     try:
-        yield _world(config, device, copies=copies)
+        yield _world(config, device, copies=copies, timeout=timeout)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -151,7 +183,7 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _world(config: ParallelConfig, device: torch.device, *, copies: int) -> World:
+def _world(config: ParallelConfig, device: torch.device, *, copies: int, timeout: timedelta) -> World:
     tensor_rank, tensor_group = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_group(),
@@ -160,12 +192,15 @@ def _world(config: ParallelConfig, device: torch.device, *, copies: int) -> Worl
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
+        timeout=timeout,
+        host_group=dist.new_group(backend="gloo", timeout=timeout, group_desc="HOST_GROUP"),
+        model_group=parallel_state.get_model_parallel_group(),
         tensor=TensorParallel(
             rank=tensor_rank,
             size=config.tensor,
             sequence=config.sequence,
             group=tensor_group,
-            copy_groups={copies: _copy_group(copies)} if copies > 1 else {},
+            copy_groups={copies: _copy_group(copies, timeout=timeout)} if copies > 1 else {},
         ),
         context=ContextParallel(
             rank=parallel_state.get_context_parallel_rank(),
@@ -176,6 +211,8 @@ def _world(config: ParallelConfig, device: torch.device, *, copies: int) -> Worl
             rank=parallel_state.get_pipeline_model_parallel_rank(),
             size=config.pipeline,
             chunks=config.virtual_pipeline,
+            group=parallel_state.get_pipeline_model_parallel_group(),
+            embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         ),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
@@ -185,8 +222,9 @@ def _world(config: ParallelConfig, device: torch.device, *, copies: int) -> Worl
     )
 
 
-def _copy_group(copies: int) -> ProcessGroup:
+def _copy_group(copies: int, *, timeout: timedelta) -> ProcessGroup:
     """The group of this rank and its neighbours with the same kv head; tensor-parallel ranks are consecutive."""
     starts = range(0, dist.get_world_size(), copies)
-    group, _ = dist.new_subgroups_by_enumeration([list(range(start, start + copies)) for start in starts])
+    ranks = [list(range(start, start + copies)) for start in starts]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
     return group

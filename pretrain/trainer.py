@@ -43,11 +43,11 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
     with (
         open_run_folder(config) as folder,
         start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world,
-        folder.shared(),
+        folder.shared(world),
     ):
         trainer = Trainer(config, world, folder=folder, signals=signals or Signals())
         exit_code = trainer.fit()
-        folder.end(exit_code, step=trainer.step)
+        folder.end(exit_code, step=trainer.step, world=world)
         return exit_code
 
 

@@ -56,7 +56,7 @@ def build_training(
     )
     # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
     if checkpoint:
-        load_weights(parts, checkpoint.path)
+        load_weights(parts, checkpoint.path, world=world)
     else:
         for part in parts:
             initialize_parameters(part, seed=config.run.seed)
@@ -71,7 +71,7 @@ def build_training(
         done_steps=checkpoint.step if checkpoint else 0,
     )
     if checkpoint:
-        load_moments(parts, checkpoint.path)
+        load_moments(parts, checkpoint.path, world=world)
     tied_weight = tied_copy(parts)
     run = execution(
         engine,

@@ -20,6 +20,9 @@ MAY_IMPORT = {
     "slurm": {"model", "pretrain"},
 }
 PROGRAM = sorted((ROOT / "pretrain" / "cli").glob("*.py"))
+# Every group is made in the first and taken from its World; the others are the door to megatron-core and what DeepSpeed
+# asks of a model-parallel unit.
+KNOW_PARALLEL_STATE = [ROOT / "parallel" / name for name in ("groups.py", "compat/megatron.py", "zero/engine.py")]
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -80,6 +83,20 @@ def long_functions(source: str) -> list[str]:
     return [node.name for node in functions if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES]
 
 
+def parallel_state_imports(source: str) -> list[str]:
+    """Imports of megatron-core's record of process groups, from wherever and however it is reached."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            found += [name for alias in node.names if "parallel_state" in (name := f"{module}.{alias.name}")]
+        elif isinstance(node, ast.Attribute) and node.attr == "parallel_state":
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and node.value == "megatron.core.parallel_state":
+            found.append(node.value)
+    return found
+
+
 def executions(source: str) -> list[str]:
     """What would execute code out of a file: pickle in any form, and remote code."""
     found = []
@@ -102,6 +119,7 @@ def test_a_product_file_keeps_the_rules(path):
         assert wrong_imports(source, package_of(path)) == []
     assert long_functions(source) == []
     assert executions(source) == []
+    assert path in KNOW_PARALLEL_STATE or parallel_state_imports(source) == []
     assert len(source.splitlines()) <= MAX_FILE_LINES
 
 
@@ -116,6 +134,12 @@ def test_a_product_file_keeps_the_rules(path):
         (lambda source: wrong_imports(source, "sambalm.pretrain"), "from sambalm.pretrain import cli"),
         (lambda source: wrong_imports(source, "sambalm.pretrain"), "from .cli import main"),
         (long_functions, "def f():\n" + "    x = 1\n" * 80),
+        (parallel_state_imports, "from megatron.core import parallel_state"),
+        (parallel_state_imports, "import megatron.core.parallel_state as state"),
+        (parallel_state_imports, "from megatron.core.parallel_state import get_model_parallel_group"),
+        (parallel_state_imports, "from sambalm.parallel.compat.megatron import parallel_state as state"),
+        (parallel_state_imports, "from megatron import core\nstate = core.parallel_state"),
+        (parallel_state_imports, "state = import_module('megatron.core.parallel_state')"),
         (executions, "import pickle"),
         (executions, "from pickle import loads"),
         (executions, "x = torch.load(path)"),

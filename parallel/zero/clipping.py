@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,13 +51,13 @@ def _count_skipped(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     torch._foreach_add_(steps, [optimizer.found_inf] * len(steps))  # the host would read a tensor for all, and wait
 
 
-def clip_before_steps(optimizer: Optimizer, *, max_norm: float) -> None:
-    """Clips in every step of an optimizer without ZeRO, over all model-parallel ranks.
+def clip_before_steps(optimizer: Optimizer, *, max_norm: float, group: dist.ProcessGroup) -> None:
+    """Clips in every step of an optimizer without ZeRO, over the group of all model-parallel ranks.
 
     The norm is then the optimizer's `_global_grad_norm`, where DeepSpeed's engine looks for it. DeepSpeed itself would
     join, copy and scale a flat buffer of all gradients.
     """
-    clipping = Clipping(optimizer, max_norm=max_norm, groups=[parallel_state.get_model_parallel_group()])
+    clipping = Clipping(optimizer, max_norm=max_norm, groups=[group])
 
     def clip(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]

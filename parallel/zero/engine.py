@@ -71,7 +71,9 @@ def zero_engine(
         clip_norm: of the gradients that DeepSpeed clips.
     """
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=world.timeout
+    )
     pipelined, shared = world.pipeline.size > 1, world.replica_size > 1
     partitioned = shared and zero_stage > 1
     config = {

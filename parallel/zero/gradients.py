@@ -15,7 +15,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from sambalm.parallel.groups import World
@@ -58,7 +57,7 @@ class FlatGradients:
         for number, settings in enumerate(optimizer.param_groups, start=1):
             if "completed_by" in settings:
                 settings["completed_by"].register_post_accumulate_grad_hook(partial(self._completed, number))
-        groups = [world.replica_group, parallel_state.get_model_parallel_group()]
+        groups = [world.replica_group, world.model_group]
         self.clipping = Clipping(optimizer.optimizer, max_norm=clip_norm, groups=groups)
         optimizer.optimizer.register_step_pre_hook(self._tell_norm)
         optimizer.reduce_gradients = self._hand_over

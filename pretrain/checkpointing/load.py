@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -30,13 +29,11 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
         CheckpointsDamagedError: every checkpoint is damaged.
         ConfigError: the checkpoint holds another model.
     """
-    found: list[Any] = [None]
-    if world.is_main:
-        found = [_newest_or_error(Path(config.run.dir))]
-    dist.broadcast_object_list(found, src=0)  # one rank reads the checksums for all
-    if isinstance(found[0], CheckpointError):
-        raise found[0]
-    checkpoint: Checkpoint | None = found[0]
+    # One rank reads the checksums for all.
+    found = world.broadcast_object(_newest_or_error(Path(config.run.dir)) if world.is_main else None)
+    if isinstance(found, CheckpointError):
+        raise found
+    checkpoint: Checkpoint | None = found
     if checkpoint:
         saved, wanted = checkpoint.state["config"]["model"], config.model.model_dump()
         for key, value in wanted.items():
@@ -71,12 +68,13 @@ def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunCon
         )
 
 
-def load_weights(parts: Sequence[nn.Module], path: Path) -> None:
+def load_weights(parts: Sequence[nn.Module], path: Path, *, world: World) -> None:
     """Fills parameters, on any layout, before the engine takes them over. Collective."""
-    _load(path, {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in all_slices(parts)})
+    wanted = {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in all_slices(parts)}
+    _load(path, wanted, world=world)
 
 
-def load_moments(parts: Sequence[nn.Module], path: Path) -> None:
+def load_moments(parts: Sequence[nn.Module], path: Path, *, world: World) -> None:
     """Fills the optimizer's moments, on any layout, once the engine has taken the parameters over. Collective."""
     for key in MOMENTS:
         wholes: dict[nn.Parameter, Tensor] = {}
@@ -84,16 +82,16 @@ def load_moments(parts: Sequence[nn.Module], path: Path) -> None:
         for name, parameter, piece in all_slices(parts):
             whole = wholes.setdefault(parameter, torch.zeros(_local_shape(parameter)))
             wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
-        _load(path, wanted)
+        _load(path, wanted, world=world)
         for parameter, whole in wholes.items():
             set_moment(parameter, key, whole.to(parameter.device))
 
 
-def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]]) -> None:
-    """Reads slices into their targets."""
+def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]], *, world: World) -> None:
+    """Reads slices into their targets. Collective."""
     buffers = {name: torch.empty(piece.sizes) for name, (piece, _) in wanted.items()}
     slices = {name: CheckpointSlice(buffers[name], piece) for name, (piece, _) in wanted.items()}
-    dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(path)))
+    dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(path)), process_group=world.host_group)
     for name, (_, target) in wanted.items():
         target.copy_(buffers[name])
 

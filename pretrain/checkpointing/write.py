@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
@@ -53,8 +52,7 @@ def save_checkpoint(
     found: dict[str, dict[str, int]] = {}
     names = _dealt_files(partial, world=world)
     together(lambda: found.update(files.checksums(partial, names)))
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, found)
+    gathered = world.all_gather_object(found)
     together(lambda: _complete(partial, _state(config, step, samples=samples, data=data), gathered), ranks=[0])
     together(before_commit, ranks=[0])
     together(lambda: files.commit(partial, final), ranks=[0])
@@ -71,8 +69,7 @@ def _together(
             action()
         except (OSError, CheckpointException, RunInUseError) as error:
             failure = error if isinstance(error, RunInUseError) else OSError(f"{type(error).__name__}: {error}")
-    failures: list[Exception | None] = [None] * world.size
-    dist.all_gather_object(failures, failure)
+    failures: list[Exception | None] = world.all_gather_object(failure)
     if any(failures) and world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     for rank, error in enumerate(failures):
@@ -90,14 +87,14 @@ def _make_empty(partial: Path) -> None:
 def _write_tensors(parts: Sequence[nn.Module], partial: Path, *, world: World) -> None:
     """Every rank's part. Collective."""
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(slices_to_save(parts, world), storage_writer=writer)
+    dcp.save(slices_to_save(parts, world), storage_writer=writer, process_group=world.host_group)
 
 
 def _dealt_files(partial: Path, *, world: World) -> list[str]:
     """This rank's share of the files, to compute checksums of. Collective: one rank lists them for all."""
-    listed = [sorted(path.name for path in partial.iterdir()) if world.is_main else None]
-    dist.broadcast_object_list(listed, src=0)
-    return listed[0][world.rank :: world.size]
+    listed = sorted(path.name for path in partial.iterdir()) if world.is_main else None
+    names: list[str] = world.broadcast_object(listed)
+    return names[world.rank :: world.size]
 
 
 def _complete(partial: Path, state: dict[str, Any], gathered: Sequence[dict[str, dict[str, int]]]) -> None:

@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from sambalm.parallel.groups import is_main_process, world_size
+from sambalm.parallel.groups import World, is_main_process, world_size
 from sambalm.pretrain.checkpointing.format import newest_step, remove_leftovers
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config
@@ -39,18 +37,16 @@ class RunFolder:
     check_lease: Callable[[], None]  # raises RunInUseError once another process has taken the run over
 
     @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """Every rank's errors are recorded where the main rank's are. Collective."""
-        found = [self.attempt]
-        dist.broadcast_object_list(found, src=0)
-        with recorded_errors(found[0]):
+    def shared(self, world: World) -> Iterator[None]:
+        """Records every rank's errors where the main rank's are. Collective."""
+        with recorded_errors(world.broadcast_object(self.attempt)):
             yield
 
-    def end(self, exit_code: ExitCode, *, step: int) -> None:
+    def end(self, exit_code: ExitCode, *, step: int, world: World) -> None:
         """Records how the attempt ended before any rank leaves. Collective."""
-        if is_main_process():
+        if world.is_main:
             write_outcome(self.attempt, exit_code=exit_code, step=step, reason=ENDINGS[exit_code])
-        dist.barrier()
+        world.barrier()
 
 
 @contextlib.contextmanager

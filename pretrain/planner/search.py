@@ -129,7 +129,7 @@ def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterato
     """The run under every layout that the config's own checks allow on a world."""
     sizes = sorted({*MICRO_BATCHES, config.train.micro_batch_size})
     for parallel in _parallel_sections(world_size, node_gpus=node_gpus):
-        values = config.model_dump() | {"parallel": parallel}
+        values = config.model_dump() | {"parallel": parallel | {"timeout_s": config.parallel.timeout_s}}
         try:
             checked = parse_config(values, source="plan")
         except ConfigError:

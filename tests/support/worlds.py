@@ -10,18 +10,23 @@ from typing import Any
 PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.compat.cpu"]
 
 
-def run_world(function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 120.0) -> list[Any]:
+def run_world(
+    function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 120.0, port: int | None = None
+) -> list[Any]:
     """Runs function(*args) on every rank of a new world and returns the ranks' results, rank 0 first.
 
     The function must be importable (a module's top level) and the results picklable. A rank's failure fails the call
     with that rank's traceback.
+
+    Args:
+        port: where the function, instead of this one, lets the ranks meet: it makes the default process group itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
-            context.Process(target=_run_rank, args=(function, args, rank, ranks, f"{folder}/store", queue))
+            context.Process(target=_run_rank, args=(function, args, rank, ranks, f"{folder}/store", port, queue))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -42,14 +47,17 @@ def run_world(function: Callable[..., Any], *args: Any, ranks: int, timeout_s: f
     return [results[rank] for rank in range(ranks)]
 
 
-def _run_rank(function: Callable, args: tuple, rank: int, ranks: int, store: str, queue: Any) -> None:
+def _run_rank(function: Callable, args: tuple, rank: int, ranks: int, store: str, port: int | None, queue: Any) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        if port is None:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        else:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         queue.put((rank, function(*args), None))
     except BaseException:
         queue.put((rank, None, f"rank {rank} of {ranks}:\n{traceback.format_exc()}"))
