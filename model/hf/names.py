@@ -6,7 +6,7 @@ dimension.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -93,7 +93,7 @@ def hf_tensors(pattern: str, *, tie_embeddings: bool) -> dict[str, HFTensor]:
     return tensors
 
 
-def hf_config(config: ModelConfig, **others) -> SambaConfig:
+def hf_config(config: ModelConfig, **others: Any) -> SambaConfig:
     """The Hugging Face configuration of a model; `others` are keys that ModelConfig lacks, such as token ids."""
     return SambaConfig(
         pattern=config.pattern,

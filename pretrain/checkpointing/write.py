@@ -75,11 +75,11 @@ def _together(
     dist.all_gather_object(failures, failure)
     if any(failures) and world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-    for rank, error in enumerate(failures):
-        if isinstance(error, RunInUseError):
-            raise error
-        if error:
-            raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {error}")
+    for rank, reason in enumerate(failures):
+        if isinstance(reason, RunInUseError):
+            raise reason
+        if reason:
+            raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {reason}")
 
 
 def _make_empty(partial: Path) -> None:
@@ -95,7 +95,7 @@ def _write_tensors(parts: Sequence[nn.Module], partial: Path, *, world: World) -
 
 def _dealt_files(partial: Path, *, world: World) -> list[str]:
     """This rank's share of the files, to compute checksums of. Collective: one rank lists them for all."""
-    listed = [sorted(path.name for path in partial.iterdir()) if world.is_main else None]
+    listed = [sorted(path.name for path in partial.iterdir()) if world.is_main else []]
     dist.broadcast_object_list(listed, src=0)
     return listed[0][world.rank :: world.size]
 
