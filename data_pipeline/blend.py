@@ -39,7 +39,7 @@ def parse_blend(texts: Sequence[str], *, validation_fraction: float) -> DataConf
 
 
 def _sources(texts: Sequence[str]) -> list[str | WeightedSource]:
-    sources = []
+    sources: list[str | WeightedSource] = []
     for text in texts:
         prefix, separator, weight = text.rpartition("=")
         if not separator:

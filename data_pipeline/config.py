@@ -76,9 +76,8 @@ class DataConfig(BaseModel):
     @property
     def weights(self) -> list[float] | None:
         """Weights of the sources, or None where their tokens decide."""
-        if isinstance(self.train, list) and isinstance(self.train[0], WeightedSource):
-            return [source.weight for source in self.train]
-        return None
+        sources = [] if isinstance(self.train, str) else self.train
+        return [source.weight for source in sources if isinstance(source, WeightedSource)] or None
 
     @property
     def validation_fractions(self) -> list[float]:

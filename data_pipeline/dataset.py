@@ -171,5 +171,5 @@ def _allocate(asked: int, *, shares: np.ndarray, available: np.ndarray) -> np.nd
     for without in np.flatnonzero((counts == 0) & (available > 0)):
         largest = int(counts.argmax())
         if counts[largest] > 1:
-            counts[[without, largest]] += (1, -1)
+            counts[[int(without), largest]] += (1, -1)
     return counts

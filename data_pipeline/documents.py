@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import orjson
 
 from .errors import DataError
 from .inputs import InputFile, input_file
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 PIECE_BYTES = 1 << 22
 _MAX_TEXT_FILE_BYTES = 1 << 28
@@ -52,8 +55,11 @@ class ReadOptions:
 class Piece(Protocol):
     """A part of a file. `size_bytes` are stored ones, for progress."""
 
-    file: InputFile
-    size_bytes: int
+    @property
+    def file(self) -> InputFile: ...
+
+    @property
+    def size_bytes(self) -> int: ...
 
     def records(self, options: ReadOptions) -> Iterator[Document | BadRecord]:
         """Its records in order; blank lines are none. Raises DataError and OSError for what spoils the file."""
@@ -326,7 +332,7 @@ def _row_pieces(
             first, first_row, held_bytes = number + 1, row, 0
 
 
-def _check_column(file: InputFile, parquet, text_key: str) -> None:
+def _check_column(file: InputFile, parquet: "ParquetFile", text_key: str) -> None:
     import pyarrow.types as types
 
     schema = parquet.schema_arrow
@@ -342,7 +348,7 @@ def _check_column(file: InputFile, parquet, text_key: str) -> None:
 
 
 @contextmanager
-def _parquet(file: InputFile):
+def _parquet(file: InputFile) -> Iterator["ParquetFile"]:
     import pyarrow
     from pyarrow import parquet
 

@@ -72,8 +72,14 @@ class Encoder:
             raise DataError(f"cannot read {piece.file.name}: {error.strerror or error}") from error
 
     def _encode_records(self, records: Iterator[Document | BadRecord]) -> TokenBatch:
-        lengths, positions, text_bytes, bad, parts = [], [], [], [], []
-        texts, documents, characters = [], [], 0
+        lengths: list[int] = []
+        positions: list[int] = []
+        text_bytes: list[int] = []
+        bad: list[BadRecord] = []
+        parts: list[np.ndarray] = []
+        texts: list[str] = []
+        documents: list[int] = []
+        characters = 0
 
         def flush() -> None:
             tokens, counts = self.encode(texts)
@@ -166,8 +172,9 @@ class FastPath:
             ids, counts = self._encode([texts[number] for number in fast])
             for number, part in zip(fast, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
                 parts[number] = part
-        for number, ids in zip(exact, self._tokenizer.encode_batch([texts[number] for number in exact]), strict=True):
-            parts[number] = np.array(ids, dtype=np.uint32)
+        exact_ids = self._tokenizer.encode_batch([texts[number] for number in exact])
+        for number, text_ids in zip(exact, exact_ids, strict=True):
+            parts[number] = np.array(text_ids, dtype=np.uint32)
         return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
     def _must_be_exact(self, text: str) -> bool:

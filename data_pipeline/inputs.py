@@ -6,12 +6,24 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol
 
 from .errors import DataError
 
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".parquet": "parquet"}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstandard"}
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Kind = Literal["jsonl", "text", "parquet"]
+Compression = Literal["gzip", "zstandard"]
+
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstandard"}
 # Small, because what a few compressed bytes unfold to is held at once.
 _STREAM_BYTES = 1 << 16
 
@@ -23,8 +35,8 @@ class InputFile:
     name: str
     size_bytes: int
     modified: str
-    kind: Literal["jsonl", "text", "parquet"]
-    compression: Literal["gzip", "zstandard"] | None
+    kind: Kind
+    compression: Compression | None
 
     def open(self) -> BinaryIO:
         """The stored bytes. Raises OSError where the file cannot be read."""
@@ -74,12 +86,24 @@ class InputFile:
         if begun and not decompressor.eof:
             raise DataError(f"{self.name} ends in the middle of its {self.compression} data; fetch it again")
 
-    def _decompressor(self):
+    def _decompressor(self) -> "_Decompressor":
         if self.compression == "gzip":
             return zlib.decompressobj(wbits=31)
         import zstandard
 
         return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+class _Decompressor(Protocol):
+    """What the decompressors of zlib and zstandard have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
 
 
 def expand_inputs(patterns: Iterable[str | Path]) -> list[InputFile]:
@@ -138,7 +162,7 @@ def _is_url(name: str) -> bool:
     return "://" in name
 
 
-def _filesystem(url: str):
+def _filesystem(url: str) -> tuple["AbstractFileSystem", str]:
     import fsspec
 
     return fsspec.core.url_to_fs(url)

@@ -75,7 +75,8 @@ class Inspector:
                     break
             if counted == to_count:
                 break
-        text_bytes = [entry.text_bytes for entry in self.manifest.shards] if self.manifest else [None]
+        entries = self.manifest.shards if self.manifest else []
+        text_bytes = [entry.text_bytes for entry in entries if entry.text_bytes is not None]
         return Statistics(
             documents=len(lengths),
             tokens=tokens,
@@ -84,7 +85,7 @@ class Inspector:
             mean_tokens=float(lengths.mean()),
             median_tokens=float(np.median(lengths)),
             longest_tokens=int(lengths.max()),
-            text_bytes=None if None in text_bytes else sum(text_bytes),
+            text_bytes=sum(text_bytes) if self.manifest and len(text_bytes) == len(entries) else None,
             histogram=np.bincount(np.log2(lengths).astype(np.int64)).tolist(),
             frequencies=frequencies,
             counted_tokens=counted,

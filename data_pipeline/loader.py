@@ -118,11 +118,11 @@ def validation_batches(
 
 def _read_batch(dataset: Samples, numbers: Sequence[int], *, vocab_size: int) -> Batch:
     samples = [dataset[number] for number in numbers]
-    starts = [sample.document_starts for sample in samples]
+    starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
     batch = Batch(
         tokens=torch.stack([sample.tokens for sample in samples]),
         labels=torch.stack([sample.labels for sample in samples]),
-        document_starts=torch.stack(starts) if starts[0] is not None else None,
+        document_starts=torch.stack(starts) if starts else None,
     )
     # Labels are the tokens one later, so the first token is the only one that they lack.
     lowest = min(batch.labels.min(), batch.tokens[:, 0].min())

@@ -12,6 +12,7 @@ from .shards import (
     Manifest,
     ShardEntry,
     SourceEntry,
+    SourceRange,
     TokenizerEntry,
     manifest_path,
     write_manifest,
@@ -123,10 +124,10 @@ def _remove_logs(prefix: Path, part: Part) -> None:
 
 def _numbered(progress: Progress, sources: list[SourceEntry]) -> list[ShardEntry]:
     """The part's shards with records numbered from the beginning of each file, which only the parts before know."""
-    before = {found.source: sources[found.source].records for found in _ranges(progress)}
+    before = {found.source: sources[found.source].records or 0 for found in _ranges(progress)}
     for found in _ranges(progress):
         entry = sources[found.source]
-        entry.records += found.records
+        entry.records = (entry.records or 0) + found.records
         entry.skipped += found.skipped
         entry.malformed += found.malformed
     return [
@@ -141,5 +142,5 @@ def _numbered(progress: Progress, sources: list[SourceEntry]) -> list[ShardEntry
     ]
 
 
-def _ranges(progress: Progress):
-    return [*(found for shard in progress.shards for found in shard.sources), *progress.rest]
+def _ranges(progress: Progress) -> list[SourceRange]:
+    return [*(found for shard in progress.shards for found in shard.sources), *(progress.rest or [])]

@@ -1,6 +1,6 @@
 """Splitting the input over machines: part I of N takes a run of consecutive records, the same on every machine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def part_spans(files: list[InputFile], options: ReadOptions, part: Part) -> Iter
         begin = end
 
 
-def spans_from(spans: Iterator[Span], source: int, position: int) -> Iterator[Span]:
+def spans_from(spans: Iterable[Span], source: int, position: int) -> Iterator[Span]:
     """What is left of the spans from a position of a file on."""
     for span in spans:
         if span.source > source:

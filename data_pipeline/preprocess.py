@@ -8,13 +8,13 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .documents import PIECE_BYTES, Document, LineRange, Piece, ReadOptions, pieces, place
 from .encoding import Encoder, EncoderConfig, FastPath, NotProven, TokenBatch, encode_in_worker, start_in_worker
@@ -117,7 +117,7 @@ def preprocess(
     part: Part = Part(),
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
-    **options,
+    **options: Any,
 ) -> PreprocessSummary:
     """Tokenise documents into shards OUTPUT_PREFIX_00000.bin/.idx, ... and write the manifest OUTPUT_PREFIX.json last.
 
@@ -184,10 +184,9 @@ class _Run:
     def _write_shards(
         self, log: ProgressLog, *, replaced: list[Path], progress: Callable[[int, int | None], None] | None
     ) -> None:
-        spans = part_spans(self._files, self._config.reading, self._part)
+        spans = list(part_spans(self._files, self._config.reading, self._part))
         if following := log.progress.next:
-            spans = spans_from(spans, following.source, following.position)
-        spans = list(spans)
+            spans = list(spans_from(spans, following.source, following.position))
         total_bytes = sum(_size_bytes(span, self._files[span.source], self._config.reading) for span in spans)
         shards = ShardSequence(
             log,
@@ -216,7 +215,7 @@ class _Run:
             shards.discard()
             log.remove_if_empty()
 
-    def _encoded(self, spans: list[Span]) -> Iterator[tuple[int, Piece, TokenBatch]]:
+    def _encoded(self, spans: list[Span]) -> Generator[tuple[int, Piece, TokenBatch]]:
         """Batches in the order of the input, each with its file's number. A bounded number of pieces is under way."""
         reading, encoder = self._config.reading, self._config.encoder()
         work = (
@@ -313,6 +312,7 @@ def _sample(files: list[InputFile], options: ReadOptions) -> list[str]:
         inside = [place - begin for place in places if begin <= place < begin + file.size_bytes]
         begin += file.size_bytes
         for start in inside:
+            piece: Piece | None = None
             if options.has_lines(file) and not file.compression:
                 piece = LineRange(file, start, min(start + _SAMPLE_BYTES, file.size_bytes))
             elif start == inside[0]:
@@ -379,5 +379,7 @@ def _start_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+    parent.join()
     os._exit(1)

@@ -182,7 +182,9 @@ class ProgressLog:
             self._file.seek(0)
             kept = self._file.read().splitlines(keepends=True)[: number + 1]
             self._file.truncate(sum(map(len, kept)))
-            return _parse(b"".join(kept), self.path)[0]
+            sound, _ = _parse(b"".join(kept), self.path)
+            assert sound is not None, "the header is always kept"
+            return sound
         return progress
 
     def commit(self, shard: ShardEntry, following: Position) -> None:

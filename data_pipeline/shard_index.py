@@ -22,7 +22,8 @@ from .shards import Manifest, ShardEntry, check_shard, manifest_path, read_manif
 from .verify import changed_blocks, read_bin
 
 FORMAT_VERSION = 1
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _CHUNK_TOKENS = 1 << 20
 # Hashes and network file systems both gain from several at once.
@@ -230,7 +231,8 @@ def check_ids(prefix: str, ids: IdRange, *, vocab_size: int, of: str) -> None:
 def _scan(prefix: str, dtype: np.dtype) -> tuple[IdRange, str]:
     """Range of the ids and SHA-256 of PREFIX.bin, in one pass of bounded memory."""
     digest = hashlib.sha256()
-    lowest = highest = None
+    lowest: tuple[int, int] | None = None
+    highest: tuple[int, int] | None = None
     position = 0
     with open(f"{prefix}.bin", "rb", buffering=0) as file:
         while content := file.read(_CHUNK_TOKENS * dtype.itemsize):
@@ -241,6 +243,7 @@ def _scan(prefix: str, dtype: np.dtype) -> tuple[IdRange, str]:
             lowest = min(lowest or low, low)
             highest = high if highest is None or high[0] > highest[0] else highest
             position += len(chunk)
+    assert lowest and highest, "check_shard refuses a shard without tokens"
     return (
         IdRange(
             lowest=lowest[0],

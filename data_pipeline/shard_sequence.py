@@ -79,11 +79,13 @@ class ShardSequence:
         self._next = Position(source=source, position=0, record=first + count)
 
     def _commit(self) -> None:
-        entry = self._writer.finish()
+        writer = self._writer
+        assert writer is not None, "only a shard with a document is committed"
+        entry = writer.finish()
         if self._before_first_commit:
             self._before_first_commit()
             self._before_first_commit = None
-        self._writer.commit()
+        writer.commit()
         self._writer = None
         entry = entry.model_copy(update={"text_bytes": self._text_bytes, "sources": self._ranges})
         self._log.commit(entry, self._next)

@@ -185,7 +185,7 @@ class ShardWriter:
             number = len(self._lengths) + int(np.argmin(lengths))
             raise DataError(f"document {number} of {self._prefix} has no tokens; leave it out")
         try:
-            content = memoryview(narrow_ids(tokens, self._vocab_size)).cast("B")
+            content = narrow_ids(tokens, self._vocab_size).data.cast("B")
         except DataError as error:
             bad = int(np.argmax((tokens < 0) | (tokens >= self._vocab_size)))
             number = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), bad, side="right"))

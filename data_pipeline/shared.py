@@ -18,8 +18,7 @@ def shared_sources(config: DataConfig) -> list[Source]:
     """
     if not dist.is_initialized():
         return open_sources(config)
-    first = _outcome(config) if dist.get_rank() == 0 else None
-    box = [first]
+    box = [_outcome(config) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(box, src=0)
     sources = _sources_or_error(box[0])
     failure = None

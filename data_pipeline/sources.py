@@ -52,7 +52,7 @@ class Source:
         }
 
 
-def open_sources(config: DataConfig, *, progress: Callable[[str, int, int | None], None] | None = None) -> list[Source]:
+def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], None] | None = None) -> list[Source]:
     """Every source of `config.train`, through its index; what the index lacks is checked first, once.
 
     `progress` receives (shards checked, shards) while the index of a source is made.
@@ -60,7 +60,7 @@ def open_sources(config: DataConfig, *, progress: Callable[[str, int, int | None
     """
     names = _names(config.prefixes)
     sources = []
-    weights = config.weights or [None] * len(names)
+    weights: Sequence[float | None] = config.weights or [None] * len(names)
     for prefix, weight, fraction in zip(config.prefixes, weights, config.validation_fractions, strict=True):
         request = IndexRequest(prefix, fraction, config.verify, config.cache_path)
         shards = indexed_shards(request, progress=progress)

@@ -15,8 +15,7 @@ class Tokenizer(ABC):
 
     A special token written out in a text, such as "</s>", stays text unless the tokenizer was loaded with
     `special_tokens`. `vocab_size` is the highest id plus one; `bos_id` and `eos_id` are -1 where there is none.
-    `literals` are the texts that a faster implementation might take for special tokens. `splits_by_unicode` tells
-    whether ids depend on what a library takes for a letter or a digit.
+    `splits_by_unicode` tells whether ids depend on what a library takes for a letter or a digit.
     """
 
     kind: ClassVar[str]
@@ -24,11 +23,15 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int
     eos_id: int
-    literals: frozenset[str]
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sha256 = sha256_file(path)
+
+    @property
+    @abstractmethod
+    def literals(self) -> frozenset[str]:
+        """Texts that a faster implementation might take for special tokens."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import sentencepiece
 
@@ -47,9 +47,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def literals(self) -> frozenset[str]:
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self._content)
+        proto = ModelProto.FromString(self._content)
         kinds = type(proto.pieces[0])
         return frozenset(piece.piece for piece in proto.pieces if piece.type not in (kinds.NORMAL, kinds.BYTE))
 
@@ -106,9 +106,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._inner = inner
         self._by_id = {token_id: token for token, token_id in inner.get_vocab(with_added_tokens=True).items()}
         self.vocab_size = max(self._by_id) + 1
-        self.literals = frozenset(token.content for token in inner.get_added_tokens_decoder().values())
         self.eos_id = self._special("eos_token", _END_TOKENS)
         self.bos_id = self._special("bos_token", _BEGIN_TOKENS)
+
+    @property
+    def literals(self) -> frozenset[str]:
+        return frozenset(token.content for token in self._inner.get_added_tokens_decoder().values())
 
     def _special(self, key: str, known: Iterable[str]) -> int:
         config = self.path.with_name("tokenizer_config.json")
@@ -175,11 +178,14 @@ class TiktokenTokenizer(Tokenizer):
             )
         except Exception as error:  # ValueError for a bad line, a panic's message for a bad pattern
             raise DataError(f"the tokenizer {path} is not a tiktoken rank file ({error})") from error
-        self._allowed = "all" if special_tokens else set()
+        self._allowed: Literal["all"] | set[str] = "all" if special_tokens else set()
         self.vocab_size = self._inner.n_vocab
-        self.literals = frozenset(self._scheme.special_tokens)
         self.eos_id = next((self.id_of(token) for token in _END_TOKENS if self.id_of(token) >= 0), -1)
         self.bos_id = next((self.id_of(token) for token in _BEGIN_TOKENS if self.id_of(token) >= 0), -1)
+
+    @property
+    def literals(self) -> frozenset[str]:
+        return frozenset(self._scheme.special_tokens)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._inner.encode(text, allowed_special=self._allowed, disallowed_special=()) for text in texts]
@@ -253,10 +259,11 @@ _OPENAI = {
     ),
 }
 
-_FORMATS = {".json": HuggingFaceTokenizer, ".tiktoken": TiktokenTokenizer}
+Format = type[SentencePieceTokenizer] | type[HuggingFaceTokenizer] | type[TiktokenTokenizer]
+_FORMATS: dict[str, Format] = {".json": HuggingFaceTokenizer, ".tiktoken": TiktokenTokenizer}
 
 
-def format_of(path: Path) -> type[Tokenizer]:
+def format_of(path: Path) -> Format:
     """What a tokenizer's file is, by its name: SentencePiece's unless the extension is another format's."""
     return _FORMATS.get(path.suffix, SentencePieceTokenizer)
 

@@ -109,7 +109,7 @@ def _problems_of_a_shard(
             yield f"{_bin(prefix)} holds the content of {by_content[read.sha256]}"
         else:
             yield from changed_blocks(_bin(prefix), read.crc32, entry)
-    if read.bad is not None:
+    if index and read.bad is not None:
         token_id, offset_bytes = read.bad
         yield (
             f"{_bin(prefix)} holds token id {token_id} at byte {offset_bytes}{_document(index, offset_bytes)}, outside "
@@ -156,6 +156,6 @@ def changed_blocks(path: Path, crc32: list[int], entry: ShardEntry) -> Iterator[
         yield f"{path} has changed since it was written, in bytes {start} to {stop}; fetch or preprocess it again"
 
 
-def _document(index: ShardIndex | None, offset_bytes: int) -> str:
+def _document(index: ShardIndex, offset_bytes: int) -> str:
     ends = np.cumsum(index.lengths, dtype=np.int64) * index.dtype.itemsize
     return f" in document {int(np.searchsorted(ends, offset_bytes, side='right'))}"

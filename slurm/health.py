@@ -16,6 +16,10 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 LINK_TIMEOUT_S = 120
@@ -86,7 +90,7 @@ def _pairs(nodes: int, first: int) -> list[list[int]]:
     return [ring[n : n + 2] for n in range(0, nodes - 1, 2)]
 
 
-def _bandwidths(groups: Sequence[Sequence[int]], tensor, per_node: int) -> dict[int, float]:
+def _bandwidths(groups: Sequence[Sequence[int]], tensor: "torch.Tensor", per_node: int) -> dict[int, float]:
     """GB/s that each rank sends in an all-reduce within its group of nodes, by node; groups run at the same time."""
     import torch
     import torch.distributed as dist
@@ -109,7 +113,7 @@ def _bandwidths(groups: Sequence[Sequence[int]], tensor, per_node: int) -> dict[
     return {node: sent_bytes / seconds / 1e9 for node in groups[mine[0]]}
 
 
-def _wait(tensor) -> None:
+def _wait(tensor: "torch.Tensor") -> None:
     if tensor.is_cuda:
         import torch
 

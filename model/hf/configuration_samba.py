@@ -6,8 +6,9 @@ the MLP behind it; a mixer without an MLP and an MLP without a mixer are blocks 
 """
 
 import math
+import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -107,7 +108,7 @@ class SambaConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         given_layers = (self.attn or {}).get("layers") if self.pattern else None
         self.attn = FLA_ATTENTION | (self.attn or {})
         if self.pattern is None:
@@ -162,7 +163,7 @@ class SambaConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size}: each must divide the next"
             )
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As its parent's. Classes that were not loaded from a folder's code write none, so nothing may refer to it."""
         if self._auto_class is None and hasattr(self, "auto_map"):
             del self.auto_map

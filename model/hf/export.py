@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -176,7 +177,8 @@ def _write_weights(
     shapes = state.shapes()
     sizes = {n: math.prod(hf_shape(t, shapes)) * hf_dtype(t, dtype).itemsize for n, t in tensors.items()}
     shards = plan_shards(sizes, max_shard_bytes=max_shard_bytes)
-    total, done, weight_map = sum(sizes.values()), 0, {}
+    total, done = sum(sizes.values()), 0
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         for size in _write_shard(folder / file, state, {name: tensors[name] for name in names}, dtype=dtype):
@@ -205,7 +207,8 @@ def _write_shard(
 ) -> Iterator[int]:
     """Writes a safetensors file tensor by tensor, which the safetensors package cannot; yields the bytes of each."""
     shapes = state.shapes()
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         shape, kind = hf_shape(tensor, shapes), hf_dtype(tensor, dtype)
         start, end = end, end + math.prod(shape) * kind.itemsize
@@ -221,7 +224,7 @@ def _write_shard(
             yield end - start
 
 
-def _write_tensor(file, tensor: Tensor, *, name: str, shape: tuple[int, ...]) -> None:
+def _write_tensor(file: BinaryIO, tensor: Tensor, *, name: str, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise HFError(f"tensor {name} of the checkpoint has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
-    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,7 +66,7 @@ class FolderState:
         part = self._open(hf_name, lambda file, key: file.get_slice(key)[number * rows : (number + 1) * rows])
         return (part.squeeze(1) if tensor.is_conv else part).float()
 
-    def _open(self, name: str, use: Callable):
+    def _open(self, name: str, use: Callable[[Any, str], Any]) -> Any:
         try:
             with safe_open(self._files[name], "pt") as file:
                 return use(file, name)

@@ -9,12 +9,12 @@ B: batch, S: sequence, D: Mamba's channels, H: heads, d: head dim.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -109,11 +109,12 @@ class SambaMamba(nn.Module):
         super().__init__()
         width, inner, states = config.hidden_size, config.intermediate_size, config.state_size
         self.layer_idx = layer_idx
-        self.split_sizes = [config.time_step_rank, states, states]
+        rank = int(config.time_step_rank)
+        self.split_sizes = [rank, states, states]
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1)
         self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = nn.Linear(config.time_step_rank, inner, bias=True)
+        self.dt_proj = nn.Linear(rank, inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = SambaResidualLinear(inner, width, bias=False)
@@ -207,7 +208,7 @@ class SambaAttention(nn.Module):
         seen = k.shape[2] if cache is None else cache.get_seq_length(self.layer_idx)
         return window_attention(q, k[:, :, :seen], v[:, :, :seen], window=self.window)
 
-    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor | None]:
+    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if isinstance(mask, Tensor):
             # With a window of one position transformers' cache keeps every key, though its mask counts on none.
@@ -217,7 +218,14 @@ class SambaAttention(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, **_
+    module: "SambaAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention with its weights written out; signature and shapes as ALL_ATTENTION_FUNCTIONS has them."""
     key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
@@ -332,7 +340,7 @@ class SambaModel(SambaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Args:
             input_ids: int64 [B, S]; or inputs_embeds [B, S, width].
@@ -358,7 +366,13 @@ class SambaModel(SambaPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x), past_key_values=past_key_values)
 
     def _context(
-        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None, *, output_attentions
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+        *,
+        output_attentions: bool | None,
     ) -> SequenceContext:
         config, length = self.config, x.shape[1]
         real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else None
@@ -423,7 +437,7 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments as SambaModel's, and:
 
@@ -457,11 +471,13 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs) -> Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """Leaves the mask as it is: the model makes what it needs, and without padding that is nothing."""
         return attention_mask
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
         if ATTENTION in self.config.pattern or model_kwargs.get("past_key_values") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:

@@ -8,10 +8,11 @@ recognised, needs tokenizer.split_special_tokens = False.
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +21,6 @@ from .errors import HFError
 # Under the name that other tools look for; transformers takes tokenizer.json where there is one.
 SENTENCEPIECE_FILE = "tokenizer.model"
 
-ModelProto = sentencepiece_model_pb2.ModelProto
 Piece = ModelProto.SentencePiece
 _SPACE = "\u2581"
 
@@ -136,8 +136,8 @@ def _merges(proto: ModelProto, vocabulary: dict[str, int], source: Path) -> list
     return merges
 
 
-def _normalizer(spec) -> normalizers.Normalizer | None:
-    steps = []
+def _normalizer(spec: Any) -> normalizers.Normalizer | None:
+    steps: list[normalizers.Normalizer] = []
     space = _SPACE if spec.escape_whitespaces else " "
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -150,8 +150,8 @@ def _normalizer(spec) -> normalizers.Normalizer | None:
     return normalizers.Sequence(steps) if steps else None
 
 
-def _decoder(spec) -> decoders.Decoder:
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+def _decoder(spec: Any) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1, right=0))
     return decoders.Sequence(steps)

@@ -72,11 +72,11 @@ def _together(
     failures: list[Exception | None] = world.all_gather_object(failure)
     if any(failures) and world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-    for rank, error in enumerate(failures):
-        if isinstance(error, RunInUseError):
-            raise error
-        if error:
-            raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {error}")
+    for rank, reason in enumerate(failures):
+        if isinstance(reason, RunInUseError):
+            raise reason
+        if reason:
+            raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {reason}")
 
 
 def _make_empty(partial: Path) -> None:

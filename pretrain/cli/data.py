@@ -183,8 +183,9 @@ def inspect(
         from sambalm.data_pipeline.sources import open_sources
 
         config = DataConfig(train=str(prefix), sequence_length=sequence_length, reset_at_document=True)
-        tokens, _, starts = build_train_dataset(config, open_sources(config), seed=seed)[sample]
-        print(inspector.sample(tokens.numpy(), starts.numpy()))
+        taken = build_train_dataset(config, open_sources(config), seed=seed)[sample]
+        assert taken.document_starts is not None, "reset_at_document asks for them"
+        print(inspector.sample(taken.tokens.numpy(), taken.document_starts.numpy()))
     if document is None and sample is None:
         with ProgressBar("counting") as progress:
             found = inspector.statistics(progress=progress)
