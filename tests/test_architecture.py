@@ -77,6 +77,14 @@ def circle(sources: Mapping[str, tuple[str, str]]) -> list[str]:
     return []
 
 
+def named_mixers(source: str, package: str) -> list[str]:
+    """Imports of one kind of mixer by a file that is not the mixer's own: such a file should ask the registry."""
+    own = ".".join(package.split(".")[:4])
+    names = [name.split(".")[:4] for name in imported(ast.parse(source), package)]
+    kinds = [name for name in names if name[:3] == ["sambalm", "model", "mixers"] and len(name) > 3]
+    return [kind[3] for kind in kinds if kind[3] not in ("base", "counts", "context") and ".".join(kind) != own]
+
+
 def long_functions(source: str) -> list[str]:
     """Functions, decorators left out, over the limit."""
     functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS))
@@ -193,6 +201,14 @@ def installed_folders() -> set[str]:
     assignments = [node for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign)]
     (folders,) = [node.value for node in assignments if node.targets[0].id == "FOLDERS"]
     return {folder.replace(".", "/") for folder in ast.literal_eval(folders)}
+
+
+def test_only_the_model_config_knows_kinds_of_mixers():
+    """It has the keys of the first three, which are older than `model.mixers`; everything else asks the registry."""
+    for path in product_files():
+        if path != ROOT / "model" / "config.py":
+            assert named_mixers(path.read_text("utf-8"), package_of(path)) == [], path
+    assert named_mixers("from sambalm.model.mixers.mamba.layer import MambaLayer", "sambalm.pretrain") != []
 
 
 def test_setup_lists_every_package_folder():

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from sambalm.model.config import ModelConfig
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import CanonicalSlice
@@ -35,11 +36,12 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
         raise found
     checkpoint: Checkpoint | None = found
     if checkpoint:
-        saved, wanted = checkpoint.state["config"]["model"], config.model.model_dump()
-        for key, value in wanted.items():
-            if saved.get(key) != value:
+        # A checkpoint of an older version lacks the keys that came since, which had no other value than the default.
+        saved = ModelConfig.model_validate(checkpoint.state["config"]["model"]).model_dump()
+        for key, value in config.model.model_dump().items():
+            if saved[key] != value:
                 raise ConfigError(
-                    f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved.get(key)!r}: restore the "
+                    f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved[key]!r}: restore the "
                     "key or start a new run with another run.dir"
                 )
     return checkpoint

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.attention.heads import HeadShare, share_heads
-from sambalm.model.mixers.attention.mixer import WindowAttention
+from sambalm.model.mixers.attention.sizes import LETTER
 from sambalm.model.mixers.context import SequenceContext
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
@@ -52,7 +52,7 @@ class AttentionLayer(nn.Module):
         self.o_proj = RowParallelLinear(share.query, width, tp=tp, init=init.residual_linear(width, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        tables = context.shared[WindowAttention.letter]
+        tables = context.shared[LETTER]
         q_SBHd, k_SBHd, v_SBHd = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
         q_SBHd, k_SBHd = (self.rotary(t, *tables) for t in (q_SBHd, k_SBHd))
         q_BHSd, k_BHSd, v_BHSd = (t.permute(1, 2, 0, 3) for t in (q_SBHd, k_SBHd, v_SBHd))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sambalm.model.mixers.attention.heads import HeadShare, kv_copies, share_heads
+from sambalm.model.mixers.attention.sizes import LETTER
 from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
@@ -76,7 +77,7 @@ class AttentionHF(HFSide):
 class WindowAttention(Mixer):
     """Causal attention over a sliding window, with rotary positions and grouped queries."""
 
-    letter, name, modules = "*", "attention", 3
+    letter, name, modules = LETTER, "attention", 3
     hf = AttentionHF()
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":

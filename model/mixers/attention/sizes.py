@@ -5,6 +5,9 @@ from typing import Self
 from pydantic import BaseModel, Field, model_validator
 
 
+LETTER = "*"  # in a layer pattern
+
+
 class AttentionSizes(BaseModel):
     """Heads, window and positions of the attention."""
 

@@ -1,0 +1,170 @@
+"""A mixer of another package: no product file knows it, and it does whatever ours do."""
+
+import pytest
+import torch
+
+from sambalm.model import registry
+from sambalm.model.config import ModelConfig
+from sambalm.model.flops import flops_per_token
+from sambalm.model.mixers.base import Ability
+from sambalm.model.ops.registry import TORCH_KERNELS
+from sambalm.model.parameters import count_parameters
+from sambalm.model.samba import Samba, Sublayer
+from sambalm.parallel.groups import TensorParallel
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.planner.hardware import DEVICES
+from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
+from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.search import find_plans, plan_of
+from tests.support import toy_mixer
+from tests.support.layout_runs import STEPS, differences, run_values, steps_on_rank, whole
+from tests.support.whole_runs import changed, stopped_after, train
+from tests.support.worlds import run_world
+
+MODEL = {"pattern": "MT*-T", "mixers": {"token_shift": {"channels": 22}}}
+
+
+@pytest.fixture(autouse=True)
+def _installed():
+    toy_mixer.install()
+    yield
+    toy_mixer.uninstall()
+
+
+def steps(parallel: dict, *, ranks: int, documents: bool = False, mistake=None):
+    values = run_values(model=MODEL, parallel=parallel, documents=documents)
+    return run_world(steps_on_rank, values, STEPS, mistake, ranks=ranks)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    toy_mixer.install()
+    found = {documents: steps({}, ranks=1, documents=documents)[0] for documents in (False, True)}
+    toy_mixer.uninstall()
+    return found
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2, "sequence": True}, {"context": 2}, {"pipeline": 2}], ids=["TP2+SP", "CP2", "PP2"]
+)
+def test_it_trains_on_every_layout_like_one_process(parallel, documents, one_process):
+    expected = one_process[documents]
+    results = steps(parallel, ranks=2, documents=documents)
+    worst = differences([result.gradients for result in results], whole(expected.gradients))
+    assert max(worst.values()) < 1e-4
+    assert any(".mix." in name for name in worst)
+    for result in results:
+        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert result.norms == pytest.approx(expected.norms, rel=1e-4)
+
+
+def the_token_of_a_neighbour_is_dropped(monkeypatch):
+    from toy_mixer.layer import Mix
+
+    def token_before(self, value, context):
+        return torch.cat((torch.zeros_like(value[:, :1]), value[:, :-1]), dim=1)
+
+    monkeypatch.setattr(Mix, "_token_before", token_before)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "documents"), [({"context": 2}, False), ({"tensor": 2}, True)], ids=["CP", "resets"]
+)
+def test_a_mistake_in_it_is_seen(parallel, documents, one_process):
+    results = steps(parallel, ranks=2, documents=documents, mistake=the_token_of_a_neighbour_is_dropped)
+    worst = differences([result.gradients for result in results], whole(one_process[documents].gradients))
+    assert max(worst.values()) > 0.03
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_mixer_counts_the_parameters_that_its_layer_has(ranks):
+    config = ModelConfig(**run_values(model=MODEL | {"num_kv_heads": 2})["model"])
+    for one in config.kinds:
+        copies = one.weight_copies(config, tensor_ranks=ranks)
+        with torch.device("meta"):
+            tp = TensorParallel(rank=0, size=ranks, copy_groups={copies: None})
+            layer = Sublayer(one.letter, config, tp=tp, kernels=TORCH_KERNELS)
+        counted = {each.name: each.shape for each in one.parameters(config, tensor_ranks=ranks)}
+        assert counted == {name: tuple(value.shape) for name, value in layer.mixer.named_parameters()}
+        assert one.modules == sum(any(True for _ in module.parameters(recurse=False)) for module in layer.modules())
+
+
+def test_it_is_counted():
+    config = ModelConfig(**run_values(model=MODEL)["model"])
+    counts = count_parameters(config)
+    assert counts["token_shift"] == 2 * (3 * 22 * 48 + 2 * 22)
+    assert counts["total"] == sum(parameter.numel() for parameter in Samba(config).parameters())
+    assert flops_per_token(config, sequence_length=32).mixing["token_shift"] == 2 * 3 * 4 * 22
+
+
+def test_it_is_planned():
+    values = run_values(model=MODEL) | {"data": {"train": "unused", "sequence_length": 32}}
+    config = parse_config(values, source="test")
+    with_more = parse_config(changed(values, model={"mixers": {"token_shift": {"channels": 2200}}}), source="test")
+    small, large = (stage_memories(one, world_size=1, kernels=TORCH_ON_CPU)[0] for one in (config, with_more))
+    assert large.saved_by_kind["token_shift"] > 50 * small.saved_by_kind["token_shift"]
+    assert large.saved_by_kind["mamba"] == small.saved_by_kind["mamba"]
+    plans = find_plans(config, world_size=4, memory_gib=1, hardware=DEVICES["h100"])
+    assert {plan.config.parallel.tensor for plan in plans} >= {1, 2}
+    slow, fast = (plan_of(one, world_size=1, hardware=DEVICES["h100"]).time.compute_s for one in (with_more, config))
+    assert slow > fast
+
+
+def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
+    values = changed(request.getfixturevalue("run_values"), model=MODEL, train={"micro_batch_size": 1})
+    whole_run = train(values)
+    stopped = stopped_after(values, 3, tmp_path / "stopped")
+    resumed = train(changed(stopped, parallel={"tensor": 2, "sequence": True}), ranks=2)
+    for before, after in zip(whole_run, resumed, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "sections", "words"),
+    [
+        (Ability.CONTEXT_PARALLEL, {"parallel": {"context": 2}}, "parallel.context is 2"),
+        (Ability.TENSOR_PARALLEL, {"parallel": {"tensor": 2}}, "parallel.tensor is 2"),
+        (Ability.SEQUENCE_PARALLEL, {"parallel": {"tensor": 2, "sequence": True}}, "parallel.sequence is true"),
+        (Ability.PACKED_DOCUMENTS, {"data": {"reset_at_document": True}}, "data.reset_at_document is true"),
+    ],
+    ids=str,
+)
+def test_what_it_lacks_is_refused_in_a_sentence(lacking, sections, words, monkeypatch):
+    one = registry.mixer("T")
+    values = changed(run_values(model=MODEL), **sections)
+    parse_config(values, source="test")
+    monkeypatch.setattr(type(one), "abilities", frozenset(Ability) - {lacking})
+    with pytest.raises(ConfigError, match=f"{words}, and the mixer token_shift .T in model.pattern. has no {lacking}"):
+        parse_config(values, source="test")
+
+
+def test_its_own_mistakes_are_refused_in_a_sentence():
+    for mixers, words in (
+        ({"token_shift": {"channels": 0}}, "model.mixers.token_shift.channels"),
+        ({"token_shift": {"chanels": 2}}, "model.mixers.token_shift.chanels"),
+        ({"token_shirt": {}}, "token_shirt"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_config(run_values(model=MODEL | {"mixers": mixers}), source="test")
+    narrow = run_values(model=MODEL | {"mixers": {"token_shift": {"channels": 1}}}, parallel={"tensor": 2})
+    with pytest.raises(ConfigError, match=r"channels is 1, less than parallel\.tensor 2"):
+        parse_config(narrow, source="test")
+
+
+@pytest.mark.parametrize(("letter", "words"), [("*", "another mixer has"), ("xx", "take one"), ("3", "take one")])
+def test_a_letter_that_cannot_be_is_refused(letter, words, monkeypatch):
+    monkeypatch.setattr(type(registry.external_mixers()["T"]), "letter", letter)
+    registry.external_mixers.cache_clear()
+    with pytest.raises(registry.MixerError, match=words):
+        registry.external_mixers()
+
+
+def test_without_the_package_its_letter_is_unknown():
+    toy_mixer.uninstall()
+    try:
+        with pytest.raises(ConfigError, match="allowed are the letters M, \\* and -"):
+            parse_config(run_values(model=MODEL | {"mixers": {}}), source="test")
+    finally:
+        toy_mixer.install()
