@@ -65,7 +65,7 @@ def circle(sources: Mapping[str, tuple[str, str]]) -> list[str]:
     """
     files = TopologicalSorter()
     for name, (package, source) in sources.items():
-        for target in imported(ast.parse(source), package):
+        for target in imported(_at_run_time(ast.parse(source)), package):
             while target and target not in sources:
                 target = target.rpartition(".")[0]  # a name in a file, or in a package's own file
             if target and target != name:
@@ -83,6 +83,16 @@ def named_mixers(source: str, package: str) -> list[str]:
     names = [name.split(".")[:4] for name in imported(ast.parse(source), package)]
     kinds = [name for name in names if name[:3] == ["sambalm", "model", "mixers"] and len(name) > 3]
     return [kind[3] for kind in kinds if kind[3] not in ("base", "counts", "context") and ".".join(kind) != own]
+
+
+class _WithoutTypes(ast.NodeTransformer):
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def _at_run_time(tree: ast.AST) -> ast.AST:
+    """The tree without what only type checkers import."""
+    return _WithoutTypes().visit(tree)
 
 
 def long_functions(source: str) -> list[str]:
