@@ -111,6 +111,13 @@ def run_job(
         "FAKE_LINKS": str(links),
         "FAKE_PREPARE": str(prepare),
     }
-    command = ["bash", "-c", 'echo $$ >"$FAKE_FOLDER/pid"; exec bash "$@"', "-", str(ROOT / "slurm" / script), *arguments]
+    command = [
+        "bash",
+        "-c",
+        'echo $$ >"$FAKE_FOLDER/pid"; exec bash "$@"',
+        "-",
+        str(ROOT / "slurm" / script),
+        *arguments,
+    ]
     ended = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=60)
     return Ended(ended.returncode, ended.stdout + ended.stderr, calls.read_text().splitlines())
