@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from sambalm.parallel.sharding import CanonicalSlice
+from sambalm.parallel.zero.parameter_info import CanonicalSlice
 
 
 class CheckpointSlice(Tensor):

@@ -18,13 +18,14 @@ UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ra
 
 
 class Run(Protocol):
-    """A micro-batch's forward and backward."""
+    """Runs a micro-batch's forward and backward."""
 
     def __call__(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
         """Adds the gradients of one of a step's micro_batches to the parameters' and returns its loss, fp32 []."""
 
 
 def run_in_turn(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Runs a step's micro-batches one after the other, and returns their losses."""
     count = len(micro_batches)
     return [
         run(batch, count, is_first=number == 1, is_last=number == count)
@@ -34,21 +35,28 @@ def run_in_turn(run: Run, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Captured:
-    """A micro-batch's forward and backward. It reads its inputs, and leaves its results, where they were captured."""
+    """A micro-batch's forward and backward as a graph, with the tensors that it reads and writes at each launch.
+
+    Attributes:
+        batch: its inputs.
+        micro_batches: how many the step has, fp32 [].
+        loss: fp32 [].
+        gradients: of all parameters, in their order; None where a parameter has none.
+    """
 
     graph: torch.cuda.CUDAGraph
     batch: MicroBatch
-    micro_batches: Tensor  # of the step, fp32 []
-    loss: Tensor  # fp32 []
-    gradients: list[Tensor | None]  # of all parameters, in their order
+    micro_batches: Tensor
+    loss: Tensor
+    gradients: list[Tensor | None]
 
 
 class CapturedMicroBatches:
     """Runs micro-batches as `run` does, to the same bits.
 
-    A step's first micro-batch has a graph of its own, which writes gradients where steps start without, and so has its
-    last, and one that is both, where the last differs. All use the same memory, which stays reserved from step to step
-    until `clear`. Packed documents, whose lengths differ from step to step, run uncaptured.
+    A step's first micro-batch has a graph of its own, which writes gradients where steps start without. Where the last
+    differs, so has the last, and one that is both. All graphs use the same memory, which stays reserved from step to
+    step until `clear`. Packed documents, whose lengths differ from step to step, run uncaptured.
 
     Gradients that are there before the first micro-batch must lie at the same place in every step.
 
@@ -60,7 +68,7 @@ class CapturedMicroBatches:
     def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool) -> None:
         self.run, self.parameters, self.last_differs = run, list(parameters), last_differs
         self.uncaptured_steps = UNCAPTURED_STEPS
-        self.captured: dict[tuple[bool, bool], Captured] = {}  # of the first; of a last that differs
+        self.captured: dict[tuple[bool, bool], Captured] = {}  # by whether it is first, and a last that differs
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Runs a step's micro-batches.
@@ -93,7 +101,7 @@ class CapturedMicroBatches:
         return captured.loss.clone()
 
     def _capture(self, batch: MicroBatch, *, is_first: bool, is_last: bool) -> Captured:
-        """Nothing is computed yet. Parameters that have a gradient get it added to."""
+        """Captures a graph, which computes nothing yet. It will add to gradients that parameters have by now."""
         batch = MicroBatch(batch.tokens.clone(), batch.labels.clone())
         micro_batches = torch.ones((), device=batch.tokens.device)
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""A step over a global batch, on the whole model or on a pipeline of its parts."""
+"""A step over a global batch, on the whole model or on a pipeline of model chunks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +13,11 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.layers.linear import fuse_gradient_accumulation
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.pipeline.schedule import PipelineSchedule
+from sambalm.parallel.zero.buckets import GradientBucket
 from sambalm.parallel.zero.clipping import clip_before_steps
 from sambalm.parallel.zero.compute_weights import ComputeWeights
-from sambalm.parallel.zero.engine import Engine, set_accumulation
+from sambalm.parallel.zero.deepspeed_adapter import Engine
+from sambalm.parallel.zero.engine import set_accumulation
 from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.weights import FlatWeights
 
@@ -27,7 +29,7 @@ class Execution(Protocol):
         """Takes an optimizer step on this rank's micro-batches; returns their mean loss, fp32 []."""
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Losses of each micro-batch without training, fp32 [batch, this rank's part of the sequence]."""
+        """Returns losses of each micro-batch without training, fp32 [batch, this rank's sequence shard]."""
 
     def close(self) -> None:
         """Ends what the process groups would wait for when they are destroyed."""
@@ -45,8 +47,8 @@ class AccumulatingExecutor(Execution):
     """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
 
     Args:
-        gradients, weights: where ranks share out their optimizer.
-        rounded: the weights' copies during a step.
+        gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
+        compute_weights: the model's.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
     """
 
@@ -57,11 +59,11 @@ class AccumulatingExecutor(Execution):
         *,
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
-        rounded: ComputeWeights,
+        compute_weights: ComputeWeights,
         cuda_graphs: bool,
     ) -> None:
         self.engine, self.model, self.gradients, self.weights = engine, model, gradients, weights
-        self.rounded, self.graphs = rounded, None
+        self.compute_weights, self.graphs = compute_weights, None
         if cuda_graphs:
             reduces = gradients is not None
             self.graphs = CapturedMicroBatches(self._run, model.parameters(), last_differs=reduces)
@@ -72,8 +74,8 @@ class AccumulatingExecutor(Execution):
         if self.weights:
             self.weights.stale = False  # once the first micro-batch, or its graph, has gathered them
         else:
-            self.rounded.update()
-        with self.rounded.kept():
+            self.compute_weights.update()
+        with self.compute_weights.kept():
             losses = self.graphs.losses(micro_batches) if self.graphs else run_in_turn(self._run, micro_batches)
         self.engine.step()
         return torch.stack(losses).mean()
@@ -104,7 +106,7 @@ class AccumulatingExecutor(Execution):
 
 
 class PartitioningExecutor(Execution):
-    """Every rank holds all layers, and DeepSpeed's engine takes weights or gradients apart in every micro-batch."""
+    """Every rank holds all layers, and DeepSpeed's engine shares out gradients or weights in every micro-batch."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -130,12 +132,12 @@ class PartitioningExecutor(Execution):
 
 
 class PipelinedExecutor(Execution):
-    """Ranks hold parts of the layers: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
+    """Ranks hold model chunks: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
 
     Args:
-        schedule: over this rank's parts.
-        gradients, weights: where ranks share out their optimizer.
-        rounded: the weights' copies during a step.
+        schedule: over this rank's chunks.
+        gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
+        compute_weights: the chunks'.
         embedding_group: the first and the last stage.
         tied_weight: this rank's copy of an embedding that these two share; None elsewhere.
     """
@@ -147,19 +149,19 @@ class PipelinedExecutor(Execution):
         *,
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
-        rounded: ComputeWeights,
+        compute_weights: ComputeWeights,
         embedding_group: dist.ProcessGroup | None,
         tied_weight: nn.Parameter | None,
     ) -> None:
         self.engine, self.schedule, self.gradients, self.weights = engine, schedule, gradients, weights
-        self.rounded, self.embedding_group, self.tied_weight = rounded, embedding_group, tied_weight
+        self.compute_weights, self.embedding_group, self.tied_weight = compute_weights, embedding_group, tied_weight
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
         if not self.weights:
-            self.rounded.update()
-        with self.rounded.kept(), self.gradients.overwritten() if self.gradients else nullcontext():
+            self.compute_weights.update()
+        with self.compute_weights.kept(), self.gradients.overwritten() if self.gradients else nullcontext():
             loss = self.schedule.train_step(micro_batches)
         if self.tied_weight is not None:
             dist.all_reduce(self.tied_weight.grad, group=self.embedding_group)
@@ -177,9 +179,10 @@ class PipelinedExecutor(Execution):
 
 def execution(
     engine: Engine,
-    parts: Sequence[nn.Module],
+    chunks: Sequence[nn.Module],
     *,
     world: World,
+    buckets: Sequence[GradientBucket],
     hidden_size: int,
     dtype: torch.dtype,
     recompute_layers: bool,
@@ -187,35 +190,41 @@ def execution(
     clip_norm: float,
     cuda_graphs: bool,
 ) -> Execution:
-    """The way to run this rank's parts of a model, which the engine holds.
+    """Returns the way to run this rank's model chunks, which the engine holds.
 
     Args:
+        buckets: those of the engine's optimizer.
         dtype: of activations and matrix products.
-        recompute_layers: whether the backward runs layers again; weights are then rounded each time instead of kept.
+        recompute_layers: whether the backward runs layers again; products then convert weights at each use.
     """
     if engine.managed_gradient_accumulation():
         return PartitioningExecutor(engine)
-    parameters = [parameter for part in parts for parameter in part.parameters()]
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     fuse_gradient_accumulation(parameters)
-    rounded = ComputeWeights([] if recompute_layers or dtype == torch.float32 else parameters)
+    compute_weights = ComputeWeights([] if recompute_layers or dtype == torch.float32 else parameters)
     gradients = weights = None
     if engine.zero_optimization_stage() == 1:
-        gradients = FlatGradients(engine, world, clip_norm=clip_norm)
-        weights = FlatWeights(engine, parts, world=world, dtype=dtype, rounded=rounded)
+        gradients = FlatGradients(engine, world, buckets=buckets, clip_norm=clip_norm)
+        weights = FlatWeights(engine, chunks, world=world, dtype=dtype, compute_weights=compute_weights)
     else:
         clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group)
     if world.pipeline.size > 1:
-        schedule = PipelineSchedule(parts, world=world, hidden_size=hidden_size, dtype=dtype)
+        schedule = PipelineSchedule(chunks, world=world, hidden_size=hidden_size, dtype=dtype)
         return PipelinedExecutor(
             engine,
             schedule,
             gradients=gradients,
             weights=weights,
-            rounded=rounded,
+            compute_weights=compute_weights,
             embedding_group=world.pipeline.embedding_group,
             tied_weight=tied_weight,
         )
     captured = cuda_graphs and world.device.type == "cuda"
     return AccumulatingExecutor(
-        engine, parts[0], gradients=gradients, weights=weights, rounded=rounded, cuda_graphs=captured
+        engine,
+        chunks[0],
+        gradients=gradients,
+        weights=weights,
+        compute_weights=compute_weights,
+        cuda_graphs=captured,
     )

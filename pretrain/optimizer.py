@@ -1,7 +1,8 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW, its learning-rate schedule and its parameter groups."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,10 +11,13 @@ from torch import nn
 from sambalm.model.ops.cuda.adamw import CudaAdamW
 from sambalm.model.ops.external import KernelRequirements, why_unavailable
 from sambalm.model.samba import Samba
+from sambalm.parallel.zero.buckets import GradientBucket
+from sambalm.parallel.zero.parameter_info import info_of
 
-# Of layers whose gradients ranks reduce together, and whose weights they gather together: so many elements at most, and
-# no more than a share of all. No backward hides the last bucket's reduction, and no forward the first one's gather; but
-# each is an AdamW of its own in DeepSpeed's step, and short messages do not fill a network. 3.8B has 16, of 0.9 GB.
+# A bucket of layers, whose gradients ranks reduce together and whose weights they gather together, has so many elements
+# at most, and no more than a share of all. No backward hides the last bucket's reduction, and no forward the first
+# one's gather. But each is an AdamW of its own in DeepSpeed's step, and short messages do not fill a network. 3.8B has
+# 16 buckets of 0.9 GB.
 BUCKET_ELEMENTS = 300_000_000
 BUCKET_SHARE = 1 / 8
 
@@ -37,61 +41,22 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
-    def build(self, model: nn.Module, *, bucket_elements: int | None = None) -> torch.optim.AdamW:
-        """
+    def build(self, buckets: Sequence[GradientBucket]) -> torch.optim.AdamW:
+        """Makes AdamW over buckets, one parameter group each.
+
         Args:
-            model: its weights are fp32, on the device where it trains.
-            bucket_elements: see `parameter_groups`.
+            buckets: their parameters are fp32, on the device where they are trained.
         """
-        groups = self.parameter_groups(model, bucket_elements=bucket_elements)
-        where = KernelRequirements(groups[0]["params"][0].device, torch.float32)
+        where = KernelRequirements(buckets[0].parameters[0].device, torch.float32)
         adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
+        groups = [
+            {"params": list(bucket.parameters), "weight_decay": self.weight_decay if bucket.weight_decay else 0.0}
+            for bucket in buckets
+        ]
         return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
-    def parameter_groups(self, model: nn.Module, *, bucket_elements: int | None = None) -> list[dict[str, Any]]:
-        """Weights of matrix products and other parameters with weight decay, and those without.
-
-        Args:
-            bucket_elements: makes several groups of the weights of products, for `FlatGradients`: of consecutive layers
-                with up to so many elements, and up to BUCKET_SHARE of all, from the last of a whole Samba to its first.
-        """
-        groups = self._buckets(model, max_elements=bucket_elements) if bucket_elements else []
-        bucketed = {parameter for group in groups for parameter in group["params"]}
-        by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
-        for name, parameter in model.named_parameters():
-            if parameter not in bucketed:
-                by_use[decays(name, parameter), parameter.matmul_only].append(parameter)
-        groups += [
-            {"params": parameters, "weight_decay": self.weight_decay if decayed else 0.0}
-            for (decayed, _), parameters in by_use.items()
-            if parameters
-        ]
-        return groups
-
-    def _buckets(self, model: Samba, *, max_elements: int) -> list[dict[str, Any]]:
-        layers = [
-            ([parameter for parameter in module.parameters() if parameter.matmul_only], last)
-            for module, last in model.backward_order()
-        ]
-        # Of an even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
-        sizes = [
-            sum(math.prod(piece.shape) for matrix in matrices for piece in matrix.canonical_slices) // model.tp.size
-            for matrices, _ in layers
-        ]
-        max_elements = min(max_elements, math.ceil(sum(sizes) * BUCKET_SHARE))
-        groups: list[dict[str, Any]] = []
-        elements = 0
-        for (matrices, last), added in zip(layers, sizes, strict=True):
-            if not groups or elements + added > max_elements:
-                groups.append({"params": [], "weight_decay": self.weight_decay})
-                elements = 0
-            groups[-1]["params"] += matrices
-            groups[-1]["completed_by"] = last
-            elements += added
-        return groups
-
     def learning_rate(self, step: int, *, steps: int) -> float:
-        """Of a step, counted from 1, in a run of `steps`."""
+        """Returns the learning rate of a step, counted from 1, in a run of `steps`."""
         warmup_steps = _share(self.warmup_fraction, steps)
         if step <= warmup_steps:
             return self.peak_lr * step / warmup_steps
@@ -104,10 +69,54 @@ class OptimizerConfig(BaseModel):
 
 
 def _share(fraction: float, steps: int) -> int:
-    """Rounded up, but not for a rounding error: 0.07 * 100 is 7.000000000000001."""
+    """Rounds a share of the steps up, but not for a rounding error: 0.07 * 100 is 7.000000000000001."""
     return math.ceil(fraction * steps - 1e-6)
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to vectors nor to Mamba's A_log (a rate, not a projection)."""
-    return parameter.dim() > 1 and not name.endswith(".A_log")
+def gradient_buckets(chunks: Sequence[nn.Module], *, max_elements: int | None = None) -> list[GradientBucket]:
+    """Sorts parameters into those that AdamW steps together and whose gradients ranks reduce together.
+
+    There is one bucket of weights of matrix products, one of other parameters with weight decay, and one of those
+    without; empty ones are left out.
+
+    Args:
+        chunks: of the model on this rank. Their parameters have a `ParameterInfo`.
+        max_elements: makes several buckets of a whole Samba's weights of products, which a backward completes one after
+            the other: of consecutive layers with up to so many elements, and up to BUCKET_SHARE of all, from the last
+            layer to the first. None: one bucket, of any model.
+    """
+    buckets: list[GradientBucket] = []
+    if max_elements:
+        (model,) = chunks
+        buckets = _layer_buckets(model, max_elements=max_elements)
+    sorted_already = {parameter for bucket in buckets for parameter in bucket.parameters}
+    by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
+    for parameter in nn.ModuleList(chunks).parameters():
+        if parameter not in sorted_already:
+            info = info_of(parameter)
+            by_use[info.weight_decay, info.matmul_only].append(parameter)
+    used = [(decays, tuple(parameters)) for (decays, _), parameters in by_use.items() if parameters]
+    return buckets + [GradientBucket(parameters, weight_decay=decays) for decays, parameters in used]
+
+
+def _layer_buckets(model: Samba, *, max_elements: int) -> list[GradientBucket]:
+    layers = [
+        ([parameter for parameter in module.parameters() if info_of(parameter).matmul_only], last)
+        for module, last in model.backward_order()
+    ]
+    # An even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
+    sizes = [
+        sum(math.prod(piece.shape) for matrix in matrices for piece in info_of(matrix).slices) // model.tp.size
+        for matrices, _ in layers
+    ]
+    max_elements = min(max_elements, math.ceil(sum(sizes) * BUCKET_SHARE))
+    buckets: list[GradientBucket] = []
+    elements = 0
+    for (matrices, last), added in zip(layers, sizes, strict=True):
+        if not buckets or elements + added > max_elements:
+            buckets.append(GradientBucket((), weight_decay=True))
+            elements = 0
+        together = (*buckets[-1].parameters, *matrices)
+        buckets[-1] = GradientBucket(together, weight_decay=True, completed_by=last)
+        elements += added
+    return buckets

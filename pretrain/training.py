@@ -1,6 +1,5 @@
 """What a rank trains, built from the configuration: model, engine, optimizer and the way to run them."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +10,12 @@ from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.execution import Execution, execution
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.zero.engine import Engine, zero_engine
+from sambalm.parallel.zero.deepspeed_adapter import Engine
+from sambalm.parallel.zero.engine import zero_engine
 from sambalm.pretrain.checkpointing.format import Checkpoint
 from sambalm.pretrain.checkpointing.load import load_moments, load_weights
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, gradient_buckets
 from sambalm.pretrain.precision import DTYPES
 
 
@@ -35,7 +35,7 @@ def build_training(
     """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective.
 
     Args:
-        bucket_elements: of gradients that are reduced together while a backward runs; see `parameter_groups`.
+        bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
     kernels = config.kernels.build(
@@ -61,9 +61,10 @@ def build_training(
         for part in parts:
             initialize_parameters(part, seed=config.run.seed)
     overlaps = parallel.overlaps_messages(world.size)
+    buckets = gradient_buckets(parts, max_elements=bucket_elements if overlaps else None)
     engine = zero_engine(
         parts,
-        functools.partial(config.optimizer.build, bucket_elements=bucket_elements if overlaps else None),
+        config.optimizer.build(buckets),
         world=world,
         zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,
@@ -77,6 +78,7 @@ def build_training(
         engine,
         parts,
         world=world,
+        buckets=buckets,
         hidden_size=config.model.hidden_size,
         dtype=dtype,
         recompute_layers=config.parallel.recompute == "full",

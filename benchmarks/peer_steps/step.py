@@ -123,7 +123,12 @@ def own(config: RunConfig) -> Iterator[Contestant]:
 def peer(model: nn.Module, loss_of: peer_models.LossOf, config: RunConfig) -> Contestant:
     """A step of a model of another origin."""
     settings = config.optimizer
-    groups, betas = settings.parameter_groups(model), (settings.beta1, settings.beta2)
+    by_decay: dict[float, list[nn.Parameter]] = {settings.weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        decays = parameter.dim() > 1 and not name.endswith(".A_log")
+        by_decay[settings.weight_decay if decays else 0.0].append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
+    betas = settings.beta1, settings.beta2
     optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=betas, eps=settings.eps, fused=True)
 
     def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
-"""What megatron-core and DeepSpeed assume of CUDA, answered for a machine without it."""
+"""What megatron-core assumes of CUDA, answered for a machine without it (`deepspeed_adapter` answers DeepSpeed)."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -19,12 +18,9 @@ class _TorchOnCPU:
 
 
 def prepare_cpu() -> None:
-    """Lets megatron-core's communication and schedules allocate on the CPU, and spares DeepSpeed a compilation.
+    """Lets megatron-core's communication and schedules allocate on the CPU.
 
-    megatron-core asks `torch.cuda.current_device()` where to put its buffers. DeepSpeed would build a shared-memory
-    all-reduce with a C++ compiler at start; gloo serves.
+    megatron-core asks `torch.cuda.current_device()` where to put its buffers.
     """
     torch.cuda.current_device = lambda: torch.device("cpu")
     schedules.torch = _TorchOnCPU()
-    # By its name, since the package's attribute `torch` is the package torch.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 weights at the activations' precision, also of column-parallel layers."""
+"""Matrix products with fp32 weights in the activations' precision, also of column-parallel layers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.compute_weights import joined
+from sambalm.parallel.zero.parameter_info import find_info, info_of
 
 ALONE = TensorParallel()
 
@@ -19,35 +20,35 @@ def fuse_gradient_accumulation(parameters: Iterable[nn.Parameter]) -> None:
     """Lets the backward add to a gradient that a weight has inside the matrix product, a pass over memory less.
 
     Autograd then finds no gradient for the weight and runs none of its hooks, and `torch.autograd.grad` would change
-    `weight.grad`. megatron-core's gradient_accumulation_fusion likewise, whose `main_grad` is `grad` here.
-
-    A weight whose gradient a product has added to so far `has_product`.
+    `weight.grad`. megatron-core's gradient_accumulation_fusion does the same, whose `main_grad` is `grad` here.
     """
-    for parameter in parameters:
-        parameter.fuses_accumulation, parameter.has_product, parameter.is_overwritten = True, False, False
+    for info in map(info_of, parameters):
+        info.fuses_accumulation, info.has_product, info.is_overwritten = True, False, False
 
 
 @contextmanager
 def overwriting(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """While backwards find the first gradients of a step: a product writes over what the weight has, and does not read
-    it; others then add.
+    """Goes around the backwards that find a step's first gradients.
+
+    The first product of each weight writes over the gradient that the weight has and does not read it; others then add.
 
     Args:
-        weights: that have a product; what else uses them comes before it in the forward.
+        weights: that have a product (`ParameterInfo.has_product`); what else uses them comes before it in the forward.
 
     Raises:
         RuntimeError: on leaving, if a weight still has what it had.
     """
-    for weight in weights:
-        weight.is_overwritten = True
+    infos = [info_of(weight) for weight in weights]
+    for info in infos:
+        info.is_overwritten = True
     yield
-    kept = sum(weight.is_overwritten for weight in weights)
+    kept = sum(info.is_overwritten for info in infos)
     if kept:
         raise RuntimeError(f"{kept} weights have gradients of the step before: no product has found others")
 
 
 def linear(x: Tensor, weight: Tensor, *, tp: TensorParallel = ALONE) -> Tensor:
-    """x @ weight.T in x's dtype.
+    """Returns x @ weight.T in x's dtype.
 
     Args:
         x: [..., in]; [sequence / tp, batch, in] under sequence parallelism, which is gathered first.
@@ -62,15 +63,17 @@ def linear(x: Tensor, weight: Tensor, *, tp: TensorParallel = ALONE) -> Tensor:
 def linear_parts(
     x: Tensor, *weights: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel = ALONE
 ) -> tuple[Tensor, ...]:
-    """`linear` with several weights as one below the other, each cut into parts of so many features.
+    """Runs `linear` with several weights as one, and returns the output in parts, whose gradients are never joined.
 
-    The parts' gradients are never joined.
+    Args:
+        weights: [out, in] each, taken as one below the other.
+        sizes: for each weight the features of its parts.
     """
     return _Linear.apply(x, sizes, tp, *weights)
 
 
 def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x for another use, and `linear` of it: saves the pass over memory that would add up their gradients.
+    """Returns x for another use, and `linear` of it: saves the pass over memory that would add up their gradients.
 
     The backward changes the gradient of that use in place: it must not be shared with another tensor's.
     """
@@ -82,7 +85,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        weight = _rounded(weights, x.dtype)
+        weight = _compute_weight(weights, x.dtype)
         ctx.save_for_backward(x, weight)
         ctx.weights, ctx.sizes, ctx.tp = weights, sizes, tp
         y, features = F.linear(_Gathered(x, tp).wait(), weight), list(chain(*sizes))
@@ -110,14 +113,14 @@ class _Linear(torch.autograd.Function):
 
 
 class _Gathered:
-    """Every rank's part of the sequence, dimension 0, on its way under sequence parallelism; else x itself."""
+    """All ranks' sequence shards, joined along dimension 0, on their way under sequence parallelism; else x itself."""
 
     def __init__(self, x: Tensor, tp: TensorParallel) -> None:
         self.x, self.work = x, None
         if tp.size > 1 and tp.sequence:
-            self.part = x.contiguous()
+            self.shard = x.contiguous()
             self.x = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
-            self.work = dist.all_gather_into_tensor(self.x, self.part, group=tp.group, async_op=True)
+            self.work = dist.all_gather_into_tensor(self.x, self.shard, group=tp.group, async_op=True)
 
     def wait(self) -> Tensor:
         if self.work:
@@ -126,7 +129,7 @@ class _Gathered:
 
 
 class _Summed:
-    """The sum of the ranks' rows on its way, or this rank's part of it under sequence parallelism."""
+    """The sum of the ranks' rows on its way, or this rank's sequence shard of it under sequence parallelism."""
 
     def __init__(self, rows: Tensor, tp: TensorParallel) -> None:
         self.rows, self.sum, self.work = rows, rows, None
@@ -145,10 +148,10 @@ class _Summed:
 class _LinearBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        cast = _rounded((weight,), x.dtype)
-        ctx.save_for_backward(x, cast)
+        compute_weight = _compute_weight((weight,), x.dtype)
+        ctx.save_for_backward(x, compute_weight)
         ctx.weight = weight
-        return x.view_as(x), F.linear(x, cast)
+        return x.view_as(x), F.linear(x, compute_weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -159,34 +162,42 @@ class _LinearBeside(torch.autograd.Function):
         return sums.view_as(x), _weight_gradient(ctx.weight, [gradient], x.reshape(-1, x.shape[-1]))
 
 
-def _rounded(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """[out, in] of all weights; what is no parameter, such as a copy for several ranks, is rounded at each use."""
-    if all(hasattr(weight, "rounded") for weight in weights):
-        return weights[0].rounded.of(weights, dtype)
-    return joined([w.rounded.of((w,), dtype) if hasattr(w, "rounded") else w for w in weights], dtype)
+def _compute_weight(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """Returns [out, in] of all weights in dtype.
+
+    A weight whose copy nobody keeps is converted at each use, as is what is no parameter: keys' and values' weights
+    where several ranks hold them.
+    """
+    infos = [find_info(weight) for weight in weights]
+    keepers = [info.compute_weights if info else None for info in infos]
+    if keepers[0] and all(keepers):
+        return keepers[0].of(weights, dtype)
+    kept = zip(weights, keepers, strict=True)
+    return joined([keeper.of((weight,), dtype) if keeper else weight for weight, keeper in kept], dtype)
 
 
 def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) -> Tensor | None:
-    """[out, in] in the weight's dtype; None where it has been added to the weight's own.
+    """Returns [out, in] in the weight's dtype; None where it has been added to the weight's own.
 
     Args:
         gradients: [tokens, features] of each part of the output.
         rows: [tokens, in], what the weight was multiplied by.
     """
-    fused = getattr(weight, "fuses_accumulation", False) and weight.grad is not None
+    info = find_info(weight)
+    fused = info is not None and info.fuses_accumulation and weight.grad is not None
     features = [gradient.shape[1] for gradient in gradients]
     found = weight.grad if fused else rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype)
-    beta = int(fused and not weight.is_overwritten)
+    beta = int(fused and not info.is_overwritten)
     for gradient, part in zip(gradients, found.split(features), strict=True):
         _add_product(part, gradient.t(), rows, beta=beta)
     if not fused:
         return found
-    weight.has_product, weight.is_overwritten = True, False
+    info.has_product, info.is_overwritten = True, False
     return None
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: int) -> None:
-    """beta * out + left @ right into out, whose precision the sums have."""
+    """Writes beta * out + left @ right into out, whose precision the sums have."""
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=beta, out=out)
     elif left.is_cuda:

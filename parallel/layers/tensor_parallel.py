@@ -1,7 +1,7 @@
 """Tensor- and sequence-parallel layers over megatron-core's communication primitives.
 
-Weights are fp32 and are cast to the input's dtype where they are used: they are their own master copies. Sequence-first
-activations [sequence, batch, width], as megatron-core's sequence parallelism needs them.
+Weights are fp32, their own master copies, and converted to the input's dtype where they are used. Activations are
+sequence-first, [sequence, batch, width], as megatron-core's sequence parallelism needs them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from sambalm.parallel.sharding import Init, sharded_parameter
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """megatron-core's all-reduces silently reduce a copy when given a tensor that is not contiguous."""
+    """Identity whose gradient is contiguous: given another, megatron-core's all-reduces silently reduce a copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -30,26 +30,26 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def copy_to_region(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Identity; the backward sums the gradient over the tensor-parallel ranks, each of which used x for its part."""
+    """Returns x; the backward sums the gradient over the tensor-parallel ranks, each of which used x for its shard."""
     if tp.size == 1:
         return x
     return _ContiguousGradient.apply(tensor_parallel.copy_to_tensor_model_parallel_region(x, group=tp.group))
 
 
 def reduce_from_region(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Sum over tensor-parallel ranks; the backward is the identity."""
+    """Returns the sum over tensor-parallel ranks; the backward is the identity."""
     if tp.size == 1:
         return x
     return tensor_parallel.reduce_from_tensor_model_parallel_region(x.contiguous(), group=tp.group)
 
 
 def replicated_weight(weight: Tensor, tp: TensorParallel) -> Tensor:
-    """A whole weight for use on this rank's share of the sequence: under sequence parallelism its gradient is a sum."""
+    """Returns a whole weight for use on this rank's sequence shard: its gradient is then a sum over the ranks."""
     return copy_to_region(weight, tp) if tp.sequence else weight
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer without bias whose output features are cut over ranks.
+    """A linear layer without bias whose output features ranks share.
 
     Args:
         parts: this rank's shares of the output features, by name; all are computed in one matrix product.
@@ -59,16 +59,16 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.local_sizes = [part.length for part in parts.values()]
-        cuts = {f"{name}.weight": part for name, part in parts.items()}
-        self.weight = sharded_parameter((0, in_features), cuts, init=init, matmul_only=True)
+        shards = {f"{name}.weight": part for name, part in parts.items()}
+        self.weight = sharded_parameter((0, in_features), shards, init=init, matmul_only=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
+        """Takes [sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
         return linear_parts(x, self.weight, sizes=[self.local_sizes], tp=self.tp)
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer without bias whose input features are cut over ranks; the output is summed over them."""
+    """A linear layer without bias whose input features ranks share; the output is summed over them."""
 
     def __init__(self, in_features: Shard, out_features: int, *, tp: TensorParallel, init: Init) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class RowParallelLinear(nn.Module):
         self.weight = sharded_parameter((out_features, 0), {"weight": in_features}, init=init, dim=1, matmul_only=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""
+        """Takes [sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""
         partial = linear(x, self.weight)
         if self.tp.sequence:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp.group)
@@ -84,7 +84,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding whose rows are cut over ranks.
+    """An embedding whose rows ranks share.
 
     Args:
         owned: False for a second copy, which a tied head has on the last pipeline stage.
@@ -97,7 +97,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = sharded_parameter((0, width), {"weight": rows}, init=init, owned=owned)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """int64 [batch, sequence] to [sequence (/ tp under sequence parallelism), batch, width]."""
+        """Takes int64 [batch, sequence] to [sequence (/ tp under sequence parallelism), batch, width]."""
         tokens = tokens.t()
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight).to(dtype)
@@ -114,7 +114,7 @@ class VocabParallelEmbedding(nn.Module):
 def cross_entropy(
     logits: Tensor, labels: Tensor, tp: TensorParallel, *, token_losses: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Negative log-likelihood of each label in fp32.
+    """Returns the negative log-likelihood of each label.
 
     Args:
         logits: [sequence, batch, vocabulary / tp].

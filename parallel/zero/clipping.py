@@ -1,7 +1,7 @@
-"""Clipping that the host does not wait for: the norm stays on the device, and the optimizer's own kernel divides by it.
+"""Clipping that the host does not wait for: the norm stays on the device, and AdamW's kernel divides the gradients.
 
-Fused optimizers take both factors of GradScaler (torch.amp): `grad_scale`, which gradients are divided by, and
-`found_inf`, 1.0 where the step is to be skipped. They are set here instead.
+Fused optimizers read two attributes that GradScaler (torch.amp) sets: `grad_scale`, by which they divide gradients, and
+`found_inf`, which is 1.0 where they skip the step. `Clipping` sets both instead.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+
+from sambalm.parallel.zero.deepspeed_adapter import report_norm
+from sambalm.parallel.zero.parameter_info import info_of
 
 
 class Clipping:
@@ -30,7 +33,7 @@ class Clipping:
         """Prepares the optimizer's next step. Collective.
 
         Args:
-            gradients: those that count on this rank, at least one.
+            gradients: those that this rank owns (`ParameterInfo.owned`), at least one.
 
         Returns:
             The norm of all ranks' gradients before clipping, fp32 [].
@@ -45,7 +48,7 @@ class Clipping:
 
 
 def _count_skipped(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """Fused optimizers do not."""
+    """Counts a skipped step in AdamW's state. A fused optimizer's step leaves the count as it was."""
     parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
     steps = [optimizer.state[parameter]["step"] for parameter in parameters]
     torch._foreach_add_(steps, [optimizer.found_inf] * len(steps))  # the host would read a tensor for all, and wait
@@ -54,14 +57,13 @@ def _count_skipped(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 def clip_before_steps(optimizer: Optimizer, *, max_norm: float, group: dist.ProcessGroup) -> None:
     """Clips in every step of an optimizer without ZeRO, over the group of all model-parallel ranks.
 
-    The norm is then the optimizer's `_global_grad_norm`, where DeepSpeed's engine looks for it. DeepSpeed itself would
-    join, copy and scale a flat buffer of all gradients.
+    DeepSpeed itself would join, copy and scale a flat buffer of all gradients.
     """
     clipping = Clipping(optimizer, max_norm=max_norm, groups=[group])
 
     def clip(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
-        owned = [parameter.grad for parameter in parameters if parameter.owned and parameter.grad is not None]
-        optimizer._global_grad_norm = clipping.prepare(owned)
+        owned = [p.grad for p in parameters if info_of(p).owned and p.grad is not None]
+        report_norm(optimizer, clipping.prepare(owned))
 
     optimizer.register_step_pre_hook(clip)

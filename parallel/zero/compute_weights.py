@@ -1,4 +1,4 @@
-"""Weights rounded to the precision of matrix products once for all micro-batches of a step."""
+"""Compute weights: the weights in the precision of matrix products, converted once for all micro-batches of a step."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,34 +7,39 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sambalm.parallel.zero.parameter_info import info_of
+
 
 class ComputeWeights:
     """Copies of the weights that matrix products take, 2 bytes a parameter in bf16, which stay allocated.
 
-    Every micro-batch would make them anew, and keep them for its backward: several that are under way, as in a
-    pipeline, would each hold their own.
+    Without them every micro-batch would convert the weights anew and keep the result for its backward. A pipeline has
+    several micro-batches under way, each of which would hold its own.
+
+    Args:
+        parameters: whose `ParameterInfo.compute_weights` this becomes.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.copies: dict[tuple[nn.Parameter, ...], Tensor] = {}
+        self.copies: dict[tuple[nn.Parameter, ...], Tensor] = {}  # by what one product takes together
+        self.copies_of: defaultdict[nn.Parameter, list[Tensor]] = defaultdict(list)  # views of `copies`
         self.adopted: dict[nn.Parameter, Tensor] = {}
-        self.parts: defaultdict[nn.Parameter, list[Tensor]] = defaultdict(list)  # of the copies
-        self.written: set[nn.Parameter] = set()  # whose copies the optimizer has left up to date
+        self.written: set[nn.Parameter] = set()  # weights whose copies the optimizer has left up to date
         self.valid = False
         for parameter in parameters:
-            parameter.rounded = self
+            info_of(parameter).compute_weights = self
 
     def update(self, weights: Iterable[nn.Parameter] | None = None) -> None:
-        """Rounds weights again, all by default, but for those whose copies the optimizer has written."""
-        chosen = self.parts if weights is None else weights
-        stale = [(part, w) for w in chosen if w not in self.written for part in self.parts.get(w, [])]
+        """Converts weights again, all by default, but for those whose copies the optimizer has written."""
+        chosen = self.copies_of if weights is None else weights
+        stale = [(copy, w) for w in chosen if w not in self.written for copy in self.copies_of.get(w, [])]
         if stale:
             with torch.no_grad():
                 torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While weights do not change once they have been used; call `update` before that."""
+        """Keeps copies from a weight's first use on: the weights must not change meanwhile. Call `update` before."""
         self.valid = True
         try:
             yield
@@ -42,12 +47,12 @@ class ComputeWeights:
             self.valid = False
             self.written.clear()
 
-    def adopt(self, weight: nn.Parameter, rounded: Tensor) -> None:
-        """Takes what somebody else keeps up to date, always, for the weight's copy."""
-        weight.rounded, self.adopted[weight] = self, rounded
+    def adopt(self, weight: nn.Parameter, copy: Tensor) -> None:
+        """Takes a tensor that somebody else keeps up to date, at all times, as the weight's copy."""
+        info_of(weight).compute_weights, self.adopted[weight] = self, copy
 
     def of(self, weights: tuple[nn.Parameter, ...], dtype: torch.dtype) -> Tensor:
-        """[out, in] of all weights, one below the other."""
+        """Returns [out, in] of all weights, one below the other."""
         if weights[0] in self.adopted:
             return _below_each_other([self.adopted[weight] for weight in weights])
         if not self.valid:
@@ -55,31 +60,35 @@ class ComputeWeights:
         if weights not in self.copies:
             self.copies[weights] = joined(weights, dtype).detach()
             with torch.no_grad():
-                parts = self.copies[weights].split([len(weight) for weight in weights])
-            for weight, part in zip(weights, parts, strict=True):
-                self.parts[weight].append(part)
+                views = self.copies[weights].split([len(weight) for weight in weights])
+            for weight, view in zip(weights, views, strict=True):
+                self.copies_of[weight].append(view)
         return self.copies[weights]
 
     def to_write(self, weight: nn.Parameter) -> Tensor | None:
-        """A weight's copy, for an optimizer that writes it with the weight; None where there is none or several."""
-        parts = self.parts.get(weight, [])
-        if len(parts) != 1:
+        """Returns a weight's copy for an optimizer that writes it with the weight; None where there is none or several.
+
+        The next `update` then leaves that copy alone.
+        """
+        copies = self.copies_of.get(weight, [])
+        if len(copies) != 1:
             return None
         self.written.add(weight)
-        return parts[0]
+        return copies[0]
 
 
-def _below_each_other(parts: Sequence[Tensor]) -> Tensor:
-    """A view of all, where they lie in memory as they should, or a copy."""
-    first, *others = parts
+def _below_each_other(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns one view of all tensors where they follow one another in memory, and else a copy."""
+    first, *others = tensors
     end = first.storage_offset() + first.numel()
-    for part in others:
-        if part.storage_offset() != end or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(parts)
-        end += part.numel()
-    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
+    for other in others:
+        if other.storage_offset() != end or other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(tensors)
+        end += other.numel()
+    return first.as_strided((sum(map(len, tensors)), first.shape[1]), first.stride())
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    cast = [weight.to(dtype) for weight in weights]
-    return torch.cat(cast) if len(cast) > 1 else cast[0]
+    """Returns the weights in dtype, one below the other; a single one that has that dtype already is not copied."""
+    converted = [weight.to(dtype) for weight in weights]
+    return torch.cat(converted) if len(converted) > 1 else converted[0]

@@ -1,57 +1,26 @@
-"""DeepSpeed ZeRO: the engine around a model, and the whole tensors behind its partitions.
+"""The engine around a model, and the whole tensors behind what ZeRO shares out over ranks.
 
 Ranks that hold the only replica of their weights run the engine without ZeRO, whatever the stage.
-Parameters are fp32 under every stage (layers cast them at use), so DeepSpeed is run without its own mixed precision:
+Parameters are fp32 under every stage (layers convert them at use), so DeepSpeed runs without its own mixed precision:
 gradients are accumulated and reduced in fp32, and Mamba's A_log, D and dt bias are never rounded.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no other
-
-import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from sambalm.parallel.groups import World
+from sambalm.parallel.zero import deepspeed_adapter as deepspeed
+from sambalm.parallel.zero.deepspeed_adapter import Engine
+from sambalm.parallel.zero.parameter_info import info_of
 
-Engine = deepspeed.DeepSpeedEngine
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
 
 
-class MegatronUnit:
-    """What DeepSpeed asks of a model-parallel unit, answered by megatron-core's parallel state."""
-
-    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
-    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
-
-    @staticmethod
-    def get_data_parallel_rank() -> int:
-        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
-
-    @staticmethod
-    def get_data_parallel_world_size() -> int:
-        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-
-    @staticmethod
-    def get_data_parallel_group() -> dist.ProcessGroup:
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
 def zero_engine(
-    parts: Sequence[nn.Module],
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    chunks: Sequence[nn.Module],
+    optimizer: torch.optim.Optimizer,
     *,
     world: World,
     zero_stage: int,
@@ -59,22 +28,19 @@ def zero_engine(
     clip_norm: float,
     done_steps: int = 0,
 ) -> Engine:
-    """Puts this rank's parts of the model, whose weights are already set, under ZeRO.
+    """Puts this rank's model chunks, whose weights are already set, under ZeRO. Collective.
 
     The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
     gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds;
-    `flat_gradients` reduces those of stage 1, and `clipping` shortens them. Elsewhere
+    `FlatGradients` reduces those of stage 1, and `Clipping` shortens them. Elsewhere
     (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
     and step() for each micro-batch.
 
     Args:
+        optimizer: over all of the chunks' parameters.
         clip_norm: of the gradients that DeepSpeed clips.
     """
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(
-        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=world.timeout
-    )
-    pipelined, shared = world.pipeline.size > 1, world.replica_size > 1
+    shared = world.replica_size > 1
     partitioned = shared and zero_stage > 1
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -86,16 +52,10 @@ def zero_engine(
         "steps_per_print": 1 << 62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
     }
-    model = nn.ModuleList(parts) if pipelined else parts[0]
-    optimizer = make_optimizer(model)
-    # Stages 1 and 2 keep slices of the weights. With gradients these would keep autograd's nodes, which belong to the
-    # stream where they were made: a backward on another stream, where it is captured, would have to wait for that one.
-    with torch.no_grad():
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, mpu=MegatronUnit, dist_init_required=False
-        )
+    model = nn.ModuleList(chunks) if world.pipeline.size > 1 else chunks[0]
+    engine = deepspeed.start_engine(model, optimizer, config=config, timeout=world.timeout)
     if not shared:
-        engine.enable_backward_allreduce = False  # it would join all gradients into one buffer first
+        deepspeed.leave_gradients(engine)
     _create_moments(engine, optimizer, done_steps=done_steps)
     return engine
 
@@ -114,65 +74,45 @@ def set_accumulation(engine: Engine, micro_batches: int) -> None:
 
 
 def _create_moments(engine: Engine, optimizer: torch.optim.Optimizer, *, done_steps: int) -> None:
-    """Makes the state that AdamW would make at its first step.
-
-    Stages 1 and 2 would link parameters to that state after the first parameter group's first step, when the other
-    groups have none yet; here it is all there.
-    """
-    stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        held = list(engine.module.parameters())
-    else:
-        held = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    """Makes the state that AdamW would make at its first step."""
+    held = deepspeed.stepped_tensors(engine)
     for tensor in held:
         step = torch.tensor(float(done_steps), device=tensor.device)
         optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
-    if stage == 0:
+    if engine.zero_optimization_stage() == 0:
         for parameter in held:
-            parameter.moments = optimizer.state[parameter]
-    elif stage < 3:
-        zero._lazy_init_hp_params_optimizer_state()
+            info_of(parameter).optimizer_state = optimizer.state[parameter]
+    else:
+        deepspeed.link_optimizer_state(engine)
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """A parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
-    if _is_whole(parameter):
+    """Returns a parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
+    if info_of(parameter).optimizer_state is not None:
         return parameter.detach()
-    return safe_get_full_fp32_param(parameter)
+    return deepspeed.gathered_weight(parameter)
 
 
 def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
-    """One of MOMENTS for a parameter of this tensor-parallel rank, gathered over data-parallel ranks. Collective."""
-    if _is_whole(parameter):
-        return parameter.moments[key]
-    return safe_get_full_optimizer_state(parameter, key)
+    """Returns one of MOMENTS for a parameter of this tensor-parallel rank, gathered likewise. Collective."""
+    state = info_of(parameter).optimizer_state
+    return deepspeed.gathered_state(parameter, key) if state is None else state[key]
 
 
 def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Stores this rank's share of a whole moment (the shape of the rank's parameter)."""
-    if _is_whole(parameter):
-        parameter.moments[key].copy_(value)
-    elif hasattr(parameter, "ds_id"):
-        share = _stage3_share(parameter, value)
-        deepspeed.utils.safe_set_local_optimizer_state(parameter, share, key)
+    """Stores this rank's share of a whole moment, which has the shape `whole_shape(parameter)`."""
+    state = info_of(parameter).optimizer_state
+    if state is None:
+        deepspeed.scatter_state(parameter, key, value)
     else:
-        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+        state[key].copy_(value)
 
 
-def _is_whole(parameter: nn.Parameter) -> bool:
-    """Whether this rank holds the only replica of a parameter."""
-    return hasattr(parameter, "moments")
-
-
-def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """This data-parallel rank's piece of a flattened tensor, padded as ZeRO-3 pads it."""
-    length = parameter.ds_tensor.ds_numel
-    padded = value.new_zeros(length * MegatronUnit.get_data_parallel_world_size())
-    padded[: value.numel()] = value.flatten()
-    start = MegatronUnit.get_data_parallel_rank() * length
-    return padded[start : start + length]
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Returns the shape of a parameter of this tensor-parallel rank, also where ZeRO-3 has taken it apart."""
+    return deepspeed.whole_shape(parameter)
 
 
 def gradient_norm(engine: Engine) -> Tensor:
-    """Norm of the whole model's gradient before clipping, of the step just taken; [], anywhere."""
+    """Returns the norm of the whole model's gradient before clipping, of the step just taken; fp32 [] on any device."""
     return torch.as_tensor(engine.get_global_grad_norm())

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from sambalm.model.config import ModelConfig
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.groups import World
-from sambalm.parallel.sharding import CanonicalSlice
-from sambalm.parallel.zero.engine import MOMENTS, set_moment
+from sambalm.parallel.zero.engine import MOMENTS, set_moment, whole_shape
+from sambalm.parallel.zero.parameter_info import CanonicalSlice
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.checkpointing.format import Checkpoint
@@ -82,7 +82,7 @@ def load_moments(parts: Sequence[nn.Module], path: Path, *, world: World) -> Non
         wholes: dict[nn.Parameter, Tensor] = {}
         wanted = {}
         for name, parameter, piece in all_slices(parts):
-            whole = wholes.setdefault(parameter, torch.zeros(_local_shape(parameter)))
+            whole = wholes.setdefault(parameter, torch.zeros(whole_shape(parameter)))
             wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
         _load(path, wanted, world=world)
         for parameter, whole in wholes.items():
@@ -96,7 +96,3 @@ def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]], *, world
     dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(path)), process_group=world.host_group)
     for name, (_, target) in wanted.items():
         target.copy_(buffers[name])
-
-
-def _local_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -16,7 +16,7 @@ from sambalm.model.registry import mixer, weight_copies
 from sambalm.model.samba import Samba
 from sambalm.parallel.groups import TensorParallel
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, OptimizerConfig
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, gradient_buckets
 from sambalm.pretrain.planner.kernels import planned_kernels
 from sambalm.pretrain.planner.memory import MAX_LIVE_PARAMETERS
 from sambalm.pretrain.planner.sizes import (
@@ -159,16 +159,16 @@ class ReducedGroup:
 
 def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
     """Of the first tensor-parallel rank, in their order, where the reduction overlaps with the backward."""
-    return _reduced_groups(config.optimizer, config.model, config.parallel.tensor)
+    return _reduced_groups(config.model, config.parallel.tensor)
 
 
 @lru_cache(maxsize=64)
-def _reduced_groups(optimizer: OptimizerConfig, model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
+def _reduced_groups(model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
     """Those of a model on the meta device."""
     with torch.device("meta"):
         samba = Samba(model, tp=_first_tensor_rank(model, tensor_ranks))
-    groups = optimizer.parameter_groups(samba, bucket_elements=BUCKET_ELEMENTS)
-    return tuple(ReducedGroup(sum(p.numel() for p in group["params"]), "completed_by" in group) for group in groups)
+    buckets = gradient_buckets([samba], max_elements=BUCKET_ELEMENTS)
+    return tuple(ReducedGroup(sum(p.numel() for p in b.parameters), b.completed_by is not None) for b in buckets)
 
 
 def _first_tensor_rank(model: ModelConfig, tensor_ranks: int) -> TensorParallel:

@@ -5,6 +5,7 @@ import torch
 
 from sambalm.model.ops.cuda.adamw import CHUNK, CudaAdamW
 from sambalm.parallel.zero.compute_weights import ComputeWeights
+from tests.support.parameters import described
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -15,9 +16,9 @@ SETTINGS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 def parameters(*, shift):
     """Of SIZES, within one buffer, so that most addresses are no multiples of 16 bytes, or each aligned."""
     if not shift:
-        return [torch.randn(size, device="cuda", requires_grad=True) for size in SIZES]
+        return [described(torch.randn(size, device="cuda", requires_grad=True)) for size in SIZES]
     buffer = torch.randn(sum(SIZES) + shift, device="cuda")[shift:]
-    return [part.detach().requires_grad_() for part in buffer.split(SIZES)]
+    return [described(part.detach().requires_grad_()) for part in buffer.split(SIZES)]
 
 
 def optimizers(weights):

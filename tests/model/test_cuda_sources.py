@@ -15,7 +15,9 @@ from sambalm.model.ops.cuda.scan import _Shape, cuda_selective_scan
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.parallel.zero.compute_weights import ComputeWeights
+from sambalm.parallel.zero.parameter_info import info_of
 from tests.support.host_cuda import COMPILER, HostCuda, KernelFault, guarded
+from tests.support.parameters import described
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux, which compiles the kernels for the CPU")
 
@@ -215,7 +217,7 @@ def guarded_optimizer(host, sizes, *, rounded=torch.bfloat16):
     def guard(tensor):
         return guarded(tensor, at_end=host.at_end)
 
-    weights = [guard(torch.randn(size)).requires_grad_() for size in sizes]
+    weights = [described(guard(torch.randn(size)).requires_grad_()) for size in sizes]
     doubles = [weight.detach().double().requires_grad_() for weight in weights]
     settings = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.3}
     ours, other = CudaAdamW(weights, **settings), torch.optim.AdamW(doubles, **settings)
@@ -227,7 +229,7 @@ def guarded_optimizer(host, sizes, *, rounded=torch.bfloat16):
         ours.state[weight] = {name: guard(tensor) for name, tensor in state.items()}
     copies = ComputeWeights(weights)
     for weight in weights[1:]:
-        copies.parts[weight].append(guard(torch.full_like(weight, torch.nan, dtype=rounded, requires_grad=False)))
+        copies.copies_of[weight].append(guard(torch.full_like(weight, torch.nan, dtype=rounded, requires_grad=False)))
     return ours, other
 
 
@@ -251,7 +253,7 @@ def test_adamw(host, no_pinned_memory, rounded):
         assert relative(weight, double) < 1e-5
         for name, value in other.state[double].items():
             assert relative(ours.state[weight][name], value) < 1e-5, name
-        assert all(torch.equal(copy, weight.to(rounded)) for copy in weight.rounded.parts[weight])
+        assert all(torch.equal(copy, weight.to(rounded)) for copy in info_of(weight).compute_weights.copies_of[weight])
 
 
 def test_adamw_skips_what_is_not_finite(host, no_pinned_memory):

@@ -16,6 +16,7 @@ def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[
     from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.zero.engine import gradient_norm, whole_parameter
+    from sambalm.parallel.zero.parameter_info import info_of
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.training import build_training
 
@@ -24,7 +25,7 @@ def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[
         training = build_training(config, world=world, checkpoint=None)
         norms, changed, weights = [], [], None
         for step in range(STEPS):
-            parameter = next(p for p in training.parts[0].parameters() if p.counted and p.dim() == 1)
+            parameter = next(p for p in training.parts[0].parameters() if info_of(p).owned and p.dim() == 1)
             factor = torch.nan if step == BAD and world.rank == bad_rank else 1.0
             hook = parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
             training.execution.train_step(batches(step, config=config, world=world))

@@ -13,7 +13,8 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.samba import Samba
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.gradients import FlatGradients
-from sambalm.pretrain.optimizer import OptimizerConfig
+from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.pretrain.optimizer import gradient_buckets
 from tests.support.layout_runs import MODEL, STEPS, batches, one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world
 
@@ -86,7 +87,7 @@ def poisoned(monkeypatch):
     def clear_and_poison(gradients):
         clear(gradients)
         for parameter, view in gradients.views:
-            if parameter.has_product:
+            if info_of(parameter).has_product:
                 view.fill_(torch.nan)
 
     monkeypatch.setattr(FlatGradients, "clear", clear_and_poison)
@@ -121,10 +122,10 @@ def test_gradients_of_the_step_before_are_seen():
         assert result.norms[1] != pytest.approx(expected.norms[1], rel=1e-2)
 
 
-def groups_of(model: Samba, bucket_elements: int | None) -> Iterator[tuple[set[str], float, str | None]]:
+def groups_of(model: Samba, max_elements: int | None) -> Iterator[tuple[set[str], bool, str | None]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in OptimizerConfig(peak_lr=1.0).parameter_groups(model, bucket_elements=bucket_elements):
-        yield {names[p] for p in group["params"]}, group["weight_decay"], names.get(group.get("completed_by"))
+    for bucket in gradient_buckets([model], max_elements=max_elements):
+        yield {names[p] for p in bucket.parameters}, bucket.weight_decay, names.get(bucket.completed_by)
 
 
 def meta_model(tp: TensorParallel = TensorParallel(), **changes) -> Samba:
@@ -139,7 +140,7 @@ def test_groups_hold_each_parameter_once(tied):
     for bucket_elements in (None, 10**9, 30_000, 1):
         groups = list(groups_of(model, bucket_elements))
         assert sorted(name for group, _, _ in groups for name in group) == sorted(dict(model.named_parameters()))
-        assert [decay for _, decay, _ in groups] == [0.1] * (len(groups) - 1) + [0.0]
+        assert [decays for _, decays, _ in groups] == [True] * (len(groups) - 1) + [False]
         counts.append(len(groups))
     assert counts[0] == 3
     assert 8 + 2 <= counts[1] < counts[2] < counts[3] == 24 + (not tied) + 2

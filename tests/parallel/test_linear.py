@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.layers.linear import fuse_gradient_accumulation, linear, linear_beside, linear_parts, overwriting
+from sambalm.parallel.zero.parameter_info import info_of
+from tests.support.parameters import described
 from tests.support.worlds import run_world
 
 SIZES = ((5,), (2, 7))  # of the parts of each weight
@@ -74,7 +76,7 @@ def test_gradients_that_are_there_are_added_to(name, dtype):
         return [weight.grad for weight in weights]
 
     expected = gradients(reference, *(tensor.double().requires_grad_() for tensor in inputs))
-    leaves = [inputs[0].to(dtype).requires_grad_(), *(tensor.requires_grad_() for tensor in inputs[1:])]
+    leaves = [inputs[0].to(dtype).requires_grad_(), *(described(tensor.requires_grad_()) for tensor in inputs[1:])]
     fuse_gradient_accumulation(leaves[1:])
     for a, e in zip(gradients(function, *leaves), expected, strict=True):
         assert a.dtype == torch.float32
@@ -91,23 +93,23 @@ def test_gradients_are_left_alone_unless_they_are_to_be_added_to():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_overwrite_what_is_there_and_then_add(dtype):
-    weights = [torch.randn(rows, 11).bfloat16().float().requires_grad_() for rows in ROWS]
+    weights = [described(torch.randn(rows, 11).bfloat16().float().requires_grad_()) for rows in ROWS]
     xs = [torch.randn(7, 11).to(dtype) for _ in range(2)]
     fuse_gradient_accumulation(weights)
-    assert not any(weight.has_product for weight in weights)
+    assert not any(info_of(weight).has_product for weight in weights)
     for weight in weights:
         weight.grad = torch.full_like(weight, torch.nan)
     with overwriting(weights):
         for x in xs:
             sum(y.double().sum() for y in linear_parts(x, *weights, sizes=SIZES)).backward()
-    assert all(weight.has_product for weight in weights)
+    assert all(info_of(weight).has_product for weight in weights)
     expected = sum(x.double().sum(0) for x in xs)
     for weight in weights:
         assert (weight.grad - expected).abs().max() < 1e-5
 
 
 def test_a_gradient_of_the_step_before_is_refused():
-    weights = [torch.randn(5, 11, requires_grad=True) for _ in range(2)]
+    weights = [described(torch.randn(5, 11, requires_grad=True)) for _ in range(2)]
     fuse_gradient_accumulation(weights)
     for weight in weights:
         weight.grad = torch.ones_like(weight)

@@ -89,6 +89,7 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     from sambalm.model.build import build_parts
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.sharding import initialize_parameters
+    from sambalm.pretrain.optimizer import gradient_buckets
 
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:
@@ -103,7 +104,7 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
             sequence_length=config.data.sequence_length,
         )
         initialize_parameters(model, seed=config.run.seed)
-        optimizer = config.optimizer.build(model)
+        optimizer = config.optimizer.build(gradient_buckets([model]))
         dataset = build_train_dataset(config.data, open_sources(config.data), seed=config.run.seed)
         numbers = iter(range(10**6))
         for step, size in enumerate([4, 4, 4, 4, 8, 8, 12, 12, 16, 16], start=1):

@@ -39,7 +39,7 @@ class MambaLayer(nn.Module):
         self.conv = CausalConv(channels, config.d_conv, kernels=kernels)
         self.x_proj = StateProjection(channels, rank + 2 * states, tp=tp)
         self.dt_proj = StepProjection(rank, channels, bias_init=init.dt_bias(config))
-        self.A_log = sharded_parameter((0, states), {"A_log": channels}, init=init.a_log)
+        self.A_log = sharded_parameter((0, states), {"A_log": channels}, init=init.a_log, weight_decay=False)
         self.D = sharded_parameter((0,), {"D": channels}, init=init.ones)
         self.out_proj = RowParallelLinear(channels, width, tp=tp, init=init.residual_linear(channels.size, config))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sambalm.model.ops.cuda.memory import INPUTS
 from sambalm.model.ops.cuda.nvrtc import kernel
+from sambalm.parallel.zero.parameter_info import find_info
 
 THREADS, CHUNK = 256, 16384  # of a block, and elements that it takes of one tensor
 
@@ -32,7 +33,7 @@ class CudaAdamW(torch.optim.AdamW):
     def _step(self, weights: list[Tensor], group: dict) -> None:
         gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
         states = [self._state_of(weight) for weight in weights]
-        copies = [weight.rounded.to_write(weight) if hasattr(weight, "rounded") else None for weight in weights]
+        copies = [_compute_weight(weight) for weight in weights]
         steps = [state["step"] for state in states]
         # A list, since the host would read a tensor for all, and wait.
         torch._foreach_add_(steps, 1.0 if self.found_inf is None else [1.0 - self.found_inf] * len(steps))
@@ -56,3 +57,9 @@ class CudaAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         return state
+
+
+def _compute_weight(weight: Tensor) -> Tensor | None:
+    """Returns the weight's copy in 16 bits that the step writes with it, if there is one."""
+    info = find_info(weight)
+    return info.compute_weights.to_write(weight) if info and info.compute_weights else None

@@ -1,4 +1,4 @@
-"""Weights that are rounded once a step, against weights that are rounded at each use: the same bits."""
+"""Compute weights, which are converted once a step, against weights that are converted at each use: the same bits."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,11 @@ from sambalm.parallel.layers.linear import linear, linear_parts
 from sambalm.parallel.zero.compute_weights import ComputeWeights, joined
 from sambalm.parallel.zero.weights import FlatWeights
 from tests.support.layout_runs import run_values, steps_on_rank
+from tests.support.parameters import described
 from tests.support.worlds import run_world
 
 
-def rounded_at_each_use(monkeypatch):
+def converted_at_each_use(monkeypatch):
     monkeypatch.setattr(ComputeWeights, "of", lambda copies, weights, dtype: joined(weights, dtype))
     make = FlatWeights.__init__
     monkeypatch.setattr(
@@ -19,7 +20,7 @@ def rounded_at_each_use(monkeypatch):
     )
 
 
-def rounded_in_the_first_step_alone(monkeypatch):
+def converted_in_the_first_step_alone(monkeypatch):
     monkeypatch.setattr(ComputeWeights, "update", lambda copies, weights=None: None)
 
 
@@ -43,7 +44,7 @@ def losses_and_gradients(ranks, parallel, mistake=None):
 )
 def test_steps_have_the_same_bits(ranks, parallel):
     losses, gradients = losses_and_gradients(ranks, parallel)
-    expected_losses, expected_gradients = losses_and_gradients(ranks, parallel, rounded_at_each_use)
+    expected_losses, expected_gradients = losses_and_gradients(ranks, parallel, converted_at_each_use)
     assert losses == expected_losses
     assert all(np.array_equal(a, e) for a, e in zip(gradients, expected_gradients, strict=True))
 
@@ -51,11 +52,11 @@ def test_steps_have_the_same_bits(ranks, parallel):
 @pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
 def test_copies_of_the_step_before_are_seen(parallel):
     expected_losses, _ = losses_and_gradients(2, parallel)
-    assert losses_and_gradients(2, parallel, rounded_in_the_first_step_alone)[0] != expected_losses
+    assert losses_and_gradients(2, parallel, converted_in_the_first_step_alone)[0] != expected_losses
 
 
 def test_copies_are_one_for_all_uses_and_follow_the_weights():
-    weights = [torch.nn.Parameter(torch.randn(rows, 11)) for rows in (5, 4)]
+    weights = [described(torch.nn.Parameter(torch.randn(rows, 11))) for rows in (5, 4)]
     x = torch.randn(3, 11).bfloat16()
     copies = ComputeWeights(weights)
 
@@ -74,8 +75,8 @@ def test_copies_are_one_for_all_uses_and_follow_the_weights():
         products_are_right()  # outside of steps, too
 
 
-def test_what_the_optimizer_has_written_is_not_rounded_again():
-    weights = [torch.nn.Parameter(torch.randn(rows, 11)) for rows in (5, 4, 3)]
+def test_what_the_optimizer_has_written_is_not_converted_again():
+    weights = [described(torch.nn.Parameter(torch.randn(rows, 11))) for rows in (5, 4, 3)]
     copies = ComputeWeights(weights)
     with copies.kept():
         pair, alone = copies.of(tuple(weights[:2]), torch.bfloat16), copies.of(tuple(weights[:1]), torch.bfloat16)
@@ -93,12 +94,12 @@ def test_what_the_optimizer_has_written_is_not_rounded_again():
 
 @pytest.mark.parametrize("gap", [0, 3])
 def test_what_others_keep_is_taken_where_it_lies(gap):
-    weights = [torch.nn.Parameter(torch.full((), torch.nan).expand(rows, 11)) for rows in (5, 4)]
+    weights = [described(torch.nn.Parameter(torch.full((), torch.nan).expand(rows, 11))) for rows in (5, 4)]
     flat = torch.randn(9 * 11 + gap).bfloat16()
     kept = flat[:55].view(5, 11), flat[55 + gap :].view(4, 11)
     copies = ComputeWeights([])
-    for weight, rounded in zip(weights, kept, strict=True):
-        copies.adopt(weight, rounded)
+    for weight, copy in zip(weights, kept, strict=True):
+        copies.adopt(weight, copy)
     x = torch.randn(3, 11).bfloat16()
     for _ in range(2):
         first, second = linear_parts(x, *weights, sizes=[[5], [4]])
