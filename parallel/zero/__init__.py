@@ -1,4 +1,4 @@
-"""The optimizer's side of a step: from the first gradient after `backward()` to the weights that the next forward reads.
+"""The optimizer's side of a step: from the first gradient after `backward()` to the weights of the next forward.
 
 Read this page first; it names the file of each stage. `execution.py` runs the stages in their order: the one that
 calls the stages of a layout is the executor that `build_executor` returns for it. Ranks that hold the same weights are

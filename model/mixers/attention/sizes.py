@@ -4,7 +4,6 @@ from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 
-
 LETTER = "*"  # in a layer pattern
 
 
