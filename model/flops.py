@@ -7,7 +7,8 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import FORWARD_AND_BACKWARD
 from sambalm.model.registry import mixer
 
-# Dense bf16 peak of one device in FLOP/s, by a part of the name that CUDA gives it; the first match counts.
+# Dense bf16 peak of one device in FLOP/s by NVIDIA's data sheets, by a part of the name that CUDA gives it; the first
+# match counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sambalm.model.flops import PEAK_FLOPS
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -28,7 +30,7 @@ class Hardware:
 
 H100 = Hardware(
     name="h100",
-    matrix_flops=989e12,  # NVIDIA's data sheet
+    matrix_flops=PEAK_FLOPS["H100"],
     matrix_efficiency=0.73,  # (H100) 720 TFLOP/s over a step of 421M, 736 over one of 1.3B
     memory_bytes_per_s=3.0e12,  # (H100) 3.02 TB/s
     multiprocessors=132,
@@ -71,7 +73,7 @@ DEVICES = {
     "h100": H100,
     "h200": _scaled(
         "h200",
-        matrix_flops=989e12,
+        matrix_flops=PEAK_FLOPS["H200"],
         memory_bytes_per_s=4.8e12,
         multiprocessors=132,
         clock_ghz=1.98,
@@ -79,7 +81,7 @@ DEVICES = {
     ),
     "a100": _scaled(
         "a100",
-        matrix_flops=312e12,
+        matrix_flops=PEAK_FLOPS["A100"],
         memory_bytes_per_s=2.04e12,
         multiprocessors=108,
         clock_ghz=1.41,
