@@ -20,7 +20,7 @@ from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.weights import FlatWeights
 
 
-class Execution(Protocol):
+class Executor(Protocol):
     """How a rank takes its part in a step. Every method but `close` is collective."""
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -41,7 +41,7 @@ def evaluating(engine: Engine) -> Iterator[None]:
     engine.train()
 
 
-class AccumulatingExecutor(Execution):
+class AccumulatingExecutor(Executor):
     """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
 
     Args:
@@ -103,7 +103,7 @@ class AccumulatingExecutor(Execution):
         return loss.detach()
 
 
-class PartitioningExecutor(Execution):
+class PartitioningExecutor(Executor):
     """Every rank holds all layers, and DeepSpeed's engine takes weights or gradients apart in every micro-batch."""
 
     def __init__(self, engine: Engine) -> None:
@@ -129,7 +129,7 @@ class PartitioningExecutor(Execution):
         return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
 
-class PipelinedExecutor(Execution):
+class PipelinedExecutor(Executor):
     """Ranks hold parts of the layers: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
 
     Args:
@@ -175,7 +175,7 @@ class PipelinedExecutor(Execution):
             return self.schedule.losses(micro_batches)
 
 
-def execution(
+def build_executor(
     engine: Engine,
     parts: Sequence[nn.Module],
     *,
@@ -186,7 +186,7 @@ def execution(
     tied_weight: nn.Parameter | None,
     clip_norm: float,
     cuda_graphs: bool,
-) -> Execution:
+) -> Executor:
     """The way to run this rank's parts of a model, which the engine holds.
 
     Args:

@@ -8,7 +8,7 @@ from torch import nn
 
 from sambalm.model.build import build_parts, tied_copy
 from sambalm.model.ops.registry import Kernels
-from sambalm.parallel.execution import Execution, execution
+from sambalm.parallel.execution import Executor, build_executor
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.zero.engine import Engine, zero_engine
@@ -24,7 +24,7 @@ class Training:
 
     engine: Engine
     parts: Sequence[nn.Module]
-    execution: Execution
+    execution: Executor
     kernels: Kernels
 
 
@@ -72,7 +72,7 @@ def build_training(
     if checkpoint:
         load_moments(parts, checkpoint.path, world=world)
     tied_weight = tied_copy(parts)
-    run = execution(
+    executor = build_executor(
         engine,
         parts,
         world=world,
@@ -83,4 +83,4 @@ def build_training(
         clip_norm=config.optimizer.clip_norm,
         cuda_graphs=config.train.cuda_graphs,
     )
-    return Training(engine=engine, parts=parts, execution=run, kernels=kernels)
+    return Training(engine=engine, parts=parts, execution=executor, kernels=kernels)
