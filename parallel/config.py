@@ -83,6 +83,20 @@ class ParallelConfig(BaseModel):
         return self.pipeline * self.virtual_pipeline
 
 
+def layout_name(config: ParallelConfig, *, world_size: int) -> str:
+    """A layout in a few words, such as 'TP2+SP CP2 PP4x2 ZeRO-1'; a dimension of one is left out."""
+    parts = []
+    if config.tensor > 1:
+        parts.append(f"TP{config.tensor}" + ("+SP" if config.sequence else ""))
+    if config.context > 1:
+        parts.append(f"CP{config.context}")
+    if config.pipeline > 1:
+        chunks = f"x{config.virtual_pipeline}" if config.virtual_pipeline > 1 else ""
+        parts.append(f"PP{config.pipeline}{chunks}")
+    shared = config.replicas(world_size) > 1
+    return " ".join([*parts, f"ZeRO-{config.zero_stage}" if shared else "no ZeRO"])
+
+
 def check_world_size(config: ParallelConfig, *, world_size: int) -> None:
     """Raises ParallelError unless whole copies of the model fill the world."""
     if world_size % config.model_ranks:

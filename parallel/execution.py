@@ -22,7 +22,7 @@ from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.weights import FlatWeights
 
 
-class Execution(Protocol):
+class Executor(Protocol):
     """How a rank takes its part in a step. Every method but `close` is collective."""
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -43,7 +43,7 @@ def evaluating(engine: Engine) -> Iterator[None]:
     engine.train()
 
 
-class AccumulatingExecutor(Execution):
+class AccumulatingExecutor(Executor):
     """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
 
     Args:
@@ -105,7 +105,7 @@ class AccumulatingExecutor(Execution):
         return loss.detach()
 
 
-class PartitioningExecutor(Execution):
+class PartitioningExecutor(Executor):
     """Every rank holds all layers, and DeepSpeed's engine shares out gradients or weights in every micro-batch."""
 
     def __init__(self, engine: Engine) -> None:
@@ -131,7 +131,7 @@ class PartitioningExecutor(Execution):
         return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
 
-class PipelinedExecutor(Execution):
+class PipelinedExecutor(Executor):
     """Ranks hold model chunks: megatron-core's schedule fills the gradients, DeepSpeed's engine takes the step.
 
     Args:
@@ -177,7 +177,7 @@ class PipelinedExecutor(Execution):
             return self.schedule.losses(micro_batches)
 
 
-def execution(
+def build_executor(
     engine: Engine,
     chunks: Sequence[nn.Module],
     *,
@@ -189,7 +189,7 @@ def execution(
     tied_weight: nn.Parameter | None,
     clip_norm: float,
     cuda_graphs: bool,
-) -> Execution:
+) -> Executor:
     """Returns the way to run this rank's model chunks, which the engine holds.
 
     Args:

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from sambalm.pretrain.lifecycle.signals import Request
-from sambalm.pretrain.reporting.metrics import StepResult
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, as all ranks see it."""
+
+    tokens: int  # of the run so far
+    batch_tokens: int
+    loss: float  # mean over the global batch, nats per token
+    grad_norm: float  # before clipping
+    lr: float
+    step_time_s: float
 
 
 @dataclass(frozen=True)

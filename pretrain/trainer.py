@@ -1,29 +1,33 @@
-"""The training loop: fetch, forward and backward, step, and what happens between steps."""
+"""The training loop: fetch, forward and backward, step, and the hooks that do everything else."""
 
 import sys
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
-from sambalm.data_pipeline.sources import check_vocabulary, open_sources
+from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
+from sambalm.parallel.config import layout_name
 from sambalm.parallel.groups import World, is_main_process, start_world, world_size
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
-from sambalm.pretrain.checkpointing.write import remove_old_checkpoints, save_checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
+from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
+from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
-from sambalm.pretrain.reporting.metrics import RunReport, StepResult
+from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
@@ -56,19 +60,16 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals) -> None:
         self.config, self.world, self.folder, self.signals = config, world, folder, signals
-        self.run_dir = Path(config.run.dir)
         checkpoint = find_resume_point(config, world=world)
         sources = shared_sources(config.data)
-        self.data_record = data_record(config, sources)
+        record = data_record(config, sources)
         if checkpoint:
-            check_data(checkpoint, self.data_record, config=config)
+            check_data(checkpoint, record, config=config)
         self.step, self.samples = (checkpoint.step, checkpoint.state["samples"]) if checkpoint else (0, 0)
-        self.validator = Validator(config, sources, world=world)
+        self.hooks = self._hooks(sources, record)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
-        self.skipped = SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main)
         if world.is_main:
-            names = " ".join(self.training.kernels.names)
-            print(f"{world.size} x {world.device.type}, from step {self.step}; {names}", file=sys.stderr)
+            print(self._start_line(), file=sys.stderr)
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             micro_batch_samples=config.train.micro_batch_size,
@@ -79,38 +80,57 @@ class Trainer:
             workers=config.data.workers,
         )
 
+    def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
+        """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
+        config, world, hooks = self.config, self.world, []
+        hooks += [
+            Validator(config, sources, world=world),
+            RunReport(config, world=world, done_steps=self.step),
+            SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main),
+            Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks),
+        ]
+        return hooks
+
+    def _start_line(self) -> str:
+        layout = layout_name(self.config.parallel, world_size=self.world.size)
+        names = " ".join(self.training.kernels.names)
+        return f"{self.world.size} x {self.world.device.type}, {layout}, from step {self.step}; {names}"
+
     def fit(self) -> ExitCode:
-        """Trains to the last step or to a request to leave, with validation and checkpoints on the way."""
-        steps, validation = self.config.train.steps, self.config.validation
-        with (
-            RunReport(self.config, world=self.world, done_steps=self.step) as report,
-            closing(self.loader),
-            closing(self.training.execution),
-        ):
+        """Trains to the last step or to a request to leave, and calls the hooks on the way."""
+        exit_code: ExitCode | None = None
+        with closing(self.loader), closing(self.training.execution), ExitStack() as ends:
+            for hook in self.hooks:
+                hook.on_start(self.training)
+                ends.push(lambda error, *_, hook=hook: hook.on_end(None if error else exit_code))
             self.signals.training_starts()
-            unread = None  # a step that the device may still be at
-            while self.step < steps:
+            unread: LaunchedStep | None = None  # a step that the device may still be at
+            while self.step < self.config.train.steps:
                 launched, request = self._launch_step(), Request.NOTHING
                 if unread:  # only now, so that the device always has work
-                    self._record(report, unread.number, unread.result(), {})
+                    self._finish(unread)
                     request = unread.request()
                 unread = launched
-                validate = self.step == steps or self.step % validation.every_steps == 0
-                save = self.step == steps or self.step % self.config.checkpoint.every_steps == 0
-                if validate or save or request or launched.is_finished:
-                    result, request = launched.result(), max(request, launched.request())
-                    losses = self.validator.losses(self.training.execution) if validate else {}
-                    self._record(report, launched.number, result, losses)
+                if request or self._finishes_at_once(launched):
+                    request = max(request, launched.request())
+                    self._finish(launched, request)
                     unread = None
-                if save or request:
-                    self._save()
-                if request in LEAVING and self.step < steps:
-                    return LEAVING[request]
-        return ExitCode.FINISHED
+                if request in LEAVING and self.step < self.config.train.steps:
+                    exit_code = LEAVING[request]
+                    return exit_code
+            exit_code = ExitCode.FINISHED
+        return exit_code
 
-    def _record(self, report: RunReport, number: int, result: StepResult, losses: dict[str, float]) -> None:
-        report.step(number, result, losses)
-        self.skipped.step(number, result.grad_norm)
+    def _finishes_at_once(self, step: LaunchedStep) -> bool:
+        """Whether a step's results are read before the next step is launched."""
+        is_last = step.number == self.config.train.steps
+        return is_last or step.is_finished or any(hook.acts_on(step.number) for hook in self.hooks)
+
+    def _finish(self, step: LaunchedStep, request: Request = Request.NOTHING) -> None:
+        """Tells the hooks of a step. Waits for the device."""
+        finished = FinishedStep(number=step.number, result=step.result(), request=request)
+        for hook in self.hooks:
+            hook.after_step(finished)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""
@@ -141,19 +161,7 @@ class Trainer:
     def _asked(self) -> Request:
         """What this rank is asked for."""
         asked = self.signals.take()
-        return max(asked, take_switches(self.run_dir)) if self.world.is_main else asked
-
-    def _save(self) -> None:
-        save_checkpoint(
-            self.training.parts,
-            config=self.config,
-            world=self.world,
-            step=self.step,
-            samples=self.samples,
-            data=self.data_record,
-            before_commit=self.folder.check_lease,
-        )
-        remove_old_checkpoints(self.run_dir, keep=self.config.checkpoint.keep, world=self.world)
+        return max(asked, take_switches(Path(self.config.run.dir))) if self.world.is_main else asked
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""

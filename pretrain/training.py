@@ -7,7 +7,7 @@ from torch import nn
 
 from sambalm.model.build import build_parts, tied_copy
 from sambalm.model.ops.registry import Kernels
-from sambalm.parallel.execution import Execution, execution
+from sambalm.parallel.execution import Executor, build_executor
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.zero.deepspeed_adapter import Engine
@@ -25,7 +25,7 @@ class Training:
 
     engine: Engine
     parts: Sequence[nn.Module]
-    execution: Execution
+    execution: Executor
     kernels: Kernels
 
 
@@ -74,7 +74,7 @@ def build_training(
     if checkpoint:
         load_moments(parts, checkpoint.path, world=world)
     tied_weight = tied_copy(parts)
-    run = execution(
+    executor = build_executor(
         engine,
         parts,
         world=world,
@@ -86,4 +86,4 @@ def build_training(
         clip_norm=config.optimizer.clip_norm,
         cuda_graphs=config.train.cuda_graphs,
     )
-    return Training(engine=engine, parts=parts, execution=run, kernels=kernels)
+    return Training(engine=engine, parts=parts, execution=executor, kernels=kernels)

@@ -8,28 +8,43 @@ import torch
 from sambalm.data_pipeline.dataset import ValidationDataset, build_validation_dataset
 from sambalm.data_pipeline.loader import validation_batches
 from sambalm.data_pipeline.sources import Source
-from sambalm.parallel.execution import Execution
+from sambalm.parallel.execution import Executor
 from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
+from sambalm.pretrain.training import Training
 
 LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
 SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 
 
-class Validator:
-    """Validates a run on the same held-out samples each time; they are found when the run starts."""
+class Validator(Hook):
+    """Validates a run on the same held-out samples each time and adds the losses to the step's metrics.
+
+    The samples are found when it is made, so that a run without them does not start.
+    """
 
     def __init__(self, config: RunConfig, sources: Sequence[Source], *, world: World) -> None:
         self.config, self.sources, self.world = config, sources, world
         self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
 
-    def losses(self, execution: Execution) -> dict[str, float]:
+    def on_start(self, training: Training) -> None:
+        self.executor = training.execution
+
+    def acts_on(self, step: int) -> bool:
+        return is_due(step, every_steps=self.config.validation.every_steps, last_step=self.config.train.steps)
+
+    def after_step(self, step: FinishedStep) -> None:
+        if self.acts_on(step.number):
+            step.metrics.update(self.losses(self.executor))
+
+    def losses(self, executor: Executor) -> dict[str, float]:
         """Mean loss in nats by metric name; every held-out token counts once. Collective."""
         found: dict[str, float] = {}
         for multiple, dataset in self.datasets.items():
             length = dataset.sequence_length
-            samples, sums = dataset.source_counts(), self._sums(execution, dataset, multiple)
+            samples, sums = dataset.source_counts(), self._sums(executor, dataset, multiple)
             found[f"{LOSS_AT}{length}"] = sum(sums) / (len(dataset) * length)
             if len(self.sources) > 1:
                 for source, count, total in zip(self.sources, samples, sums, strict=True):
@@ -37,7 +52,7 @@ class Validator:
                         found[f"{SOURCE_LOSS_AT}{length}/{source.name}"] = total / (count * length)
         return found
 
-    def _sums(self, execution: Execution, dataset: ValidationDataset, multiple: int) -> list[float]:
+    def _sums(self, executor: Executor, dataset: ValidationDataset, multiple: int) -> list[float]:
         """Sum over the tokens of each source. Collective."""
         totals = torch.zeros(len(self.sources), dtype=torch.float64, device=self.world.device)
         batches = validation_batches(
@@ -49,7 +64,7 @@ class Validator:
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
             parts = [MicroBatch(*item.batch).on_rank(self.world) for item in group]
-            for item, losses in zip(group, execution.losses(parts), strict=True):
+            for item, losses in zip(group, executor.losses(parts), strict=True):
                 of_rows = losses.double().sum(dim=1) * item.weights.to(totals.device)
                 totals.index_add_(0, item.sources.to(totals.device), of_rows)
         return self.world.sum_over_replicas(totals).tolist()

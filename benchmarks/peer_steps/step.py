@@ -43,8 +43,7 @@ from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.launched_step import LaunchedStep, Moment
-from sambalm.pretrain.reporting.metrics import StepResult
+from sambalm.pretrain.launched_step import LaunchedStep, Moment, StepResult
 from sambalm.pretrain.training import build_training
 
 MLP_MULTIPLE = 128  # of the Llama's MLP width, for the sake of its matrix products

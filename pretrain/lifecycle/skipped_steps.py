@@ -4,10 +4,11 @@ import math
 import sys
 
 from sambalm.pretrain.errors import DivergedError
+from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 
 
-class SkippedSteps:
-    """Counts them, on each rank alike.
+class SkippedSteps(Hook):
+    """Counts skipped steps, on each rank alike, and ends a run that skips too many.
 
     Args:
         limit: how many may follow each other.
@@ -17,20 +18,21 @@ class SkippedSteps:
     def __init__(self, limit: int, *, speaks: bool) -> None:
         self.limit, self.speaks, self.in_a_row = limit, speaks, 0
 
-    def step(self, number: int, grad_norm: float) -> None:
+    def after_step(self, step: FinishedStep) -> None:
         """
         Raises:
             DivergedError: too many steps in a row were skipped.
         """
-        if math.isfinite(grad_norm):
+        norm = step.result.grad_norm
+        if math.isfinite(norm):
             self.in_a_row = 0
             return
         self.in_a_row += 1
         if self.speaks:
-            print(f"step {number}: the gradient's norm is {grad_norm}, so the optimizer skipped it", file=sys.stderr)
+            print(f"step {step.number}: the gradient's norm is {norm}, so the optimizer skipped it", file=sys.stderr)
         if self.in_a_row > self.limit:
             raise DivergedError(
-                f"gradients were not finite from step {number - self.limit} to {number}, more than "
+                f"gradients were not finite from step {step.number - self.limit} to {step.number}, more than "
                 f"train.max_skipped_steps {self.limit}: go on from an earlier checkpoint with a lower "
                 "optimizer.peak_lr, or with other data"
             )

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.config import ParallelConfig, layout_name
 from sambalm.parallel.errors import ParallelError
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import parse_config
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def layout(self) -> str:
-        return layout_name(self.config, world_size=self.world_size)
+        return layout_name(self.config.parallel, world_size=self.world_size)
 
     @property
     def memory(self) -> RankMemory:
@@ -97,7 +97,7 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
         )
     if not best:
         needed, candidate = smallest
-        layout = layout_name(candidate, world_size=world_size)
+        layout = layout_name(candidate.parallel, world_size=world_size)
         raise ConfigError(
             f"no layout of {world_size} GPUs fits {memory_gib:g} GiB, of which {USABLE_SHARE:.0%} are planned with: "
             f"the smallest, {layout}, takes {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
@@ -168,21 +168,6 @@ def _parallel_sections(world_size: int, *, node_gpus: int) -> Iterator[dict]:
                     }
 
 
-def layout_name(config: RunConfig, *, world_size: int) -> str:
-    """A layout in a few words, such as 'TP2+SP CP2 PP4x2 ZeRO-1'; a dimension of one is left out."""
-    parallel = config.parallel
-    parts = []
-    if parallel.tensor > 1:
-        parts.append(f"TP{parallel.tensor}" + ("+SP" if parallel.sequence else ""))
-    if parallel.context > 1:
-        parts.append(f"CP{parallel.context}")
-    if parallel.pipeline > 1:
-        chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
-        parts.append(f"PP{parallel.pipeline}{chunks}")
-    shared = parallel.replicas(world_size) > 1
-    return " ".join([*parts, f"ZeRO-{parallel.zero_stage}" if shared else "no ZeRO"])
-
-
 def describe_run(config: RunConfig, *, world_size: int) -> str:
     """One line on a config in a world, checked without data or devices.
 
@@ -191,7 +176,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     """
     config.check_world(world_size)
     parallel = config.parallel
-    data_size, layout = world_size // parallel.model_ranks, layout_name(config, world_size=world_size)
+    data_size, layout = world_size // parallel.model_ranks, layout_name(parallel, world_size=world_size)
     largest = max(stage_parameters(config, stage) for stage in range(parallel.pipeline))
     return (
         f"{world_size:,} ranks: DP{data_size} {layout}, recompute {parallel.recompute}; "

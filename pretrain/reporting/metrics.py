@@ -3,7 +3,7 @@
 import os
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,16 @@ from sambalm.model.flops import flops_per_token, peak_flops
 from sambalm.parallel.groups import World
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config
+from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, read_metrics
+from sambalm.pretrain.training import Training
 from sambalm.pretrain.validation import LOSS_AT
 
 PLAIN_LINE_EVERY_S = 10.0
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, as all ranks see it."""
-
-    tokens: int  # of the run so far
-    batch_tokens: int
-    loss: float  # mean over the global batch, nats per token
-    grad_norm: float  # before clipping
-    lr: float
-    step_time_s: float
-
-
-class RunReport:
+class RunReport(Hook):
     """Everything that the main rank writes while a run goes on; silent on the other ranks.
 
     metrics.jsonl and TensorBoard get one record a step; a terminal gets a progress bar, a log file a line every few
@@ -48,7 +39,7 @@ class RunReport:
         self._peak_tokens_per_second = peak and world.size * peak / flops
         self._done_steps = done_steps
 
-    def __enter__(self) -> "RunReport":
+    def on_start(self, training: Training) -> None:
         if self._main:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             (self._run_dir / "config.yaml").write_text(dump_config(self._config))
@@ -57,24 +48,23 @@ class RunReport:
             self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._done_steps + 1)
             self._progress = StepProgress(steps=self._config.train.steps, done_steps=self._done_steps)
             self._progress.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def on_end(self, exit_code: ExitCode | None) -> None:
         if self._main:
             self._progress.stop()
             self._board.close()
             self._file.close()
 
-    def step(self, step: int, result: StepResult, validation: dict[str, float]) -> None:
-        """Records a finished step and the validation after it, if any."""
+    def after_step(self, step: FinishedStep) -> None:
+        """Records a step and the metrics that the hooks before this one have added to it."""
         if not self._main:
             return
-        tokens_per_second = result.batch_tokens / result.step_time_s
+        tokens_per_second = step.result.batch_tokens / step.result.step_time_s
         record = {
-            "step": step,
-            **asdict(result),
+            "step": step.number,
+            **asdict(step.result),
             "tokens_per_second": tokens_per_second,
-            **validation,
+            **step.metrics,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this process
         }
         if torch.cuda.is_available():
@@ -85,7 +75,7 @@ class RunReport:
         self._file.write(metrics_line(record))
         for name, value in record.items():
             if name != "step":
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(name, value, step.number)
         self._progress.step(record)
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.samba import Samba
+from sambalm.parallel.config import layout_name
 from sambalm.parallel.groups import TensorParallel
 from sambalm.pretrain.cli import app
 from sambalm.pretrain.config import RunConfig
@@ -24,7 +25,7 @@ from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups,
 from sambalm.pretrain.planner.hardware import DEVICES, HOST_SUBLAYER_S, KERNEL_GAPS_S, LINK_SHARE
 from sambalm.pretrain.planner.kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import stage_memories
-from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, layout_name, plan_of
+from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import stage_parameters, stage_parts
 from sambalm.pretrain.planner.time import exposed_s
 from sambalm.pretrain.precision import DTYPES
@@ -389,7 +390,7 @@ def test_a_layout_names_zero_only_where_ranks_share_their_weights():
         ("CP2 ZeRO-1", 2): {"context": 2},
     }
     for (name, ranks), parallel in names.items():
-        assert layout_name(config_of(parallel=parallel), world_size=ranks) == name
+        assert layout_name(config_of(parallel=parallel).parallel, world_size=ranks) == name
 
 
 def test_one_rank_has_one_layout_whatever_the_stage():

@@ -16,7 +16,7 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
-from sambalm.pretrain.planner.search import DAY_S, find_plans, layout_name
+from sambalm.pretrain.planner.search import DAY_S, find_plans
 from sambalm.slurm.agent import torchrun_arguments
 from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.health import find_problems, pick
@@ -192,6 +192,6 @@ def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
 def test_the_largest_config_has_the_layout_that_the_plan_ranks_first():
     config = load_config(CONFIGS / "samba_3.8b.yaml")
     best = find_plans(config, world_size=512, memory_gib=80.0, hardware=H100)[0].config
-    assert layout_name(best, world_size=512) == layout_name(config, world_size=512)
+    assert layout_name(best.parallel, world_size=512) == layout_name(config.parallel, world_size=512)
     assert best.train.micro_batch_size == config.train.micro_batch_size
     assert best.parallel.recompute == config.parallel.recompute

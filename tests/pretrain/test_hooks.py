@@ -1,0 +1,163 @@
+"""What hooks hear of a run, and when: over validations, saves, requests, a stop and an error."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sambalm.pretrain.errors import ExitCode
+from tests.support.whole_runs import changed
+from tests.support.worlds import run_world
+
+
+def events_on_rank(values: dict, asks: dict[int, str], late: bool) -> list[tuple]:
+    """Trains with a hook after all others and one before them; returns what both heard, between launches of steps.
+
+    Args:
+        asks: after which steps the run is asked for what: by USR1 to this process, by the stop switch, or by an error.
+        late: whether results of a step are read as on a device that works beside its host.
+    """
+    from sambalm.pretrain import trainer
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.launched_step import LaunchedStep
+    from sambalm.pretrain.lifecycle.hooks import Hook
+    from sambalm.pretrain.lifecycle.signals import Signals
+
+    events: list[tuple] = []
+    config, signals = parse_config(values, source="test"), Signals()
+    signals.listen()
+    run_dir = Path(config.run.dir)
+
+    class First(Hook):
+        def on_start(self, training):
+            events.append(("first starts", len(training.parts)))
+
+        def after_step(self, step):
+            events.append(("first", step.number, sorted(step.metrics)))
+
+        def on_end(self, exit_code):
+            events.append(("first ends", exit_code))
+
+    class Last(Hook):
+        def on_start(self, training):
+            events.append(("last starts", len(training.parts)))
+
+        def after_step(self, step):
+            events.append(("last", step.number, step.request.name, sorted(step.metrics)))
+            ask(asks.get(step.number), signals, run_dir)
+
+        def before_save(self, step):
+            records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            events.append(("before save", step, records[-1]["step"], "validation_loss_32" in records[-1]))
+
+        def after_save(self, checkpoint):
+            events.append(("after save", checkpoint.name, (checkpoint / "state.json").exists()))
+
+        def on_end(self, exit_code):
+            events.append(("last ends", exit_code))
+
+    hooks_of, launch = trainer.Trainer._hooks, trainer.Trainer._launch_step
+
+    def more_hooks(self, *args):
+        hooks = hooks_of(self, *args)
+        hooks.insert(0, First())
+        hooks.append(Last())
+        return hooks
+
+    def launch_and_tell(self):
+        events.append(("launch", self.step + 1))
+        return launch(self)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer.Trainer, "_hooks", more_hooks)
+        monkeypatch.setattr(trainer.Trainer, "_launch_step", launch_and_tell)
+        monkeypatch.setattr(LaunchedStep, "is_finished", not late)
+        try:
+            exit_code = trainer.train(config, signals=signals)
+        except ZeroDivisionError:
+            exit_code = None
+    events.append(("exit", exit_code))
+    return events
+
+
+def ask(for_what: str | None, signals, run_dir: Path) -> None:
+    if for_what == "save":
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end_s = time.monotonic() + 10
+        while not signals._save:  # a thread reads the signal
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+    elif for_what == "stop":
+        (run_dir / "stop").touch()
+    elif for_what == "error":
+        raise ZeroDivisionError
+
+
+@pytest.fixture
+def values(run_values):
+    return changed(
+        run_values,
+        train={"steps": 8, "global_batch_tokens": 64},
+        validation={"every_steps": 3, "tokens": 64, "length_multiples": [1]},
+        checkpoint={"every_steps": 6},
+    )
+
+
+LOSS = ["validation_loss_32"]
+STARTS = [("first starts", 1), ("last starts", 1)]
+
+
+def step(number: int, request: str = "NOTHING", metrics: tuple = (), *, saves: bool = False) -> list[tuple]:
+    """What the hooks hear of one step."""
+    saved = [("before save", number, number, bool(metrics)), ("after save", f"step_{number:08}", True)]
+    return [("first", number, []), *(saved if saves else []), ("last", number, request, list(metrics))]
+
+
+def ends(exit_code: int | None) -> list[tuple]:
+    return [("last ends", exit_code), ("first ends", exit_code), ("exit", exit_code)]
+
+
+def test_each_step_is_validated_then_recorded_then_saved(values):
+    """As on a CPU, where a step is finished when it is launched: hooks hear of it before the next launch."""
+    (events,) = run_world(events_on_rank, values, {1: "save", 6: "stop"}, False, ranks=1)
+    assert events == [
+        *STARTS,
+        *[("launch", 1), *step(1)],
+        *[("launch", 2), *step(2, "SAVE", saves=True)],
+        *[("launch", 3), *step(3, metrics=LOSS)],
+        *[("launch", 4), *step(4)],
+        *[("launch", 5), *step(5)],
+        *[("launch", 6), *step(6, metrics=LOSS, saves=True)],
+        *[("launch", 7), *step(7, "STOP", saves=True)],
+        *ends(ExitCode.STOPPED),
+    ]
+
+
+def test_results_are_read_a_step_late_but_for_what_acts_on_the_weights(values):
+    """As on a GPU, which works beside its host: a request is found a step late as well, and then acted on at once."""
+    values = changed(values, validation={"every_steps": 5}, checkpoint={"every_steps": 1000})
+    (events,) = run_world(events_on_rank, values, {1: "save", 5: "stop"}, True, ranks=1)
+    assert events == [
+        *STARTS,
+        *[("launch", 1), ("launch", 2), *step(1)],
+        *[("launch", 3), *step(2)],
+        *[("launch", 4), *step(3), *step(4, "SAVE", saves=True)],
+        *[("launch", 5), *step(5, metrics=LOSS)],
+        *[("launch", 6), ("launch", 7), *step(6), *step(7, "STOP", saves=True)],
+        *ends(ExitCode.STOPPED),
+    ]
+
+
+def test_the_last_step_is_validated_and_saved_whatever_is_asked_for(values):
+    values = changed(values, train={"steps": 2}, checkpoint={"every_steps": 1000})
+    (events,) = run_world(events_on_rank, values, {1: "stop"}, True, ranks=1)
+    last = [*step(1), *step(2, "NOTHING", metrics=LOSS, saves=True)]
+    assert events == [*STARTS, ("launch", 1), ("launch", 2), *last, *ends(ExitCode.FINISHED)]
+
+
+def test_hooks_end_after_an_error_too(values):
+    (events,) = run_world(events_on_rank, values, {1: "error"}, False, ranks=1)
+    assert events == [*STARTS, ("launch", 1), *step(1), *ends(None)]
