@@ -21,6 +21,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.dataset import TrainDataset, build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.sources import open_sources
+from sambalm.parallel.micro_batch import MicroBatch
 
 LENGTH, MICRO_BATCH, BATCHES = 4096, 8, 200
 
@@ -64,6 +65,7 @@ def measure(prefix: str, *, workers: int, work_s: float, cold: bool) -> list[flo
         return waits_s(inline(dataset), work_s=work_s)
     loader = BatchLoader(
         dataset,
+        make_batch=MicroBatch,
         micro_batch_samples=MICRO_BATCH,
         data_rank=0,
         data_size=1,

@@ -27,6 +27,7 @@ from sambalm.data_pipeline.dataset import build_train_dataset, build_validation_
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shards import Manifest, ShardWriter, TokenizerEntry, write_manifest
 from sambalm.data_pipeline.sources import check_vocabulary, open_sources
+from sambalm.parallel.micro_batch import MicroBatch
 
 VOCAB_SIZE, LENGTH = 32_000, 4096
 
@@ -52,6 +53,7 @@ def ours(prefix: str) -> None:
     build_validation_dataset(config, sources, num_samples=256, seed=0)
     loader = BatchLoader(
         build_train_dataset(config, sources, seed=0),
+        make_batch=MicroBatch,
         micro_batch_samples=8,
         data_rank=0,
         data_size=1,

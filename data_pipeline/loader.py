@@ -1,37 +1,30 @@
 """Micro-batches in a global order that depends on sample numbers only, not on how many ranks or threads read them."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 from .dataset import Samples, ValidationDataset
 from .errors import DataError
 
-
-class Batch(NamedTuple):
-    """A micro-batch, int64 [micro_batch, S] each.
-
-    `document_starts` is for each token the position in its row of the first token of its document; a document that
-    began in an earlier sample starts at 0. None unless data.reset_at_document.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    document_starts: torch.Tensor | None
+B = TypeVar("B")
+MakeBatch = Callable[..., B]
+"""Makes a micro-batch of the keywords tokens and labels, int64 [micro_batch, S], and document_starts, the same or None:
+for each token the position in its row of the first token of its document, 0 where that began in an earlier sample."""
 
 
-class ValidationBatch(NamedTuple):
+class ValidationBatch(NamedTuple, Generic[B]):
     """A micro-batch and of each row [micro_batch] its weight, float32, 0 where it must not count, and its source."""
 
-    batch: Batch
+    batch: B
     weights: torch.Tensor
     sources: torch.Tensor
 
 
-class BatchLoader:
+class BatchLoader(Generic[B]):
     """Training micro-batches of one data-parallel rank, a bounded number of which threads read ahead.
 
     The micro-batches of all ranks, taken together and in turn, are the samples start_sample, start_sample + 1, ...
@@ -43,6 +36,7 @@ class BatchLoader:
         self,
         dataset: Samples,
         *,
+        make_batch: MakeBatch[B],
         micro_batch_samples: int,
         data_rank: int,
         data_size: int,
@@ -51,18 +45,18 @@ class BatchLoader:
         workers: int = 1,
     ) -> None:
         self.consumed_samples = start_sample
-        self._dataset, self._vocab_size = dataset, vocab_size
+        self._dataset, self._make_batch, self._vocab_size = dataset, make_batch, vocab_size
         self._micro_batch_samples = micro_batch_samples
         self._stride_samples = micro_batch_samples * data_size
         self._next = start_sample + data_rank * micro_batch_samples
         self._error: BaseException | None = None
         self._closed = False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        self._pending: deque[Future[Batch]] = deque()
+        self._pending: deque[Future[B]] = deque()
         for _ in range(workers + 1):  # one for each thread, and one that waits
             self._read_ahead()
 
-    def next_micro_batch(self) -> Batch:
+    def next_micro_batch(self) -> B:
         """This rank's next micro-batch; `consumed_samples` then includes those of all ranks.
 
         Raises DataError for an id outside the vocabulary, and whatever reading raises.
@@ -88,17 +82,21 @@ class BatchLoader:
     def _read_ahead(self) -> None:
         numbers = range(self._next, self._next + self._micro_batch_samples)
         self._next += self._stride_samples
-        self._pending.append(self._pool.submit(_read_batch, self._dataset, numbers, vocab_size=self._vocab_size))
+        self._pending.append(self._pool.submit(self._read, numbers))
+
+    def _read(self, numbers: Sequence[int]) -> B:
+        return self._make_batch(**_read_rows(self._dataset, numbers, vocab_size=self._vocab_size))
 
 
 def validation_batches(
     dataset: ValidationDataset,
     *,
+    make_batch: MakeBatch[B],
     micro_batch_samples: int,
     data_rank: int,
     data_size: int,
     vocab_size: int,
-) -> Iterator[ValidationBatch]:
+) -> Iterator[ValidationBatch[B]]:
     """One rank's share of the samples; over all ranks each occurs once with weight 1.
 
     Every rank gets the same number of batches, since forward passes may be collective: what is missing at the end
@@ -110,30 +108,24 @@ def validation_batches(
         wanted = range(start, start + micro_batch_samples)
         numbers = [min(number, last) for number in wanted]
         yield ValidationBatch(
-            batch=_read_batch(dataset, numbers, vocab_size=vocab_size),
+            batch=make_batch(**_read_rows(dataset, numbers, vocab_size=vocab_size)),
             weights=torch.tensor([float(number <= last) for number in wanted]),
             sources=torch.tensor([dataset.source_number(number) for number in numbers]),
         )
 
 
-def _read_batch(dataset: Samples, numbers: Sequence[int], *, vocab_size: int) -> Batch:
+def _read_rows(dataset: Samples, numbers: Sequence[int], *, vocab_size: int) -> dict[str, torch.Tensor | None]:
     samples = [dataset[number] for number in numbers]
     starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
-    batch = Batch(
-        tokens=torch.stack([sample.tokens for sample in samples]),
-        labels=torch.stack([sample.labels for sample in samples]),
-        document_starts=torch.stack(starts) if starts else None,
-    )
+    tokens, labels = (torch.stack(rows) for rows in zip(*((s.tokens, s.labels) for s in samples), strict=True))
     # Labels are the tokens one later, so the first token is the only one that they lack.
-    lowest = min(batch.labels.min(), batch.tokens[:, 0].min())
-    highest = max(batch.labels.max(), batch.tokens[:, 0].max())
-    if lowest < 0 or highest >= vocab_size:
-        _raise_bad_id(dataset, numbers, batch, vocab_size=vocab_size)
-    return batch
+    ids = torch.cat([tokens[:, :1], labels], dim=1)
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        _raise_bad_id(dataset, numbers, ids, vocab_size=vocab_size)
+    return {"tokens": tokens, "labels": labels, "document_starts": torch.stack(starts) if starts else None}
 
 
-def _raise_bad_id(dataset: Samples, numbers: Sequence[int], batch: Batch, *, vocab_size: int) -> None:
-    ids = torch.cat([batch.tokens[:, :1], batch.labels], dim=1)
+def _raise_bad_id(dataset: Samples, numbers: Sequence[int], ids: torch.Tensor, *, vocab_size: int) -> None:
     row, position = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
     path, offset_bytes = dataset.token_place(numbers[row], position)
     raise DataError(

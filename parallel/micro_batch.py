@@ -1,6 +1,6 @@
-"""A micro-batch, from the loader to the stage that computes with it."""
+"""The tokens of one forward and backward of a rank."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -8,14 +8,25 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.transfer import to_device
 
 
-class MicroBatch(NamedTuple):
-    """Each int64 [batch, this rank's part of the sequence]; document_starts on the CPU, the others on the device."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch, from the loader to the stage that computes with it.
+
+    Attributes:
+        tokens, labels: int64 [batch, sequence], on the CPU as the loader makes them, on the device after `on_rank`.
+        document_starts: for each token the position in its row of its document's first token, int64 [batch, sequence],
+            always on the CPU: each document is then run as if it were alone. None: a row is one stream.
+    """
 
     tokens: Tensor
     labels: Tensor
-    document_starts: Tensor | None = None  # where documents run as if alone; see the model
+    document_starts: Tensor | None = None
 
     def on_rank(self, world: World) -> "MicroBatch":
-        """This rank's part of a micro-batch of whole sequences that are all on the CPU."""
-        tokens, labels, starts = (None if t is None else world.context.part(t) for t in self)
-        return MicroBatch(to_device(tokens, world.device), to_device(labels, world.device), starts)
+        """Returns this context-parallel rank's part of whole sequences, on its device."""
+        part = world.context.part
+        return MicroBatch(
+            tokens=to_device(part(self.tokens), world.device),
+            labels=to_device(part(self.labels), world.device),
+            document_starts=None if self.document_starts is None else part(self.document_starts),
+        )

@@ -72,6 +72,7 @@ class Trainer:
             print(self._start_line(), file=sys.stderr)
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
+            make_batch=MicroBatch,
             micro_batch_samples=config.train.micro_batch_size,
             data_rank=world.data_rank,
             data_size=world.data_size,
@@ -165,4 +166,4 @@ class Trainer:
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
-        return MicroBatch(*self.loader.next_micro_batch()).on_rank(self.world)
+        return self.loader.next_micro_batch().on_rank(self.world)

@@ -57,13 +57,14 @@ class Validator(Hook):
         totals = torch.zeros(len(self.sources), dtype=torch.float64, device=self.world.device)
         batches = validation_batches(
             dataset,
+            make_batch=MicroBatch,
             micro_batch_samples=max(1, self.config.train.micro_batch_size // multiple),
             data_rank=self.world.data_rank,
             data_size=self.world.data_size,
             vocab_size=self.config.model.vocab_size,
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
-            parts = [MicroBatch(*item.batch).on_rank(self.world) for item in group]
+            parts = [item.batch.on_rank(self.world) for item in group]
             for item, losses in zip(group, executor.losses(parts), strict=True):
                 of_rows = losses.double().sum(dim=1) * item.weights.to(totals.device)
                 totals.index_add_(0, item.sources.to(totals.device), of_rows)

@@ -1,6 +1,7 @@
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class Numbers:
 
 
 def _loader(dataset, **options) -> BatchLoader:
-    defaults = {"micro_batch_samples": 2, "data_rank": 0, "data_size": 1}
+    defaults = {"make_batch": SimpleNamespace, "micro_batch_samples": 2, "data_rank": 0, "data_size": 1}
     return BatchLoader(dataset, **{**defaults, "vocab_size": VOCAB_SIZE, **options})
 
 
@@ -187,7 +188,12 @@ def test_threads_read_ahead_a_bounded_number_and_end(how, workers):
 @pytest.mark.parametrize("size", [1, 5, 8, 21])
 def test_validation_covers_each_sample_once_with_equal_passes(data_size, size):
     dataset = Numbers(size)
-    options = {"micro_batch_samples": 2, "data_size": data_size, "vocab_size": VOCAB_SIZE}
+    options = {
+        "make_batch": SimpleNamespace,
+        "micro_batch_samples": 2,
+        "data_size": data_size,
+        "vocab_size": VOCAB_SIZE,
+    }
     ranks = [list(validation_batches(dataset, data_rank=rank, **options)) for rank in range(data_size)]
     assert len({len(batches) for batches in ranks}) == 1
     counted, shapes = [], set()
@@ -202,8 +208,9 @@ def test_validation_covers_each_sample_once_with_equal_passes(data_size, size):
 
 
 def test_validation_checks_ids():
+    options = {"make_batch": SimpleNamespace, "micro_batch_samples": 2}
     with pytest.raises(DataError, match="token id 3"):
-        list(validation_batches(Numbers(), micro_batch_samples=2, data_rank=0, data_size=1, vocab_size=3))
+        list(validation_batches(Numbers(), **options, data_rank=0, data_size=1, vocab_size=3))
 
 
 def test_document_starts_are_given_where_documents_are_reset(tmp_path):

@@ -1,4 +1,4 @@
-"""What the product takes from DeepSpeed beyond its public interface is there, and does what the adapter says it does."""
+"""What the product takes of DeepSpeed beyond its public interface is there, and does what the adapter says."""
 
 import math
 from typing import Any
