@@ -210,6 +210,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def metric_differences(base: list[dict[str, Any]], head: list[dict[str, Any]]) -> list[str]:
     """The first differing step of each number, as sentences. A number that the older commit lacks is no difference."""
+    if not base or not {"loss", "grad_norm"} <= base[0].keys():
+        return ["the older one logged no losses and gradient norms: nothing was compared"]
     steps = [[record["step"] for record in records] for records in (base, head)]
     if steps[0] != steps[1]:
         return [f"logged steps are {steps[0]} and {steps[1]}"]
@@ -254,6 +256,8 @@ def _assembled(name: str, pieces: list[tuple[tuple[int, ...], np.ndarray]]) -> n
 
 def tensor_differences(base: Mapping[str, np.ndarray], head: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors that are missing, or whose shapes, types or bits differ, as sentences: the largest difference first."""
+    if not base:
+        return ["the older one holds no tensors: nothing was compared"]
     found = [f"{name} is only in the {'older' if name in base else 'newer'} one" for name in base.keys() ^ head.keys()]
     changed: list[tuple[float, str]] = []
     for name in sorted(base.keys() & head.keys()):

@@ -1,4 +1,4 @@
-"""A function on every rank of a world that this machine starts and ends: gloo on CPUs, NCCL where ranks have a GPU each."""
+"""A function on every rank of a world on this machine: over gloo on CPUs, over NCCL where each rank has a GPU."""
 
 import contextlib
 import multiprocessing
@@ -109,8 +109,8 @@ def _context(*, on_gpus: bool) -> BaseContext:
 
 @contextlib.contextmanager
 def _environment(*, on_gpus: bool) -> Iterator[None]:
-    """What new processes inherit: without GPUs nothing may find one, not even while it is imported."""
-    changes = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    """What new processes inherit: no warnings of what they import, and without GPUs nothing that an import may find."""
+    changes = {"PYTHONWARNINGS": "ignore"} | ({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""})
     before = {key: os.environ.get(key) for key in changes}
     os.environ.update(changes)
     try:
