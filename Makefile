@@ -2,6 +2,7 @@
 # make test   what CI runs
 # make test-slow   the tests that CI leaves out: many ranks, benchmarks
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
+# make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   style
 # make clean  removes what the demo made; .venv stays
 
@@ -12,7 +13,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-slurm lint clean
+.PHONY: demo test test-slow test-slurm compare lint clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -48,6 +49,10 @@ test-slow: .venv/installed
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
+
+compare: .venv/installed
+	$(if $(BASE),,$(error give the commit to compare with: make compare BASE=<commit>))
+	$(BIN)/python benchmarks/compare.py $(BASE) $(HEAD) $(if $(LAYOUTS),--layouts '$(LAYOUTS)')
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from sambalm.pretrain.cli import convert, data, plan, slurm, train
+from sambalm.pretrain.cli import check, convert, data, plan, slurm, train
 
 app = typer.Typer(
     name="sambalm",
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for commands in (data.commands, train.commands, plan.commands, convert.commands, slurm.commands):
+for commands in (data.commands, train.commands, check.commands, plan.commands, convert.commands, slurm.commands):
     app.add_typer(commands)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.layout_runs import STEPS, Slices, differences, one_process, run_values, steps_on_rank, whole
+from sambalm.pretrain.check_layout import Slices, whole
+from tests.support.layout_runs import STEPS, differences, one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world
 
 SP2, SP4 = {"tensor": 2, "sequence": True}, {"tensor": 4, "sequence": True}

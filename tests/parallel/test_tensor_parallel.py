@@ -13,7 +13,8 @@ from sambalm.model.registry import weight_copies
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.shard import shard
-from tests.support.layout_runs import local_slices, run_values, whole
+from sambalm.pretrain.check_layout import local_slices, whole
+from tests.support.layout_runs import run_values
 from tests.support.worlds import run_world
 
 
