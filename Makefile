@@ -2,7 +2,7 @@
 # make test   what CI runs
 # make test-slow   the tests that CI leaves out: many ranks, benchmarks
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
-# make lint   style
+# make lint   what pre-commit runs too: make style, types, spelling and scripts
 # make clean  removes what the demo made; .venv stays
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-slurm lint clean
+.PHONY: demo test test-slow test-slurm lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -49,9 +49,20 @@ test-slurm: .venv/installed
 	sh tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
 
-lint: .venv/installed
+lint: style types spelling scripts
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+spelling: .venv/installed
+	$(BIN)/codespell
+
+scripts: .venv/installed
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR slurm/common.sh slurm/*.sbatch tests/slurm/*.sh .ci/run
 
 clean:
 	rm -rf $(DEMO)
