@@ -3,7 +3,7 @@
 # make test-slow   the tests that CI leaves out: many ranks, benchmarks
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
-# make lint   style
+# make lint   what pre-commit runs too: make style, types, spelling and scripts
 # make clean  removes what the demo made; .venv stays
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-slurm compare lint clean
+.PHONY: demo test test-slow test-slurm compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -54,9 +54,20 @@ compare: .venv/installed
 	$(if $(BASE),,$(error give the commit to compare with: make compare BASE=<commit>))
 	$(BIN)/python benchmarks/compare.py $(BASE) $(HEAD) $(if $(LAYOUTS),--layouts '$(LAYOUTS)')
 
-lint: .venv/installed
+lint: style types spelling scripts
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+spelling: .venv/installed
+	$(BIN)/codespell
+
+scripts: .venv/installed
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR slurm/common.sh slurm/*.sbatch tests/slurm/*.sh .ci/run
 
 clean:
 	rm -rf $(DEMO)

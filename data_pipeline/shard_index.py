@@ -243,8 +243,8 @@ def _scan(prefix: str, dtype: np.dtype) -> tuple[IdRange, str]:
             lowest = min(lowest or low, low)
             highest = high if highest is None or high[0] > highest[0] else highest
             position += len(chunk)
-    assert lowest, "check_shard refuses a shard without tokens"
-    assert highest
+    assert lowest is not None, "check_shard refuses a shard without tokens"
+    assert highest is not None
     return (
         IdRange(
             lowest=lowest[0],

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import DataError
-from .files import atomic_write, create, flush_to_disk, sha256_file, sync_directory
+from .files import atomic_write, create, flush_to_disk, sha256_file, sync
 
 FORMAT_VERSION = 2
 # A flipped bit is found in one of these, and a shard of 2 GiB takes 4 KiB of checksums in the manifest.
@@ -219,7 +219,7 @@ class ShardWriter:
         """Move both files to their names, replacing what is there; the .idx, without which no reader starts, last."""
         for path in self._paths.values():
             os.replace(temporary_shard_file(path), path)
-        sync_directory(self._paths["bin"].parent)
+        sync(self._paths["bin"].parent)
 
     def discard(self) -> None:
         """Remove what has not been committed."""

@@ -1,10 +1,14 @@
 """How a run ends: exit codes, and the errors of this package that a user can cause, one sentence each."""
 
-from enum import IntEnum
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `sambalm train`; docs/operations.md says what follows from each."""
+    """Exit codes of `sambalm train`; EXIT_CODES says what each means and what the launchers do then."""
 
     FINISHED = 0
     BAD_INPUT = 2
@@ -16,6 +20,62 @@ class ExitCode(IntEnum):
     RUN_IN_USE = 79
     DIVERGED = 80
     INTERRUPTED = 130
+
+
+class Launchers(StrEnum):
+    """What the launchers of slurm/ do after an attempt."""
+
+    FINISH = "end the job; jobs that depend on it start"
+    END = "end the job"
+    RETRY = "try again"
+    REQUEUE = "requeue the job"
+
+
+class Meaning(NamedTuple):
+    """A row of docs/operations.md's table of exit codes."""
+
+    meaning: str
+    launchers: Launchers
+
+
+EXIT_CODES = {
+    ExitCode.FINISHED: Meaning("`train.steps` is reached", Launchers.FINISH),
+    ExitCode.BAD_INPUT: Meaning("bad input: config, data, layout, another model in the folder", Launchers.END),
+    ExitCode.NOT_SAVED: Meaning("a checkpoint could not be written; the one before is intact", Launchers.RETRY),
+    ExitCode.REQUEUE: Meaning("saved and left", Launchers.REQUEUE),
+    ExitCode.NO_PROGRESS: Meaning(
+        "no progress: the last `run.fruitless_attempts` attempts began at the same step", Launchers.END
+    ),
+    ExitCode.CHECKPOINTS_DAMAGED: Meaning("every checkpoint is damaged: never a silent fresh start", Launchers.END),
+    ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
+    ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
+    ExitCode.DIVERGED: Meaning("gradients were not finite, step after step", Launchers.END),
+    ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard", Launchers.END),
+}
+
+
+def print_error(error: Exception) -> None:
+    """Prints the sentence of an error for its user."""
+    print(f"error: {error}", file=sys.stderr)
+
+
+@contextmanager
+def ending_in_a_sentence(report: Callable[[Exception], None] = print_error) -> Iterator[None]:
+    """Ends the process without a traceback where the user can mend what went wrong: where an error has an `exit_code`.
+
+    Args:
+        report: shows such an error.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        report(error)
+        sys.exit(exit_code)
 
 
 class ConfigError(Exception):

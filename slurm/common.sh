@@ -1,16 +1,19 @@
 # The life of a job, sourced by every slurm/*.sbatch. docs/operations.md has the signals and exit codes.
 # Each cluster's particulars are in configs/clusters/$SAMBALM_CLUSTER.env.
 
+# shellcheck shell=bash
 set -uo pipefail
 leaving= # why this job is to end soon
 trap 'leaving="told to leave"; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || exit
 clusters=${SAMBALM_CLUSTERS:-configs/clusters}
-set -a; . "$clusters/${SAMBALM_CLUSTER:-generic}.env"; set +a
+set -a
+# shellcheck source=/dev/null
+. "$clusters/${SAMBALM_CLUSTER:-generic}.env"
+set +a
 python=${SAMBALM_PYTHON:-$SLURM_SUBMIT_DIR/.venv/bin/python}
 job_name="job$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 steps=0 # of this job, each with a rendezvous port of its own
-FINISHED=0 REQUEUE=75 NO_PROGRESS=76
 
 say() { echo "$(date '+%F %T') $job_name: $*"; }
 
@@ -41,18 +44,20 @@ living_nodes() {
 
 # Sets $nodes to those to train on, by the health checks; bad ones are reported in the attempt's folder.
 pick_nodes() {
-    local needed=$1 run_dir=$2 attempt=$3 living; shift 3
+    local needed=$1 run_dir=$2 attempt=$3 living names; shift 3
     living=$(living_nodes)
     on_nodes "$attempt/health.log" "$living" timeout 120 \
         "$python" -m sambalm.slurm.health node "$attempt/health" "$run_dir"
-    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" 1 ${living//,/ } 2>>"$attempt/health.log") || return 1
+    IFS=, read -ra names <<<"$living"
+    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" 1 "${names[@]}" 2>>"$attempt/health.log") || return 1
     if [[ ${CHECK_LINKS:-1} == 1 ]]; then
         if ! ranks_on "$attempt/health.log" "$attempt/health" "$nodes" sambalm.slurm.health links "$attempt/links"; then
             say "the nodes did not come together for an all-reduce: see $attempt/health.log"
             return 1
         fi
     fi
-    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" "$needed" ${nodes//,/ }) || return 1
+    IFS=, read -ra names <<<"$nodes"
+    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" "$needed" "${names[@]}") || return 1
     nodes=$(cut -d, -f"1-$needed" <<<"$nodes")
 }
 
@@ -67,30 +72,33 @@ start_again() {
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
     if [[ $state != RUNNING ]]; then
         say "$1; Slurm is ending this job ($state)"
-        exit $REQUEUE
+        exit "$REQUEUE"
     fi
     if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
         say "$1; not requeued: MAX_RESTARTS=$MAX_RESTARTS is reached"
-        exit $REQUEUE
+        exit "$REQUEUE"
     fi
     say "$1; requeueing"
     trap '' TERM USR1
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "Slurm does not requeue this job: submit it again to go on"
-        exit $REQUEUE
+        exit "$REQUEUE"
     fi
     bad=$(cat "$run_dir/attempts/$SAMBALM_ATTEMPT/bad_nodes" 2>/dev/null)
     [[ $bad ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"
     exit 0
 }
 
-newest_checkpoint() { ls "$1/checkpoints" 2>/dev/null | grep '^step_' | tail -n 1; }
+newest_checkpoint() {
+    local folders=("$1"/checkpoints/step_*)
+    [[ -e ${folders[-1]} ]] && echo "${folders[-1]##*/}"
+}
 
 # train_job CONFIG NODES [section.key=value]...
 train_job() {
-    local config=$1 needed=$2 prepared run_dir limit attempt nodes code reason; shift 2
+    local config=$1 needed=$2 prepared run_dir limit attempt nodes next code reason; shift 2
     prepared=$("$python" -W ignore -m sambalm.slurm.prepare $((needed * RANKS_PER_NODE)) "$config" "$@") || exit
-    limit=${prepared%% *} run_dir=${prepared#* }
+    read -r REQUEUE NO_PROGRESS limit run_dir <<<"$prepared"
     local crashes=0 newest # since a checkpoint was made: the ranks count too, but not those that die as they start
     newest=$(newest_checkpoint "$run_dir")
     for ((try = 0; ; try++)); do
@@ -101,21 +109,20 @@ train_job() {
         [[ $leaving ]] && start_again "$leaving"
         say "training on $nodes; logs: $attempt/NODE.log"
         ranks_on "$attempt/%N.log" "$attempt" "$nodes" sambalm.pretrain.cli train "$config" "$@"
-        code=$(sed -n 's/.*"exit_code": \([0-9]*\).*/\1/p' "$attempt/outcome.json" 2>/dev/null)
-        reason=$(sed -n 's/.*"reason": "\(.*\)",$/\1/p' "$attempt/outcome.json" 2>/dev/null)
-        case ${code:-crashed} in
-            "$FINISHED") say "finished"; exit 0 ;;
-            "$REQUEUE") start_again "$reason" ;;
-            crashed | 74)
+        read -r next code reason <<<"$("$python" -m sambalm.slurm.outcome "$attempt")"
+        case $next in
+            finish) say "finished"; exit 0 ;;
+            requeue) start_again "$reason" ;;
+            end) say "not started again: $reason"; exit "$code" ;;
+            *) # retry
                 say "attempt $SAMBALM_ATTEMPT crashed: see $attempt"
                 [[ $leaving ]] && start_again "$leaving"
                 [[ $(newest_checkpoint "$run_dir") == "$newest" ]] || crashes=0
                 newest=$(newest_checkpoint "$run_dir")
                 if ((++crashes > limit)); then
                     say "not started again: $crashes crashes without a new checkpoint"
-                    exit $NO_PROGRESS
+                    exit "$NO_PROGRESS"
                 fi ;;
-            *) say "not started again: $reason"; exit "$code" ;;
         esac
     done
 }

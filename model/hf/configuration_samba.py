@@ -182,6 +182,10 @@ class SambaConfig(PreTrainedConfig):
         return self.attn["num_kv_heads"]
 
     @property
+    def rotary_base(self) -> float:
+        return self.attn["rope_theta"]
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.attn["num_heads"]
 

@@ -1,11 +1,9 @@
-"""Writing a model as a Hugging Face folder, one tensor in memory at a time."""
+"""Writing a model as a Hugging Face folder, one tensor in memory at a time; the caller makes the folder durable."""
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +12,6 @@ from torch import Tensor
 
 import sambalm.model.ops.reference as operations
 from sambalm.model.config import ModelConfig
-from sambalm.model.durable_files import flush, write_json
 from sambalm.model.mixers.base import HFTensor
 
 from . import configuration_samba, modeling_samba
@@ -41,27 +38,26 @@ def export_hf(
     state: CanonicalState,
     config: ModelConfig,
     *,
-    output: Path,
+    folder: Path,
     tokenizer_model: Path,
     documents: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
     card: TrainingFacts = TrainingFacts(),
-    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write, verify and only then name the folder `output`.
+    """Write a model into an empty folder and verify what lies there.
 
     Args:
         state: the canonical weights.
+        folder: exists and is empty; it is of no use when this raises.
         documents: text for the verification, at least a few windows of it if there is so much.
         dtype: of the weights, fp32 or bf16; Mamba's A_log, D and dt_proj.bias are fp32 in any case.
         max_shard_bytes: weights in one file at most; a tensor that is larger has a file of its own.
-        overwrite: whether an existing Samba folder is replaced.
         progress: receives (bytes written, bytes in all).
 
-    Raises HFError, and leaves nothing behind, when the output exists, the state does not fit the configuration, the
-    tokenizer cannot be converted, or the folder does not give the training model's logits and the tokenizer's ids.
+    Raises HFError when the state does not fit the configuration, the tokenizer cannot be converted, or the folder does
+    not give the training model's logits and the tokenizer's ids.
     """
     if dtype not in DTYPES:
         raise HFError(f"dtype is {dtype}; weights are exported as torch.float32 or torch.bfloat16")
@@ -76,16 +72,15 @@ def export_hf(
     tokens = {f"{name}_token_id": token_ids(proto)[name] for name in ("bos", "eos", "pad")}
     lengths = {} if card.sequence_tokens is None else {"max_position_embeddings": card.sequence_tokens}
     hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
-    with _new_folder(Path(output), overwrite=overwrite) as folder:
-        _write_config(folder, hf, tokens)
-        save_tokenizer(tokenizer_model, folder)
-        _write_code(folder)
-        shapes = state.shapes()
-        parameters = sum(math.prod(shapes[part]) for tensor in tensors.values() for part in tensor.parts)
-        text = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
-        (folder / "README.md").write_text(text, "utf-8")
-        _write_weights(folder, state, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
-        verify_export(folder, state, config, documents, tokenizer_model)
+    _write_config(folder, hf, tokens)
+    save_tokenizer(tokenizer_model, folder)
+    _write_code(folder)
+    shapes = state.shapes()
+    parameters = sum(math.prod(shapes[part]) for tensor in tensors.values() for part in tensor.parts)
+    text = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
+    (folder / "README.md").write_text(text, "utf-8")
+    _write_weights(folder, state, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+    verify_export(folder, state, config, documents, tokenizer_model)
 
 
 def _refuse_unfit_state(state: CanonicalState, tensors: dict[str, HFTensor]) -> None:
@@ -96,64 +91,16 @@ def _refuse_unfit_state(state: CanonicalState, tensors: dict[str, HFTensor]) -> 
             raise HFError(f"the checkpoint {word} tensor {min(names)}: its weights do not fit its model configuration")
 
 
-@contextmanager
-def _new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder that becomes `output` when the block ends, and vanishes when it raises."""
-    output = output.absolute()
-    exists = output.is_dir() and any(output.iterdir())
-    if exists and not overwrite:
-        raise HFError(f"the output folder {output} is not empty; choose another or allow it to be overwritten")
-    if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
-        raise HFError(f"the output {output} is something else than a Samba folder; choose another")
-    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        _flush_to_disk(folder)
-        _put_into_place(folder, output)
-    except OSError as error:
-        if error.filename and not str(error.filename).startswith(str(output.parent)):
-            raise  # the checkpoint's, not the output's
-        raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_samba_folder(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == SambaConfig.model_type
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _put_into_place(folder: Path, output: Path) -> None:
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    if output.is_dir():
-        os.rename(output, old)
-    try:
-        os.rename(folder, output)
-    except OSError:
-        if old.is_dir():
-            os.rename(old, output)
-        raise
-    flush(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Makes the folder's content survive a power loss; the rename alone may reach the disk before it."""
-    for path in folder.iterdir():
-        flush(path)
-    flush(folder)
-
-
 def _write_config(folder: Path, config: SambaConfig, tokens: dict[str, int | None]) -> None:
     content = config.to_diff_dict()
     content["dtype"] = str(config.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", content | {"architectures": ["SambaForCausalLM"], "auto_map": AUTO_MAP})
+    _write_json(folder / "config.json", content | {"architectures": ["SambaForCausalLM"], "auto_map": AUTO_MAP})
     known = {name: index for name, index in tokens.items() if index is not None}
-    write_json(folder / "generation_config.json", known)
+    _write_json(folder / "generation_config.json", known)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_code(folder: Path) -> None:
@@ -186,7 +133,7 @@ def _write_weights(
             if progress:
                 progress(done, total)
         weight_map |= dict.fromkeys(names, file)
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def plan_shards(sizes: dict[str, int], *, max_shard_bytes: int) -> list[list[str]]:

@@ -33,7 +33,7 @@ def _architecture(config: SambaConfig, *, parameters: int, dtype: str) -> list[s
         f"- hidden size {config.hidden_size}, MLP width {config.mlp_size}, vocabulary {config.vocab_size} "
         f"({tied} embeddings)",
         f"- attention: {config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads, "
-        f"window {config.sliding_window}, rotary base {config.attn['rope_theta']:g}",
+        f"window {config.sliding_window}, rotary base {config.rotary_base:g}",
         f"- Mamba: {config.state_size} states, inner width {config.intermediate_size}, "
         f"convolution over {config.conv_kernel} tokens, step rank {config.time_step_rank}",
     ]

@@ -381,7 +381,7 @@ class SambaModel(SambaPreTrainedModel):
             return SequenceContext(cache, padding, None, None)
         if positions is None:
             positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
-        cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.attn["rope_theta"])
+        cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
         if self._needs_mask(mask, length) or output_attentions or config.output_attentions:
             mask = create_sliding_window_causal_mask(
                 config=config,

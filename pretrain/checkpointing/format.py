@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
-from sambalm.model.durable_files import flush, write_json
+from sambalm.data_pipeline.files import sync
 from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError
 
 FORMAT_VERSION = 1
@@ -156,6 +156,12 @@ def checksums(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
     return {name: _checksum(folder / name) for name in names}
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON durably."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
 def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
     """Writes the checksums of all of a folder's files, durably: the folder is complete after this and its rename."""
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))})
@@ -165,7 +171,7 @@ def commit(partial: Path, final: Path) -> None:
     """Gives a complete folder its final name, in one step and durably; replaces what an earlier attempt left there."""
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    flush(final.parent)
+    sync(final.parent)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,18 +1,25 @@
 """From a run's checkpoint to a Hugging Face folder."""
 
 import itertools
+import json
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.documents import read_documents
+from sambalm.data_pipeline.files import sync
 from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.model.hf.configuration_samba import SambaConfig
+from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
@@ -50,17 +57,18 @@ def checkpoint_to_hf(
     tokenizer_path = tokenizer or config.data.tokenizer_path()
     if tokenizer_path is None:
         raise CheckpointError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
-    export_hf(
-        checkpoint,
-        config.model,
-        output=output,
-        tokenizer_model=tokenizer_path,
-        documents=_documents(documents, config.data, load_tokenizer(tokenizer_path)),
-        dtype=DTYPES[precision],
-        card=_facts(checkpoint, config),
-        overwrite=overwrite,
-        progress=progress,
-    )
+    texts = _documents(documents, config.data, load_tokenizer(tokenizer_path))
+    with new_hf_folder(output, overwrite=overwrite) as folder:
+        export_hf(
+            checkpoint,
+            config.model,
+            folder=folder,
+            tokenizer_model=tokenizer_path,
+            documents=texts,
+            dtype=DTYPES[precision],
+            card=_facts(checkpoint, config),
+            progress=progress,
+        )
     return checkpoint
 
 
@@ -90,3 +98,56 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
             f"weight decay {optimizer.weight_decay}",
         ),
     )
+
+
+@contextmanager
+def new_hf_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty folder that becomes `output` when the block ends, and vanishes when it raises.
+
+    Args:
+        overwrite: whether an existing Samba folder is replaced.
+
+    Raises:
+        HFError: `output` holds something else or cannot be written.
+    """
+    output = output.absolute()
+    exists = output.is_dir() and any(output.iterdir())
+    if exists and not overwrite:
+        raise HFError(f"the output folder {output} is not empty; choose another or allow it to be overwritten")
+    if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
+        raise HFError(f"the output {output} is something else than a Samba folder; choose another")
+    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        for path in (*folder.iterdir(), folder):  # a rename alone may reach the disk before what it names
+            sync(path)
+        _put_into_place(folder, output)
+    except OSError as error:
+        if error.filename and not str(error.filename).startswith(str(output.parent)):
+            raise  # the checkpoint's, not the output's
+        raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_samba_folder(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == SambaConfig.model_type
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _put_into_place(folder: Path, output: Path) -> None:
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    if output.is_dir():
+        os.rename(output, old)
+    try:
+        os.rename(folder, output)
+    except OSError:
+        if old.is_dir():
+            os.rename(old, output)
+        raise
+    sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)

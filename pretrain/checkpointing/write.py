@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
-from sambalm.model.durable_files import flush, write_json
+from sambalm.data_pipeline.files import sync
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.snapshot import slices_to_save
@@ -99,10 +99,10 @@ def _dealt_files(partial: Path, *, world: World) -> list[str]:
 
 def _complete(partial: Path, state: dict[str, Any], gathered: Sequence[dict[str, dict[str, int]]]) -> None:
     """What only the folder as a whole has."""
-    write_json(partial / files.STATE, state)
+    files.write_json(partial / files.STATE, state)
     checksums = functools.reduce(operator.or_, gathered, files.checksums(partial, [files.STATE]))
     files.write_manifest(partial, checksums)
-    flush(partial)
+    sync(partial)
 
 
 def _state(config: RunConfig, step: int, *, samples: int, data: dict[str, Any]) -> dict[str, Any]:

@@ -32,16 +32,10 @@ def main() -> None:
     """Runs the program. An error that carries an `exit_code` is the user's to mend: one sentence, no traceback."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")  # optional, as megatron-core says
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    try:
+    from sambalm.pretrain.errors import ending_in_a_sentence
+
+    with ending_in_a_sentence(_print_error):
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        exit_code = getattr(error, "exit_code", None)
-        if exit_code is None:
-            raise
-        _print_error(error)
-        sys.exit(exit_code)
 
 
 def _print_error(error: Exception) -> None:
@@ -57,7 +51,9 @@ def _print_error(error: Exception) -> None:
             print(f"error on rank {rank}: {error}", file=sys.stderr)
             return
     if rank in (None, "0"):
-        print(f"error: {error}", file=sys.stderr)
+        from sambalm.pretrain.errors import print_error
+
+        print_error(error)
 
 
 def _show_version(wanted: bool) -> None:

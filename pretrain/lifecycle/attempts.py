@@ -58,7 +58,7 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     """The attempts of a run, oldest first."""
     records = []
     for path in run_dir.glob(f"attempts/*/{ATTEMPT}"):
-        started, outcome = _read(path), _read(path.with_name(OUTCOME))
+        started, outcome = _read(path), read_outcome(path.parent)
         records.append(
             AttemptRecord(
                 path=path.parent,
@@ -127,6 +127,11 @@ def write_outcome(folder: Path, *, exit_code: int, step: int | None, reason: str
     """Says how an attempt ended; whoever comes first is right, since what follows a failure are its consequences."""
     values = {"exit_code": int(exit_code), "step": step, "reason": reason, "ended_s": time.time()}
     _write_once(folder / OUTCOME, values)
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """The exit code, step, reason and time that an attempt ended with; empty while it runs and after a kill."""
+    return _read(folder / OUTCOME)
 
 
 @contextlib.contextmanager

@@ -63,10 +63,11 @@ def exported(sentencepiece_model, documents, tmp_path_factory):
     config = tiny_config("M-*-", vocab_size=1200, mlp_size=256)
     state = RandomState(config)
     folder = tmp_path_factory.mktemp("export") / "model"
+    folder.mkdir()
     export_hf(
         state,
         config,
-        output=folder,
+        folder=folder,
         tokenizer_model=sentencepiece_model,
         documents=documents[:5],
         max_shard_bytes=120_000,

@@ -15,6 +15,7 @@ from sambalm.model.hf.export import export_hf, plan_shards
 from sambalm.model.hf.folder import INDEX_FILE, FolderState
 from sambalm.model.hf.generate import load_config, load_model
 from sambalm.model.hf.verify import verify_export
+from sambalm.pretrain.checkpointing.to_hf import new_hf_folder
 from tests.support.hf import RandomState, hf_model, tiny_config
 
 FP32_LEAVES = ("A_log", "D", "dt_proj.bias")
@@ -27,8 +28,10 @@ def export(tmp_path, sentencepiece_model, documents):
     def run(state=None, config=None, **options):
         config = config or tiny_config("M-*-", vocab_size=1200)
         state = state or RandomState(config)
-        defaults = {"output": tmp_path / "out", "tokenizer_model": sentencepiece_model, "documents": documents[:3]}
-        export_hf(state, config, **defaults | options)
+        output, overwrite = options.pop("output", tmp_path / "out"), options.pop("overwrite", False)
+        defaults = {"tokenizer_model": sentencepiece_model, "documents": documents[:3]}
+        with new_hf_folder(output, overwrite=overwrite) as folder:
+            export_hf(state, config, folder=folder, **defaults | options)
         return tmp_path / "out", state, config
 
     return run

@@ -13,7 +13,7 @@ import pytest
 
 from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import EXIT_CODES, ExitCode
 from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
@@ -21,6 +21,7 @@ from sambalm.pretrain.planner.search import DAY_S, find_plans
 from sambalm.slurm.agent import torchrun_arguments
 from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.health import find_problems, pick
+from sambalm.slurm.outcome import describe_outcome
 from sambalm.slurm.status import run_status
 from tests.support.whole_runs import train
 
@@ -122,6 +123,40 @@ def test_the_state_of_a_run(run_values):
     write_outcome(later, exit_code=ExitCode.BAD_INPUT, step=None, reason="what followed from it")
     assert run_status(run_dir).state == "not saved (no space)"
     assert read_attempts(run_dir)[-1].exit_code == ExitCode.NOT_SAVED
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "line"),
+    [
+        (ExitCode.FINISHED, 'finish 0 "so" it is'),
+        (ExitCode.NOT_SAVED, 'retry 74 "so" it is'),
+        (ExitCode.REQUEUE, 'requeue 75 "so" it is'),
+        (ExitCode.DIVERGED, 'end 80 "so" it is'),
+        (5, 'end 5 "so" it is'),
+    ],
+)
+def test_a_job_learns_what_to_do_after_an_attempt(exit_code, line, tmp_path):
+    write_outcome(tmp_path, exit_code=exit_code, step=3, reason='"so"\nit is')
+    assert describe_outcome(tmp_path) == line
+
+
+def test_an_attempt_without_an_outcome_is_tried_again(tmp_path):
+    assert describe_outcome(tmp_path) == "retry"
+
+
+def test_every_exit_code_has_a_meaning():
+    assert EXIT_CODES.keys() == set(ExitCode)
+
+
+def test_a_job_asks_for_its_run_before_it_starts(tmp_path):
+    config = str(CONFIGS / "samba_421m.yaml")
+    command = [sys.executable, "-W", "ignore", "-m", "sambalm.slurm.prepare"]
+    asked = subprocess.run([*command, "8", config, "run.dir=a run"], capture_output=True, text=True)
+    assert asked.stdout == f"75 76 {load_config(CONFIGS / 'samba_421m.yaml').run.fruitless_attempts} a run\n"
+    refused = subprocess.run([*command, "8", config, "parallel.tensor=3"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (ExitCode.BAD_INPUT, "")
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
 
 
 def test_a_folder_that_is_no_run_has_no_state(tmp_path):
