@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot

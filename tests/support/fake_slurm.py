@@ -19,7 +19,7 @@ COMMANDS = {
     "srun": 'while case "$1" in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
 }
 
-# What stands for the Python of the installation. `health pick` is the real one where nodes are bad: it takes long to start.
+# What stands for the Python of the installation. `health pick` is the real one, which takes long, where nodes are bad.
 PYTHON = """\
 case "$*" in
     *"sambalm.slurm.prepare "*) [ "$FAKE_PREPARE" = 0 ] || exit "$FAKE_PREPARE"; echo "$FAKE_LIMIT $FAKE_RUN_DIR" ;;
@@ -80,8 +80,8 @@ def run_job(
     """Runs a shipped job script to its end.
 
     Args:
-        plan: a line an attempt: the checkpoint's step that it leaves or `-`, its exit code, `crash`, `told` (by USR1, on
-            which it leaves) or `told-crash`, and the reason that it records.
+        plan: a line an attempt: the checkpoint's step that it leaves or `-`, its exit code, `crash`, `told` (by USR1,
+            on which it leaves) or `told-crash`, and the reason that it records.
         nodes: what sinfo says of the job's nodes, a line each. good: those that pass their health check (default: all).
         state: of the job, by squeue. limit: run.fruitless_attempts.
         requeue, links, prepare: exit codes of `scontrol requeue`, of the check of links and of the config.
