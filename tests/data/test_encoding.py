@@ -244,7 +244,13 @@ def test_batches_are_cut_without_a_trace(tmp_path, tokenizer, monkeypatch):
     (piece,) = pieces(input_file(path), ReadOptions())
     whole = Encoder(config, tokenizer, fast_path=None).encode_piece(piece)
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 50)
-    cut = Encoder(config, tokenizer, fast_path=FastPath(tokenizer)).encode_piece(piece)
+    encoder, batches = Encoder(config, tokenizer, fast_path=FastPath(tokenizer)), []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda texts: batches.append(sum(map(len, texts))) or encode(texts))
+    cut = encoder.encode_piece(piece)
+    assert len(batches) > 5
+    assert all(characters >= 50 for characters in batches[:-1])  # each is filled anew
+    assert max(batches) < 50 + max(map(len, make_texts(30, seed=2)))
     for name in ("tokens", "lengths", "positions", "text_bytes"):
         assert np.array_equal(getattr(whole, name), getattr(cut, name))
     assert whole.lengths[0] == whole.lengths[-2] == 0

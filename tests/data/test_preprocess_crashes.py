@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -133,10 +134,17 @@ def test_a_log_cut_in_a_line_counts_up_to_there(tmp_path, tokenizer, many, whole
     assert contents(prefix) == whole
 
 
-def test_a_committed_shard_that_is_gone_is_made_again(tmp_path, tokenizer, many, whole):
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "suffix"), [(Path.unlink, "idx"), (Path.unlink, "bin"), (cut_short, "bin")], ids=["idx", "bin", "size"]
+)
+def test_a_committed_shard_that_is_not_whole_is_made_again(damage, suffix, tmp_path, tokenizer, many, whole):
     prefix, options = tmp_path / "d", {"tokenizer": tokenizer.path, "shard_tokens": SHARD_TOKENS}
     stop_half_way([many], output_prefix=prefix, **options)
-    (tmp_path / "d_00002.idx").unlink()
+    damage(tmp_path / f"d_00002.{suffix}")
     assert preprocess([many], output_prefix=prefix, **options).resumed_shards == 2
     assert contents(prefix) == whole
 

@@ -118,6 +118,21 @@ def test_gated_scan_equals_the_loop():
     check(function, reference, inputs, tolerance=1e-5)
 
 
+def test_gated_scan_of_bf16_inputs_rounds_its_output_alone():
+    """The state, which stays in fp32, is that of the same values in fp64."""
+    u, dt, A, B, C, state = scan_inputs(2, 33, 6, 4)
+    D, z, bias = torch.randn(6), torch.randn(2, 33, 6), torch.randn(6)
+    u, dt, B, C, z = (t.bfloat16() for t in (u, dt, B, C, z))
+    y, final = gated_selective_scan(u, dt, A, B, C, D=D, z=z, dt_bias=bias, initial_state=state)
+    u, dt, A, B, C, state, D, z, bias = (t.double() for t in (u, dt, A, B, C, state, D, z, bias))
+    expected, expected_final = loop_scan(u, F.softplus(dt + bias), A, B, C, state)
+    expected = (expected + D * u) * F.silu(z)
+    assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+    assert relative(final, expected_final) < 1e-6
+    # To half a unit of bf16's last place and a little.
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5)
+
+
 @pytest.mark.parametrize(("length", "taps"), [(1, 4), (2, 4), (17, 4), (17, 2)])
 def test_conv_equals_the_definition(length, taps):
     def reference(x, weight, bias, state):
@@ -148,6 +163,8 @@ def dense_attention(q, k, v, *, window):
         (33, 60, 4, 4, 20),
         (1, 40, 4, 1, 16),
         (5, 8, 2, 2, 100),
+        (16, 16, 2, 1, 16),
+        (17, 17, 2, 1, 16),
     ],
 )
 def test_window_attention_equals_dense(queries, keys, heads, kv_heads, window):

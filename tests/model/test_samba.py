@@ -1,6 +1,7 @@
 """What a Samba is: sizes, initial weights, causality and the reach of its window."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from pydantic import ValidationError
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import flops_per_token
+from sambalm.model.ops.reference.selective_scan import gated_selective_scan
+from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.parameters import count_parameters
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices, initialize_parameters
@@ -60,6 +63,27 @@ def test_initial_weights_follow_the_paper():
     }
     for name, bound in uniform.items():
         assert weights[name].abs().max() == pytest.approx(bound, rel=0.02), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scan_gets_mambas_rates_in_fp32(dtype):
+    """Whatever the precision of the activations: A from values that bf16 cannot hold, D and the bias as they are."""
+    given = {}
+
+    def scan(u, dt, A, B, C, **others):
+        given.update(others, u=u, A=A)
+        return gated_selective_scan(u, dt, A, B, C, **others)
+
+    model = Samba(ModelConfig(**(SMALL | {"pattern": "M"})), kernels=replace(TORCH_KERNELS, scan=scan), dtype=dtype)
+    initialize_parameters(model, seed=0)
+    weights = {name: piece.of_local(p.detach()) for name, p, piece in canonical_slices(model)}
+    for name in ("A_log", "D", "dt_proj.bias"):
+        weights[f"layers.0.mixer.{name}"] += 1e-3  # 1 + 1/1000 is 1 in bf16
+    model(torch.zeros(1, 3, dtype=torch.int64))
+    assert given["u"].dtype == dtype
+    assert torch.equal(given["A"], -torch.exp(weights["layers.0.mixer.A_log"]))
+    assert torch.equal(given["D"], weights["layers.0.mixer.D"])
+    assert torch.equal(given["dt_bias"], weights["layers.0.mixer.dt_proj.bias"])
 
 
 def test_no_two_layers_start_alike():

@@ -3,6 +3,8 @@
 That gradients come out right is in test_layouts.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,9 @@ def test_shares_follow_one_another_and_fill_a_dimension(size, ranks):
     shares = [shard(size, TensorParallel(rank=rank, size=ranks)) for rank in range(ranks)]
     assert [share.start for share in shares] == list(np.cumsum([0] + [share.length for share in shares[:-1]]))
     assert sum(share.length for share in shares) == size
-    assert max(share.length for share in shares) - min(share.length for share in shares) < 16
+    lengths = [share.length for share in shares]
+    assert lengths == sorted(lengths, reverse=True)  # the first rank has most of all, which plans count with
+    assert lengths[0] - lengths[-1] < 16
     assert all(share.length > 0 for share in shares)
     if size % ranks and size >= 8 * ranks:
         assert all(share.start % 8 == 0 for share in shares), "matrix products want multiples of 8"
@@ -45,7 +49,7 @@ def test_each_query_head_is_on_one_rank_together_with_the_kv_head_that_it_reads(
         window=1,
         vocab_size=8,
     )
-    seen, owned = [], []
+    seen, owned, held, copies = [], [], Counter(), set()
     for rank in range(ranks):
         share = share_heads(config, TensorParallel(rank=rank, size=ranks))
         queries, keys = (_heads(part, head_dim) for part in (share.query, share.kv))
@@ -55,10 +59,12 @@ def test_each_query_head_is_on_one_rank_together_with_the_kv_head_that_it_reads(
         local_group = len(queries) // len(keys)
         for number, query in enumerate(queries):
             assert keys[number // local_group] == query // (query_heads // kv_heads)
-        assert share.kv_copies == kv_copies(config, ranks)
+        held.update(keys)
+        copies.add(share.kv_copies)
         assert share.kv_heads == len(keys)
     assert sorted(seen) == list(range(query_heads))
     assert sorted(owned) == list(range(kv_heads)), "one copy of each kv head counts"
+    assert copies == set(held.values()) == {kv_copies(config, ranks)}
 
 
 def _heads(part, head_dim):

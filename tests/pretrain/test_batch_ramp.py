@@ -1,5 +1,6 @@
 """A global batch that grows: sizes, gradients against a plain loop, and the same samples whatever reads them."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,10 @@ def test_every_size_must_suit_the_ranks(ramp_values):
         config.check_world(8)
 
 
+# Two of ten steps of warm-up to 3e-3, then a cosine to a tenth of it.
+LEARNING_RATES = [1.5e-3, *(3e-4 + 2.7e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(9))]
+
+
 def plain_loop(values: dict) -> list[tuple[float, float]]:
     """Losses and gradient norms of AdamW on whole batches: no engine, no accumulation, no loader."""
     from sambalm.data_pipeline.dataset import build_train_dataset
@@ -89,7 +94,6 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     from sambalm.model.build import build_parts
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.sharding import initialize_parameters
-    from sambalm.pretrain.optimizer import gradient_buckets
 
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:
@@ -104,7 +108,12 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
             sequence_length=config.data.sequence_length,
         )
         initialize_parameters(model, seed=config.run.seed)
-        optimizer = config.optimizer.build(gradient_buckets([model]))
+        decayed, others = [], []
+        for name, parameter in model.named_parameters():  # by the paper's recipe, not by the product's groups
+            vector = parameter.dim() == 1 or name.endswith("A_log")
+            (others if vector else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
         dataset = build_train_dataset(config.data, open_sources(config.data), seed=config.run.seed)
         numbers = iter(range(10**6))
         for step, size in enumerate([4, 4, 4, 4, 8, 8, 12, 12, 16, 16], start=1):
@@ -112,9 +121,9 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
             tokens, labels = (torch.stack([sample[part] for sample in samples]) for part in (0, 1))
             loss = model(tokens, labels).mean()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.learning_rate(step, steps=config.train.steps)
+                group["lr"] = LEARNING_RATES[step - 1]
             optimizer.step()
             optimizer.zero_grad()
             found.append((loss.item(), norm.item()))

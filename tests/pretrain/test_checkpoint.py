@@ -82,6 +82,18 @@ def test_a_checkpoint_resumes_on_another_layout(move, run_values, tmp_path):
         assert record == pytest.approx(expected, rel=1e-5)
 
 
+def test_tensors_that_ranks_cannot_share_equally_are_resumed(run_values, tmp_path):
+    """ZeRO-3 pads them over three ranks, so that a rank's share starts elsewhere than where a tensor is divided."""
+    values = changed(run_values, train={"steps": 3, "global_batch_tokens": 192}, model={"pattern": "M*"})
+    train(values)
+    moved = stopped_after(values, 3, tmp_path / "moved") | {"parallel": {"zero_stage": 3}}
+    again = changed(moved, run={"dir": str(tmp_path / "again")})
+    run_world(load_and_save, moved, again, ranks=3)
+    before, after = (stored_tensors(checkpoint_folder(run_dir(v), 3)) for v in (values, again))
+    assert any(tensor.numel() % 3 for tensor in before.values())
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
 def test_a_checkpoint_is_the_same_whatever_gradients_are_reduced_together(run_values, tmp_path):
     values = changed(run_values, parallel={"zero_stage": 1})
     train(values, ranks=2)

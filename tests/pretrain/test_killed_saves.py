@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 
+import pytest
+
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, open_checkpoint
 from tests.support.whole_runs import changed, run_dir, train
 from tests.support.worlds import PRELOAD
@@ -63,4 +65,6 @@ def test_a_save_killed_at_any_point_leaves_whole_checkpoints_only(run_values, tm
         assert names[-1] == "step_00000003"
         assert all(name.startswith("step_") for name in names)  # nothing half-written or half-removed is left
         shutil.rmtree(tmp_path / "killed")
+    else:
+        pytest.fail("the run never came to its end")
     assert point > 15

@@ -270,3 +270,9 @@ def test_a_run_without_warm_up_starts_near_its_peak():
 def test_warm_up_is_a_share_of_the_steps_up_to_rounding_errors():
     optimizer = OptimizerConfig(peak_lr=1.0, warmup_fraction=0.07)  # 0.07 * 100 is 7.000000000000001 in fp64
     assert optimizer.learning_rate(7, steps=100) == 1.0
+
+
+def test_a_share_of_the_steps_is_rounded_up():
+    optimizer = OptimizerConfig(peak_lr=1.0, warmup_fraction=0.01)  # of the 9,537 steps of 421M: 95.37
+    assert optimizer.learning_rate(95, steps=9537) == pytest.approx(95 / 96)
+    assert optimizer.learning_rate(96, steps=9537) == 1.0 > optimizer.learning_rate(97, steps=9537)

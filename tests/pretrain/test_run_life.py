@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
-from sambalm.pretrain.errors import ExitCode, RunInUseError
+from sambalm.pretrain.errors import DivergedError, ExitCode, RunInUseError
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.whole_runs import changed, train
+from tests.support.worlds import run_world
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -108,11 +110,16 @@ def run(long_values, tmp_path):
 
 
 def test_signals_to_single_ranks_save_on_all_at_the_same_step(run):
-    """USR1 to one rank and then to the other saves and goes on; TERM, twice, to one rank makes all leave."""
+    """USR1 to one rank, to the other and to both saves and goes on; TERM, twice, to one rank makes all leave."""
     run.wait_for_step(2)
     for number, process in enumerate(reversed(run.processes), start=1):
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda number=number: len(run.saved_steps()) == number, 60, run.text)
+    # So that both have it before they next ask each other.
+    for number in (signal.SIGSTOP, signal.SIGUSR1, signal.SIGCONT):
+        for process in run.processes:
+            process.send_signal(number)
+    wait_until(lambda: len(run.saved_steps()) == 3, 60, run.text)
     run.wait_for_step(run.saved_steps()[-1] + 2)
     assert [process.poll() for process in run.processes] == [None, None]
     run.processes[1].send_signal(signal.SIGTERM)
@@ -123,6 +130,55 @@ def test_signals_to_single_ranks_save_on_all_at_the_same_step(run):
     assert run.saved_steps()[-1] == last == newest_checkpoint(run.dir, warn=pytest.fail).step
     (attempt,) = read_attempts(run.dir)
     assert (attempt.exit_code, attempt.step, attempt.start_step) == (ExitCode.REQUEUE, last, 0)
+
+
+def test_steps_that_were_skipped_count_in_a_row(capsys):
+    """Good ones in between start the count again, of whatever is not finite; one rank tells of each."""
+    skipped, silent = SkippedSteps(1, speaks=True), SkippedSteps(1, speaks=False)
+    for number, norm in enumerate([math.inf, 1.0, math.nan, 0.0, math.inf, 2.0], start=1):
+        skipped.step(number, norm)
+        silent.step(number, norm)
+    assert capsys.readouterr().err.splitlines() == [
+        f"step {number}: the gradient's norm is {norm}, so the optimizer skipped it"
+        for number, norm in ((1, "inf"), (3, "nan"), (5, "inf"))
+    ]
+    skipped.step(7, math.nan)
+    with pytest.raises(DivergedError, match=r"from step 7 to 8, more than train\.max_skipped_steps 1: "):
+        skipped.step(8, math.inf)
+    with pytest.raises(DivergedError, match=r"from step 9 to 9, more than train\.max_skipped_steps 0: "):
+        SkippedSteps(0, speaks=False).step(9, math.inf)
+
+
+def train_while_another_takes_the_lease(values):
+    """The message that this rank ends with. The lease goes to somebody else in the second step."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.trainer import train
+
+    steps, lease = [], Path(values["run"]["dir"]) / "lease.json"
+
+    def take(*_):
+        steps.append(1)
+        if len(steps) == 2 and os.environ["RANK"] == "0":
+            lease.write_text(json.dumps(json.loads(lease.read_text()) | {"token": "another", "pid": 7, "host": "far"}))
+
+    register_optimizer_step_post_hook(take)
+    with pytest.raises(RunInUseError) as ended:
+        train(parse_config(values, source="test"))
+    return str(ended.value)
+
+
+def test_a_lease_that_was_lost_between_steps_commits_nothing(run_values):
+    values = changed(run_values, parallel={"zero_stage": 1})
+    first, second = run_world(train_while_another_takes_the_lease, values, ranks=2)
+    run_dir = Path(values["run"]["dir"])
+    assert first == second
+    assert first.startswith(f"{run_dir} is no longer this process's: process 7 on far took it")
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert json.loads((run_dir / "lease.json").read_text())["token"] == "another"  # which is not ours to remove
+    (attempt,) = read_attempts(run_dir)
+    assert attempt.exit_code == ExitCode.RUN_IN_USE
 
 
 def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):

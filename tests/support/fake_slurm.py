@@ -19,7 +19,7 @@ COMMANDS = {
     "srun": 'while case "$1" in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
 }
 
-# What stands for the Python of the installation. `health pick` is the real one where nodes are bad: it starts slowly.
+# What stands for the Python of the installation. `health pick` is the real one, which takes long, where nodes are bad.
 PYTHON = """\
 case "$*" in
     *"sambalm.slurm.prepare "*) [ "$FAKE_PREPARE" = 0 ] || exit "$FAKE_PREPARE"; echo "$FAKE_LIMIT $FAKE_RUN_DIR" ;;
