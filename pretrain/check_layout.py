@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from sambalm.parallel.groups import World
     from sambalm.parallel.micro_batch import MicroBatch
 
-# fp32 has 24 bits: sums in another order move a tensor's gradient by some 1e-7 of its norm, and through the layers of a
-# deep model by some 1e-6. The mistakes that tests/parallel makes on purpose move one by 1e-3 to more than 1.
-TOLERANCE = 1e-5
 # A large epsilon: AdamW's first steps are signs of gradients, and signs turn rounding errors into whole steps.
 ADAMW_EPSILON = 1e-4
 # A shrunk model: widths of a few columns for each head and rank, and samples of a few tokens for each rank.
@@ -144,7 +141,7 @@ def check_layout(
     steps: int = 1,
     seed: int = 0,
     shrink: bool = True,
-    tolerance: float = TOLERANCE,
+    tolerance: float,
     timeout_s: float = 600.0,
 ) -> LayoutCheck:
     """Compares the layout of a config on `world_size` local ranks with one process, gradient by gradient.
@@ -152,7 +149,8 @@ def check_layout(
     Args:
         steps: that both take; gradients are those of the first.
         seed: of the tokens.
-        shrink: whether to check a small model of the same layout; see `shrunk`.
+        shrink: whether to check a small model of the same layout; see `_shrunk`.
+        tolerance: the largest relative difference that passes.
         timeout_s: for the ranks of the layout, and for the process alone.
 
     Raises:

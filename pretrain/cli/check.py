@@ -36,10 +36,10 @@ def check_layout(
         float,
         typer.Option(
             min=0.0,
-            help="Largest relative difference that passes: fp32 sums in another order stay below it, and mistakes "
-            "are a hundred times as large at least.",
+            help="Largest relative difference that passes. Sums in another order make 3e-6 in fp32 and 64 sublayers; "
+            "the smallest of known mistakes makes 1e-3.",
         ),
-    ] = 1e-5,
+    ] = 1e-4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0,
     timeout_s: Annotated[float, typer.Option(min=1.0, help="Seconds after which ranks that hang are ended.")] = 600.0,
     top: Annotated[int, typer.Option(min=1, help="Tensors to show.")] = 10,

@@ -15,7 +15,6 @@ import yaml
 from sambalm.model.build import part_layers
 from sambalm.pretrain import cli
 from sambalm.pretrain.check_layout import (
-    TOLERANCE,
     LayoutCheck,
     check_layout,
     checked_config,
@@ -30,6 +29,7 @@ from tests.parallel.test_layouts import copied_twice, copies_of_a_tied_embedding
 from tests.support.layout_runs import one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world
 
+TOLERANCE = 1e-5  # of a model of five sublayers
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -46,7 +46,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 )
 def test_right_layouts_pass(ranks, parallel, documents):
     config = parse_config(run_values(parallel=parallel, documents=documents), source="test")
-    found = check_layout(config, world_size=ranks, steps=2, timeout_s=240)
+    found = check_layout(config, world_size=ranks, steps=2, tolerance=TOLERANCE, timeout_s=240)
     assert found.passed
     assert 0 < found.worst < TOLERANCE
     assert found.losses == pytest.approx(found.expected_losses, rel=TOLERANCE)
