@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.deepspeed_contract import PRIVATE_NAMES
+
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("data_pipeline", "model", "parallel", "pretrain", "slurm")
 OTHER_FOLDERS = {"configs", "tests", "evaluation", "benchmarks", "docs", ".ci"}
@@ -22,7 +24,8 @@ MAY_IMPORT = {
 PROGRAM = sorted((ROOT / "pretrain" / "cli").glob("*.py"))
 # Every group is made in the first and taken from its World; the others are the door to megatron-core and what DeepSpeed
 # asks of a model-parallel unit.
-KNOW_PARALLEL_STATE = [ROOT / "parallel" / name for name in ("groups.py", "compat/megatron.py", "zero/engine.py")]
+DEEPSPEED_ADAPTER = ROOT / "parallel" / "zero" / "deepspeed_adapter.py"
+KNOW_PARALLEL_STATE = [ROOT / "parallel" / "groups.py", ROOT / "parallel" / "compat" / "megatron.py", DEEPSPEED_ADAPTER]
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -115,6 +118,28 @@ def parallel_state_imports(source: str) -> list[str]:
     return found
 
 
+def deepspeed_uses(source: str) -> list[str]:
+    """Imports of DeepSpeed, and uses of members that it keeps private or that are replaced, also by their names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found += [name for name in modules if name.split(".")[0] == "deepspeed"]
+        elif isinstance(node, ast.Attribute) and node.attr in PRIVATE_NAMES:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            module = node.value.startswith("deepspeed.") and " " not in node.value
+            found += [node.value] if module or node.value in PRIVATE_NAMES else []
+    return found
+
+
+def private_members(source: str) -> set[str]:
+    """Members with a leading underscore of anything but the file's own objects."""
+    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    others = [node for node in attributes if not (isinstance(node.value, ast.Name) and node.value.id == "self")]
+    return {node.attr for node in others if node.attr.startswith("_") and not node.attr.startswith("__")}
+
+
 def executions(source: str) -> list[str]:
     """What would execute code out of a file: pickle in any form, and remote code."""
     found = []
@@ -138,6 +163,7 @@ def test_a_product_file_keeps_the_rules(path):
     assert long_functions(source) == []
     assert executions(source) == []
     assert path in KNOW_PARALLEL_STATE or parallel_state_imports(source) == []
+    assert path == DEEPSPEED_ADAPTER or deepspeed_uses(source) == []
     assert len(source.splitlines()) <= MAX_FILE_LINES
 
 
@@ -158,6 +184,12 @@ def test_a_product_file_keeps_the_rules(path):
         (parallel_state_imports, "from sambalm.parallel.compat.megatron import parallel_state as state"),
         (parallel_state_imports, "from megatron import core\nstate = core.parallel_state"),
         (parallel_state_imports, "state = import_module('megatron.core.parallel_state')"),
+        (deepspeed_uses, "import deepspeed"),
+        (deepspeed_uses, "from deepspeed.runtime.zero import stage3"),
+        (deepspeed_uses, "import_module('deepspeed.comm.torch')"),
+        (deepspeed_uses, "norm = engine.optimizer._global_grad_norm"),
+        (deepspeed_uses, "optimizer.bit16_groups_flat = []"),
+        (deepspeed_uses, "shape = getattr(parameter, 'ds_shape', None)"),
         (executions, "import pickle"),
         (executions, "from pickle import loads"),
         (executions, "x = torch.load(path)"),
@@ -181,6 +213,16 @@ def test_the_loop_says_what_happens_and_leaves_the_rest_to_hooks():
     tree = ast.parse((ROOT / "pretrain" / "trainer.py").read_text(encoding="utf-8"))
     (fit,) = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node.name == "fit"]
     assert fit.end_lineno - fit.lineno + 1 < 60
+
+
+def test_the_contract_with_deepspeed_lists_what_the_adapter_uses_and_no_more():
+    source = DEEPSPEED_ADAPTER.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert used >= PRIVATE_NAMES
+    assert private_members(source) <= PRIVATE_NAMES
+    assert private_members("parameter._hp_mapping, self._own, optimizer._step()") == {"_hp_mapping", "_step"}
 
 
 def test_no_files_import_each_other():

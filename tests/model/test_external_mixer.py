@@ -11,6 +11,7 @@ from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.parameters import count_parameters
 from sambalm.model.samba import Samba, Sublayer
 from sambalm.parallel.groups import TensorParallel
+from sambalm.pretrain.check_layout import whole
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.hardware import DEVICES
@@ -18,7 +19,7 @@ from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import find_plans, plan_of
 from tests.support import toy_mixer
-from tests.support.layout_runs import STEPS, differences, run_values, steps_on_rank, whole
+from tests.support.layout_runs import STEPS, differences, run_values, steps_on_rank
 from tests.support.whole_runs import changed, stopped_after, train
 from tests.support.worlds import run_world
 

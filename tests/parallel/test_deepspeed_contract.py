@@ -1,4 +1,4 @@
-"""What the product takes of DeepSpeed beyond its public interface is there, and does what the adapter says."""
+"""What the adapter takes from DeepSpeed beyond its public interface is there, and does what the adapter says."""
 
 import math
 from typing import Any
@@ -135,7 +135,7 @@ def gradient_without_zero_on_rank(leaves: bool) -> float:
         model = Tiny(first=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
         config = {"train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False}
-        engine = deepspeed_adapter.start_engine(model, optimizer, config=config)
+        engine = deepspeed_adapter.start_engine(model, optimizer, config=config, timeout=world.timeout)
         if leaves:
             deepspeed_adapter.leave_gradients(engine)
         model(1.0 if world.rank else -1.0).backward()

@@ -1,5 +1,7 @@
 """What the product's adapter needs of DeepSpeed beyond its public interface, one line a member."""
 
+import importlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +43,7 @@ def _lists_of_tensors(value: Any) -> bool:
 
 
 STAGE_1_2, ENGINE = "runtime/zero/stage_1_and_2.py", "runtime/engine.py"
+LINKAGE, PARTITION = "utils/mixed_precision_linkage.py", "runtime/zero/partition_parameters.py"
 MEMBERS = (
     Member("build_shm_op", "communication", (0, 1, 2, 3), callable, "comm/torch.py"),
     Member("enable_backward_allreduce", "engine", (0, 1, 2, 3), lambda value: isinstance(value, bool), ENGINE),
@@ -56,29 +59,21 @@ MEMBERS = (
     Member("_update_model_bit16_weights", "optimizer", (1,), callable, STAGE_1_2),
     Member("single_partition_of_fp32_groups", "optimizer", (1, 2), _tensors, STAGE_1_2),
     Member("_lazy_init_hp_params_optimizer_state", "optimizer", (1, 2), callable, STAGE_1_2),
-    Member(
-        "_hp_mapping",
-        "parameter",
-        (1, 2),
-        lambda value: hasattr(value, "lp_fragment"),
-        "utils/mixed_precision_linkage.py",
-    ),
+    Member("_hp_mapping", "parameter", (1, 2), lambda value: hasattr(value, "lp_fragment"), LINKAGE),
     Member("lp_fragment", "mapping", (1, 2), torch.is_tensor, "utils/tensor_fragment.py"),
     Member("fp32_partitioned_groups_flat", "optimizer", (3,), _tensors, "runtime/zero/stage3.py"),
-    Member("ds_id", "parameter", (3,), lambda value: isinstance(value, int), "runtime/zero/partition_parameters.py"),
-    Member("ds_shape", "parameter", (3,), lambda value: len(value) > 0, "runtime/zero/partition_parameters.py"),
-    Member("ds_tensor", "parameter", (3,), torch.is_tensor, "runtime/zero/partition_parameters.py"),
-    Member("ds_numel", "share", (3,), lambda value: isinstance(value, int), "runtime/zero/partition_parameters.py"),
+    Member("ds_id", "parameter", (3,), lambda value: isinstance(value, int), PARTITION),
+    Member("ds_shape", "parameter", (3,), lambda value: isinstance(value, torch.Size), PARTITION),
+    Member("ds_tensor", "parameter", (3,), torch.is_tensor, PARTITION),
+    Member("ds_numel", "share", (3,), lambda value: isinstance(value, int), PARTITION),
 )
-# What DeepSpeed reads from parameters, by the constant or function that does so, and what it is given.
-READ_BY_DEEPSPEED = ("tensor_model_parallel", "ds_pipe_replicated")
-NAMES = {member.name for member in MEMBERS if member.name != "optimizer"} | set(READ_BY_DEEPSPEED)
+READ_BY_DEEPSPEED = {"tensor_model_parallel", "ds_pipe_replicated"}  # from parameters, for its norm
+# What no other file of the product may mention. `optimizer` is too common a name for that.
+PRIVATE_NAMES = {member.name for member in MEMBERS if member.name != "optimizer"} | READ_BY_DEEPSPEED
 
 
 def owners(engine: Any) -> dict[str, Any]:
     """What a rank's engine has members on, by `Member.owner`."""
-    import importlib
-
     parameters = list(engine.module.parameters())
     # A rank has no mapping of a parameter that it steps nothing of.
     mapped = [parameter for parameter in parameters if getattr(parameter, "_hp_mapping", None) is not None]
@@ -94,9 +89,7 @@ def owners(engine: Any) -> dict[str, Any]:
 
 def breaches(found: dict[str, Any], *, stage: int) -> Iterator[str]:
     """Sentences about what a stage's engine lacks or has otherwise than the adapter takes it for."""
-    import deepspeed
-
-    missing = object()
+    version, missing = importlib.metadata.version("deepspeed"), object()
     for member in MEMBERS:
         if stage not in member.stages:
             continue
@@ -104,6 +97,6 @@ def breaches(found: dict[str, Any], *, stage: int) -> Iterator[str]:
         if value is missing or not member.holds(value):
             fault = "is gone" if value is missing else "is no longer what it was"
             yield (
-                f"DeepSpeed {deepspeed.__version__} under ZeRO-{stage}: {member.owner}.{member.name} ({member.file}) "
+                f"DeepSpeed {version} under ZeRO-{stage}: {member.owner}.{member.name} ({member.file}) "
                 f"{fault}, which parallel/zero/deepspeed_adapter.py needs as it was in {VERSION}"
             )
