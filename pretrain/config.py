@@ -24,7 +24,7 @@ class RunSection(BaseModel):
 
     dir: str = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard logs, the loss plot")
     seed: int = Field(1234, ge=0, description="Seed of the initial weights and of the data order")
-    fruitless_attempts: int = Field(
+    max_attempts_without_progress: int = Field(
         3, gt=0, description="Attempts in a row that may begin at the same step; the next one refuses to start"
     )
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sambalm.pretrain.config import FORMAT_VERSION, RunConfig
+from sambalm.pretrain.config_file import RENAMED
 
 HEADER = f"""# Configuration
 
@@ -24,7 +25,7 @@ def render() -> str:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append("\n".join(_section(name, field.annotation)))
-    return "\n".join(sections)
+    return "\n".join([*sections, "\n".join(_renamed())])
 
 
 def _section(name: str, section: type[BaseModel]) -> Iterator[str]:
@@ -35,6 +36,16 @@ def _section(name: str, section: type[BaseModel]) -> Iterator[str]:
     for key, field in section.model_fields.items():
         meaning = (field.description or "").replace("|", "\\|")
         yield f"| `{name}.{key}` | {_type(field)} | {_default(field)} | {meaning} |"
+    yield ""
+
+
+def _renamed() -> Iterator[str]:
+    yield "## Renamed keys\n"
+    yield "A file, an override or a checkpoint may use a former name; the program then says which name replaced it.\n"
+    yield "| former name | key |"
+    yield "| --- | --- |"
+    for section, names in RENAMED.items():
+        yield from (f"| `{section}.{former}` | `{section}.{present}` |" for former, present in names.items())
     yield ""
 
 

@@ -1,6 +1,7 @@
 """Reading a run's YAML file, overrides from the command line, and errors as sentences."""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from sambalm.parallel.groups import is_main_process
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ConfigError
+
+# By section the former names of keys and their present ones. Files, overrides and checkpoints may use the former.
+RENAMED = {"run": {"fruitless_attempts": "max_attempts_without_progress"}}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -27,6 +32,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys: a config is a YAML mapping with the sections of docs/config.md")
+    values = _with_present_names(values, source=str(path))
     for override in overrides:
         _apply(override, values)
     return parse_config(values, source=str(path))
@@ -34,6 +40,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(values: dict[str, Any], *, source: str) -> RunConfig:
     """Validates plain values, for example those that a checkpoint holds."""
+    values = _with_present_names(values, source=source)
     try:
         return RunConfig.model_validate(values, strict=True)
     except ValidationError as error:
@@ -55,11 +62,43 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _with_present_names(values: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """The values with renamed keys under their present names, each with a notice.
+
+    Raises:
+        ConfigError: a key has both names.
+    """
+    values = dict(values)
+    for section, names in RENAMED.items():
+        given = values.get(section)
+        for former, present in names.items() if isinstance(given, dict) else ():
+            if former not in given:
+                continue
+            if present in given:
+                raise ConfigError(
+                    f"{source} holds {section}.{present} and its former name {section}.{former}: remove the latter"
+                )
+            _tell_of_rename(section, former, source=source)
+            given = {present if key == former else key: value for key, value in given.items()}
+            values[section] = given
+    return values
+
+
+def _tell_of_rename(section: str, former: str, *, source: str) -> None:
+    if is_main_process():
+        present = RENAMED[section][former]
+        print(f"{source}: {section}.{former} is now called {section}.{present}", file=sys.stderr)
+
+
 def _apply(override: str, values: dict[str, Any]) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"the override {override!r} is not of the form section.key=value, as in train.steps=100")
     *sections, leaf = key.split(".")
+    names = RENAMED.get(".".join(sections), {})
+    if leaf in names:
+        _tell_of_rename(sections[0], leaf, source=f"the override {override!r}")
+        leaf = names[leaf]
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):

@@ -17,7 +17,7 @@ def main() -> None:
 
         config = load_config(Path(config_path), overrides)
         config.check_world(int(ranks))
-    print(int(ExitCode.REQUEUE), int(ExitCode.NO_PROGRESS), config.run.fruitless_attempts, config.run.dir)
+    print(int(ExitCode.REQUEUE), int(ExitCode.NO_PROGRESS), config.run.max_attempts_without_progress, config.run.dir)
 
 
 if __name__ == "__main__":

@@ -81,14 +81,14 @@ def check_progress(earlier: Sequence[AttemptRecord], *, step: int, limit: int) -
     Raises:
         NoProgressError: the refusal counts as an end of the series, so that a start by hand after it is let through.
     """
-    fruitless = 0
+    without_progress = 0
     for record in reversed(earlier):
         if record.exit_code in _DELIBERATE or record.start_step != step:
             break
-        fruitless += record.exit_code not in _REFUSED
-    if fruitless >= limit:
+        without_progress += record.exit_code not in _REFUSED
+    if without_progress >= limit:
         raise NoProgressError(
-            f"the last {fruitless} attempts in {earlier[-1].path.parent} began at step {step} and none left a "
+            f"the last {without_progress} attempts in {earlier[-1].path.parent} began at step {step} and none left a "
             "checkpoint after it: find out why, then start the run again"
         )
 

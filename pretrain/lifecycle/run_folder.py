@@ -71,7 +71,7 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         with recorded_errors(folder):
             if (run_dir / KILL_SWITCH).exists():
                 raise StoppedError(f"{run_dir / KILL_SWITCH} is there, which stops this run: remove it to go on")
-            check_progress(earlier, step=step, limit=config.run.fruitless_attempts)
+            check_progress(earlier, step=step, limit=config.run.max_attempts_without_progress)
             remove_leftovers(run_dir)
             yield RunFolder(folder, check_lease=lease.check)
     finally:

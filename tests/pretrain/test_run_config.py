@@ -1,5 +1,6 @@
 """The configuration: what is read, what is refused and in which words, and the configs that are shipped."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from sambalm.model.parameters import count_parameters
 from sambalm.parallel.errors import ParallelError
 from sambalm.pretrain import config_docs
-from sambalm.pretrain.config_file import dump_config, load_config
+from sambalm.pretrain.config_file import dump_config, load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
 
@@ -50,6 +51,41 @@ def test_overrides_reach_their_keys_with_their_types():
     assert (config.data.prefixes, config.data.weights) == (["a", "b"], [1, 2.5])
     assert config.run.dir == "runs/x=y"
     assert config.run.seed == load_config(DEMO).run.seed
+
+
+def test_a_former_name_of_a_key_is_taken_with_one_notice(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "old.yaml"
+    text = DEMO.read_text()
+    assert "\nrun:\n" in text
+    path.write_text(text.replace("\nrun:\n", "\nrun:\n  fruitless_attempts: 7\n"))
+    notice = "run.fruitless_attempts is now called run.max_attempts_without_progress\n"
+    assert load_config(path).run.max_attempts_without_progress == 7
+    assert capsys.readouterr().err == f"{path}: {notice}"
+    assert load_config(DEMO, ["run.fruitless_attempts=5"]).run.max_attempts_without_progress == 5
+    assert capsys.readouterr().err == f"the override 'run.fruitless_attempts=5': {notice}"
+    assert load_config(path, ["run.max_attempts_without_progress=2"]).run.max_attempts_without_progress == 2
+
+    config = load_config(DEMO)
+    assert "fruitless" not in dump_config(config)
+    saved = config.model_dump()  # as a checkpoint from before the new name has it
+    del saved["run"]["max_attempts_without_progress"]
+    saved["run"]["fruitless_attempts"] = 4
+    before = copy.deepcopy(saved)
+    capsys.readouterr()
+    assert parse_config(saved, source="a checkpoint").run.max_attempts_without_progress == 4
+    assert capsys.readouterr().err == f"a checkpoint: {notice}"
+    assert saved == before  # the caller's values stay as they are
+    monkeypatch.setenv("RANK", "1")
+    parse_config(saved, source="a checkpoint")
+    assert capsys.readouterr().err == ""  # the first rank says it for all
+
+
+def test_a_key_under_both_of_its_names_is_refused(tmp_path):
+    path = tmp_path / "both.yaml"
+    both = "\nrun:\n  fruitless_attempts: 7\n  max_attempts_without_progress: 7\n"
+    path.write_text(DEMO.read_text().replace("\nrun:\n", both))
+    message = refusal(path=path)
+    assert "run.max_attempts_without_progress and its former name run.fruitless_attempts: remove the latter" in message
 
 
 def test_an_override_reaches_a_section_that_the_file_lacks():

@@ -112,6 +112,7 @@ def run(long_values, tmp_path):
 def test_signals_to_single_ranks_save_on_all_at_the_same_step(run):
     """USR1 to one rank, to the other and to both saves and goes on; TERM, twice, to one rank makes all leave."""
     run.wait_for_step(2)
+    assert "2 x cpu, ZeRO-1, from step 0; scan=" in run.text()
     for number, process in enumerate(reversed(run.processes), start=1):
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda number=number: len(run.saved_steps()) == number, 60, run.text)
