@@ -44,7 +44,7 @@ EXIT_CODES = {
     ExitCode.NOT_SAVED: Meaning("a checkpoint could not be written; the one before is intact", Launchers.RETRY),
     ExitCode.REQUEUE: Meaning("saved and left", Launchers.REQUEUE),
     ExitCode.NO_PROGRESS: Meaning(
-        "no progress: the last `run.fruitless_attempts` attempts began at the same step", Launchers.END
+        "no progress: the last `run.max_attempts_without_progress` attempts began at the same step", Launchers.END
     ),
     ExitCode.CHECKPOINTS_DAMAGED: Meaning("every checkpoint is damaged: never a silent fresh start", Launchers.END),
     ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),

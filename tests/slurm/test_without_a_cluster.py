@@ -152,7 +152,7 @@ def test_a_job_asks_for_its_run_before_it_starts(tmp_path):
     config = str(CONFIGS / "samba_421m.yaml")
     command = [sys.executable, "-W", "ignore", "-m", "sambalm.slurm.prepare"]
     asked = subprocess.run([*command, "8", config, "run.dir=a run"], capture_output=True, text=True)
-    assert asked.stdout == f"75 76 {load_config(CONFIGS / 'samba_421m.yaml').run.fruitless_attempts} a run\n"
+    assert asked.stdout == f"75 76 {load_config(CONFIGS / 'samba_421m.yaml').run.max_attempts_without_progress} a run\n"
     refused = subprocess.run([*command, "8", config, "parallel.tensor=3"], capture_output=True, text=True)
     assert (refused.returncode, refused.stdout) == (ExitCode.BAD_INPUT, "")
     assert refused.stderr.startswith("error: ")

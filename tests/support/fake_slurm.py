@@ -83,7 +83,7 @@ def run_job(
         plan: a line an attempt: the checkpoint's step that it leaves or `-`, its exit code, `crash`, `told` (by USR1,
             on which it leaves) or `told-crash`, and the reason that it records.
         nodes: what sinfo says of the job's nodes, a line each. good: those that pass their health check (default: all).
-        state: of the job, by squeue. limit: run.fruitless_attempts.
+        state: of the job, by squeue. limit: run.max_attempts_without_progress.
         requeue, links, prepare: exit codes of `scontrol requeue`, of the check of links and of the config.
     """
     tools, run_dir, calls = folder / "tools", folder / "run", folder / "calls"
