@@ -110,7 +110,9 @@ def test_one_changed_number_is_found(compare, tmp_path, capsys):
     assert "differ" not in capsys.readouterr().out
     shutil.rmtree(base.folder / "one-process-fp32")
     assert not compare.compare_all(cases, base, changed, data=tmp_path / "data")
-    assert "model.layers" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "loss of step 2 is" in out  # and not of step 1, before the first weight decay
+    assert "111 differ" in out
 
 
 def test_the_arguments_name_what_is_known(compare, monkeypatch, capsys):
