@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from sambalm.model.chunks import part_layers
 from sambalm.model.config import ModelConfig
-from sambalm.model.flops import layer_flops
 from sambalm.model.ops.registry import Kernels
 from sambalm.model.samba import Samba
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import World
-from sambalm.parallel.pipeline.stages import balanced_stages
 
 
 def build_parts(
@@ -38,17 +37,6 @@ def build_parts(
             )
             for chunk in range(world.pipeline.chunks)
         ]
-
-
-def part_layers(config: ModelConfig, parallel: ParallelConfig, *, sequence_length: int) -> list[range]:
-    """The sublayers of each part of the model, in its order; stage s of p holds parts s, s + p, s + 2p, ..."""
-    counts = parallel.pipeline_layers
-    if counts is None:
-        costs = layer_flops(config, sequence_length=sequence_length)
-        head = 6.0 * config.hidden_size * config.vocab_size
-        counts = balanced_stages(costs, parts=parallel.model_parts, last=head)
-    ends = [sum(counts[: part + 1]) for part in range(len(counts))]
-    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def tied_copy(parts: Sequence[Samba]) -> nn.Parameter | None:

@@ -1,18 +1,15 @@
-"""AdamW, its learning-rate schedule and its parameter groups."""
+"""AdamW and its learning-rate schedule. A config is read without torch, which only `build` imports."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
-from sambalm.model.ops.cuda.adamw import CudaAdamW
-from sambalm.model.ops.external import KernelRequirements, why_unavailable
-from sambalm.model.samba import Samba
-from sambalm.parallel.zero.buckets import GradientBucket
-from sambalm.parallel.zero.parameter_info import info_of
+if TYPE_CHECKING:
+    import torch
+
+    from sambalm.parallel.zero.buckets import GradientBucket
 
 # A bucket of layers, whose gradients ranks reduce together and whose weights they gather together, has so many elements
 # at most, and no more than a share of all. No backward hides the last bucket's reduction, and no forward the first
@@ -41,12 +38,17 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
-    def build(self, buckets: Sequence[GradientBucket]) -> torch.optim.AdamW:
+    def build(self, buckets: "Sequence[GradientBucket]") -> "torch.optim.AdamW":
         """Makes AdamW over buckets, one parameter group each.
 
         Args:
             buckets: their parameters are fp32, on the device where they are trained.
         """
+        import torch
+
+        from sambalm.model.ops.cuda.adamw import CudaAdamW
+        from sambalm.model.ops.external import KernelRequirements, why_unavailable
+
         where = KernelRequirements(buckets[0].parameters[0].device, torch.float32)
         adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
         groups = [
@@ -68,55 +70,26 @@ class OptimizerConfig(BaseModel):
         return self.peak_lr * (self.final_lr_ratio + (1.0 - self.final_lr_ratio) * remaining)
 
 
+def bucket_ranges(sizes: Sequence[int], *, max_elements: int) -> list[range]:
+    """Cuts consecutive layers into buckets of up to so many elements each, and up to BUCKET_SHARE of all.
+
+    Args:
+        sizes: elements of each layer, in the order in which a backward goes through them.
+
+    Returns:
+        Layers of each bucket. A layer that is larger than a bucket may be has one of its own.
+    """
+    max_elements = min(max_elements, math.ceil(sum(sizes) * BUCKET_SHARE))
+    starts: list[int] = []
+    elements = 0
+    for layer, added in enumerate(sizes):
+        if not starts or elements + added > max_elements:
+            starts.append(layer)
+            elements = 0
+        elements += added
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
 def _share(fraction: float, steps: int) -> int:
     """Rounds a share of the steps up, but not for a rounding error: 0.07 * 100 is 7.000000000000001."""
     return math.ceil(fraction * steps - 1e-6)
-
-
-def gradient_buckets(chunks: Sequence[nn.Module], *, max_elements: int | None = None) -> list[GradientBucket]:
-    """Sorts parameters into those that AdamW steps together and whose gradients ranks reduce together.
-
-    There is one bucket of weights of matrix products, one of other parameters with weight decay, and one of those
-    without; empty ones are left out.
-
-    Args:
-        chunks: of the model on this rank. Their parameters have a `ParameterInfo`.
-        max_elements: makes several buckets of a whole Samba's weights of products, which a backward completes one after
-            the other: of consecutive layers with up to so many elements, and up to BUCKET_SHARE of all, from the last
-            layer to the first. None: one bucket, of any model.
-    """
-    buckets: list[GradientBucket] = []
-    if max_elements:
-        (model,) = chunks
-        buckets = _layer_buckets(model, max_elements=max_elements)
-    sorted_already = {parameter for bucket in buckets for parameter in bucket.parameters}
-    by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
-    for parameter in nn.ModuleList(chunks).parameters():
-        if parameter not in sorted_already:
-            info = info_of(parameter)
-            by_use[info.weight_decay, info.matmul_only].append(parameter)
-    used = [(decays, tuple(parameters)) for (decays, _), parameters in by_use.items() if parameters]
-    return buckets + [GradientBucket(parameters, weight_decay=decays) for decays, parameters in used]
-
-
-def _layer_buckets(model: Samba, *, max_elements: int) -> list[GradientBucket]:
-    layers = [
-        ([parameter for parameter in module.parameters() if info_of(parameter).matmul_only], last)
-        for module, last in model.backward_order()
-    ]
-    # An even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
-    sizes = [
-        sum(math.prod(piece.shape) for matrix in matrices for piece in info_of(matrix).slices) // model.tp.size
-        for matrices, _ in layers
-    ]
-    max_elements = min(max_elements, math.ceil(sum(sizes) * BUCKET_SHARE))
-    buckets: list[GradientBucket] = []
-    elements = 0
-    for (matrices, last), added in zip(layers, sizes, strict=True):
-        if not buckets or elements + added > max_elements:
-            buckets.append(GradientBucket((), weight_decay=True))
-            elements = 0
-        together = (*buckets[-1].parameters, *matrices)
-        buckets[-1] = GradientBucket(together, weight_decay=True, completed_by=last)
-        elements += added
-    return buckets

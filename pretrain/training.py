@@ -15,7 +15,8 @@ from sambalm.parallel.zero.engine import zero_engine
 from sambalm.pretrain.checkpointing.format import Checkpoint
 from sambalm.pretrain.checkpointing.load import load_moments, load_weights
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, gradient_buckets
+from sambalm.pretrain.gradient_buckets import gradient_buckets
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.precision import DTYPES
 
 

@@ -34,10 +34,15 @@ class Parameter:
     shape: tuple[int, ...]
     in_product: bool = False  # whether a matrix product takes it, in the activations' dtype
     matmul_only: bool = False  # whether nothing else reads it
+    weight_decay: bool | None = None  # whether AdamW decays it; None: a matrix, yes, and a vector, no
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def decays(self) -> bool:
+        return len(self.shape) > 1 if self.weight_decay is None else self.weight_decay
 
 
 @dataclass(frozen=True)

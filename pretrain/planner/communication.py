@@ -5,32 +5,27 @@ all-gather, what is sent to another rank. `wire_bytes` is what a ring then sends
 """
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from sambalm.model.config import ModelConfig
-from sambalm.model.mixers.counts import FP32_BYTES, Share
-from sambalm.model.registry import mixer, weight_copies
-from sambalm.model.samba import Samba
-from sambalm.parallel.groups import TensorParallel
+from sambalm.model.mixers.base import Mixer
+from sambalm.model.mixers.counts import FP32_BYTES, Message, Share
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, gradient_buckets
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, bucket_ranges
 from sambalm.pretrain.planner.kernels import planned_kernels
 from sambalm.pretrain.planner.memory import MAX_LIVE_PARAMETERS
 from sambalm.pretrain.planner.sizes import (
     PERSISTENT_ELEMENTS,
+    Chunk,
     activation_bytes,
-    is_first,
-    is_last,
     local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
     share_of,
-    stage_letters,
     stage_parameters,
-    stage_parts,
+    stages_of,
 )
 
 # What a ring sends from each of n ranks, over the bytes that the rank hands over.
@@ -74,25 +69,40 @@ class _Ledger:
 
 
 def step_transfers(config: RunConfig, *, stage: int, world_size: int) -> list[Transfer]:
-    """All that the busiest rank of a pipeline stage hands over in one step, but for single numbers."""
-    ledger, parallel = _Ledger(), config.parallel
-    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    """Returns all that the busiest rank of a stage hands over in one step, but for single numbers."""
+    return transfers_of_stages(config, [stage], world_size=world_size)[stage]
+
+
+def transfers_of_stages(config: RunConfig, stages: Iterable[int], *, world_size: int) -> dict[int, list[Transfer]]:
+    """Returns `step_transfers` of several pipeline stages, by their numbers."""
+    micro_batches = config.accumulation_steps(data_size=world_size // config.parallel.model_ranks)
     share = share_of(config, planned_kernels(config))
-    for letter, count in stage_letters(config, stage):
-        _sublayers(ledger, config, share, letter, passes=count * micro_batches)
-    for part in stage_parts(config)[stage]:
-        _tensor_ends(ledger, config, part, micro_batches)
-        _pipeline(ledger, config, part, micro_batches)
-    _replicas(ledger, config, stage, world_size=world_size, micro_batches=micro_batches)
-    return ledger.transfers()
+    messages = _messages(config.model, share)
+    found = {}
+    for stage in stages:
+        ledger, held = _Ledger(), stages_of(config)[stage]
+        for letter, count in held.letters:
+            _sublayers(ledger, config, messages[letter], passes=count * micro_batches)
+        for chunk in held.chunks:
+            _tensor_ends(ledger, config, chunk, micro_batches)
+            _pipeline(ledger, config, chunk, micro_batches)
+        _replicas(ledger, config, stage, world_size=world_size, micro_batches=micro_batches)
+        found[stage] = ledger.transfers()
+    return found
 
 
-def _sublayers(ledger: _Ledger, config: RunConfig, share: Share, letter: str, *, passes: int) -> None:
+@lru_cache(maxsize=1024)
+def _messages(model: ModelConfig, share: Share) -> dict[str, list[Message]]:
+    """Lists what each kind of sublayer sends in a micro-batch, beside its norm's weight."""
+    return {one.letter: list(one.messages(model, share)) for one in model.kinds}
+
+
+def _sublayers(ledger: _Ledger, config: RunConfig, messages: Sequence[Message], *, passes: int) -> None:
     """Counts what `passes` sublayers of a kind send: as many as the stage has, times micro-batches."""
-    ranks, model = config.parallel.tensor, config.model
     if config.parallel.sequence:  # the norm's weight
-        ledger.add("tensor", "all-reduce", ranks, model.hidden_size * FP32_BYTES, times=passes)
-    for sent in mixer(letter).messages(model, share):
+        norm_bytes = config.model.hidden_size * FP32_BYTES
+        ledger.add("tensor", "all-reduce", config.parallel.tensor, norm_bytes, times=passes)
+    for sent in messages:
         ledger.add(sent.dimension, sent.operation, sent.ranks, sent.handed_bytes, times=passes * sent.times)
 
 
@@ -101,13 +111,13 @@ def _hidden_bytes(config: RunConfig) -> int:
     return micro_batch_tokens(config) * config.model.hidden_size * activation_bytes(config)
 
 
-def _tensor_ends(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
+def _tensor_ends(ledger: _Ledger, config: RunConfig, chunk: Chunk, micro_batches: int) -> None:
     """The embedding's output, the head's input, and the loss's maximum, label and sum of each token in fp32."""
     ranks, sequence, whole = config.parallel.tensor, config.parallel.sequence, _hidden_bytes(config)
-    if is_first(part, config.model):
+    if chunk.is_first:
         ledger.add("tensor", "reduce-scatter" if sequence else "all-reduce", ranks, whole, times=micro_batches)
         ledger.add("tensor", "all-gather", ranks, whole / ranks if sequence else 0, times=micro_batches)
-    if is_last(part, config.model):
+    if chunk.is_last:
         ledger.add("tensor", "all-reduce", ranks, FP32_BYTES * micro_batch_tokens(config), times=3 * micro_batches)
         if sequence:
             ledger.add("tensor", "all-gather", ranks, whole / ranks, times=2 * micro_batches)
@@ -117,10 +127,10 @@ def _tensor_ends(ledger: _Ledger, config: RunConfig, part: range, micro_batches:
             ledger.add("tensor", "all-reduce", ranks, whole, times=micro_batches)
 
 
-def _pipeline(ledger: _Ledger, config: RunConfig, part: range, micro_batches: int) -> None:
-    """Outputs to the next part and gradients to the part before."""
+def _pipeline(ledger: _Ledger, config: RunConfig, chunk: Chunk, micro_batches: int) -> None:
+    """Counts outputs to the next chunk and gradients to the chunk before."""
     hidden = _hidden_bytes(config) // (config.parallel.tensor if config.parallel.sequence else 1)
-    neighbours = (not is_first(part, config.model)) + (not is_last(part, config.model))
+    neighbours = (not chunk.is_first) + (not chunk.is_last)
     ledger.add("pipeline", "send", config.parallel.pipeline, hidden, times=micro_batches * neighbours)
 
 
@@ -142,9 +152,8 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
         rounded = only_rounded_elements(config, stage, world_size=world_size)
         gathered = weights - rounded * (FP32_BYTES - activation_bytes(config))
         ledger.add("data", "all-gather", ranks, gathered / groups / ranks, times=groups)
-    ends = any(is_first(part, model) != is_last(part, model) for part in stage_parts(config)[stage])
-    at_end = stage in (0, parallel.pipeline - 1)
-    if model.tie_embeddings and parallel.pipeline > 1 and ends and at_end:
+    ends = any(chunk.is_first != chunk.is_last for chunk in stages_of(config)[stage].chunks)
+    if model.tie_embeddings and parallel.pipeline > 1 and ends:
         rows = model.vocab_size // parallel.tensor
         ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES, times=1)
 
@@ -158,23 +167,34 @@ class ReducedGroup:
 
 
 def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
-    """Of the first tensor-parallel rank, in their order, where the reduction overlaps with the backward."""
+    """Lists those of the first tensor-parallel rank in their order, where the reduction overlaps with the backward."""
     return _reduced_groups(config.model, config.parallel.tensor)
 
 
 @lru_cache(maxsize=64)
 def _reduced_groups(model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
-    """Those of a model on the meta device."""
-    with torch.device("meta"):
-        samba = Samba(model, tp=_first_tensor_rank(model, tensor_ranks))
-    buckets = gradient_buckets([samba], max_elements=BUCKET_ELEMENTS)
-    return tuple(ReducedGroup(sum(p.numel() for p in b.parameters), b.completed_by is not None) for b in buckets)
+    """Counts what `gradient_buckets` puts into each bucket, from what mixers say of their parameters."""
+    rows, width = model.vocab_size // tensor_ranks, model.hidden_size
+    kinds = {one.letter: _bucketed_elements(one, model, tensor_ranks) for one in model.kinds}
+    layers = [kinds[letter] for letter in reversed(model.pattern)]
+    if not model.tie_embeddings:
+        layers.insert(0, (rows * width, rows * width))
+    buckets = bucket_ranges([size for size, _ in layers], max_elements=BUCKET_ELEMENTS)
+    elements = [sum(held for _, held in layers[bucket.start : bucket.stop]) for bucket in buckets]
+    # The others come at the backward's end: those that decay, the embedding among them, and those that do not.
+    others = Counter({True: rows * width, False: (len(model.pattern) + 1) * width})  # the norms
+    for one in model.kinds:
+        for each in one.parameters(model, tensor_ranks=tensor_ranks):
+            if not each.matmul_only:
+                others[each.decays] += model.pattern.count(one.letter) * each.elements
+    return (*(ReducedGroup(held, True) for held in elements), *(ReducedGroup(others[key], False) for key in others))
 
 
-def _first_tensor_rank(model: ModelConfig, tensor_ranks: int) -> TensorParallel:
-    """Returns a place for modules on the meta device, which communicate with nobody."""
-    copies = weight_copies(model, tensor_ranks=tensor_ranks)
-    return TensorParallel(rank=0, size=tensor_ranks, copy_groups={copies: None})
+def _bucketed_elements(one: Mixer, model: ModelConfig, tensor_ranks: int) -> tuple[int, int]:
+    """Counts a layer's weights that only products read: an even share of the whole ones, and the first rank's share."""
+    held = {each.name: each.elements for each in one.parameters(model, tensor_ranks=tensor_ranks) if each.matmul_only}
+    whole = sum(each.elements for each in one.parameters(model, tensor_ranks=1) if each.name in held)
+    return whole // tensor_ranks, sum(held.values())
 
 
 def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> float:
@@ -184,7 +204,8 @@ def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> flo
     """
     model, whole = config.model, stage_parameters(config, stage)
     tensor = config.parallel.tensor
-    small = sum(number * local_sizes(model, letter, tensor).small for letter, number in stage_letters(config, stage))
+    letters = stages_of(config)[stage].letters
+    small = sum(number * local_sizes(model, letter, tensor).small for letter, number in letters)
     embedding = model.vocab_size // tensor * model.hidden_size
     small += model.hidden_size + (embedding if embedding < PERSISTENT_ELEMENTS else 0)
     again = max(0, whole - MAX_LIVE_PARAMETERS)

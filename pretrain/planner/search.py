@@ -9,11 +9,11 @@ from sambalm.parallel.errors import ParallelError
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.planner.communication import step_transfers
+from sambalm.pretrain.planner.communication import transfers_of_stages
 from sambalm.pretrain.planner.hardware import Hardware
 from sambalm.pretrain.planner.kernels import KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import RankMemory, stage_memories
-from sambalm.pretrain.planner.sizes import stage_parameters
+from sambalm.pretrain.planner.sizes import distinct_stages, stage_parameters
 from sambalm.pretrain.planner.time import StepTime, step_time
 
 GIB = 2**30
@@ -115,13 +115,13 @@ def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: 
 def _plan(
     config: RunConfig, stages: tuple[RankMemory, ...], *, world_size: int, hardware: Hardware, kernels: KernelNames
 ) -> Plan:
-    transfers = [step_transfers(config, stage=stage, world_size=world_size) for stage in range(len(stages))]
+    transfers = transfers_of_stages(config, distinct_stages(config), world_size=world_size)
     return Plan(
         config=config,
         world_size=world_size,
         stages=stages,
         time=step_time(config, transfers, world_size=world_size, hardware=hardware, kernels=kernels),
-        wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers),
+        wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers.values()),
     )
 
 

@@ -1,9 +1,10 @@
 """How many parameters a rank of a layout holds, of which kinds, and how many tokens it works on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sambalm.model.build import part_layers
+from sambalm.model.chunks import part_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import FP32_BYTES, KernelNames, Share
 from sambalm.model.registry import mixer, mixers_of
@@ -56,68 +57,123 @@ def activation_bytes(config: RunConfig) -> int:
     return PRECISION_BYTES[config.train.precision]
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A pipeline chunk, as far as counts depend on it."""
+
+    letters: tuple[tuple[str, int], ...]  # kinds of sublayers, and how many of each
+    is_first: bool  # whether it starts with the embedding
+    is_last: bool  # whether it ends with the head
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage holds, as far as counts depend on it; many stages of a pipeline are alike."""
+
+    chunks: tuple[Chunk, ...]
+    letters: tuple[tuple[str, int], ...]  # those of all chunks
+    parameters: int  # of the largest rank, before ZeRO partitions them; a shared embedding once
+    matmul_only: int  # of them those that nothing but matrix products reads
+
+
 def stage_parts(config: RunConfig) -> list[list[range]]:
-    """The sublayers of each part on each pipeline stage."""
+    """Returns the sublayers of each part on each pipeline stage."""
+    stages, parts = (
+        config.parallel.pipeline,
+        part_layers(config.model, config.parallel, sequence_length=config.data.sequence_length),
+    )
+    return [parts[stage::stages] for stage in range(stages)]
+
+
+def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+    """Returns what each pipeline stage holds."""
     parallel = config.parallel
     layers = tuple(parallel.pipeline_layers) if parallel.pipeline_layers else None
-    return _stage_parts(
-        config.model, parallel.pipeline, parallel.virtual_pipeline, layers, sequence_length=config.data.sequence_length
+    return _stages_of(
+        config.model,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        layers,
+        sequence_length=config.data.sequence_length,
     )
 
 
 @lru_cache(maxsize=256)
-def _stage_parts(
+def _stages_of(
+    model: ModelConfig, tensor: int, stages: int, chunks: int, layers: tuple[int, ...] | None, *, sequence_length: int
+) -> tuple[Stage, ...]:
+    parts = _part_layers(model, stages, chunks, layers, sequence_length=sequence_length)
+    return tuple(_stage(model, tensor, parts[stage::stages]) for stage in range(stages))
+
+
+@lru_cache(maxsize=256)
+def _part_layers(
     model: ModelConfig, stages: int, chunks: int, layers: tuple[int, ...] | None, *, sequence_length: int
-) -> list[list[range]]:
+) -> list[range]:
     parallel = ParallelConfig(
         pipeline=stages, virtual_pipeline=chunks, pipeline_layers=None if layers is None else list(layers)
     )
-    parts = part_layers(model, parallel, sequence_length=sequence_length)
-    return [parts[stage::stages] for stage in range(stages)]
+    return part_layers(model, parallel, sequence_length=sequence_length)
+
+
+def _stage(model: ModelConfig, tensor: int, parts: Sequence[range]) -> Stage:
+    chunks = tuple(
+        Chunk(
+            _counted(model.pattern[part.start : part.stop]),
+            is_first=part.start == 0,
+            is_last=part.stop == len(model.pattern),
+        )
+        for part in parts
+    )
+    letters = _counted("".join(model.pattern[part.start : part.stop] for part in parts))
+    sizes = [(number, local_sizes(model, letter, tensor)) for letter, number in letters]
+    first, last = any(chunk.is_first for chunk in chunks), any(chunk.is_last for chunk in chunks)
+    embedding = model.vocab_size // tensor * model.hidden_size
+    if first and last and not (model.tie_embeddings and len(chunks) > 1):
+        embeddings = 1 if model.tie_embeddings else 2
+    else:
+        embeddings = first + last
+    return Stage(
+        chunks=chunks,
+        letters=letters,
+        parameters=sum(number * size.parameters for number, size in sizes)
+        + embeddings * embedding
+        + model.hidden_size * last,
+        matmul_only=sum(number * size.matmul_only for number, size in sizes)
+        + (embedding if last and not model.tie_embeddings else 0),
+    )
+
+
+def _counted(letters: str) -> tuple[tuple[str, int], ...]:
+    """Counts each kind of sublayer, in the registry's order."""
+    return tuple((one.letter, letters.count(one.letter)) for one in mixers_of(letters))
+
+
+def distinct_stages(config: RunConfig) -> list[int]:
+    """Returns the first stage of each kind, since stages that hold the same also send and compute the same."""
+    stages = stages_of(config)
+    first: dict[Stage, int] = {}
+    for number, stage in enumerate(stages):
+        first.setdefault(stage, number)
+    return list(first.values())
 
 
 def stage_parameters(config: RunConfig, stage: int) -> int:
-    """Parameters of the largest rank of a pipeline stage, before ZeRO partitions them; a shared embedding once."""
-    model, tensor = config.model, config.parallel.tensor
-    parts = stage_parts(config)[stage]
-    count = sum(
-        number * local_sizes(model, letter, tensor).parameters for letter, number in stage_letters(config, stage)
-    )
-    first, last = (any(end(part, model) for part in parts) for end in (is_first, is_last))
-    embedding = model.vocab_size // tensor * model.hidden_size
-    if first and last and not (model.tie_embeddings and len(parts) > 1):
-        count += embedding * (1 if model.tie_embeddings else 2)
-    else:
-        count += embedding * (first + last)
-    return count + model.hidden_size * last
+    """Returns the parameters of the largest rank of a stage before ZeRO partitions them; a shared embedding once."""
+    return stages_of(config)[stage].parameters
 
 
 def only_rounded_elements(config: RunConfig, stage: int, *, world_size: int) -> int:
-    """Weights of a stage that are there in the activations' dtype alone, but for a share (parallel/zero/weights.py)."""
-    parallel, model = config.parallel, config.model
+    """Counts a stage's weights that are there in the activations' dtype alone, but for a share.
+
+    See parallel/zero/weights.py.
+    """
+    parallel = config.parallel
     flat = parallel.zero_stage == 1 and parallel.replicas(world_size) > 1
     if not flat or activation_bytes(config) == FP32_BYTES:
         return 0
-    letters = stage_letters(config, stage)
-    count = sum(number * local_sizes(model, letter, parallel.tensor).matmul_only for letter, number in letters)
-    if not model.tie_embeddings and any(is_last(part, model) for part in stage_parts(config)[stage]):
-        count += model.vocab_size // parallel.tensor * model.hidden_size
-    return count
-
-
-def stage_letters(config: RunConfig, stage: int) -> list[tuple[str, int]]:
-    """Kinds of sublayers on a stage, and how many of each."""
-    parts = stage_parts(config)[stage]
-    letters = "".join(config.model.pattern[part.start : part.stop] for part in parts)
-    return [(one.letter, letters.count(one.letter)) for one in mixers_of(letters)]
-
-
-def is_first(part: range, model: ModelConfig) -> bool:
-    return part.start == 0
-
-
-def is_last(part: range, model: ModelConfig) -> bool:
-    return part.stop == len(model.pattern)
+    return stages_of(config)[stage].matmul_only
 
 
 def micro_batch_tokens(config: RunConfig) -> int:

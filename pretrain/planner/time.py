@@ -3,9 +3,11 @@ what ZeRO-1 sends overlapped.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import (
     FP32_BYTES,
     Attention,
@@ -14,6 +16,7 @@ from sambalm.model.mixers.counts import (
     KernelNames,
     MemoryPass,
     Scan,
+    Share,
     Traffic,
 )
 from sambalm.model.registry import mixer
@@ -26,16 +29,13 @@ from sambalm.pretrain.planner.kernels import Seconds
 from sambalm.pretrain.planner.memory import rounded_weights_stay
 from sambalm.pretrain.planner.scan import cuda_scan_s
 from sambalm.pretrain.planner.sizes import (
+    Chunk,
     activation_bytes,
-    is_first,
-    is_last,
     local_sizes,
-    micro_batch_tokens,
     only_rounded_elements,
     share_of,
-    stage_letters,
     stage_parameters,
-    stage_parts,
+    stages_of,
 )
 
 
@@ -57,7 +57,7 @@ class StepTime:
 
 def step_time(
     config: RunConfig,
-    transfers: Sequence[Sequence[Transfer]],
+    transfers: Mapping[int, Sequence[Transfer]],
     *,
     world_size: int,
     hardware: Hardware,
@@ -66,13 +66,11 @@ def step_time(
     """Of the slowest pipeline stage, which all others wait for.
 
     Args:
-        transfers: `step_transfers` of each stage.
+        transfers: `step_transfers` of the stages that are looked at, by their numbers.
     """
-    device = _Device(config, hardware, kernels)
-    seconds = {letter: device.sublayer_s(letter) for letter in set(config.model.pattern)}
-    times = []
-    for stage, sent in enumerate(transfers):
-        compute_s = sum(device.part_s(part, seconds) for part in stage_parts(config)[stage])
+    device, stages, times = _Device(config.model, share_of(config, kernels), hardware), stages_of(config), []
+    for stage, sent in transfers.items():
+        compute_s = sum(_chunk_s(device, chunk) for chunk in stages[stage].chunks)
         times.append(_stage_time(config, stage, sent, compute_s, world_size=world_size, hardware=hardware))
     return max(times, key=lambda time: time.total_s)
 
@@ -156,7 +154,7 @@ def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], comput
 def _launched_sublayers(config: RunConfig, stage: int, *, micro_batches: int) -> float:
     """How often a step runs a sublayer forward and backward; a forward alone counts as a third of that."""
     passes = micro_batches * (assumed.RECOMPUTED_PASSES if config.parallel.recompute == "full" else 1.0)
-    return passes * sum(count for _, count in stage_letters(config, stage))
+    return passes * sum(count for _, count in stages_of(config)[stage].letters)
 
 
 def _host_s(
@@ -171,7 +169,7 @@ def _host_s(
     launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
     if partitioned and parallel.zero_stage == 3:
-        modules = 2 + sum(count * mixer(letter).modules for letter, count in stage_letters(config, stage))
+        modules = 2 + sum(count * mixer(letter).modules for letter, count in stages_of(config)[stage].letters)
         forwards = 2 if parallel.recompute == "full" else 1
         launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
     return launches_s + messages_s
@@ -211,24 +209,20 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
 class _Device:
     """One rank's forward and backward of a micro-batch: the rank with the largest shares."""
 
-    config: RunConfig
+    model: ModelConfig
+    share: Share
     hardware: Hardware
-    kernels: KernelNames
 
-    def part_s(self, part: range, seconds: dict[str, float]) -> float:
-        """Of a part of the model.
-
-        Args:
-            seconds: of each kind of sublayer.
-        """
-        config, model = self.config, self.config.model
-        total = sum(seconds[letter] for letter in model.pattern[part.start : part.stop])
-        vocabulary, tokens = model.vocab_size // config.parallel.tensor, micro_batch_tokens(config)
-        if is_first(part, model):
+    def chunk_s(self, chunk: Chunk) -> float:
+        """Returns the seconds of a pipeline chunk."""
+        model, share = self.model, self.share
+        total = sum(count * self.sublayer_s(letter) for letter, count in chunk.letters)
+        vocabulary, tokens = model.vocab_size // share.tensor_ranks, share.tokens
+        if chunk.is_first:
             total += self._traffic_s(costs.EMBEDDING, tokens * model.hidden_size)
-        if is_last(part, model):
+        if chunk.is_last:
             # Over several ranks the loss is megatron-core's, in single operations.
-            fused = self.kernels.elementwise if config.parallel.tensor == 1 else "torch"
+            fused = share.kernels.elementwise if share.tensor_ranks == 1 else "torch"
             total += self._matrix_s(vocabulary * model.hidden_size)
             total += self._traffic_s(costs.LOSS[fused], tokens * vocabulary)
             total += self._norm_s()
@@ -236,17 +230,16 @@ class _Device:
 
     def sublayer_s(self, letter: str) -> float:
         """Returns the seconds of a sublayer: its products, its own kernels, the norm and the residual sum."""
-        size = local_sizes(self.config.model, letter, self.config.parallel.tensor)
-        again = self.config.parallel.recompute == "full"
-        share = share_of(self.config, self.kernels)
-        inside = sum(self._kernel_s(kernel) for kernel in mixer(letter).kernels(self.config.model, share))
-        residual_s = self._traffic_s(costs.RESIDUAL[self.kernels.norm], self._residual_elements, again=again)
+        size = local_sizes(self.model, letter, self.share.tensor_ranks)
+        again = self.share.recompute == "full"
+        inside = sum(self._kernel_s(kernel) for kernel in mixer(letter).kernels(self.model, self.share))
+        residual_s = self._traffic_s(costs.RESIDUAL[self.share.kernels.norm], self._residual_elements, again=again)
         return self._matrix_s(size.matrix, again=again) + inside + self._norm_s(again=again) + residual_s
 
     def _kernel_s(self, kernel: Kernel) -> float:
         match kernel:
             case MemoryPass(traffic, elements):
-                return self._traffic_s(traffic, elements, again=self.config.parallel.recompute == "full")
+                return self._traffic_s(traffic, elements, again=self.share.recompute == "full")
             case Convolution(elements):
                 return self._conv_s(elements)
             case Scan():
@@ -256,17 +249,16 @@ class _Device:
 
     @property
     def _residual_elements(self) -> int:
-        parallel = self.config.parallel
-        tokens = micro_batch_tokens(self.config) // (parallel.tensor if parallel.sequence else 1)
-        return tokens * self.config.model.hidden_size
+        tokens = self.share.tokens // (self.share.tensor_ranks if self.share.sequence_parallel else 1)
+        return tokens * self.model.hidden_size
 
     def _norm_s(self, *, again: bool = False) -> float:
-        return self._traffic_s(costs.NORM[self.kernels.norm], self._residual_elements, again=again)
+        return self._traffic_s(costs.NORM[self.share.kernels.norm], self._residual_elements, again=again)
 
     def _matrix_s(self, weights: int, *, again: bool = False) -> float:
         """Products with some weights."""
         passes = 4 if again else 3
-        flops = passes * 2.0 * weights * micro_batch_tokens(self.config)
+        flops = passes * 2.0 * weights * self.share.tokens
         return flops / (self.hardware.matrix_flops * self.hardware.matrix_efficiency)
 
     def _traffic_s(self, traffic: Traffic, elements: float, *, again: bool = False) -> float:
@@ -276,13 +268,13 @@ class _Device:
         return elements * moved / (fused_rate if traffic.fused else single_rate)
 
     def _conv_s(self, elements: float) -> float:
-        again = self.config.parallel.recompute == "full"
+        again = self.share.recompute == "full"
         bound = assumed.H100.memory_bytes_per_s / self.hardware.memory_bytes_per_s
-        return _measured_s(costs.CONV[self.kernels.conv], elements, again=again) * bound
+        return _measured_s(costs.CONV[self.share.kernels.conv], elements, again=again) * bound
 
     def _scan_s(self, scan: Scan) -> float:
-        again = self.config.parallel.recompute != "none"
-        if self.kernels.scan == "cuda":
+        again = self.share.recompute != "none"
+        if self.share.kernels.scan == "cuda":
             return scan.scans * cuda_scan_s(
                 sequences=scan.sequences,
                 channels=scan.channels,
@@ -291,7 +283,7 @@ class _Device:
                 again=again,
             )
         elements = scan.sequences * scan.tokens * scan.channels
-        if self.kernels.scan == "mamba-ssm":
+        if self.share.kernels.scan == "mamba-ssm":
             once_s = _measured_s(costs.MAMBA_SSM_SCAN, elements, again=again) / self.hardware.vector_rate
             return scan.scans * once_s
         moved_bytes = elements * scan.states * FP32_BYTES * assumed.TORCH_SCAN_PASSES
@@ -299,10 +291,16 @@ class _Device:
         return once_s * (scan.scans + (TORCH_FORWARD_SHARE if again else 0))
 
     def _attention_s(self, flops: float) -> float:
-        forward_ms, backward_ms = costs.ATTENTION[self.kernels.attention]
-        passes_ms = forward_ms * (1 if self.config.parallel.recompute == "none" else 2) + backward_ms
+        forward_ms, backward_ms = costs.ATTENTION[self.share.kernels.attention]
+        passes_ms = forward_ms * (1 if self.share.recompute == "none" else 2) + backward_ms
         measured_s = flops / (costs.ATTENTION_FLOP / (passes_ms * 1e-3))
         return measured_s / (self.hardware.matrix_flops / assumed.H100.matrix_flops)
+
+
+@lru_cache(maxsize=4096)
+def _chunk_s(device: _Device, chunk: Chunk) -> float:
+    """Remembers the seconds of a chunk, which layouts with the same shares have in common."""
+    return device.chunk_s(chunk)
 
 
 TORCH_FORWARD_SHARE = 1 / 3  # of the scan's launches in plain PyTorch

@@ -14,7 +14,7 @@ from sambalm.model.samba import Samba
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.parameter_info import info_of
-from sambalm.pretrain.optimizer import gradient_buckets
+from sambalm.pretrain.gradient_buckets import gradient_buckets
 from tests.support.layout_runs import MODEL, STEPS, batches, one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world
 

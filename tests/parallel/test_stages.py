@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sambalm.model.build import part_layers
+from sambalm.model.chunks import part_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import layer_flops
 from sambalm.parallel.config import ParallelConfig

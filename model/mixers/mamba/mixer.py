@@ -112,7 +112,7 @@ class Mamba(Mixer):
             Parameter("x_proj.weight", (rank + 2 * states, channels), **product),
             Parameter("dt_proj.weight", (channels, rank), **product),
             Parameter("dt_proj.bias", (channels,)),
-            Parameter("A_log", (channels, states)),
+            Parameter("A_log", (channels, states), weight_decay=False),  # a rate, not a projection
             Parameter("D", (channels,)),
             Parameter("out_proj.weight", (width, channels), **product),
         )

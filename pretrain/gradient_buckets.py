@@ -1,0 +1,57 @@
+"""Which parameters AdamW steps together, and which gradients ranks therefore reduce together."""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from sambalm.model.samba import Samba
+from sambalm.parallel.zero.buckets import GradientBucket
+from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.pretrain.optimizer import bucket_ranges
+
+
+def gradient_buckets(chunks: Sequence[nn.Module], *, max_elements: int | None = None) -> list[GradientBucket]:
+    """Sorts parameters into those that AdamW steps together and whose gradients ranks reduce together.
+
+    There is one bucket of weights of matrix products, one of other parameters with weight decay, and one of those
+    without; empty ones are left out.
+
+    Args:
+        chunks: of the model on this rank. Their parameters have a `ParameterInfo`.
+        max_elements: makes several buckets of a whole Samba's weights of products, which a backward completes one after
+            the other: of consecutive layers with up to so many elements, and up to BUCKET_SHARE of all, from the last
+            layer to the first. None: one bucket, of any model.
+    """
+    buckets: list[GradientBucket] = []
+    if max_elements:
+        (model,) = chunks
+        buckets = _layer_buckets(model, max_elements=max_elements)
+    sorted_already = {parameter for bucket in buckets for parameter in bucket.parameters}
+    by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
+    for parameter in nn.ModuleList(chunks).parameters():
+        if parameter not in sorted_already:
+            info = info_of(parameter)
+            by_use[info.weight_decay, info.matmul_only].append(parameter)
+    used = [(decays, tuple(parameters)) for (decays, _), parameters in by_use.items() if parameters]
+    return buckets + [GradientBucket(parameters, weight_decay=decays) for decays, parameters in used]
+
+
+def _layer_buckets(model: Samba, *, max_elements: int) -> list[GradientBucket]:
+    layers = [
+        ([parameter for parameter in module.parameters() if info_of(parameter).matmul_only], last)
+        for module, last in model.backward_order()
+    ]
+    # An even share of whole tensors, so that tensor-parallel ranks, whose shares differ, send in one order.
+    sizes = [
+        sum(math.prod(piece.shape) for matrix in matrices for piece in info_of(matrix).slices) // model.tp.size
+        for matrices, _ in layers
+    ]
+    return [
+        GradientBucket(
+            tuple(matrix for matrices, _ in layers[bucket.start : bucket.stop] for matrix in matrices),
+            weight_decay=True,
+            completed_by=layers[bucket.stop - 1][1],
+        )
+        for bucket in bucket_ranges(sizes, max_elements=max_elements)
+    ]
