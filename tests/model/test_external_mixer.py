@@ -18,8 +18,9 @@ from sambalm.pretrain.planner.hardware import DEVICES
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import find_plans, plan_of
+from tests.pretrain.test_plan import counted_activations
 from tests.support import toy_mixer
-from tests.support.layout_runs import STEPS, differences, run_values, steps_on_rank
+from tests.support.layout_runs import LENGTH, STEPS, differences, run_values, steps_on_rank
 from tests.support.whole_runs import changed, stopped_after, train
 from tests.support.worlds import run_world
 
@@ -100,12 +101,20 @@ def test_it_is_counted():
     assert flops_per_token(config, sequence_length=32).mixing["token_shift"] == 2 * 3 * 4 * 22
 
 
+def test_it_keeps_what_it_says():
+    config = parse_config(run_values(model=MODEL), source="test")
+    kept, _ = counted_activations(config)
+    memory, *_ = stage_memories(config, world_size=1, kernels=TORCH_ON_CPU)
+    assert memory.saved_bytes == pytest.approx(kept, rel=0.02)
+
+
 def test_it_is_planned():
     values = run_values(model=MODEL) | {"data": {"train": "unused", "sequence_length": 32}}
     config = parse_config(values, source="test")
     with_more = parse_config(changed(values, model={"mixers": {"token_shift": {"channels": 2200}}}), source="test")
     small, large = (stage_memories(one, world_size=1, kernels=TORCH_ON_CPU)[0] for one in (config, with_more))
-    assert large.saved_by_kind["token_shift"] > 50 * small.saved_by_kind["token_shift"]
+    added = 2 * LENGTH * (2200 - 22) * 6 * 4  # in two layers, six tensors of fp32
+    assert large.saved_by_kind["token_shift"] - small.saved_by_kind["token_shift"] == added
     assert large.saved_by_kind["mamba"] == small.saved_by_kind["mamba"]
     plans = find_plans(config, world_size=4, memory_gib=1, hardware=DEVICES["h100"])
     assert {plan.config.parallel.tensor for plan in plans} >= {1, 2}

@@ -59,9 +59,8 @@ class TokenShift(Mixer):
         yield MemoryPass(GATE_AND_SHIFT, share.tokens * self._channels(config, share.tensor_ranks))
 
     def saved_bytes(self, config, share, *, inside):
-        """Gate and value in one tensor, SiLU of the gate, the mixture and the product; what a mixture takes in fp32."""
-        elements = share.tokens * self._channels(config, share.tensor_ranks)
-        return elements * (5 * share.activation_bytes + 2 * (FP32_BYTES if share.is_narrow else 0))
+        """Counts gate and value in one tensor, the tokens before, the mixture, SiLU of the gate and the product."""
+        return 6 * share.activation_bytes * share.tokens * self._channels(config, share.tensor_ranks)
 
     def backward_bytes(self, config, share):
         return 4 * FP32_BYTES * share.tokens * self._channels(config, share.tensor_ranks)
