@@ -76,6 +76,8 @@ def _name(annotation: Any) -> str:
         return _name(get_args(annotation)[0])
     if get_origin(annotation) is list:
         return f"list of {_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     if get_origin(annotation) is Union or hasattr(annotation, "__args__"):
         return " or ".join(dict.fromkeys(_name(option) for option in get_args(annotation)))
     if annotation is type(None):
