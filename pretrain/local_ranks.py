@@ -179,7 +179,7 @@ def _results(workers: Workers, *, timeout_s: float, output: Path | None) -> list
         ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
         if not ready:
             break
-        for connection in ready:
+        for connection in (found for found in ready if isinstance(found, Connection)):
             rank = waiting.pop(connection)
             try:
                 report = connection.recv()
