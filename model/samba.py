@@ -1,6 +1,7 @@
 """The Samba language model: a loop over its layer pattern, or over the part of it that a pipeline stage holds."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
