@@ -72,7 +72,7 @@ class ModelConfig(MambaSizes, AttentionSizes, MLPSizes):
         """
         if one.sizes is None:
             raise TypeError(f"the mixer {one.name} has no sizes of its own")
-        return _checked_sizes(one, self.mixers.get(one.name, {}))
+        return _checked_sizes(one, one.sizes, self.mixers.get(one.name, {}))
 
     @cached_property
     def _hash(self) -> int:
@@ -82,9 +82,9 @@ class ModelConfig(MambaSizes, AttentionSizes, MLPSizes):
         return self._hash
 
 
-def _checked_sizes(one: Mixer, section: dict[str, Any]) -> BaseModel:
+def _checked_sizes(one: Mixer, sizes: type[BaseModel], section: dict[str, Any]) -> BaseModel:
     try:
-        return one.sizes.model_validate(section, strict=True)
+        return sizes.model_validate(section, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("model.mixers", one.name, *first["loc"])))

@@ -1,6 +1,7 @@
 """The Samba language model: a loop over its layer pattern, or over the part of it that a pipeline stage holds."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ class Samba(nn.Module):
             sequence, vocabulary / tp]; on other stages the hidden states for the next.
         """
         x = self.embedding(tokens, self.dtype) if self.is_first else hidden
+        assert x is not None, "stages after the first take the stage before's output"
         context = self._context(tokens, document_starts)
         branch = None
         for layer in self.layers.values():
@@ -142,7 +144,8 @@ class Samba(nn.Module):
         """
         if not self.config.tie_embeddings:
             yield self.head, self.final_norm.weight
-        for layer in reversed(self.layers.values()):
+        layer: Any
+        for layer in reversed(list(self.layers.values())):
             yield layer, layer.norm.weight  # whose norm is the first that its forward computes
 
     def _context(self, tokens: Tensor, document_starts: Tensor | None) -> SequenceContext:

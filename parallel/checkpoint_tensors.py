@@ -1,5 +1,7 @@
 """Slices of canonical tensors as torch.distributed.checkpoint understands them: any layout saves, any other loads."""
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -29,10 +31,12 @@ class CheckpointSlice(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has no arguments' names
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         raise NotImplementedError(f"{func} on a slice of a checkpoint's tensor")
 
-    def __repr__(self) -> str:
+    def __repr__(self, **_: Any) -> str:
         return f"CheckpointSlice({tuple(self.shape)} from {tuple(self.offsets)}: {self.local!r})"
 
     # torch.distributed.checkpoint's protocol for tensors that it does not know (planner_helpers._create_write_items).

@@ -87,7 +87,7 @@ class CapturedMicroBatches:
             self.captured.clear()
             torch.cuda.empty_cache()
 
-    def _replay(self, batch: MicroBatch, micro_batches: int, *, is_first: bool, is_last: bool) -> Tensor:
+    def _replay(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
         kind = is_first, is_last and self.last_differs
         if kind not in self.captured:
             self.captured[kind] = self._capture(batch, is_first=is_first, is_last=is_last)

@@ -32,7 +32,8 @@ class Executor(Protocol):
         """Returns losses of each micro-batch without training, fp32 [batch, this rank's sequence shard]."""
 
     def close(self) -> None:
-        """Ends what the process groups would wait for when they are destroyed."""
+        """Ends what the process groups would wait for when they are destroyed; by default there is nothing."""
+        return
 
 
 @contextmanager

@@ -267,7 +267,7 @@ def _changes(config: RunConfig, checked: RunConfig) -> dict[str, Any]:
 def _layout(config: RunConfig, *, world_size: int) -> str:
     parallel = config.parallel
     documents = ", packed documents" if config.data.reset_at_document else ""
-    name = f"DP{world_size // parallel.model_ranks} {layout_name(config, world_size=world_size)}"
+    name = f"DP{world_size // parallel.model_ranks} {layout_name(parallel, world_size=world_size)}"
     return f"{name}, recompute {parallel.recompute}{documents}"
 
 
@@ -306,7 +306,9 @@ def random_batches(step: int, *, config: RunConfig, world: "World", seed: int, p
         drawn = torch.randint(1, max(2, length), (shape[0], 4), generator=generator).tolist()
         borders = list(range(part_tokens, length, part_tokens))
         before = [border - 1 for border in borders]
-        begins = [([], some, some + borders, some + before)[number % 4] for number, some in enumerate(drawn)]
+        begins: list[list[int]] = [
+            ([], some, some + borders, some + before)[number % 4] for number, some in enumerate(drawn)
+        ]
         starts = torch.tensor([document_starts(some, length=length) for some in begins])
     micro_batches = [
         MicroBatch(tokens[rows, :-1], tokens[rows, 1:], None if starts is None else starts[rows])

@@ -138,9 +138,10 @@ def _sentence(error: ErrorDetails, values: dict[str, Any]) -> str:
 
 def _keys(error: ErrorDetails, values: Any) -> list[str | int]:
     """Where an error is, without the names of types that pydantic puts between keys."""
-    keys = []
+    keys: list[int | str] = []
     for part in error["loc"]:
-        if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+        is_key = part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int)
+        if is_key:
             values = values[part]
             keys.append(part)
     return [*keys, error["loc"][-1]] if error["type"] == "missing" else keys

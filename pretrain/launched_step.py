@@ -38,7 +38,7 @@ class Moment:
 
     def seconds_since(self, earlier: "Moment") -> float:
         """Waits for this moment."""
-        if self.event is None:
+        if self.event is None or earlier.event is None:
             return self.host_s - earlier.host_s
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1e3

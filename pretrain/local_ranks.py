@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class _Place:
     output: Path | None
 
 
-def _context(*, on_gpus: bool) -> BaseContext:
+def _context(*, on_gpus: bool) -> SpawnContext | ForkServerContext:
     if on_gpus:  # which processes cannot share with the one that they were forked from
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")  # it imports the slow packages once for all ranks
@@ -179,7 +179,7 @@ def _results(workers: Workers, *, timeout_s: float, output: Path | None) -> list
         ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
         if not ready:
             break
-        for connection in ready:
+        for connection in (found for found in ready if isinstance(found, Connection)):
             rank = waiting.pop(connection)
             try:
                 report = connection.recv()

@@ -65,7 +65,8 @@ class Trainer:
         record = data_record(config, sources)
         if checkpoint:
             check_data(checkpoint, record, config=config)
-        self.step, self.samples = (checkpoint.step, checkpoint.state["samples"]) if checkpoint else (0, 0)
+        self.step: int = checkpoint.step if checkpoint else 0
+        self.samples: int = checkpoint.state["samples"] if checkpoint else 0
         self.hooks = self._hooks(sources, record)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
@@ -83,7 +84,8 @@ class Trainer:
 
     def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
-        config, world, hooks = self.config, self.world, []
+        config, world = self.config, self.world
+        hooks: list[Hook] = []
         hooks += [
             Validator(config, sources, world=world),
             RunReport(config, world=world, done_steps=self.step),

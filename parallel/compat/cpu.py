@@ -22,5 +22,6 @@ def prepare_cpu() -> None:
 
     megatron-core asks `torch.cuda.current_device()` where to put its buffers.
     """
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
     schedules.torch = _TorchOnCPU()

@@ -6,6 +6,7 @@ length of the sequence.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ class _Post(torch.autograd.Function):
     """Sends a rank's last tokens on. The results are empty buffers until `_Arrive`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, exchange: _Exchange) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.shape = exchange, x.shape
         sent = {rank: x[:, x.shape[1] - n :].contiguous() for rank, n in exchange.after}
         wanted = {rank: x.new_empty(x.shape[0], n, *x.shape[2:]) for rank, n in exchange.before}
@@ -81,7 +82,7 @@ class _Post(torch.autograd.Function):
         return tuple(wanted.values()) or (torch.empty_like(x[:, :0]),)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         total = gradient.new_zeros(ctx.shape)
         for part in ctx.exchange.wait().values():
             total[:, ctx.shape[1] - part.shape[1] :] += part
@@ -92,13 +93,13 @@ class _Arrive(torch.autograd.Function):
     """Joins what `_Post` asked for. The backward sends the gradients back, for the other ranks' `_Post`."""
 
     @staticmethod
-    def forward(ctx, exchange: _Exchange, *pieces: Tensor) -> Tensor:
+    def forward(ctx: Any, exchange: _Exchange, *pieces: Tensor) -> Tensor:
         ctx.exchange, ctx.sizes = exchange, [piece.shape[1] for piece in pieces]
         exchange.wait()
         return torch.cat(pieces, dim=1)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exchange, pieces = ctx.exchange, gradient.split(ctx.sizes, dim=1)
         sent = {rank: piece.contiguous() for (rank, _), piece in zip(exchange.before, pieces, strict=False)}
         wanted = {rank: gradient.new_empty(len(gradient), n, *gradient.shape[2:]) for rank, n in exchange.after}
@@ -128,19 +129,19 @@ def after(result: Tensor, other: Tensor) -> Tensor:
 
 class _After(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, result: Tensor, other: Tensor) -> Tensor:
+    def forward(ctx: Any, result: Tensor, other: Tensor) -> Tensor:
         ctx.save_for_backward(other)
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (other,) = ctx.saved_tensors
         return gradient, torch.zeros_like(other)
 
 
 class _IncomingState(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, own: Tensor, cp: ContextParallel) -> Tensor:
+    def forward(ctx: Any, own: Tensor, cp: ContextParallel) -> Tensor:
         ctx.cp = cp
         gathered = own.new_empty(cp.size, *own.shape)
         dist.all_gather_into_tensor(gathered.flatten(0, 1), own.contiguous(), group=cp.group)
@@ -148,7 +149,7 @@ class _IncomingState(torch.autograd.Function):
         return _states(gathered, cp.rank)[-1]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         cp, (gathered,) = ctx.cp, ctx.saved_tensors
         states = _states(gathered, cp.rank)
         gradients = torch.zeros_like(gathered)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
+        ctx: Any, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         weight = _compute_weight(weights, x.dtype)
         ctx.save_for_backward(x, weight)
@@ -93,18 +94,18 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """What ranks exchange is under way while this one computes, as in megatron-core's linear layer."""
         x, weight = ctx.saved_tensors
         gathered = _Gathered(x, ctx.tp)
-        gradients = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-        features = [gradient.shape[1] for gradient in gradients]
-        grad_rows = x.new_empty(gradients[0].shape[0], x.shape[-1])
-        for number, (gradient, part) in enumerate(zip(gradients, weight.split(features), strict=True)):
+        flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        features = [gradient.shape[1] for gradient in flat]
+        grad_rows = x.new_empty(flat[0].shape[0], x.shape[-1])
+        for number, (gradient, part) in enumerate(zip(flat, weight.split(features), strict=True)):
             torch.addmm(grad_rows, gradient, part, beta=min(number, 1), out=grad_rows)
         rows = gathered.wait().reshape(-1, x.shape[-1])
         summed = _Summed(grad_rows, ctx.tp)
-        parts = iter(gradients)
+        parts = iter(flat)
         grad_weights = [
             _weight_gradient(weight, list(islice(parts, len(sizes))), rows)
             for weight, sizes in zip(ctx.weights, ctx.sizes, strict=True)
@@ -147,7 +148,7 @@ class _Summed:
 
 class _LinearBeside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         compute_weight = _compute_weight((weight,), x.dtype)
         ctx.save_for_backward(x, compute_weight)
         ctx.weight = weight
@@ -155,7 +156,7 @@ class _LinearBeside(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         sums = grad_x.reshape(-1, x.shape[-1]).addmm_(gradient, weight)
@@ -184,13 +185,13 @@ def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) 
         rows: [tokens, in], what the weight was multiplied by.
     """
     info = find_info(weight)
-    fused = info is not None and info.fuses_accumulation and weight.grad is not None
+    own = weight.grad if info and info.fuses_accumulation else None
     features = [gradient.shape[1] for gradient in gradients]
-    found = weight.grad if fused else rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype)
-    beta = int(fused and not info.is_overwritten)
+    found = rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype) if own is None else own
+    beta = int(own is not None and info is not None and not info.is_overwritten)
     for gradient, part in zip(gradients, found.split(features), strict=True):
         _add_product(part, gradient.t(), rows, beta=beta)
-    if not fused:
+    if own is None or info is None:
         return found
     info.has_product, info.is_overwritten = True, False
     return None

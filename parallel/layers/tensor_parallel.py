@@ -5,6 +5,7 @@ sequence-first, [sequence, batch, width], as megatron-core's sequence parallelis
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,11 @@ class _ContiguousGradient(torch.autograd.Function):
     """Identity whose gradient is contiguous: given another, megatron-core's all-reduces silently reduce a copy."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 

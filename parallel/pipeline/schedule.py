@@ -1,6 +1,6 @@
 """Pipeline parallelism: megatron-core's schedules (1F1B and interleaved) over this rank's parts of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core import ModelParallelConfig
@@ -12,6 +12,7 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
 
 Reduce = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Part(nn.Module):
@@ -21,7 +22,8 @@ class Part(nn.Module):
 
     def __init__(self, module: nn.Module, config: ModelParallelConfig) -> None:
         super().__init__()
-        self.module, self.config, self.hidden = module, config, None
+        self.module, self.config = module, config
+        self.hidden: Tensor | None = None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         (self.hidden,) = tensors
@@ -79,7 +81,7 @@ class PipelineSchedule:
             # The schedule multiplies by the context-parallel size, for losses that are sums over it; ours are means.
             return output.mean() / self.world.context.size, reduce(output.detach())
 
-        def forward(iterator, part: Part):
+        def forward(iterator: Iterator[MicroBatch], part: Part) -> tuple[Tensor, Loss]:
             return part(next(iterator)), loss
 
         tokens = micro_batches[0].tokens

@@ -5,6 +5,7 @@ Fused optimizers read two attributes that GradScaler (torch.amp) sets: `grad_sca
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ class Clipping:
     """
 
     def __init__(self, optimizer: Optimizer, *, max_norm: float, groups: Sequence[dist.ProcessGroup]) -> None:
-        self.optimizer, self.max_norm = optimizer, max_norm
+        self.optimizer: Any = optimizer
+        self.max_norm = max_norm
         self.groups = [group for group in groups if group.size() > 1]
         optimizer.register_step_post_hook(_count_skipped)
 
@@ -47,7 +49,7 @@ class Clipping:
         return norm
 
 
-def _count_skipped(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+def _count_skipped(optimizer: Any, args: tuple, kwargs: dict) -> None:
     """Counts a skipped step in AdamW's state. A fused optimizer's step leaves the count as it was."""
     parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
     steps = [optimizer.state[parameter]["step"] for parameter in parameters]

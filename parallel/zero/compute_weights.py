@@ -21,21 +21,21 @@ class ComputeWeights:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.copies: dict[tuple[nn.Parameter, ...], Tensor] = {}  # by what one product takes together
-        self.copies_of: defaultdict[nn.Parameter, list[Tensor]] = defaultdict(list)  # views of `copies`
-        self.adopted: dict[nn.Parameter, Tensor] = {}
-        self.written: set[nn.Parameter] = set()  # weights whose copies the optimizer has left up to date
+        self.copies: dict[tuple[Tensor, ...], Tensor] = {}  # by what one product takes together
+        self.copies_of: defaultdict[Tensor, list[Tensor]] = defaultdict(list)  # views of `copies`
+        self.adopted: dict[Tensor, Tensor] = {}
+        self.written: set[Tensor] = set()  # weights whose copies the optimizer has left up to date
         self.valid = False
         for parameter in parameters:
             info_of(parameter).compute_weights = self
 
-    def update(self, weights: Iterable[nn.Parameter] | None = None) -> None:
+    def update(self, weights: Iterable[Tensor] | None = None) -> None:
         """Converts weights again, all by default, but for those whose copies the optimizer has written."""
         chosen = self.copies_of if weights is None else weights
         stale = [(copy, w) for w in chosen if w not in self.written for copy in self.copies_of.get(w, [])]
         if stale:
             with torch.no_grad():
-                torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
+                torch._foreach_copy_([copy for copy, _ in stale], [weight for _, weight in stale])
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -51,7 +51,7 @@ class ComputeWeights:
         """Takes a tensor that somebody else keeps up to date, at all times, as the weight's copy."""
         info_of(weight).compute_weights, self.adopted[weight] = self, copy
 
-    def of(self, weights: tuple[nn.Parameter, ...], dtype: torch.dtype) -> Tensor:
+    def of(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Returns [out, in] of all weights, one below the other."""
         if weights[0] in self.adopted:
             return _below_each_other([self.adopted[weight] for weight in weights])
@@ -65,7 +65,7 @@ class ComputeWeights:
                 self.copies_of[weight].append(view)
         return self.copies[weights]
 
-    def to_write(self, weight: nn.Parameter) -> Tensor | None:
+    def to_write(self, weight: Tensor) -> Tensor | None:
         """Returns a weight's copy for an optimizer that writes it with the weight; None where there is none or several.
 
         The next `update` then leaves that copy alone.
@@ -77,7 +77,7 @@ class ComputeWeights:
         return copies[0]
 
 
-def _below_each_other(tensors: Sequence[Tensor]) -> Tensor:
+def _below_each_other(tensors: list[Tensor]) -> Tensor:
     """Returns one view of all tensors where they follow one another in memory, and else a copy."""
     first, *others = tensors
     end = first.storage_offset() + first.numel()

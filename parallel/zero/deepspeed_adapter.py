@@ -19,14 +19,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no other
 
 import deepspeed
+from deepspeed import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sambalm.parallel.zero.parameter_info import info_of
-
-Engine = deepspeed.DeepSpeedEngine
 
 
 class MegatronUnit:
@@ -79,7 +78,8 @@ def start_engine(model: nn.Module, optimizer: Optimizer, *, config: Mapping[str,
 def _spare_compilation() -> None:
     """Spares DeepSpeed the C++ compilation of a shared-memory all-reduce at its start (comm/torch.py); gloo serves."""
     # By its name, since the package's attribute `torch` is the package torch.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    communication: Any = importlib.import_module("deepspeed.comm.torch")
+    communication.build_shm_op = lambda: None
 
 
 def _count_in_norm(parameter: nn.Parameter, *, owned: bool) -> None:
@@ -88,7 +88,8 @@ def _count_in_norm(parameter: nn.Parameter, *, owned: bool) -> None:
     `tensor_model_parallel` counts a parameter on every tensor-parallel rank, where DeepSpeed otherwise counts it on the
     first alone. `ds_pipe_replicated` counts it on none.
     """
-    parameter.tensor_model_parallel, parameter.ds_pipe_replicated = owned, not owned
+    marked: Any = parameter
+    marked.tensor_model_parallel, marked.ds_pipe_replicated = owned, not owned
 
 
 def leave_gradients(engine: Engine) -> None:
@@ -157,7 +158,8 @@ def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
     DeepSpeed's setter of whole tensors fails where the elements do not divide by the ranks. The share's length is in
     runtime/zero/partition_parameters.py.
     """
-    length = parameter.ds_tensor.ds_numel
+    sharded: Any = parameter
+    length = sharded.ds_tensor.ds_numel
     padded = value.new_zeros(length * MegatronUnit.get_data_parallel_world_size())
     padded[: value.numel()] = value.flatten()
     start = MegatronUnit.get_data_parallel_rank() * length
@@ -229,6 +231,7 @@ class ShardedOptimizer:
             shares: of each rank.
         """
         self._zero.parallel_partitioned_bit16_groups[number] = shares
+        parameter: Any
         for parameter in self.groups[number].parameters:
             if parameter._hp_mapping is not None:  # as it is where this rank steps none of the parameter
                 parameter._hp_mapping.lp_fragment = None

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Init = Callable[[Tensor, torch.Generator], None]
+Init = Callable[[Tensor, torch.Generator], object]  # fills the tensor; nobody reads what it returns
 _ATTRIBUTE = "sambalm_info"
 
 

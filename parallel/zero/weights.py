@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,10 +89,10 @@ class FlatWeights:
                 module.register_forward_pre_hook(partial(self._before_forward, count))
         return order
 
-    def _changed(self, *_) -> None:
+    def _changed(self, *_: Any) -> None:
         self.stale = True
 
-    def _before_forward(self, count: int, *_) -> None:
+    def _before_forward(self, count: int, *_: Any) -> None:
         if self.stale:
             raise RuntimeError("weights of other ranks are those of a step before: gather them first")
         self._wait(count)

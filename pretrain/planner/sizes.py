@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from sambalm.model.chunks import part_layers
 from sambalm.model.config import ModelConfig
-from sambalm.model.mixers.counts import FP32_BYTES, KernelNames, Share
+from sambalm.model.mixers.counts import FP32_BYTES, KernelNames, Recompute, Share
 from sambalm.model.registry import mixer, mixers_of
 from sambalm.parallel.config import ParallelConfig
 from sambalm.pretrain.config import PRECISION_BYTES, RunConfig
@@ -37,7 +37,7 @@ def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSize
     )
 
 
-def share_of(config: RunConfig, kernels: KernelNames, *, recompute: str | None = None) -> Share:
+def share_of(config: RunConfig, kernels: KernelNames, *, recompute: Recompute | None = None) -> Share:
     """Returns what a rank of a run computes on, with the run's own recomputation or another."""
     parallel = config.parallel
     return Share(

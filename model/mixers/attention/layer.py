@@ -79,8 +79,10 @@ class AttentionLayer(nn.Module):
         near_q, far_q = q.split([near, q.shape[2] - near], dim=2)
         parts = []
         if far_q.shape[2]:
-            parts.append(self._attend(far_q, *kv_BSHd.transpose(1, 2).chunk(2, dim=1), context, first=near))
+            far_k, far_v = kv_BSHd.transpose(1, 2).chunk(2, dim=1)
+            parts.append(self._attend(far_q, far_k, far_v, context, first=near))
         if near:
             near_kv = torch.cat((neighbours.wait(), kv_BSHd[:, :near]), dim=1).transpose(1, 2)
-            parts.append(self._attend(near_q, *near_kv.chunk(2, dim=1), context, first=0))
+            near_k, near_v = near_kv.chunk(2, dim=1)
+            parts.append(self._attend(near_q, near_k, near_v, context, first=0))
         return torch.cat(parts[::-1])
