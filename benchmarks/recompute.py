@@ -21,8 +21,8 @@ from sambalm.model.layers import SequenceContext
 from sambalm.model.ops.reference.window_attention import rotary_tables
 from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.samba import Sublayer
-from sambalm.parallel.layers import recompute
 from sambalm.parallel.groups import ContextParallel, TensorParallel
+from sambalm.parallel.layers import recompute
 from sambalm.parallel.sharding import initialize_parameters
 
 MODES = ("none", "selective", "full")

@@ -7,8 +7,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from sambalm.model.ops.cuda.adamw import CudaAdamW
-from sambalm.model.ops.external import KernelRequirements, why_unavailable
 from sambalm.model.samba import Samba
 
 # Of layers whose gradients ranks reduce together, and whose weights they gather together: so many elements at most, and
@@ -37,15 +35,16 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
-    def build(self, model: nn.Module, *, bucket_elements: int | None = None) -> torch.optim.AdamW:
+    def build(
+        self, model: nn.Module, *, adamw: type[torch.optim.AdamW], bucket_elements: int | None = None
+    ) -> torch.optim.AdamW:
         """
         Args:
             model: its weights are fp32, on the device where it trains.
+            adamw: the implementation, `Kernels.optimizer`.
             bucket_elements: see `parameter_groups`.
         """
         groups = self.parameter_groups(model, bucket_elements=bucket_elements)
-        where = KernelRequirements(groups[0]["params"][0].device, torch.float32)
-        adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
         return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def parameter_groups(self, model: nn.Module, *, bucket_elements: int | None = None) -> list[dict[str, Any]]:

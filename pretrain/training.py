@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from sambalm.model.build import build_parts, tied_copy
-from sambalm.model.ops.registry import Kernels
+from sambalm.model.kernel_requirements import kernel_requirements
+from sambalm.model.ops.registry import Kernels, build_kernels
 from sambalm.parallel.execution import Execution, execution
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import initialize_parameters
@@ -37,14 +38,17 @@ def build_training(
         bucket_elements: of gradients that are reduced together while a backward runs; see `parameter_groups`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    kernels = config.kernels.build(
-        device=world.device,
-        dtype=dtype,
-        d_state=config.model.d_state,
-        d_conv=config.model.d_conv,
-        initial_states=parallel.context > 1,
+    requirements = kernel_requirements(
+        config.model,
+        device=world.device.type,
+        precision=config.train.precision,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
         resets=config.data.reset_at_document,
+        tp=world.tensor,
+        cp=world.context,
     )
+    kernels = build_kernels(config.kernels, requirements)
     parts = build_parts(
         config.model,
         parallel,
@@ -62,7 +66,11 @@ def build_training(
     overlaps = parallel.overlaps_messages(world.size)
     engine = zero_engine(
         parts,
-        functools.partial(config.optimizer.build, bucket_elements=bucket_elements if overlaps else None),
+        functools.partial(
+            config.optimizer.build,
+            adamw=kernels.optimizer,
+            bucket_elements=bucket_elements if overlaps else None,
+        ),
         world=world,
         zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,
