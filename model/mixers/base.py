@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from sambalm.model.mixers.counts import Kernel, Message, Parameter, Share
+from sambalm.parallel.shard import Place
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +110,18 @@ class Mixer(ABC):
     def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
         """Returns how many neighbouring tensor-parallel ranks hold the same slice of a weight, such as a kv head."""
         return 1
+
+    def kernel_needs(
+        self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
+    ) -> dict[str, Any]:
+        """Returns fields of `KernelRequirements`: what this mixer asks of kernels on one rank.
+
+        Args:
+            sequences: of a micro-batch.
+            part_tokens: of each sequence on the rank.
+            tp, cp: the rank's places among tensor- and context-parallel ranks.
+        """
+        return {}
 
     def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> Any:
         """Returns what all layers of this kind read and a micro-batch makes once, such as rotary tables.

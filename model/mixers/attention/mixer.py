@@ -23,7 +23,8 @@ from sambalm.model.mixers.counts import (
     input_and_output_messages,
     mean_keys,
 )
-from sambalm.parallel.shard import Position
+from sambalm.model.ops.implementations import AttentionCall
+from sambalm.parallel.shard import Place, Position
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,6 +97,30 @@ class WindowAttention(Mixer):
 
     def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
         return kv_copies(config, tensor_ranks)
+
+    def kernel_needs(
+        self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
+    ) -> dict[str, Any]:
+        """Returns the calls of the kernel on this rank."""
+        heads, reach = share_heads(config, tp), config.window - 1
+        sizes = [(part_tokens, part_tokens)]  # queries and keys
+        if cp.size > 1:
+            near = reach if part_tokens >= 2 * reach else part_tokens
+            sizes = [(part_tokens - near, part_tokens), (near, min(reach, cp.rank * part_tokens) + near)]
+        calls = tuple(
+            AttentionCall(
+                batch=sequences,
+                query_heads=heads.query.length // config.head_dim,
+                kv_heads=heads.kv_heads,
+                queries=queries,
+                keys=keys,
+                head_dim=config.head_dim,
+                window=config.window,
+            )
+            for queries, keys in sizes
+            if queries
+        )
+        return {"attention_calls": calls}
 
     def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> "tuple[Tensor, Tensor]":
         """Returns cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]."""

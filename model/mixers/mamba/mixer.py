@@ -21,7 +21,7 @@ from sambalm.model.mixers.counts import (
     halo_message,
     input_and_output_messages,
 )
-from sambalm.parallel.shard import Position, shard
+from sambalm.parallel.shard import Place, Position, shard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,6 +100,11 @@ class Mamba(Mixer):
                 f"model.expand x model.hidden_size is {config.inner_size}, less than parallel.tensor {tensor_ranks}: "
                 "lower parallel.tensor"
             )
+
+    def kernel_needs(
+        self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
+    ) -> dict[str, Any]:
+        return {"d_state": config.d_state, "d_conv": config.d_conv}
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, rank, states = config.hidden_size, config.dt_rank_size, config.d_state
