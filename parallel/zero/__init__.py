@@ -5,9 +5,9 @@ calls the stages of a layout is the executor that `build_executor` returns for i
 replicas: those of the data and of the context dimension.
 
 Two things are known before the first step. Each parameter carries a `ParameterInfo` (parameter_info.py), the only thing
-that is attached to parameters. The parameters are sorted into a list of `GradientBucket`s (buckets.py), which the
-optimizer and `FlatGradients` both receive: a bucket is a parameter group of AdamW, and under ZeRO-1 also one message of
-gradients and one of weights.
+that is attached to parameters. pretrain/gradient_buckets.py sorts the parameters into a list of `GradientBucket`s
+(buckets.py), which the optimizer and `FlatGradients` both receive: a bucket is a parameter group of AdamW, and under
+ZeRO-1 also one message of gradients and one of weights.
 
 **A step under ZeRO-1**, where replicas share out the optimizer's state (`AccumulatingExecutor`):
 

@@ -12,7 +12,7 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.samba import Samba
 from sambalm.parallel.zero import parameter_info
 from sambalm.parallel.zero.parameter_info import ParameterInfo, attach_info, find_info, info_of
-from sambalm.pretrain.optimizer import gradient_buckets
+from sambalm.pretrain.gradient_buckets import gradient_buckets
 from tests.support.layout_runs import MODEL, batches, run_values
 from tests.support.worlds import run_world
 
