@@ -36,7 +36,7 @@ class CheckpointSlice(Tensor):
     ) -> NoReturn:
         raise NotImplementedError(f"{func} on a slice of a checkpoint's tensor")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as above
         return f"CheckpointSlice({tuple(self.shape)} from {tuple(self.offsets)}: {self.local!r})"
 
     # torch.distributed.checkpoint's protocol for tensors that it does not know (planner_helpers._create_write_items).

@@ -71,7 +71,9 @@ def _with_present_names(values: dict[str, Any], *, source: str) -> dict[str, Any
     values = dict(values)
     for section, names in RENAMED.items():
         given = values.get(section)
-        for former, present in names.items() if isinstance(given, dict) else ():
+        if not isinstance(given, dict):
+            continue
+        for former, present in names.items():
             if former not in given:
                 continue
             if present in given:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def gradient_buckets(chunks: Sequence[nn.Module], *, max_elements: int | None = 
     buckets: list[GradientBucket] = []
     if max_elements:
         (model,) = chunks
-        buckets = _layer_buckets(model, max_elements=max_elements)
+        buckets = _layer_buckets(cast(Samba, model), max_elements=max_elements)
     sorted_already = {parameter for bucket in buckets for parameter in bucket.parameters}
     by_use: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, True): [], (True, False): [], (False, False): []}
     for parameter in nn.ModuleList(chunks).parameters():

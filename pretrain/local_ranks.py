@@ -76,7 +76,9 @@ def run_ranks(
             for rank in range(ranks):
                 ours, theirs = context.Pipe(duplex=False)
                 place = _Place(rank, ranks, f"file://{folder}/store", timeout_s, on_gpus, output)
-                process = context.Process(target=_run_rank, args=(function, args, place, theirs), daemon=True)
+                process: BaseProcess = context.Process(
+                    target=_run_rank, args=(function, args, place, theirs), daemon=True
+                )
                 process.start()
                 theirs.close()  # so that the pipe ends with the rank
                 workers.append((process, ours))

@@ -4,7 +4,7 @@
 all-gather, what is sent to another rank. `wire_bytes` is what a ring then sends from each rank.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,7 +56,7 @@ class _Ledger:
     """Adds up bytes and messages by dimension, operation and group size."""
 
     def __init__(self) -> None:
-        self.handed: Counter[tuple[str, str, int]] = Counter()
+        self.handed: defaultdict[tuple[str, str, int], float] = defaultdict(int)
         self.messages: Counter[tuple[str, str, int]] = Counter()
 
     def add(self, dimension: str, operation: str, ranks: int, message_bytes: float, *, times: int) -> None:

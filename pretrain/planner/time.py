@@ -2,7 +2,7 @@
 what ZeRO-1 sends overlapped.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,13 +87,13 @@ def _stage_time(
     """Of a stage that computes compute_s for each micro-batch."""
     parallel = config.parallel
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
-    sent_s: Counter[tuple[str, str]] = Counter()
+    sent_s: defaultdict[tuple[str, str], float] = defaultdict(int)
     for transfer in transfers:
         rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware) * assumed.LINK_SHARE
         seconds = transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
         sent_s[transfer.dimension, transfer.operation] += seconds
-    data_s = sum(seconds for (dimension, _), seconds in sent_s.items() if dimension == "data")
-    layout_s = sent_s.total() - data_s
+    data_s: float = sum(seconds for (dimension, _), seconds in sent_s.items() if dimension == "data")
+    layout_s = sum(sent_s.values()) - data_s
     rounding_s = _rounding_s(config, stage, micro_batches=micro_batches, world_size=world_size, hardware=hardware)
     computed_s = micro_batches * compute_s + rounding_s
     busy_s = computed_s + layout_s
@@ -117,7 +117,7 @@ def _stage_time(
 
 
 def _exposed_data_s(
-    config: RunConfig, sent_s: Counter[tuple[str, str]], *, backward_s: float, forward_s: float
+    config: RunConfig, sent_s: defaultdict[tuple[str, str], float], *, backward_s: float, forward_s: float
 ) -> float:
     """What neither the last backward hides of the gradients that ZeRO-1 sends, nor the first forward of the weights."""
     groups, a = reduced_groups(config), activation_bytes(config)
@@ -200,7 +200,7 @@ def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Ha
     if not parallel.partitions(world_size):  # products write gradients where they are reduced
         return 0.0, share * assumed.STAGE_1_SHARE_BYTES / rate
     # Each micro-batch's are reduced, and the shares added up.
-    moved_bytes = micro_batches * assumed.REDUCED_BYTES * parameters
+    moved_bytes: float = micro_batches * assumed.REDUCED_BYTES * parameters
     moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
     return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
 
