@@ -1,0 +1,283 @@
+"""Attempts, leases, signals and switches by themselves, without a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_step, remove_leftovers
+from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RunInUseError
+from sambalm.pretrain.lifecycle import lease as lease_module
+from sambalm.pretrain.lifecycle.attempts import (
+    AttemptRecord,
+    check_progress,
+    new_attempt_name,
+    read_attempts,
+    recorded_errors,
+    write_outcome,
+    write_snapshot,
+)
+from sambalm.pretrain.lifecycle.hooks import is_due
+from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
+
+
+def attempts(*endings, step=5):
+    """Attempts that began at a step, oldest first, by how they ended; a pair begins elsewhere."""
+    pairs = [ending if isinstance(ending, tuple) else (ending, step) for ending in endings]
+    return [
+        AttemptRecord(Path(f"run/attempts/{n}"), float(n), start, None if code is None else int(code), None, None)
+        for n, (code, start) in enumerate(pairs)
+    ]
+
+
+CRASH = None
+
+
+@pytest.mark.parametrize(
+    ("endings", "refused"),
+    [
+        ([], False),
+        ([CRASH] * 2, False),
+        ([CRASH] * 3, True),
+        ([ExitCode.NOT_SAVED, CRASH, ExitCode.DIVERGED], True),
+        ([ExitCode.REQUEUE] * 3, True),
+        ([CRASH, CRASH, (CRASH, 4), CRASH, CRASH], False),  # progress from 4 to 5 in between
+        ([(CRASH, 4)] * 3, False),
+        ([(CRASH, 4), CRASH, CRASH, CRASH], True),
+        ([CRASH, ExitCode.BAD_INPUT, CRASH, ExitCode.RUN_IN_USE, CRASH], True),  # refusals count neither way
+        ([CRASH, ExitCode.BAD_INPUT, ExitCode.RUN_IN_USE, CRASH], False),
+        *(
+            ([CRASH, CRASH, CRASH, deliberate, CRASH, CRASH], False)
+            for deliberate in (ExitCode.FINISHED, ExitCode.NO_PROGRESS, ExitCode.STOPPED, ExitCode.INTERRUPTED)
+        ),
+        ([CRASH, CRASH, CRASH, ExitCode.NO_PROGRESS], False),  # a start by hand
+    ],
+)
+def test_attempts_without_progress_are_counted(endings, refused):
+    earlier = attempts(*endings)
+    if not refused:
+        check_progress(earlier, step=5, limit=3)
+        return
+    with pytest.raises(NoProgressError, match=r"the last 3 attempts in run/attempts began at step 5 and none left"):
+        check_progress(earlier, step=5, limit=3)
+
+
+def test_attempts_are_told_oldest_first_with_the_first_outcome(tmp_path, monkeypatch):
+    seconds = count(1000)
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
+    for name, step in (("b", 0), ("c", 3), ("a", 6)):
+        folder = tmp_path / "attempts" / name
+        write_snapshot(folder, config_yaml="x: 1\n", world_size=2, start_step=step)
+    write_outcome(folder.parent / "c", exit_code=ExitCode.DIVERGED, step=4, reason="the first")
+    write_outcome(folder.parent / "c", exit_code=ExitCode.NOT_SAVED, step=5, reason="what followed from it")
+    (tmp_path / "attempts" / "none").mkdir()  # of a job that has not come as far
+    records = read_attempts(tmp_path)
+    assert [record.path.name for record in records] == ["b", "c", "a"]
+    assert [record.start_step for record in records] == [0, 3, 6]
+    assert [(record.exit_code, record.step, record.reason) for record in records] == [
+        (None, None, None),
+        (ExitCode.DIVERGED, 4, "the first"),
+        (None, None, None),
+    ]
+    assert not list(tmp_path.glob("attempts/*/.*"))  # drafts
+
+
+def test_an_attempt_has_the_launchers_name(monkeypatch):
+    monkeypatch.setenv("SAMBALM_ATTEMPT", "job7.0.1")
+    assert new_attempt_name() == "job7.0.1"
+    monkeypatch.delenv("SAMBALM_ATTEMPT")
+    assert new_attempt_name().endswith(f"-{os.getpid()}")
+
+
+def test_errors_with_an_exit_code_are_recorded(tmp_path):
+    for name, error, code in (
+        ("own", NotSavedError("no space"), ExitCode.NOT_SAVED),
+        ("keyboard", KeyboardInterrupt(), ExitCode.INTERRUPTED),
+        ("other", RuntimeError("a bug"), None),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(type(error)), recorded_errors(tmp_path / name):
+            raise error
+        outcome = tmp_path / name / "outcome.json"
+        assert (json.loads(outcome.read_text())["exit_code"] if outcome.exists() else None) == code
+    assert json.loads((tmp_path / "own" / "outcome.json").read_text())["reason"] == "no space"
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    """Lets the next lease be of a process that is told by these keys."""
+    real = lease_module._identity
+
+    def set_identity(**keys):
+        monkeypatch.setattr(lease_module, "_identity", lambda: real() | keys)
+
+    return set_identity
+
+
+FAR = {"host": "far", "pids": "another boot"}  # whose processes cannot be looked up from here
+
+
+@pytest.mark.parametrize(
+    ("holder", "mine"),
+    [
+        ({"pid": 2**22 + 1}, {}),  # no such process
+        ({"process_start": "1"}, {}),  # a new process with the number of the old one
+        ({"job": "7", "attempt": "job7.0.0"} | FAR, {"job": "7", "attempt": "job7.0.1"}),  # an earlier attempt of ours
+    ],
+    ids=["dead", "number taken", "same job"],
+)
+def test_a_lease_of_nobody_is_taken_at_once(holder, mine, identity, tmp_path):
+    identity(**holder)
+    Lease(tmp_path, beat_s=0.01).acquire()  # and it goes on beating
+    identity(**mine)
+    taken, start_s = Lease(tmp_path, stale_s=60.0), time.monotonic()
+    taken.acquire()
+    assert time.monotonic() - start_s < 10
+    taken.check()
+    taken.release()
+
+
+@pytest.mark.parametrize(
+    ("holder", "mine"),
+    [
+        (FAR, {}),
+        ({}, {}),
+        ({"job": "7", "attempt": "job7.0.0"} | FAR, {"job": "8", "attempt": "job8.0.0"}),
+        ({"job": "7", "attempt": None} | FAR, {"job": "7", "attempt": "job7.0.1"}),
+    ],
+    ids=["far", "this process", "other job", "by hand"],
+)
+def test_a_lease_with_a_beat_is_respected(holder, mine, identity, tmp_path):
+    identity(**holder)
+    held = Lease(tmp_path, beat_s=0.05)
+    held.acquire()
+    identity(**mine)
+    before = (tmp_path / "lease.json").stat().st_mtime_ns
+    with pytest.raises(RunInUseError, match=rf"{tmp_path} is in use by process \d+ on "):
+        Lease(tmp_path, stale_s=20.0).acquire()
+    assert (tmp_path / "lease.json").stat().st_mtime_ns > before  # it beat
+    held.check()
+    held.release()
+    assert not (tmp_path / "lease.json").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_silent_lease_is_taken_after_a_while(identity, tmp_path):
+    identity(**FAR)
+    Lease(tmp_path, beat_s=1000.0).acquire()
+    identity()
+    taken, start_s = Lease(tmp_path, stale_s=0.5), time.monotonic()
+    taken.acquire()
+    assert time.monotonic() - start_s >= 0.5
+    taken.release()
+
+
+def test_a_lease_that_was_made_while_an_old_one_is_taken_away_is_put_back(tmp_path):
+    lease = Lease(tmp_path)
+    newer = {"token": "newer"}
+    (tmp_path / "lease.json").write_text(json.dumps(newer))
+    lease._displace({"token": "older"})
+    assert json.loads((tmp_path / "lease.json").read_text()) == newer
+    lease._displace(newer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lease_is_only_its_holders_to_release(tmp_path):
+    lease = Lease(tmp_path, beat_s=1000.0)
+    lease.acquire()
+    (tmp_path / "lease.json").write_text('{"token": "another", "pid": 7, "host": "far"}')
+    with pytest.raises(RunInUseError, match="process 7 on far took it"):
+        lease.check()
+    lease.release()
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == "another"
+    (tmp_path / "lease.json").unlink()
+    with pytest.raises(RunInUseError, match="its lease was removed"):
+        lease.check()
+
+
+@pytest.fixture
+def listening():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    signals = Signals()
+    signals.listen()
+    yield signals
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def taken_after(signals, *numbers):
+    """What a run is asked for once its process has had these signals."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    end_s, found = time.monotonic() + 20, Request.NOTHING
+    while found == Request.NOTHING and time.monotonic() < end_s:
+        time.sleep(0.01)
+        found = signals.take()
+    return found
+
+
+def test_a_signal_asks_once_to_save_and_for_ever_to_leave(listening):
+    listening.training_starts()
+    assert listening.take() == Request.NOTHING
+    assert taken_after(listening, signal.SIGUSR1) == Request.SAVE
+    assert listening.take() == Request.NOTHING
+    assert taken_after(listening, signal.SIGTERM) == Request.LEAVE
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.1)
+    assert [listening.take() for _ in range(3)] == [Request.LEAVE] * 3
+
+
+BEFORE_TRAINING = """
+import os, signal, time
+from sambalm.pretrain.lifecycle.signals import Signals
+signals = Signals()
+signals.listen()
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.3)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+
+
+def test_a_term_before_training_ends_the_process(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", BEFORE_TRAINING], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == ExitCode.REQUEUE
+    assert ended.stderr == "SIGTERM before the first step: leaving for requeue\n"
+
+
+def test_switches_ask_for_what_they_say(tmp_path):
+    assert take_switches(tmp_path) == Request.NOTHING
+    (tmp_path / "save").touch()
+    assert [take_switches(tmp_path) for _ in range(2)] == [Request.SAVE, Request.NOTHING]
+    (tmp_path / "save").touch()
+    (tmp_path / "stop").touch()
+    assert [take_switches(tmp_path) for _ in range(2)] == [Request.STOP, Request.STOP]
+    assert (tmp_path / "stop").exists()  # until somebody removes it
+    assert sorted(Request) == [Request.NOTHING, Request.SAVE, Request.LEAVE, Request.STOP]
+
+
+def test_what_is_due_every_so_many_steps_is_due_at_the_end_too():
+    assert [step for step in range(1, 9) if is_due(step, every_steps=3, last_step=8)] == [3, 6, 8]
+    assert [step for step in range(1, 7) if is_due(step, every_steps=3, last_step=6)] == [3, 6]
+
+
+def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
+    assert (newest_step(tmp_path), checkpoint_folders(tmp_path)) == (0, [])
+    for name in ("step_00000900", "step_00001000", "step_00000020", ".step_00001100.partial", ".step_00000010.removed"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 1000
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == [
+        "step_00000020",
+        "step_00000900",
+        "step_00001000",
+    ]
+    remove_leftovers(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
