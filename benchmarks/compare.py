@@ -47,7 +47,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ZeRO-1": (2, ("parallel.zero_stage=1",)),
     "ZeRO-2": (2, ("parallel.zero_stage=2",)),
     "ZeRO-3": (2, ("parallel.zero_stage=3",)),
-    "documents": (1, (DOCUMENTS,)),
     "CP2+documents": (2, ("parallel.context=2", DOCUMENTS)),
     "resumed": (2, ("parallel.zero_stage=1",)),
 }
@@ -88,6 +87,11 @@ class Case:
     def goes_on(self) -> bool:
         """Whether the newer side starts from the older one's checkpoint of SAVED_STEP."""
         return self.layout == "resumed"
+
+    @property
+    def uninterrupted(self) -> "Case":
+        """What the older side trains: of `resumed` the run that the newer one goes on with."""
+        return Case("ZeRO-1", self.precision) if self.goes_on else self
 
 
 @dataclass(frozen=True)
@@ -297,10 +301,11 @@ def _row(*cells: str) -> str:
 
 def compare(case: Case, base: Side, head: Side) -> Comparison:
     """Compares the finished runs of both trees."""
-    records = [read_metrics(side.run_dir(case)) for side in (base, head)]
+    run_dirs = (base.run_dir(case.uninterrupted), head.run_dir(case))
+    records = [read_metrics(run_dir) for run_dir in run_dirs]
     if case.goes_on:
         records[0] = [record for record in records[0] if record["step"] > SAVED_STEP]
-    tensors = [read_tensors(_checkpoint(side.run_dir(case), STEPS)) for side in (base, head)]
+    tensors = [read_tensors(_checkpoint(run_dir, STEPS)) for run_dir in run_dirs]
     return Comparison(
         case=case,
         steps=len(records[0]),
@@ -317,8 +322,9 @@ def _checkpoint(run_dir: Path, step: int) -> Path:
 def run_both(case: Case, base: Side, head: Side, *, data: Path, pool: ThreadPoolExecutor) -> None:
     """Trains with both trees, at the same time unless one goes on from the other. Raises CompareError."""
     if case.goes_on:
-        base.train(case, data=data)
-        kept = _checkpoint(base.run_dir(case), SAVED_STEP)
+        if not base.run_dir(case.uninterrupted).exists():
+            base.train(case.uninterrupted, data=data)
+        kept = _checkpoint(base.run_dir(case.uninterrupted), SAVED_STEP)
         shutil.copytree(kept, _checkpoint(head.run_dir(case), SAVED_STEP))
         head.train(case, data=data)
         return

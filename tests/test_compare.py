@@ -111,8 +111,9 @@ def test_one_changed_number_is_found(compare, tmp_path, capsys):
     shutil.rmtree(base.folder / "one-process-fp32")
     assert not compare.compare_all(cases, base, changed, data=tmp_path / "data")
     out = capsys.readouterr().out
-    assert "loss of step 2 is" in out  # and not of step 1, before the first weight decay
-    assert "111 differ" in out
+    assert " differ" in out.splitlines()[1]
+    assert " of step 1 is " not in out  # which is computed before the first weight decay
+    assert " differs by " in out
 
 
 def test_the_arguments_name_what_is_known(compare, monkeypatch, capsys):
