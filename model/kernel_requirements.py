@@ -1,6 +1,6 @@
 """What a run's model and layout ask of its kernels, known before the model is built."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.implementations import KernelRequirements
@@ -27,7 +27,7 @@ def kernel_requirements(
         resets: whether sequences are packed with documents that must not see each other.
         tp, cp: the rank's places among tensor- and context-parallel ranks.
     """
-    needs = {"initial_states": cp.size > 1, "resets": resets}
+    needs: dict[str, Any] = {"initial_states": cp.size > 1, "resets": resets}
     for one in config.kinds:
         needs |= one.kernel_needs(
             config, sequences=micro_batch_size, part_tokens=sequence_length // cp.size, tp=tp, cp=cp

@@ -1,6 +1,7 @@
 """CUDA kernels of other packages behind the signatures of the PyTorch references. All are optional."""
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from sambalm.model.ops.implementations import IMPLEMENTATIONS
 
 def _imported(operation: str, name: str, attribute: str) -> Any:
     """A function of the module that an implementation needs, which is imported when it is first called."""
-    return getattr(importlib.import_module(IMPLEMENTATIONS[operation][name].module), attribute)
+    module = IMPLEMENTATIONS[operation][name].module
+    assert module is not None, f"{operation}={name} is of another package"
+    return getattr(importlib.import_module(module), attribute)
 
 
 def mamba_ssm_scan(
@@ -69,7 +72,8 @@ def torch_flash_window(
 ) -> Tensor:
     """The flash kernel inside PyTorch's CUDA build, whose operator takes a window (SDPA does not pass one on)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    joined, lengths = (q, k, v), (None, None, q.shape[1], k.shape[1])
+    joined: Iterable[Tensor] = (q, k, v)
+    lengths: Iterable[Any] = (None, None, q.shape[1], k.shape[1])
     if documents is not None:
         joined, lengths = (t.flatten(0, 1) for t in joined), vars(documents.variable_lengths).values()
     y, *_ = torch.ops.aten._flash_attention_forward(

@@ -64,7 +64,8 @@ class Fallbacks:
         Args:
             kernels: by name, in the order in which they are tried; the last declines nothing.
         """
-        self.operation, self.kernels, self._said = operation, list(kernels.items()), set()
+        self.operation, self.kernels = operation, list(kernels.items())
+        self._said: set[str] = set()
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
         for number, (name, kernel) in enumerate(self.kernels[:-1]):
@@ -104,9 +105,11 @@ def why_unavailable(operation: str, name: str, requirements: KernelRequirements)
     if reason := implementation.declines(requirements):
         return reason
     if (operation, name) == ("scan", "cuda"):
-        block_memory_bytes = torch.cuda.get_device_properties(requirements.device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(requirements.device)
         reason = why_too_large(
-            requirements.d_state, precision=requirements.precision, block_memory_bytes=block_memory_bytes
+            requirements.d_state,
+            precision=requirements.precision,
+            block_memory_bytes=properties.shared_memory_per_block_optin,
         )
         if reason:
             return reason

@@ -153,7 +153,7 @@ def test_what_it_lacks_is_refused_in_a_sentence(lacking, sections, words, monkey
 def test_its_own_mistakes_are_refused_in_a_sentence():
     for mixers, words in (
         ({"token_shift": {"channels": 0}}, "model.mixers.token_shift.channels"),
-        ({"token_shift": {"chanels": 2}}, "model.mixers.token_shift.chanels"),
+        ({"token_shift": {"chanels": 2}}, "model.mixers.token_shift.chanels"),  # codespell:ignore chanels
         ({"token_shirt": {}}, "token_shirt"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -224,7 +224,7 @@ class Plan:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, call):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         out, statistics = call.q.dense.empty(like=q), call.statistics.empty(like=q, dtype=torch.float32)
         call.plan("training").launch((q, k, v, out, statistics))
         ctx.call = call
@@ -233,7 +233,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, statistics = ctx.saved_tensors
         call: Call = ctx.call
         grad_out = _laid_out_as(grad_out, out)

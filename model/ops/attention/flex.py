@@ -1,5 +1,6 @@
 """Sliding-window attention through PyTorch's flex_attention, whose kernel is compiled for the window."""
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -22,7 +23,7 @@ def flex_window(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: None
 
 
 @cache
-def _compiled():
+def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
@@ -31,7 +32,7 @@ def _window_blocks(queries: int, keys: int, window: int, device: torch.device) -
     """Which blocks of keys each block of queries sees in part or whole, without a mask of single positions."""
     before = keys - queries
 
-    def sees(batch, head, query, key):
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query + before - key
         return (distance >= 0) & (distance < window)
 

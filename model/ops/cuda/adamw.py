@@ -24,14 +24,15 @@ class CudaAdamW(torch.optim.AdamW):
     found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # nobody evaluates a closure in it
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if weights:
                 self._step(weights, group)
 
     def _step(self, weights: list[Tensor], group: dict) -> None:
-        gradients = [weight.grad.contiguous() for weight in weights]  # alive until the launch
+        # Alive until the launch.
+        gradients = [weight.grad.contiguous() for weight in weights if weight.grad is not None]
         states = [self._state_of(weight) for weight in weights]
         copies = [_compute_weight(weight) for weight in weights]
         steps = [state["step"] for state in states]

@@ -1,6 +1,7 @@
 """Mamba's causal convolution with its SiLU in CUDA C++ (source/conv.cu), without atomics."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def _grid(x: Tensor) -> tuple[int, int, int]:
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, resets):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, resets: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias, resets)
         out = sequence_first(x)
         _kernel("conv_forward", x, weight)(
@@ -40,7 +41,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, resets = ctx.saved_tensors
         grad, grad_x, grid = aligned(grad), sequence_first(x), _grid(x)
         (batch, length, channels), taps = x.shape, weight.shape[1]

@@ -83,8 +83,8 @@ def _compile(source: str, defines: tuple[tuple[str, int], ...], capability: tupl
     from cuda.bindings import nvrtc
 
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
-    options = [option.encode() for option in (*options, *(f"-D{name}={value}" for name, value in defines))]
+    texts = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    options = [text.encode() for text in (*texts, *(f"-D{name}={value}" for name, value in defines))]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))

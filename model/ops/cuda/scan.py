@@ -8,6 +8,7 @@ follow the states that the segments start at. No atomics: two runs give the same
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,18 @@ class _Shape:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, dt, A, BC, D, z, dt_bias, initial_state, resets):
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        BC: Tensor,
+        D: Tensor,
+        z: Tensor,
+        dt_bias: Tensor,
+        initial_state: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         shape = _Shape.of(u, A)
         threads = 32 * shape.warps
@@ -183,7 +195,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_end):
+    def backward(ctx: Any, grad_out: Tensor | None, grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, BC, D, z, dt_bias, resets, borders = ctx.saved_tensors
         shape: _Shape = ctx.shape
         threads, per_segment = 32 * shape.warps, (shape.batch, shape.segments, shape.channels)

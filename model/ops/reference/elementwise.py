@@ -33,7 +33,11 @@ class Elementwise:
 
     def compiled(self) -> "Elementwise":
         """The same, each fused into as few passes over memory as it takes; logits are never held in fp32."""
-        return Elementwise(*map(torch.compile, (self.swiglu, self.rotary, self.token_losses)))
+        return Elementwise(
+            swiglu=torch.compile(self.swiglu),
+            rotary=torch.compile(self.rotary),
+            token_losses=torch.compile(self.token_losses),
+        )
 
 
 def why_not_compiled() -> str | None:

@@ -7,6 +7,8 @@ tokens, and the recurrence is one fused multiply-add a token on contiguous memor
 at the chunk borders and recomputes the rest, so memory is bounded by a few chunks whatever the length.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,8 +56,15 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, resets: Tensor | None
-    ):
+        ctx: Any,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        initial_state: Tensor,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         length = u.shape[1]
         chunk_tokens = _chunk_tokens(u, d_state=A.shape[1])
         decay_rates = A.t().contiguous()
@@ -75,7 +84,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y: Tensor, grad_final_state: Tensor):
+    def backward(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, resets, *border_states = ctx.saved_tensors
         decay_rates = A.t().contiguous()
         grad_u, grad_dt, grad_B, grad_C = (

@@ -66,7 +66,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents:
 
 
 def _join(blocks: Sequence[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=2)
 
 
 def window_mask(query_positions: Tensor, key_positions: Tensor, *, window: int) -> Tensor:
