@@ -5,6 +5,8 @@ import re
 import pytest
 
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.lifecycle.attempts import write_outcome
+from sambalm.slurm.outcome import describe_outcome
 from tests.support.fake_slurm import ROOT, run_job
 
 REQUEUED = "scontrol requeue 1001"
@@ -29,7 +31,7 @@ def test_a_config_that_cannot_run_ends_the_job_with_its_exit_code(tmp_path):
 
 @pytest.mark.parametrize("code", [2, 76, 79])
 def test_what_needs_somebody_to_look_at_it_is_not_started_again(code, tmp_path):
-    job = run_job(tmp_path, [f"- {code} a reason, in words"])
+    job = run_job(tmp_path, [f"- {code} a reason, in words"], real_python=code == 79)
     assert (job.exit_code, job.attempts, job.of("scontrol")) == (code, 1, [])
     assert "not started again: a reason, in words\n" in job.log
 
@@ -53,6 +55,23 @@ def test_a_checkpoint_of_an_earlier_job_is_no_progress_of_this_one(tmp_path):
     (tmp_path / "run" / "checkpoints" / ".step_00000011.partial").mkdir()
     job = run_job(tmp_path, ["- crash"] * 9, limit=2)
     assert (job.exit_code, job.attempts) == (ExitCode.NO_PROGRESS, 3)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (None, "retry"),
+        (0, "finish 0"),
+        (75, "requeue 75"),
+        (74, "retry 74"),
+        *((code, f"end {code}") for code in (1, 2, 76, 77, 78, 79, 80, 81, 130)),
+    ],
+)
+def test_an_outcome_says_what_a_job_does_next(code, expected, tmp_path):
+    if code is not None:
+        write_outcome(tmp_path, exit_code=code, step=3, reason="of two\n lines")
+        expected += " of two lines"
+    assert describe_outcome(tmp_path) == expected
 
 
 def test_every_attempt_has_a_folder_and_every_step_a_port_of_its_own(tmp_path):
@@ -120,7 +139,7 @@ def test_a_cluster_without_requeues_is_told_of(tmp_path):
 
 def test_a_bad_node_is_left_out_and_a_spare_taken(tmp_path):
     nodes = "n1 mixed\nn2 mixed\nn3 mixed\nn4 mixed"
-    job = run_job(tmp_path, ["- 0"], nodes=nodes, good="n1 n3 n4", SAMBALM_NODES="2", CHECK_LINKS="1")
+    job = run_job(tmp_path, ["- 0"], nodes=nodes, good="n1 n3 n4", real_python=True, SAMBALM_NODES="2")
     assert job.exit_code == 0
     health, links, train = job.of("srun")
     assert " --nodelist=n1,n2,n3,n4 " in health
@@ -138,7 +157,7 @@ def test_nodes_that_are_not_up_are_not_asked(tmp_path):
 
 
 def test_too_few_good_nodes_requeue_the_job_elsewhere(tmp_path):
-    job = run_job(tmp_path, [], nodes="n1 mixed\nn2 mixed\nn3 mixed", good="n1", SAMBALM_NODES="2")
+    job = run_job(tmp_path, [], nodes="n1 mixed\nn2 mixed\nn3 mixed", good="n1", real_python=True, SAMBALM_NODES="2")
     assert (job.exit_code, job.attempts) == (0, 0)
     assert job.of("scontrol") == [REQUEUED, "scontrol update JobId=1001 ExcNodeList=n2,n3"]
     assert "too few nodes are fit to train; requeueing" in job.log

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "squeue": 'case "$*" in *%T*) echo "$FAKE_STATE" ;; *%N*) echo allocated ;; esac',
     "sinfo": 'printf "%s\\n" "$FAKE_NODES"',
-    "scontrol": '[ "$1" != requeue ] || exit "$FAKE_REQUEUE"',
+    "scontrol": '[ "$1" != requeue ] || { kill -TERM "$(cat "$FAKE_FOLDER/pid")"; exit "$FAKE_REQUEUE"; }',
     "scancel": ":",
     "srun": 'while case "$1" in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
 }
 
-# What stands for the Python of the installation. `health pick` is the real one, which takes long, where nodes are bad.
+# What stands for the Python of the installation. Where a test says so, what decides of nodes and after an attempt is the
+# real one, which takes long to start.
 PYTHON = """\
 case "$*" in
-    *"sambalm.slurm.prepare "*) [ "$FAKE_PREPARE" = 0 ] || exit "$FAKE_PREPARE"; echo "$FAKE_LIMIT $FAKE_RUN_DIR" ;;
+    *"sambalm.slurm.prepare "*) [ "$FAKE_PREPARE" = 0 ] || exit "$FAKE_PREPARE"; echo "75 76 $FAKE_LIMIT $FAKE_RUN_DIR" ;;
     *"sambalm.slurm.health node "*)
         mkdir -p "$4"
         for node in $FAKE_GOOD; do echo '{"problem": null}' >"$4/$node.json"; done ;;
@@ -42,6 +43,13 @@ case "$*" in
         printf '{\\n "exit_code": %s,\\n "step": 1,\\n "reason": "%s",\\n "ended_s": 1.5\\n}\\n' "$code" "$reason" \\
             >"$attempt/outcome.json"
         exit "$code" ;;
+    *"sambalm.slurm.outcome "*)
+        [ -z "$FAKE_PYTHON" ] || exec "$FAKE_PYTHON" "$@"
+        [ -e "$3/outcome.json" ] || { echo retry; exit; }
+        code=$(sed -n 's/.*"exit_code": \\([0-9]*\\).*/\\1/p' "$3/outcome.json")
+        reason=$(sed -n 's/.*"reason": "\\(.*\\)",$/\\1/p' "$3/outcome.json")
+        case $code in 0) next=finish ;; 74) next=retry ;; 75) next=requeue ;; *) next=end ;; esac
+        echo "$next $code $reason" ;;
     *) exit 99 ;;
 esac
 """
@@ -70,6 +78,7 @@ def run_job(
     script: str = "samba_421m.sbatch",
     nodes: str = "n1 mixed",
     good: str | None = None,
+    real_python: bool = False,
     state: str = "RUNNING",
     limit: int = 3,
     requeue: int = 0,
@@ -83,6 +92,7 @@ def run_job(
         plan: a line an attempt: the checkpoint's step that it leaves or `-`, its exit code, `crash`, `told` (by USR1,
             on which it leaves) or `told-crash`, and the reason that it records.
         nodes: what sinfo says of the job's nodes, a line each. good: those that pass their health check (default: all).
+        real_python: whether the product's own programs pick nodes and read outcomes.
         state: of the job, by squeue. limit: run.max_attempts_without_progress.
         requeue, links, prepare: exit codes of `scontrol requeue`, of the check of links and of the config.
     """
@@ -102,7 +112,7 @@ def run_job(
         "SAMBALM_PYTHON": str(tools / "python"),
         "FAKE_FOLDER": str(folder),
         "FAKE_RUN_DIR": str(run_dir),
-        "FAKE_PYTHON": "" if good is None else sys.executable,
+        "FAKE_PYTHON": sys.executable if real_python else "",
         "FAKE_NODES": nodes,
         "FAKE_GOOD": " ".join(line.split()[0] for line in nodes.splitlines()) if good is None else good,
         "FAKE_STATE": state,
