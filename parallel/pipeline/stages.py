@@ -21,19 +21,14 @@ def balanced_stages(costs: Sequence[float], *, parts: int, first: float = 0.0, l
     for cost in costs:
         sums.append(sums[-1] + cost)
 
-    def cost_of(part: int, start: int, end: int) -> float:
-        if start == end:  # an empty part would hold the model's end as well as its neighbour does
-            return math.inf
-        return sums[end] - sums[start] + (first if part == 0 else 0.0) + (last if part == parts - 1 else 0.0)
-
-    # best[end]: the lowest cost of the dearest of the parts so far when they hold the first `end` layers.
-    best = [cost_of(0, 0, end) for end in range(count + 1)]
+    # best[end]: the lowest cost of the dearest of the parts so far when they hold the first `end` layers. No part is
+    # empty: it would hold the model's end as well as its neighbour does.
+    alone = first + (last if parts == 1 else 0.0)
+    best = [math.inf, *(total + alone for total in sums[1:])]
     starts: list[list[int]] = []
     for part in range(1, parts):
-        options = [
-            min((max(best[start], cost_of(part, start, end)), start) for start in range(end + 1))
-            for end in range(count + 1)
-        ]
+        more = last if part == parts - 1 else 0.0
+        options = [_last_cut(sums, best, end, more=more) for end in range(count + 1)]
         best, choice = [cost for cost, _ in options], [start for _, start in options]
         starts.append(choice)
     ends = [count]
@@ -41,3 +36,24 @@ def balanced_stages(costs: Sequence[float], *, parts: int, first: float = 0.0, l
         ends.append(choice[ends[-1]])
     bounds = [0, *reversed(ends)]
     return [end - start for start, end in itertools.pairwise(bounds)]
+
+
+def _last_cut(sums: Sequence[float], best: Sequence[float], end: int, *, more: float) -> tuple[float, int]:
+    """Finds where the last of some parts starts that hold the first `end` layers.
+
+    Args:
+        sums: what the layers before each one cost.
+        best: the lowest cost of the dearest part before, by where the last one starts.
+        more: what the last part costs besides its layers.
+
+    Returns:
+        The lowest cost of the dearest part, and the earliest start that has it.
+    """
+    lowest, chosen = math.inf, 0
+    for start in range(end - 1, -1, -1):
+        own = sums[end] - sums[start] + more
+        if own > lowest:  # as every earlier start is
+            break
+        if (dearest := max(best[start], own)) <= lowest:
+            lowest, chosen = dearest, start
+    return lowest, chosen

@@ -35,15 +35,37 @@ class ChunkMemory:
     in_layers_bytes: int  # and at the dearest sublayer
 
 
-@lru_cache(maxsize=4096)
-def chunk_memory(model: ModelConfig, chunk: Chunk, share: Share, *, is_pipelined: bool) -> ChunkMemory:
-    """Counts one forward through a chunk.
+class ActivationCounts:
+    """Counts forwards through the chunks of one model, each chunk once."""
 
-    Args:
-        is_pipelined: whether a schedule keeps the chunk's input and output.
-    """
-    sublayers = _sublayers(model, share)
-    saved, rounded = {ENDS: 0}, {}
+    def __init__(self, model: ModelConfig, share: Share, *, is_pipelined: bool) -> None:
+        """
+        Args:
+            is_pipelined: whether a schedule keeps each chunk's input and output.
+        """
+        self._model, self._share, self._is_pipelined = model, share, is_pipelined
+        self._sublayers = _sublayers(model, share)
+        self._chunks: dict[Chunk, ChunkMemory] = {}
+
+    def of(self, chunk: Chunk) -> ChunkMemory:
+        """Returns one forward through a chunk."""
+        if chunk not in self._chunks:
+            self._chunks[chunk] = _chunk_memory(
+                self._model, chunk, self._share, self._sublayers, is_pipelined=self._is_pipelined
+            )
+        return self._chunks[chunk]
+
+
+@lru_cache(maxsize=1024)
+def activation_counts(model: ModelConfig, share: Share, *, is_pipelined: bool) -> ActivationCounts:
+    """Returns one object for all layouts whose ranks keep the same."""
+    return ActivationCounts(model, share, is_pipelined=is_pipelined)
+
+
+def _chunk_memory(
+    model: ModelConfig, chunk: Chunk, share: Share, sublayers: Mapping[str, SublayerMemory], *, is_pipelined: bool
+) -> ChunkMemory:
+    saved, rounded = dict.fromkeys([*(one.name for one in model.kinds), ENDS], 0), {}
     for letter, count in chunk.letters:
         kind, weights = mixer(letter).name, local_sizes(model, letter, share.tensor_ranks).matrix
         saved[kind] = count * sublayers[letter].saved_bytes
@@ -69,7 +91,6 @@ def rounded_bytes(activation_bytes: int, elements: int) -> int:
     return elements * activation_bytes if activation_bytes < FP32_BYTES else 0
 
 
-@lru_cache(maxsize=1024)
 def _sublayers(model: ModelConfig, share: Share) -> dict[str, SublayerMemory]:
     """Counts each kind of sublayer, which all chunks share."""
     found = {}

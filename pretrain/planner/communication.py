@@ -19,12 +19,12 @@ from sambalm.pretrain.planner.memory import MAX_LIVE_PARAMETERS
 from sambalm.pretrain.planner.sizes import (
     PERSISTENT_ELEMENTS,
     Chunk,
+    Stage,
     activation_bytes,
     local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
     share_of,
-    stage_parameters,
     stages_of,
 )
 
@@ -70,24 +70,25 @@ class _Ledger:
 
 def step_transfers(config: RunConfig, *, stage: int, world_size: int) -> list[Transfer]:
     """Returns all that the busiest rank of a stage hands over in one step, but for single numbers."""
-    return transfers_of_stages(config, [stage], world_size=world_size)[stage]
+    (sent,) = transfers_of_stages(config, [stages_of(config)[stage]], world_size=world_size)
+    return sent
 
 
-def transfers_of_stages(config: RunConfig, stages: Iterable[int], *, world_size: int) -> dict[int, list[Transfer]]:
-    """Returns `step_transfers` of several pipeline stages, by their numbers."""
+def transfers_of_stages(config: RunConfig, stages: Iterable[Stage], *, world_size: int) -> list[list[Transfer]]:
+    """Returns `step_transfers` of several pipeline stages."""
     micro_batches = config.accumulation_steps(data_size=world_size // config.parallel.model_ranks)
     share = share_of(config, planned_kernels(config))
     messages = _messages(config.model, share)
-    found = {}
+    found = []
     for stage in stages:
-        ledger, held = _Ledger(), stages_of(config)[stage]
-        for letter, count in held.letters:
+        ledger = _Ledger()
+        for letter, count in stage.letters:
             _sublayers(ledger, config, messages[letter], passes=count * micro_batches)
-        for chunk in held.chunks:
+        for chunk in stage.chunks:
             _tensor_ends(ledger, config, chunk, micro_batches)
             _pipeline(ledger, config, chunk, micro_batches)
         _replicas(ledger, config, stage, world_size=world_size, micro_batches=micro_batches)
-        found[stage] = ledger.transfers()
+        found.append(ledger.transfers())
     return found
 
 
@@ -134,11 +135,11 @@ def _pipeline(ledger: _Ledger, config: RunConfig, chunk: Chunk, micro_batches: i
     ledger.add("pipeline", "send", config.parallel.pipeline, hidden, times=micro_batches * neighbours)
 
 
-def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int, micro_batches: int) -> None:
+def _replicas(ledger: _Ledger, config: RunConfig, stage: Stage, *, world_size: int, micro_batches: int) -> None:
     """ZeRO's gradients and weights, over the ranks of the data and the context dimension."""
     parallel, model = config.parallel, config.model
     ranks = parallel.replicas(world_size)
-    weights = stage_parameters(config, stage) * FP32_BYTES
+    weights = stage.parameters * FP32_BYTES
     if parallel.zero_stage == 3:
         gathered = _gathered_bytes(config, stage, micro_batches=micro_batches)
         ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)  # a module's start is counted apart
@@ -152,7 +153,7 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: int, *, world_size: int
         rounded = only_rounded_elements(config, stage, world_size=world_size)
         gathered = weights - rounded * (FP32_BYTES - activation_bytes(config))
         ledger.add("data", "all-gather", ranks, gathered / groups / ranks, times=groups)
-    ends = any(chunk.is_first != chunk.is_last for chunk in stages_of(config)[stage].chunks)
+    ends = any(chunk.is_first != chunk.is_last for chunk in stage.chunks)
     if model.tie_embeddings and parallel.pipeline > 1 and ends:
         rows = model.vocab_size // parallel.tensor
         ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES, times=1)
@@ -197,15 +198,14 @@ def _bucketed_elements(one: Mixer, model: ModelConfig, tensor_ranks: int) -> tup
     return whole // tensor_ranks, sum(held.values())
 
 
-def _gathered_bytes(config: RunConfig, stage: int, *, micro_batches: int) -> float:
+def _gathered_bytes(config: RunConfig, stage: Stage, *, micro_batches: int) -> float:
     """Weights that ZeRO-3 gathers: for each micro-batch's forward, what it may not keep alive again for the backward.
 
     Tensors below its persistence threshold are gathered once a step.
     """
-    model, whole = config.model, stage_parameters(config, stage)
+    model, whole = config.model, stage.parameters
     tensor = config.parallel.tensor
-    letters = stages_of(config)[stage].letters
-    small = sum(number * local_sizes(model, letter, tensor).small for letter, number in letters)
+    small = sum(number * local_sizes(model, letter, tensor).small for letter, number in stage.letters)
     embedding = model.vocab_size // tensor * model.hidden_size
     small += model.hidden_size + (embedding if embedding < PERSISTENT_ELEMENTS else 0)
     again = max(0, whole - MAX_LIVE_PARAMETERS)

@@ -5,18 +5,19 @@ Activations are what autograd saves (activations.py).
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sambalm.model.mixers.counts import FP32_BYTES, KernelNames
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.planner.activations import ENDS, ChunkMemory, chunk_memory, rounded_bytes
+from sambalm.pretrain.planner.activations import ChunkMemory, activation_counts, rounded_bytes
 from sambalm.pretrain.planner.sizes import (
+    Stage,
     activation_bytes,
+    distinct_stages,
     micro_batch_tokens,
     only_rounded_elements,
     share_of,
-    stage_parameters,
     stages_of,
 )
 
@@ -57,25 +58,34 @@ class RankMemory:
 
 def stage_memories(config: RunConfig, *, world_size: int, kernels: KernelNames) -> tuple[RankMemory, ...]:
     """Estimates the fullest rank of each pipeline stage."""
-    share, is_pipelined = share_of(config, kernels), config.parallel.pipeline > 1
-    return tuple(
-        _rank_memory(
-            config,
-            [chunk_memory(config.model, chunk, share, is_pipelined=is_pipelined) for chunk in stage.chunks],
-            stage=number,
-            world_size=world_size,
-        )
-        for number, stage in enumerate(stages_of(config))
-    )
+    stages = dict(enumerate(stages_of(config)))
+    return tuple(_rank_memories(config, stages, world_size=world_size, kernels=kernels))
 
 
-def _rank_memory(config: RunConfig, chunks: Sequence[ChunkMemory], *, stage: int, world_size: int) -> RankMemory:
+def needed_bytes(config: RunConfig, *, world_size: int, kernels: KernelNames) -> int:
+    """Estimates the memory of the fullest rank of all."""
+    ranks = _rank_memories(config, distinct_stages(config), world_size=world_size, kernels=kernels)
+    return max(each.total_bytes for each in ranks)
+
+
+def _rank_memories(
+    config: RunConfig, stages: Mapping[int, Stage], *, world_size: int, kernels: KernelNames
+) -> Iterator[RankMemory]:
+    counts = activation_counts(config.model, share_of(config, kernels), is_pipelined=config.parallel.pipeline > 1)
+    for number, stage in stages.items():
+        chunks = [counts.of(chunk) for chunk in stage.chunks]
+        in_flight = Counter(chunks_in_flight(config, stage=number, world_size=world_size))
+        yield _rank_memory(config, stage, chunks, in_flight=in_flight, world_size=world_size)
+
+
+def _rank_memory(
+    config: RunConfig, stage: Stage, chunks: Sequence[ChunkMemory], *, in_flight: Mapping[int, int], world_size: int
+) -> RankMemory:
     parallel = config.parallel
-    weights, gradients, optimizer = _state_bytes(config, stage=stage, world_size=world_size)
-    saved = dict.fromkeys([*(one.name for one in config.model.kinds), ENDS], 0)
+    weights, gradients, optimizer = _state_bytes(config, stage, world_size=world_size)
+    saved = dict.fromkeys(chunks[0].saved_by_kind, 0)
     stay = rounded_weights_stay(config, world_size=world_size)
     alone = only_rounded_elements(config, stage, world_size=world_size)
-    in_flight = Counter(chunks_in_flight(config, stage=stage, world_size=world_size))
     for number, forwards in in_flight.items():
         rounded = chunks[number].rounded_by_kind if stay else {}
         for kind, kept in chunks[number].saved_by_kind.items():
@@ -100,10 +110,9 @@ def _rank_memory(config: RunConfig, chunks: Sequence[ChunkMemory], *, stage: int
     )
 
 
-def _state_bytes(config: RunConfig, *, stage: int, world_size: int) -> tuple[int, int, int]:
+def _state_bytes(config: RunConfig, stage: Stage, *, world_size: int) -> tuple[int, int, int]:
     """Weights, gradients and optimizer states. ZeRO's partition of the weights counts as the optimizer's."""
-    parallel, parameters = config.parallel, stage_parameters(config, stage)
-    whole = parameters * FP32_BYTES
+    parallel, whole = config.parallel, stage.parameters * FP32_BYTES
     replicas = parallel.replicas(world_size)
     if replicas == 1:  # no ZeRO
         return whole, whole, 2 * whole

@@ -1,9 +1,11 @@
 """Which layouts of a cluster fit a run, and how fast each is expected to be."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sambalm.model.mixers.counts import Recompute
 from sambalm.parallel.config import ParallelConfig, layout_name
 from sambalm.parallel.errors import ParallelError
 from sambalm.pretrain.config import RunConfig
@@ -12,9 +14,9 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.communication import transfers_of_stages
 from sambalm.pretrain.planner.hardware import Hardware
 from sambalm.pretrain.planner.kernels import KernelNames, planned_kernels
-from sambalm.pretrain.planner.memory import RankMemory, stage_memories
+from sambalm.pretrain.planner.memory import RankMemory, needed_bytes, stage_memories
 from sambalm.pretrain.planner.sizes import distinct_stages, stage_parameters
-from sambalm.pretrain.planner.time import StepTime, step_time
+from sambalm.pretrain.planner.time import StepTime, least_step_s, step_time
 
 GIB = 2**30
 DAY_S = 86_400
@@ -24,6 +26,7 @@ USABLE_SHARE = 0.9
 
 CONTEXTS, PIPELINES, CHUNKS = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,23 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
         ConfigError: no layout is allowed, or none fits; the message says by how much.
     """
     limit_bytes, kernels = memory_gib * GIB * USABLE_SHARE, planned_kernels(config)
-    best: dict[ParallelConfig, Plan] = {}
+    best: dict[ParallelConfig, _Step] = {}
     smallest: tuple[int, RunConfig] | None = None
     full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
     for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
         if candidate.parallel == full:
             continue
-        stages = stage_memories(candidate, world_size=world_size, kernels=kernels)
-        needed = max(memory.total_bytes for memory in stages)
+        needed = needed_bytes(candidate, world_size=world_size, kernels=kernels)
         if smallest is None or needed < smallest[0]:
             smallest = needed, candidate
         if needed > limit_bytes:
             full = candidate.parallel
             continue
-        plan = _plan(candidate, stages, world_size=world_size, hardware=hardware, kernels=kernels)
         key = candidate.parallel.model_copy(update={"recompute": "none"})
-        if key not in best or plan.time.total_s < best[key].time.total_s:
-            best[key] = plan
+        limit_s = best[key].time.total_s if key in best else math.inf
+        step = _step(candidate, world_size=world_size, hardware=hardware, kernels=kernels, limit_s=limit_s)
+        if step and step.time.total_s < limit_s:
+            best[key] = step
     if smallest is None:
         raise ConfigError(
             f"no layout of {world_size} GPUs can take train.global_batch_tokens {config.train.global_batch_tokens} in "
@@ -102,46 +105,64 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
             f"no layout of {world_size} GPUs fits {memory_gib:g} GiB, of which {USABLE_SHARE:.0%} are planned with: "
             f"the smallest, {layout}, takes {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
         )
-    return sorted(best.values(), key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))
+    plans = [_plan(step, world_size=world_size, kernels=kernels) for step in best.values()]
+    return sorted(plans, key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))
 
 
 def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames | None = None) -> Plan:
     """The estimates of a config's own layout, with given kernels or those that it would run with."""
     kernels = kernels or planned_kernels(config)
-    stages = stage_memories(config, world_size=world_size, kernels=kernels)
-    return _plan(config, stages, world_size=world_size, hardware=hardware, kernels=kernels)
+    step = _step(config, world_size=world_size, hardware=hardware, kernels=kernels)
+    assert step is not None, "it has no limit"
+    return _plan(step, world_size=world_size, kernels=kernels)
 
 
-def _plan(
-    config: RunConfig, stages: tuple[RankMemory, ...], *, world_size: int, hardware: Hardware, kernels: KernelNames
-) -> Plan:
-    transfers = transfers_of_stages(config, distinct_stages(config), world_size=world_size)
-    return Plan(
-        config=config,
-        world_size=world_size,
-        stages=stages,
-        time=step_time(config, transfers, world_size=world_size, hardware=hardware, kernels=kernels),
-        wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers.values()),
+@dataclass(frozen=True)
+class _Step:
+    """A layout's step, before its memory is counted stage by stage."""
+
+    config: RunConfig
+    time: StepTime
+    wire_bytes: float
+
+
+def _step(
+    config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames, limit_s: float = math.inf
+) -> _Step | None:
+    """Estimates a step; None if it surely takes `limit_s` or more."""
+    stages = distinct_stages(config).values()
+    least_s = least_step_s(config, stages, world_size=world_size, hardware=hardware, kernels=kernels)
+    if least_s >= limit_s:
+        return None
+    transfers = transfers_of_stages(config, stages, world_size=world_size)
+    return _Step(
+        config,
+        time=step_time(config, stages, transfers, world_size=world_size, hardware=hardware, kernels=kernels),
+        wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers),
     )
+
+
+def _plan(step: _Step, *, world_size: int, kernels: KernelNames) -> Plan:
+    stages = stage_memories(step.config, world_size=world_size, kernels=kernels)
+    return Plan(step.config, world_size, stages, step.time, step.wire_bytes)
 
 
 def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterator[RunConfig]:
     """The run under every layout that the config's own checks allow on a world."""
     sizes = sorted({*MICRO_BATCHES, config.train.micro_batch_size})
+    trains = [config.train.model_copy(update={"micro_batch_size": size}) for size in sizes]
+    given = config.model_dump()
     for parallel in _parallel_sections(world_size, node_gpus=node_gpus):
-        values = config.model_dump() | {"parallel": parallel | {"timeout_s": config.parallel.timeout_s}}
+        values = given | {"parallel": parallel | {"timeout_s": config.parallel.timeout_s}}
         try:
             checked = parse_config(values, source="plan")
         except ConfigError:
             continue  # such as more tensor-parallel ranks than heads
-        for recompute, size in itertools.product(("none", "selective", "full"), sizes):
-            candidate = checked.model_copy(
-                update={
-                    "model": config.model,  # one object, which caches then know at once
-                    "parallel": checked.parallel.model_copy(update={"recompute": recompute}),
-                    "train": checked.train.model_copy(update={"micro_batch_size": size}),
-                }
-            )
+        settings = [checked.parallel.model_copy(update={"recompute": recompute}) for recompute in RECOMPUTE]
+        for setting, train in itertools.product(settings, trains):
+            # The model is one object, which caches then know at once.
+            update = {"model": config.model, "parallel": setting, "train": train}
+            candidate = checked.model_copy(update=update)
             try:
                 candidate.check_world(world_size)
             except (ConfigError, ParallelError):

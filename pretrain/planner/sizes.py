@@ -1,6 +1,6 @@
 """How many parameters a rank of a layout holds, of which kinds, and how many tokens it works on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,9 +87,14 @@ def stage_parts(config: RunConfig) -> list[list[range]]:
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     """Returns what each pipeline stage holds."""
+    return _pipeline(config)[0]
+
+
+def _pipeline(config: RunConfig) -> tuple[tuple[Stage, ...], Mapping[int, Stage]]:
+    """Returns all stages, and the first of each kind by its number."""
     parallel = config.parallel
     layers = tuple(parallel.pipeline_layers) if parallel.pipeline_layers else None
-    return _stages_of(
+    return _cut_pipeline(
         config.model,
         parallel.tensor,
         parallel.pipeline,
@@ -100,11 +105,12 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
 
 
 @lru_cache(maxsize=256)
-def _stages_of(
+def _cut_pipeline(
     model: ModelConfig, tensor: int, stages: int, chunks: int, layers: tuple[int, ...] | None, *, sequence_length: int
-) -> tuple[Stage, ...]:
+) -> tuple[tuple[Stage, ...], Mapping[int, Stage]]:
     parts = _part_layers(model, stages, chunks, layers, sequence_length=sequence_length)
-    return tuple(_stage(model, tensor, parts[stage::stages]) for stage in range(stages))
+    held = tuple(_stage(model, tensor, parts[stage::stages]) for stage in range(stages))
+    return held, {held.index(stage): stage for stage in dict.fromkeys(held)}
 
 
 @lru_cache(maxsize=256)
@@ -150,13 +156,12 @@ def _counted(letters: str) -> tuple[tuple[str, int], ...]:
     return tuple((one.letter, letters.count(one.letter)) for one in mixers_of(letters))
 
 
-def distinct_stages(config: RunConfig) -> list[int]:
-    """Returns the first stage of each kind, since stages that hold the same also send and compute the same."""
-    stages = stages_of(config)
-    first: dict[Stage, int] = {}
-    for number, stage in enumerate(stages):
-        first.setdefault(stage, number)
-    return list(first.values())
+def distinct_stages(config: RunConfig) -> Mapping[int, Stage]:
+    """Returns the first stage of each kind by its number.
+
+    Stages that hold the same send and compute the same, and the first of them has the most forwards in flight.
+    """
+    return _pipeline(config)[1]
 
 
 def stage_parameters(config: RunConfig, stage: int) -> int:
@@ -164,7 +169,7 @@ def stage_parameters(config: RunConfig, stage: int) -> int:
     return stages_of(config)[stage].parameters
 
 
-def only_rounded_elements(config: RunConfig, stage: int, *, world_size: int) -> int:
+def only_rounded_elements(config: RunConfig, stage: Stage, *, world_size: int) -> int:
     """Counts a stage's weights that are there in the activations' dtype alone, but for a share.
 
     See parallel/zero/weights.py.
@@ -173,7 +178,7 @@ def only_rounded_elements(config: RunConfig, stage: int, *, world_size: int) -> 
     flat = parallel.zero_stage == 1 and parallel.replicas(world_size) > 1
     if not flat or activation_bytes(config) == FP32_BYTES:
         return 0
-    return stages_of(config)[stage].matmul_only
+    return stage.matmul_only
 
 
 def micro_batch_tokens(config: RunConfig) -> int:

@@ -3,9 +3,9 @@ what ZeRO-1 sends overlapped.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import (
@@ -30,12 +30,11 @@ from sambalm.pretrain.planner.memory import rounded_weights_stay
 from sambalm.pretrain.planner.scan import cuda_scan_s
 from sambalm.pretrain.planner.sizes import (
     Chunk,
+    Stage,
     activation_bytes,
     local_sizes,
     only_rounded_elements,
     share_of,
-    stage_parameters,
-    stages_of,
 )
 
 
@@ -57,7 +56,8 @@ class StepTime:
 
 def step_time(
     config: RunConfig,
-    transfers: Mapping[int, Sequence[Transfer]],
+    stages: Iterable[Stage],
+    transfers: Iterable[Sequence[Transfer]],
     *,
     world_size: int,
     hardware: Hardware,
@@ -66,18 +66,36 @@ def step_time(
     """Of the slowest pipeline stage, which all others wait for.
 
     Args:
-        transfers: `step_transfers` of the stages that are looked at, by their numbers.
+        stages: all pipeline stages, or one of each kind.
+        transfers: `step_transfers` of each.
     """
-    device, stages, times = _Device(config.model, share_of(config, kernels), hardware), stages_of(config), []
-    for stage, sent in transfers.items():
-        compute_s = sum(_chunk_s(device, chunk) for chunk in stages[stage].chunks)
+    device, times = _device(config.model, share_of(config, kernels), hardware), []
+    for stage, sent in zip(stages, transfers, strict=True):
+        compute_s = device.stage_s(stage)
         times.append(_stage_time(config, stage, sent, compute_s, world_size=world_size, hardware=hardware))
     return max(times, key=lambda time: time.total_s)
 
 
+def least_step_s(
+    config: RunConfig, stages: Iterable[Stage], *, world_size: int, hardware: Hardware, kernels: KernelNames
+) -> float:
+    """Returns what the step takes at least: the time in which the slowest stage computes, and its bubble."""
+    parallel = config.parallel
+    micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
+    device = _device(config.model, share_of(config, kernels), hardware)
+    computed_s = micro_batches * max(device.stage_s(stage) for stage in stages)
+    return computed_s + computed_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
+
+
+@lru_cache(maxsize=1024)
+def _device(model: ModelConfig, share: Share, hardware: Hardware) -> "_Device":
+    """Returns one object for all layouts whose ranks compute the same."""
+    return _Device(model, share, hardware)
+
+
 def _stage_time(
     config: RunConfig,
-    stage: int,
+    stage: Stage,
     transfers: Sequence[Transfer],
     compute_s: float,
     *,
@@ -127,7 +145,8 @@ def _exposed_data_s(
         ("all-gather", a, forward_s),
     ):
         sizes = [group.elements * (layers_bytes if group.within_backward else FP32_BYTES) for group in groups]
-        each_s = [sent_s["data", operation] * size / sum(sizes) for size in sizes]
+        total = sum(sizes)
+        each_s = [sent_s["data", operation] * size / total for size in sizes]
         exposed += exposed_s(groups, sent_s=each_s, computed_s=hidden_by_s)
     return exposed
 
@@ -151,14 +170,14 @@ def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], comput
     return reduced_s - computed_s
 
 
-def _launched_sublayers(config: RunConfig, stage: int, *, micro_batches: int) -> float:
+def _launched_sublayers(config: RunConfig, stage: Stage, *, micro_batches: int) -> float:
     """How often a step runs a sublayer forward and backward; a forward alone counts as a third of that."""
     passes = micro_batches * (assumed.RECOMPUTED_PASSES if config.parallel.recompute == "full" else 1.0)
-    return passes * sum(count for _, count in stages_of(config)[stage].letters)
+    return passes * sum(count for _, count in stage.letters)
 
 
 def _host_s(
-    config: RunConfig, stage: int, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
+    config: RunConfig, stage: Stage, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
 ) -> float:
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
     parallel = config.parallel
@@ -169,15 +188,15 @@ def _host_s(
     launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
     if partitioned and parallel.zero_stage == 3:
-        modules = 2 + sum(count * mixer(letter).modules for letter, count in stages_of(config)[stage].letters)
+        modules = 2 + sum(count * mixer(letter).modules for letter, count in stage.letters)
         forwards = 2 if parallel.recompute == "full" else 1
         launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
     return launches_s + messages_s
 
 
-def _rounding_s(config: RunConfig, stage: int, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
+def _rounding_s(config: RunConfig, stage: Stage, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
     """Weights to the activations' dtype, once a step or wherever they are used."""
-    rounded = stage_parameters(config, stage) - only_rounded_elements(config, stage, world_size=world_size)
+    rounded = stage.parameters - only_rounded_elements(config, stage, world_size=world_size)
     if not rounded_weights_stay(config, world_size=world_size):
         moved_bytes = costs.ROUNDING_BYTES * micro_batches * (2 if config.parallel.recompute == "full" else 1)
     elif config.parallel.replicas(world_size) > 1:
@@ -187,12 +206,12 @@ def _rounding_s(config: RunConfig, stage: int, *, micro_batches: int, world_size
     return rounded * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
 
 
-def _deepspeed_s(config: RunConfig, stage: int, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
+def _deepspeed_s(config: RunConfig, stage: Stage, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
     """What DeepSpeed does on the device with a step's gradients before and in the optimizer's step."""
     parallel = config.parallel
     replicas = parallel.replicas(world_size)
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
-    parameters = stage_parameters(config, stage)
+    parameters = stage.parameters
     share = parameters / replicas
     rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
     if replicas == 1:
@@ -212,11 +231,22 @@ class _Device:
     model: ModelConfig
     share: Share
     hardware: Hardware
+    chunks_s: dict[Chunk, float] = field(default_factory=dict)  # that were asked for
 
-    def chunk_s(self, chunk: Chunk) -> float:
-        """Returns the seconds of a pipeline chunk."""
+    def stage_s(self, stage: Stage) -> float:
+        """Returns the seconds of a pipeline stage."""
+        for chunk in stage.chunks:
+            if chunk not in self.chunks_s:
+                self.chunks_s[chunk] = self._chunk_s(chunk)
+        return sum([self.chunks_s[chunk] for chunk in stage.chunks])
+
+    @cached_property
+    def _sublayers_s(self) -> dict[str, float]:
+        return {one.letter: self.sublayer_s(one.letter) for one in self.model.kinds}
+
+    def _chunk_s(self, chunk: Chunk) -> float:
         model, share = self.model, self.share
-        total = sum(count * self.sublayer_s(letter) for letter, count in chunk.letters)
+        total = sum(count * self._sublayers_s[letter] for letter, count in chunk.letters)
         vocabulary, tokens = model.vocab_size // share.tensor_ranks, share.tokens
         if chunk.is_first:
             total += self._traffic_s(costs.EMBEDDING, tokens * model.hidden_size)
@@ -295,12 +325,6 @@ class _Device:
         passes_ms = forward_ms * (1 if self.share.recompute == "none" else 2) + backward_ms
         measured_s = flops / (costs.ATTENTION_FLOP / (passes_ms * 1e-3))
         return measured_s / (self.hardware.matrix_flops / assumed.H100.matrix_flops)
-
-
-@lru_cache(maxsize=4096)
-def _chunk_s(device: _Device, chunk: Chunk) -> float:
-    """Remembers the seconds of a chunk, which layouts with the same shares have in common."""
-    return device.chunk_s(chunk)
 
 
 TORCH_FORWARD_SHARE = 1 / 3  # of the scan's launches in plain PyTorch
