@@ -40,6 +40,7 @@ MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a p
 class MambaHF(HFSide):
     """Mamba in the Hugging Face format, by the names of flash-linear-attention."""
 
+    # An error in the decay rates or step sizes grows over the tokens that a state lives: those are fp32.
     tensors: ClassVar = {
         "A_log": HFTensor(("A_log",), is_fp32=True),
         "D": HFTensor(("D",), is_fp32=True),
