@@ -147,7 +147,9 @@ class SambaConfig(PreTrainedConfig):
                 )
             if extension["layer_type"] not in LAYER_TYPES.values():
                 kinds = ", ".join(sorted(set(LAYER_TYPES.values())))
-                raise ValueError(f"extensions has layer_type {extension['layer_type']!r} for {letter}: known are {kinds}")
+                raise ValueError(
+                    f"extensions has layer_type {extension['layer_type']!r} for {letter}: known are {kinds}"
+                )
         letters = [*LAYER_TYPES, *(self.extensions or {})]
         if not self.pattern or set(self.pattern) - set(letters):
             listed = f"{', '.join(letters[:-1])} and {letters[-1]}"

@@ -102,7 +102,9 @@ def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, 
     if cache is None or not cache.has_previous_state(layer_idx):
         return None, None
     layer = cache.layers[layer_idx]
-    conv, recurrent = (s if s is None or isinstance(s, Tensor) else s[0] for s in (layer.conv_states, layer.recurrent_states))
+    conv, recurrent = (
+        s if s is None or isinstance(s, Tensor) else s[0] for s in (layer.conv_states, layer.recurrent_states)
+    )
     return conv, recurrent
 
 

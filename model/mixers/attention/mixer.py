@@ -69,7 +69,7 @@ class AttentionHF(HFSide):
 
     def describe(self, hf: Any) -> str:
         return (
-            f"attention: {hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads, window "
+            f"sliding-window attention: {hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads, window "
             f"{hf.sliding_window}, rotary base {hf.attn['rope_theta']:g}"
         )
 

@@ -79,7 +79,7 @@ class MambaHF(HFSide):
 
     def describe(self, hf: Any) -> str:
         return (
-            f"Mamba: {hf.state_size} states, inner width {hf.intermediate_size}, convolution over {hf.conv_kernel} "
+            f"Mamba-1: {hf.state_size} states, inner width {hf.intermediate_size}, convolution over {hf.conv_kernel} "
             f"tokens, step rank {hf.time_step_rank}"
         )
 
