@@ -146,9 +146,9 @@ class SambaConfig(PreTrainedConfig):
                     f"{', '.join(EXTENSION_KEYS)}"
                 )
             if extension["layer_type"] not in LAYER_TYPES.values():
-                kinds = ", ".join(sorted(set(LAYER_TYPES.values())))
+                kinds = ", ".join(LAYER_TYPES.values())
                 raise ValueError(
-                    f"extensions has layer_type {extension['layer_type']!r} for {letter}: known are {kinds}"
+                    f"extensions gives {letter} the layer_type {extension['layer_type']!r}: use one of {kinds}"
                 )
         letters = [*LAYER_TYPES, *(self.extensions or {})]
         if not self.pattern or set(self.pattern) - set(letters):

@@ -59,7 +59,8 @@ def export_hf(
         progress: receives (bytes written, bytes in all).
 
     Raises HFError, and leaves nothing behind, when the output exists, the state does not fit the configuration, the
-    tokenizer or a mixer's code cannot be converted, or the folder does not give the training model's logits and the tokenizer's ids.
+    tokenizer or a mixer's code cannot be converted, or the folder does not give the training model's logits and the
+    tokenizer's ids.
     """
     if dtype not in DTYPES:
         raise HFError(f"dtype is {dtype}; weights are exported as torch.float32 or torch.bfloat16")

@@ -1,7 +1,7 @@
 """The Python files of an exported folder, which load in transformers without this package.
 
-They are copies of the model's files, of the layers of exactly the pattern's mixers, and of what those import, under flat
-names: transformers finds a folder's files by their lines `from .file import name` and by nothing else.
+They are copies of the model's files, of the layers of exactly the pattern's mixers, and of what those import, under
+flat names: transformers finds a folder's files by their lines `from .file import name` and by nothing else.
 """
 
 import ast
@@ -65,7 +65,7 @@ def _listing(pattern: str, names: Mapping[str, str]) -> str:
     tensors = [f"    {letter!r}: {fp32_tensors(letter)!r}," for letter in sides]
     return "\n".join(
         [
-            '"""The layers of this folder\'s model, and which of their tensors are always fp32, by the pattern\'s letters."""',
+            '"""The layers of the model, and which of their tensors are always fp32, by the letters of its pattern."""',
             "",
             *imports,
             "",
@@ -108,9 +108,9 @@ def _copied_imports(source: str, module: str, *, own_packages: Iterable[str]) ->
             allowed = target in files or target.rpartition(".")[0] in folders
             if not allowed or isinstance(node, ast.Import):
                 raise HFError(
-                    f"{module} has `{ast.unparse(node)}`, of which an exported folder takes no copy: sambalm and of its "
-                    f"own package it may only have lines `from MODULE import NAME`, MODULE being a file beside it, "
-                    f"{HF}.layers or a file of {OPERATIONS}"
+                    f"{module} has `{ast.unparse(node)}`, of which an exported folder takes no copy: of sambalm "
+                    f"and its own package it may only have lines `from MODULE import NAME`, MODULE being a file beside "
+                    f"it, {HF}.layers or a file of {OPERATIONS}"
                 )
             yield node.lineno, target
 

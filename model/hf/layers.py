@@ -97,14 +97,14 @@ class SambaResidualLinear(nn.Linear):
 def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
     """Returns a layer's convolution state [B, channels, tokens] and its recurrent state; None before its first token.
 
+    They are the cache's own tensors, which its update overwrites: a layer updates the cache after it has used them.
     Versions of transformers differ in whether a layer has one state or several, of which this model uses the first.
     """
     if cache is None or not cache.has_previous_state(layer_idx):
         return None, None
     layer = cache.layers[layer_idx]
-    conv, recurrent = (
-        s if s is None or isinstance(s, Tensor) else s[0] for s in (layer.conv_states, layer.recurrent_states)
-    )
+    states = (layer.conv_states, layer.recurrent_states)
+    conv, recurrent = (s if s is None or isinstance(s, Tensor) else s[0] for s in states)
     return conv, recurrent
 
 

@@ -90,6 +90,13 @@ class SambaPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self._keep_in_fp32_modules_strict = _fp32_patterns(config)
 
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As its parent's, which takes a module without parameters of its own for one that was loaded."""
+        if isinstance(module, SambaLayer) and not all(is_loaded(p) for p in module.parameters()):
+            super()._initialize_weights(module)
+        else:
+            super()._initialize_weights(module, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's initialisation; see sambalm.model.initialization."""
@@ -103,6 +110,10 @@ class SambaPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
+
+
+def is_loaded(parameter: Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _fp32_patterns(config: SambaConfig) -> set[str]:

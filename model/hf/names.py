@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability, HFSide, HFTensor
-from sambalm.model.registry import BUILT_IN, MixerError, mixer
+from sambalm.model.registry import MixerError, mixer
 
-from .configuration_samba import SambaConfig, pattern_blocks
+from .configuration_samba import LAYER_TYPES, SambaConfig, pattern_blocks
 from .errors import HFError
 
 
@@ -78,7 +78,7 @@ def hf_side(letter: str) -> HFSide:
 def hf_config(config: ModelConfig, **others: Any) -> SambaConfig:
     """Returns the Hugging Face configuration of a model; `others` are further keys, such as token ids."""
     own: dict[str, Any] = {}
-    for letter in [*BUILT_IN, *config.pattern]:  # ours have keys of ModelConfig whether the pattern has them or not
+    for letter in [*LAYER_TYPES, *config.pattern]:  # those have keys of both whether the pattern has them or not
         own |= hf_side(letter).to_config(config)
     return SambaConfig(
         pattern=config.pattern,
@@ -103,7 +103,7 @@ def _extensions(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "sizes": config.sizes_of(one).model_dump(mode="json") if one.sizes else {},
         }
         for one in config.kinds
-        if one.letter not in BUILT_IN
+        if one.letter not in LAYER_TYPES
     }
 
 
@@ -124,7 +124,7 @@ def model_config(config: SambaConfig) -> ModelConfig:
     check_mixers(config)
     own: dict[str, Any] = {}
     sections = {one["name"]: one["sizes"] for one in (config.extensions or {}).values() if one["sizes"]}
-    for letter in [*BUILT_IN, *config.pattern]:
+    for letter in [*LAYER_TYPES, *config.pattern]:
         own |= hf_side(letter).from_config(config)
     try:
         return ModelConfig(
