@@ -1,21 +1,29 @@
 """The Hugging Face configuration of Samba.
 
 Keys and defaults are those of flash-linear-attention's `samba`, so one folder serves both wherever that package can
-express the model. Added here are `pattern`, `mlp_size`, `layer_types` and `sliding_window`. A block is a mixer with
-the MLP behind it; a mixer without an MLP and an MLP without a mixer are blocks of their own.
+express the model. Added here are `pattern`, `mlp_size`, `layer_types`, `sliding_window` and `extensions`. A block is a
+mixer with the MLP behind it; a mixer without an MLP and an MLP without a mixer are blocks of their own.
+
+The pattern's letters are M (Mamba), * (attention), - (MLP), and those that `extensions` describes:
+
+    {"G": {"name": "token_shift", "layer_type": "linear_attention", "is_mlp": false, "sizes": {"rank": 4}}}
+
+`layer_type` is the kind of cache layer that transformers makes for the mixer, `sizes` are what its layer is made with,
+and `is_mlp` says whether it stands behind a mixer in the mixer's block, as an MLP does.
 """
 
 import math
 import os
-import re
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
 MAMBA, ATTENTION, MLP = "M", "*", "-"
 
-# The kind of cache layer that transformers builds for a block, by its mixer; "moe" is one that holds nothing.
-LAYER_TYPES = {MAMBA: "linear_attention", ATTENTION: "sliding_attention", None: "moe"}
+# The kinds of cache layer that transformers builds for blocks; NO_CACHE is of one that holds nothing.
+NO_CACHE = "moe"
+LAYER_TYPES = {MAMBA: "linear_attention", ATTENTION: "sliding_attention", MLP: NO_CACHE}
+EXTENSION_KEYS = {"name": str, "layer_type": str, "is_mlp": bool, "sizes": dict}
 
 # What flash-linear-attention takes when the key is missing.
 FLA_ATTENTION = {
@@ -31,21 +39,24 @@ FLA_MLP_MULTIPLE = 256
 
 
 class Block(NamedTuple):
-    """One block of the model and the numbers that its parts have in the pattern."""
+    """One block of the model: the letters of its layers and the numbers that these have in the pattern."""
 
-    mixer: str | None  # M or *, or None
+    mixer: str | None
     mixer_sublayer: int | None
+    mlp: str | None
     mlp_sublayer: int | None
 
 
-def pattern_blocks(pattern: str) -> list[Block]:
-    """The blocks of a pattern over the letters M (Mamba), * (attention) and - (MLP)."""
-    blocks = []
-    for match in re.finditer(r"([M*]?)(-?)", pattern):
-        mixer, mlp = match.groups()
-        if mixer or mlp:
-            start = match.start()
-            blocks.append(Block(mixer or None, start if mixer else None, match.end() - 1 if mlp else None))
+def pattern_blocks(pattern: str, *, mlps: str = MLP) -> list[Block]:
+    """Returns the blocks of a pattern, in which the letters `mlps` stand behind a mixer where there is one."""
+    blocks: list[Block] = []
+    for number, letter in enumerate(pattern):
+        if letter not in mlps:
+            blocks.append(Block(letter, number, None, None))
+        elif blocks and blocks[-1].mlp is None:
+            blocks[-1] = blocks[-1]._replace(mlp=letter, mlp_sublayer=number)
+        else:
+            blocks.append(Block(None, None, letter, number))
     return blocks
 
 
@@ -69,8 +80,9 @@ class SambaConfig(PreTrainedConfig):
     """What a Samba model is.
 
     Either `pattern` and `mlp_size` are given, or num_hidden_layers, attn["layers"] and hidden_ratio as
-    flash-linear-attention has them: then every block is a mixer with an MLP. The other of the two is derived. Raises
-    ValueError when keys contradict each other or ask for something that this implementation lacks.
+    flash-linear-attention has them: then every block is a mixer with an MLP. The other of the two is derived.
+    `extensions` is written for mixers beyond the first three. Raises ValueError when keys contradict each other or ask
+    for something that this implementation lacks.
 
     intermediate_size is Mamba's inner width, mlp_size the MLP's. hidden_act "swish" is SiLU.
     """
@@ -79,6 +91,7 @@ class SambaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ("past_key_values",)
 
     pattern: str | None = None
+    extensions: dict[str, dict] | None = None
     vocab_size: int = 32000
     hidden_size: int = 2304
     num_hidden_layers: int | None = None
@@ -115,8 +128,7 @@ class SambaConfig(PreTrainedConfig):
             attention = set(self.attn["layers"])
             count = 18 if self.num_hidden_layers is None else self.num_hidden_layers
             self.pattern = "".join((ATTENTION if i in attention else MAMBA) + MLP for i in range(count))
-        if not re.fullmatch(r"[M*-]+", self.pattern):
-            raise ValueError(f"pattern is {self.pattern!r}: allowed are the letters M, * and -")
+        self._check_letters()
         if self.mlp_size is None:
             self.mlp_size = fla_mlp_size(self.hidden_size, self.hidden_ratio or FLA_HIDDEN_RATIO)
         if self.time_step_rank == "auto":
@@ -125,13 +137,33 @@ class SambaConfig(PreTrainedConfig):
         self._refuse_unsupported()
         super().__post_init__(**kwargs)
 
+    def _check_letters(self) -> None:
+        for letter, extension in (self.extensions or {}).items():
+            given = {key: type(value) for key, value in extension.items()}
+            if letter in LAYER_TYPES or len(letter) != 1 or given != EXTENSION_KEYS:
+                raise ValueError(
+                    f"extensions has {letter!r}: {extension}; it describes other letters than M, * and -, each by "
+                    f"{', '.join(EXTENSION_KEYS)}"
+                )
+            if extension["layer_type"] not in LAYER_TYPES.values():
+                kinds = ", ".join(LAYER_TYPES.values())
+                raise ValueError(
+                    f"extensions gives {letter} the layer_type {extension['layer_type']!r}: use one of {kinds}"
+                )
+        letters = [*LAYER_TYPES, *(self.extensions or {})]
+        if not self.pattern or set(self.pattern) - set(letters):
+            listed = f"{', '.join(letters[:-1])} and {letters[-1]}"
+            raise ValueError(f"pattern is {self.pattern!r}: allowed are the letters {listed}")
+
     def _derive_from_pattern(self, given_layers: list[int] | None) -> None:
         """Fills the keys that follow from others; one that was given must agree."""
         mixers = [block.mixer for block in self.blocks]
+        others = {letter: extension["layer_type"] for letter, extension in (self.extensions or {}).items()}
+        layer_types = {None: NO_CACHE} | LAYER_TYPES | others
         derived = {
             "num_hidden_layers": len(mixers),
             "num_layers": len(mixers),
-            "layer_types": [LAYER_TYPES[mixer] for mixer in mixers],
+            "layer_types": [layer_types[mixer] for mixer in mixers],
             "sliding_window": self.attn["window_size"],
             "intermediate_size": self.expand * self.hidden_size,
         }
@@ -169,9 +201,21 @@ class SambaConfig(PreTrainedConfig):
             del self.auto_map
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As its parent's. Without further mixers the content is what flash-linear-attention's folders have."""
+        content = super().to_dict()
+        if not self.extensions:
+            content.pop("extensions", None)
+        return content
+
     @property
     def blocks(self) -> list[Block]:
-        return pattern_blocks(self.pattern)
+        others = (letter for letter, extension in (self.extensions or {}).items() if extension["is_mlp"])
+        return pattern_blocks(self.pattern, mlps="".join((MLP, *others)))
+
+    def sizes(self, name: str) -> dict[str, Any]:
+        """Returns what the layer of an extension is made with. Raises KeyError where no letter has that name."""
+        return {extension["name"]: extension["sizes"] for extension in (self.extensions or {}).values()}[name]
 
     @property
     def num_attention_heads(self) -> int:
@@ -192,6 +236,9 @@ class SambaConfig(PreTrainedConfig):
     @property
     def fla_obstacle(self) -> str | None:
         """One sentence on why flash-linear-attention cannot load this model; None when it can."""
+        for letter, extension in (self.extensions or {}).items():
+            if letter in self.pattern:
+                return f"It has no layer like {letter} ({extension['name']}) of the pattern {self.pattern}."
         for i, block in enumerate(self.blocks):
             if block.mlp_sublayer is None:
                 return f"Block {i} of the pattern {self.pattern} is a mixer without an MLP."

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,21 +9,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-import sambalm.model.ops.reference as operations
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import HFTensor
 
-from . import configuration_samba, modeling_samba
 from .configuration_samba import SambaConfig
 from .errors import HFError
 from .folder import INDEX_FILE
+from .folder_code import folder_code
 from .model_card import TrainingFacts, model_card
 from .names import CanonicalState, hf_config, hf_dtype, hf_shape, hf_tensors
 from .tokenizer import read_model, save_tokenizer, token_ids
 from .verify import verify_export
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-OPERATIONS = ("causal_conv", "rms_norm", "selective_scan", "window_attention")
 AUTO_MAP = {
     "AutoConfig": "configuration_samba.SambaConfig",
     "AutoModel": "modeling_samba.SambaModel",
@@ -46,18 +43,18 @@ def export_hf(
     card: TrainingFacts = TrainingFacts(),
     progress: Progress | None = None,
 ) -> None:
-    """Write a model into an empty folder and verify what lies there.
+    """Writes a model into an empty folder and verifies what lies there.
 
     Args:
         state: the canonical weights.
         folder: exists and is empty; it is of no use when this raises.
         documents: text for the verification, at least a few windows of it if there is so much.
-        dtype: of the weights, fp32 or bf16; Mamba's A_log, D and dt_proj.bias are fp32 in any case.
+        dtype: of the weights, fp32 or bf16; tensors that a mixer marks as fp32 are so in any case.
         max_shard_bytes: weights in one file at most; a tensor that is larger has a file of its own.
         progress: receives (bytes written, bytes in all).
 
-    Raises HFError when the state does not fit the configuration, the tokenizer cannot be converted, or the folder does
-    not give the training model's logits and the tokenizer's ids.
+    Raises HFError when the state does not fit the configuration, the tokenizer or a mixer's code cannot be converted,
+    or the folder does not give the training model's logits and the tokenizer's ids.
     """
     if dtype not in DTYPES:
         raise HFError(f"dtype is {dtype}; weights are exported as torch.float32 or torch.bfloat16")
@@ -74,11 +71,12 @@ def export_hf(
     hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
     _write_config(folder, hf, tokens)
     save_tokenizer(tokenizer_model, folder)
-    _write_code(folder)
+    for name, text in folder_code(config.pattern).items():
+        (folder / name).write_text(text, "utf-8")
     shapes = state.shapes()
     parameters = sum(math.prod(shapes[part]) for tensor in tensors.values() for part in tensor.parts)
-    text = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
-    (folder / "README.md").write_text(text, "utf-8")
+    readme = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
+    (folder / "README.md").write_text(readme, "utf-8")
     _write_weights(folder, state, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
     verify_export(folder, state, config, documents, tokenizer_model)
 
@@ -101,15 +99,6 @@ def _write_config(folder: Path, config: SambaConfig, tokens: dict[str, int | Non
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_code(folder: Path) -> None:
-    """The modelling code and the operations beside it, importing each other as one flat package."""
-    shutil.copyfile(configuration_samba.__file__, folder / "configuration_samba.py")
-    code = Path(modeling_samba.__file__).read_text("utf-8")
-    (folder / "modeling_samba.py").write_text(code.replace(f"from {operations.__name__}.", "from ."), "utf-8")
-    for name in OPERATIONS:
-        shutil.copyfile(Path(operations.__path__[0]) / f"{name}.py", folder / f"{name}.py")
 
 
 def _write_weights(

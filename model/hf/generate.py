@@ -10,6 +10,7 @@ from .configuration_samba import SambaConfig
 from .errors import HFError
 from .folder import INDEX_FILE, SINGLE_FILE
 from .modeling_samba import SambaForCausalLM
+from .names import check_mixers
 from .tokenizer import load_tokenizer
 
 
@@ -49,7 +50,11 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> SambaForCau
 
 
 def load_config(folder: Path) -> SambaConfig:
-    """The configuration in config.json. Raises HFError if it is not a Samba model's."""
+    """Returns the configuration in config.json.
+
+    Raises:
+        HFError: it is not a Samba model's, or it has a mixer that is not installed.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise HFError(f"{folder} has no config.json; give a folder that holds a Samba model in Hugging Face format")
@@ -61,6 +66,8 @@ def load_config(folder: Path) -> SambaConfig:
     if kind != SambaConfig.model_type:
         raise HFError(f"{path} has model_type {kind!r}, but this program loads only 'samba' models")
     try:
-        return SambaConfig.from_dict(content)
+        config = SambaConfig.from_dict(content)
     except Exception as error:  # ValueError of ours, or huggingface_hub's for a wrong type
         raise HFError(f"{path} is not a valid Samba configuration: {str(error).strip()}") from error
+    check_mixers(config)
+    return config

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sambalm.model.registry import mixers_of
+
 from .configuration_samba import SambaConfig
+from .mixers import fp32_tensors
+from .names import hf_side
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,16 @@ def model_card(config: SambaConfig, facts: TrainingFacts, *, parameters: int, dt
 
 def _architecture(config: SambaConfig, *, parameters: int, dtype: str) -> list[str]:
     tied = "tied" if config.tie_word_embeddings else "untied"
+    mixers = mixers_of(config.pattern)
+    fp32 = [f"{one.name}'s {name}" for one in mixers for name in fp32_tensors(one.letter)]
+    exceptions = f" ({', '.join(fp32)} in float32)" if fp32 else ""
     return [
         "## Architecture",
         "",
-        f"- layer pattern: `{config.pattern}` (M Mamba-1, * sliding-window attention, - SwiGLU MLP)",
-        f"- parameters: {parameters:,}, stored in {dtype} (Mamba's A_log, D and step bias in float32)",
-        f"- hidden size {config.hidden_size}, MLP width {config.mlp_size}, vocabulary {config.vocab_size} "
-        f"({tied} embeddings)",
-        f"- attention: {config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads, "
-        f"window {config.sliding_window}, rotary base {config.rotary_base:g}",
-        f"- Mamba: {config.state_size} states, inner width {config.intermediate_size}, "
-        f"convolution over {config.conv_kernel} tokens, step rank {config.time_step_rank}",
+        f"- layer pattern: `{config.pattern}`",
+        *(f"- `{one.letter}`: {hf_side(one.letter).describe(config) or one.name}" for one in mixers),
+        f"- parameters: {parameters:,}, stored in {dtype}{exceptions}",
+        f"- hidden size {config.hidden_size}, vocabulary {config.vocab_size} ({tied} embeddings)",
     ]
 
 
@@ -67,8 +70,8 @@ tags:
 
 # Samba language model
 
-A language model of the Samba family ([arXiv 2406.07522](https://arxiv.org/abs/2406.07522)), with Mamba, sliding-window
-attention and MLP layers in the pattern below.
+A language model of the Samba family ([arXiv 2406.07522](https://arxiv.org/abs/2406.07522)), whose layers come in the
+pattern below.
 """
 
 _USE = """## Use

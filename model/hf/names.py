@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability, HFSide, HFTensor
-from sambalm.model.registry import BUILT_IN, mixer
+from sambalm.model.registry import MixerError, mixer
 
-from .configuration_samba import SambaConfig, pattern_blocks
+from .configuration_samba import LAYER_TYPES, SambaConfig, pattern_blocks
 from .errors import HFError
 
 
@@ -45,7 +45,8 @@ def hf_dtype(tensor: HFTensor, dtype: torch.dtype) -> torch.dtype:
 def hf_tensors(pattern: str, *, tie_embeddings: bool) -> dict[str, HFTensor]:
     """Returns name and making of every tensor of the Hugging Face model, in the model's order."""
     tensors = {"backbone.embeddings.weight": HFTensor(("embedding.weight",))}
-    for i, block in enumerate(pattern_blocks(pattern)):
+    mlps = "".join(letter for letter in sorted(set(pattern)) if hf_side(letter).is_mlp)
+    for i, block in enumerate(pattern_blocks(pattern, mlps=mlps)):
         for slot, sublayer in (("mixer", block.mixer_sublayer), ("mlp", block.mlp_sublayer)):
             if sublayer is None:
                 continue
@@ -60,8 +61,15 @@ def hf_tensors(pattern: str, *, tie_embeddings: bool) -> dict[str, HFTensor]:
 
 
 def hf_side(letter: str) -> HFSide:
-    """Returns what a mixer is in the Hugging Face format. Raises HFError for one that has no such side."""
-    one = mixer(letter)
+    """Returns what a mixer is in the Hugging Face format.
+
+    Raises:
+        HFError: no mixer has the letter, or it has no such side.
+    """
+    try:
+        one = mixer(letter)
+    except MixerError as error:
+        raise HFError(f"{error}; install the package that brings it") from None
     if one.hf is None:
         raise HFError(f"the mixer {one.name} ({letter} in model.pattern) has no {Ability.HUGGING_FACE}")
     return one.hf
@@ -70,7 +78,7 @@ def hf_side(letter: str) -> HFSide:
 def hf_config(config: ModelConfig, **others: Any) -> SambaConfig:
     """Returns the Hugging Face configuration of a model; `others` are further keys, such as token ids."""
     own: dict[str, Any] = {}
-    for letter in [*BUILT_IN, *config.pattern]:  # ours have keys of ModelConfig whether the pattern has them or not
+    for letter in [*LAYER_TYPES, *config.pattern]:  # those have keys of both whether the pattern has them or not
         own |= hf_side(letter).to_config(config)
     return SambaConfig(
         pattern=config.pattern,
@@ -79,15 +87,44 @@ def hf_config(config: ModelConfig, **others: Any) -> SambaConfig:
         norm_eps=config.norm_eps,
         initializer_range=config.embedding_std,
         tie_word_embeddings=config.tie_embeddings,
+        extensions=_extensions(config) or None,
         **own,
         **others,
     )
 
 
+def _extensions(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Describes the mixers beyond those that SambaConfig knows, by their letters."""
+    return {
+        one.letter: {
+            "name": one.name,
+            "layer_type": hf_side(one.letter).cache_layer,
+            "is_mlp": hf_side(one.letter).is_mlp,
+            "sizes": config.sizes_of(one).model_dump(mode="json") if one.sizes else {},
+        }
+        for one in config.kinds
+        if one.letter not in LAYER_TYPES
+    }
+
+
+def check_mixers(config: SambaConfig) -> None:
+    """Raises HFError where the mixers that are installed are not those of the configuration."""
+    for letter in config.pattern:
+        hf_side(letter)
+        described = (config.extensions or {}).get(letter, {}).get("name")
+        if described not in (None, mixer(letter).name):
+            raise HFError(
+                f"config.json means the mixer {described} by the letter {letter}, but the installed mixer with that "
+                f"letter is {mixer(letter).name}: install the package of {described} in its place"
+            )
+
+
 def model_config(config: SambaConfig) -> ModelConfig:
     """Returns the inverse of `hf_config`. Raises HFError for a model that training does not know."""
+    check_mixers(config)
     own: dict[str, Any] = {}
-    for letter in [*BUILT_IN, *config.pattern]:
+    sections = {one["name"]: one["sizes"] for one in (config.extensions or {}).values() if one["sizes"]}
+    for letter in [*LAYER_TYPES, *config.pattern]:
         own |= hf_side(letter).from_config(config)
     try:
         return ModelConfig(
@@ -97,6 +134,7 @@ def model_config(config: SambaConfig) -> ModelConfig:
             tie_embeddings=config.tie_word_embeddings,
             norm_eps=config.norm_eps,
             embedding_std=config.initializer_range,
+            mixers=sections,
             **own,
         )
     except ValidationError as error:

@@ -39,32 +39,42 @@ class Ability(StrEnum):
 class HFTensor:
     """How a tensor of a Hugging Face folder is made: of canonical tensors, joined along their first dimension."""
 
-    parts: tuple[str, ...]  # canonical names, in order
+    parts: tuple[str, ...]  # canonical names, in order; where there are several, their tensors have one shape
     is_conv: bool = False  # nn.Conv1d has a dimension of one input channel, which the canonical [channels, taps] lacks
     is_fp32: bool = False  # whatever the dtype of the rest
 
 
 class HFSide(ABC):
-    """A mixer in the Hugging Face format: names, configuration, and the module that `modeling_samba.py` runs."""
+    """A mixer in the Hugging Face format: names, configuration, and the layer that `modeling_samba.py` runs."""
 
     tensors: ClassVar[Mapping[str, HFTensor]]
-    """Names below the mixer in the Hugging Face model, and the canonical names there that each is made of."""
+    """Names below the mixer in the Hugging Face model, and the canonical names there that each is made of. transformers
+    knows what stays fp32 by these names alone, so one name is fp32 in all mixers of a model or in none."""
 
     module: ClassVar[str]
-    """The importable Python file with the layer, which a folder takes a copy of. It imports transformers, torch, files
-    of `sambalm.model.ops.reference` and `sambalm.model.hf.layers`, and nothing else."""
+    """The importable Python file with the layer. An exported folder takes a copy, which loads without our packages.
+
+    It may import torch, transformers and the standard library as it likes. Of sambalm it imports
+    `sambalm.model.hf.layers`, `sambalm.model.hf.configuration_samba` and files of `sambalm.model.ops.reference`; of its
+    own package the files beside it, which keep the same rule. Folders take copies of those too. Each such import is a
+    line `from MODULE import NAME`, where MODULE is the file; the export refuses any other.
+    """
 
     layer: ClassVar[str]
-    """The class in `module`: made with (SambaConfig, layer_idx), called with (hidden_states, context)."""
+    """The class in `module`, a subclass of `sambalm.model.hf.layers.SambaLayer`, which says what it takes and gives."""
 
     cache_layer: ClassVar[str] = "moe"
-    """The kind of cache layer that transformers makes for it: linear_attention, sliding_attention, or moe for none."""
+    """The kind of cache layer that transformers makes for it: linear_attention (a convolution's last inputs and a
+    state), sliding_attention (keys and values of the attention's window), or moe for none."""
 
     is_mlp: ClassVar[bool] = False
-    """Whether it stands behind another mixer in one block, as the MLP does."""
+    """Whether it stands behind another mixer in one block, as the MLP does. The block's cache layer is the other's."""
 
     def to_config(self, config: "ModelConfig") -> dict[str, Any]:
-        """Returns the keys of SambaConfig that say what this mixer is; sizes in `model.mixers` travel by themselves."""
+        """Returns the keys of SambaConfig that say what this mixer is.
+
+        Sizes in `model.mixers` need none: they travel by themselves, and the layer reads them as `config.sizes(name)`.
+        """
         return {}
 
     def from_config(self, hf: Any) -> dict[str, Any]:
@@ -72,7 +82,7 @@ class HFSide(ABC):
         return {}
 
     def describe(self, hf: Any) -> str | None:
-        """Returns a line for the model card."""
+        """Returns what a line of the model card says of the layer; None: the mixer's name."""
         return None
 
 

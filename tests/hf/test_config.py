@@ -131,7 +131,13 @@ def test_names_are_those_of_flash_linear_attention():
 
 def test_blocks_of_a_pattern():
     blocks = [tuple(block) for block in pattern_blocks("--M*-M")]
-    assert blocks == [(None, None, 0), (None, None, 1), ("M", 2, None), ("*", 3, 4), ("M", 5, None)]
+    alone = [(None, None, "-", 0), (None, None, "-", 1), ("M", 2, None, None)]
+    assert blocks == [*alone, ("*", 3, "-", 4), ("M", 5, None, None)]
+    assert [tuple(block) for block in pattern_blocks("Gg-G", mlps="-g")] == [
+        ("G", 0, "g", 1),
+        (None, None, "-", 2),
+        ("G", 3, None, None),
+    ]
 
 
 def test_the_auto_classes_know_samba(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from sambalm.model.hf import modeling_samba
+from sambalm.model.hf.layers import carried_states
 from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
@@ -81,7 +82,7 @@ def test_both_of_mambas_states_are_carried(forgotten):
     with torch.no_grad():
         whole = model(tokens).logits
         model(tokens[:, :10], past_key_values=cache)
-        modeling_samba._carried_states(cache, 0)[forgotten].zero_()
+        carried_states(cache, 0)[forgotten].zero_()
         rest = model(tokens[:, 10:], past_key_values=cache).logits
     assert largest_difference(rest[:, 0], whole[:, 10]) > 1e-3
 
@@ -91,7 +92,7 @@ def test_the_cache_keeps_no_more_than_the_window():
     cache = new_cache(model.config)
     model(random_tokens(1, 30), past_key_values=cache)
     assert cache.layers[1].keys.shape[2] == 7
-    conv_inputs, scan_state = modeling_samba._carried_states(cache, 0)
+    conv_inputs, scan_state = carried_states(cache, 0)
     assert conv_inputs.shape == (1, 64, 3)
     assert scan_state.shape == (1, 64, 16)
     assert scan_state.dtype == torch.float32

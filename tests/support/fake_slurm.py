@@ -19,11 +19,13 @@ COMMANDS = {
     "srun": 'while case "$1" in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
 }
 
-# What stands for the Python of the installation. Where a test says so, what decides of nodes and after an attempt is the
-# real one, which takes long to start.
+# What stands for the Python of the installation. Where a test says so, what decides of nodes and after an attempt is
+# the real one, which takes long to start.
 PYTHON = """\
 case "$*" in
-    *"sambalm.slurm.prepare "*) [ "$FAKE_PREPARE" = 0 ] || exit "$FAKE_PREPARE"; echo "75 76 $FAKE_LIMIT $FAKE_RUN_DIR" ;;
+    *"sambalm.slurm.prepare "*)
+        [ "$FAKE_PREPARE" = 0 ] || exit "$FAKE_PREPARE"
+        echo "75 76 $FAKE_LIMIT $FAKE_RUN_DIR" ;;
     *"sambalm.slurm.health node "*)
         mkdir -p "$4"
         for node in $FAKE_GOOD; do echo '{"problem": null}' >"$4/$node.json"; done ;;

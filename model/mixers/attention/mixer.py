@@ -70,8 +70,8 @@ class AttentionHF(HFSide):
 
     def describe(self, hf: Any) -> str:
         return (
-            f"attention: {hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads, window "
-            f"{hf.sliding_window}, rotary base {hf.attn['rope_theta']:g}"
+            f"sliding-window attention: {hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value "
+            f"heads, window {hf.sliding_window}, rotary base {hf.attn['rope_theta']:g}"
         )
 
 

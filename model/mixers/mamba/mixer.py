@@ -40,6 +40,7 @@ MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a p
 class MambaHF(HFSide):
     """Mamba in the Hugging Face format, by the names of flash-linear-attention."""
 
+    # An error in the decay rates or step sizes grows over the tokens that a state lives: those are fp32.
     tensors: ClassVar = {
         "A_log": HFTensor(("A_log",), is_fp32=True),
         "D": HFTensor(("D",), is_fp32=True),
@@ -78,7 +79,7 @@ class MambaHF(HFSide):
 
     def describe(self, hf: Any) -> str:
         return (
-            f"Mamba: {hf.state_size} states, inner width {hf.intermediate_size}, convolution over {hf.conv_kernel} "
+            f"Mamba-1: {hf.state_size} states, inner width {hf.intermediate_size}, convolution over {hf.conv_kernel} "
             f"tokens, step rank {hf.time_step_rank}"
         )
 

@@ -43,6 +43,9 @@ class MLPHF(HFSide):
     def from_config(self, hf: Any) -> dict[str, Any]:
         return {"mlp_size": hf.mlp_size}
 
+    def describe(self, hf: Any) -> str:
+        return f"SwiGLU MLP of width {hf.mlp_size}"
+
 
 class MLP(Mixer):
     """down(SiLU(gate(x)) * up(x))."""

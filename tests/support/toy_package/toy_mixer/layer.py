@@ -9,6 +9,7 @@ from sambalm.parallel.layers.context_parallel import HaloExchange
 from sambalm.parallel.layers.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from sambalm.parallel.shard import shard
 from sambalm.parallel.sharding import sharded_parameter
+from toy_mixer.ops import token_before
 
 
 class Mix(nn.Module):
@@ -27,7 +28,7 @@ class Mix(nn.Module):
         start = value_BSC.new_zeros(len(value_BSC), 1, value_BSC.shape[2])
         if context.cp.size > 1:
             start = torch.cat((start, HaloExchange(value_BSC, 1, cp=context.cp).wait()), dim=1)[:, -1:]
-        before_BSC = torch.cat((start, value_BSC[:, :-1]), dim=1)
+        before_BSC = token_before(value_BSC, start)
         return before_BSC if context.resets is None else before_BSC.masked_fill(context.resets.unsqueeze(2), 0)
 
 

@@ -1,8 +1,10 @@
 """The token shift as sambalm knows it."""
 
+from typing import ClassVar
+
 from pydantic import BaseModel, Field
 
-from sambalm.model.mixers.base import Mixer
+from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
     FP32_BYTES,
@@ -23,9 +25,23 @@ class TokenShiftSizes(BaseModel, extra="forbid", frozen=True):
     channels: int = Field(32, gt=0, description="Channels that are shifted")
 
 
+class TokenShiftHF(HFSide):
+    tensors: ClassVar = {
+        "in_proj.weight": HFTensor(("in_proj.gate.weight", "in_proj.value.weight")),
+        "mix.weight": HFTensor(("mix.weight",), is_fp32=True),
+        "out_proj.weight": HFTensor(("out_proj.weight",)),
+    }
+    module, layer = "toy_mixer.hf", "TokenShift"
+    cache_layer = "linear_attention"
+
+    def describe(self, hf):
+        return f"shift by a token: {hf.sizes('token_shift')['channels']} channels"
+
+
 class TokenShift(Mixer):
     letter, name, modules = "T", "token_shift", 4
     sizes = TokenShiftSizes
+    hf = TokenShiftHF()
 
     def layer(self, config, *, tp, kernels):
         from toy_mixer.layer import TokenShiftLayer

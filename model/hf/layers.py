@@ -1,0 +1,123 @@
+"""What the layers of all mixers in the Hugging Face format share: their interface, the norm, padding and cached states.
+
+B: batch, S: sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from sambalm.model.ops.reference.rms_norm import rms_norm
+
+from .configuration_samba import SambaConfig
+
+# The attention implementations in whose place window_attention runs when no mask is needed.
+DENSE_ATTENTION = (None, "eager", "sdpa")
+
+
+class Padding(NamedTuple):
+    """How to bring each row's real tokens to its front, where convolution and scan meet nothing else before them."""
+
+    order: Tensor  # int64 [B, S]: the token that comes to each place
+    inverse: Tensor  # int64 [B, S]: the place of each token
+    counts: Tensor  # int64 [B]: real tokens of each row
+
+    @classmethod
+    def of(cls, real: Tensor) -> "Padding":
+        """Makes it of a mask of the real tokens, bool [B, S]."""
+        order = real.int().argsort(dim=1, descending=True, stable=True)
+        return cls(order, order.argsort(dim=1), real.sum(dim=1))
+
+    def front(self, x: Tensor) -> Tensor:
+        """Returns x [B, S, width] with real tokens first; what was padding becomes zero."""
+        return x.take_along_dim(self.order[..., None], dim=1).masked_fill(~self.real[..., None], 0)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Returns x [B, S, width] in its own order. The inverse of `front`."""
+        return x.take_along_dim(self.inverse[..., None], dim=1)
+
+    @property
+    def real(self) -> Tensor:
+        """bool [B, S], in the order of `front`."""
+        return torch.arange(self.order.shape[1], device=self.order.device) < self.counts[:, None]
+
+
+class SequenceContext(NamedTuple):
+    """What the layers need to know of a batch besides its activations."""
+
+    cache: Cache | None
+    padding: Padding | None  # None when there is no padding
+    attention_mask: Tensor | None  # as the attention implementation wants it; None when every key in the window counts
+    rotary: tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [B or 1, 1, S, d / 2]; None without attention
+
+
+class SambaLayer(nn.Module):
+    """A mixer's layer, between the norm and the residual sum.
+
+    A subclass is made with (config, layer_idx), and `layer_idx` is the number of its block in the cache.
+    """
+
+    def __init__(self, config: SambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+
+    def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Maps hidden_states [B, S, width] to the same; continues from and updates the context's cache.
+
+        Between calls a layer keeps in the cache what the next tokens need, so that a sequence in pieces of any length
+        gives the result of the whole. Where the context has padding, the padding changes no other token's result.
+        """
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Fills the parameters that are not those of an nn.Linear, by functions of transformers.initialization."""
+
+
+class AttentionWeightsLayer(SambaLayer):
+    """A layer that returns its output and attention weights, or None where the implementation gives none."""
+
+
+class SambaRMSNorm(nn.Module):
+    """Root-mean-square norm."""
+
+    def __init__(self, config: SambaConfig) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class SambaResidualLinear(nn.Linear):
+    """A projection that writes the residual stream, which has smaller initial weights."""
+
+
+def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """Returns a layer's convolution state [B, channels, tokens] and its recurrent state; None before its first token.
+
+    They are the cache's own tensors, which its update overwrites: a layer updates the cache after it has used them.
+    Versions of transformers differ in whether a layer has one state or several, of which this model uses the first.
+    """
+    if cache is None or not cache.has_previous_state(layer_idx):
+        return None, None
+    layer = cache.layers[layer_idx]
+    states = (layer.conv_states, layer.recurrent_states)
+    conv, recurrent = (s if s is None or isinstance(s, Tensor) else s[0] for s in states)
+    return conv, recurrent
+
+
+def last_tokens(before: Tensor | None, x: Tensor, padding: Padding | None, *, count: int) -> Tensor:
+    """Returns the last real tokens of each row, [B, count, width], with zeros in the place of missing ones.
+
+    Args:
+        before: the tokens [B, count, width] that came before those of x; None at the start of a sequence.
+        x: [B, S, width], with the real tokens first.
+    """
+    if before is None:
+        before = x.new_zeros(x.shape[0], count, x.shape[2])
+    if padding:
+        places = padding.counts[:, None] + torch.arange(count, device=x.device)
+        return torch.cat((before, x), dim=1).take_along_dim(places[..., None], dim=1)
+    return torch.cat((before, x[:, -count:]), dim=1)[:, -count:]

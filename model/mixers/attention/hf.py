@@ -1,0 +1,79 @@
+"""Sliding-window attention in the Hugging Face format, in PyTorch alone or by transformers' implementations.
+
+Between calls the cache holds the keys and values of the last window - 1 positions.
+B: batch, S: sequence, H: heads, d: head dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sambalm.model.hf.configuration_samba import SambaConfig
+from sambalm.model.hf.layers import DENSE_ATTENTION, AttentionWeightsLayer, SambaResidualLinear, SequenceContext
+from sambalm.model.ops.reference.window_attention import apply_rotary, window_attention
+
+
+class SambaAttention(AttentionWeightsLayer):
+    """Causal sliding-window attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: SambaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = SambaResidualLinear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor | None]:
+        """Maps hidden_states [B, S, width] to the same; adds attention weights where the implementation gives them."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        q, k = (apply_rotary(t, *context.rotary) for t in (q, k))
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, self.layer_idx)
+        weights = None
+        if context.attention_mask is None and self.config._attn_implementation in DENSE_ATTENTION:
+            y_BSHd = self._attend_window(q, k, v, context.cache).transpose(1, 2)
+        else:
+            y_BSHd, weights = self._attend_masked(q, k, v, context.attention_mask)
+        return self.o_proj(y_BSHd.flatten(2)), weights
+
+    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
+        # A static cache that is not yet full hands out its whole buffer.
+        seen = k.shape[2] if cache is None else cache.get_seq_length(self.layer_idx)
+        return window_attention(q, k[:, :, :seen], v[:, :, :seen], window=self.window)
+
+    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(mask, Tensor):
+            # With a window of one position transformers' cache keeps every key, though its mask counts on none.
+            k, v = k[:, :, -mask.shape[-1] :], v[:, :, -mask.shape[-1] :]
+        scaling = 1 / math.sqrt(self.head_dim)
+        return attend(self, q, k, v, mask, dropout=0.0, scaling=scaling, sliding_window=self.window)
+
+
+def eager_attention_forward(
+    module: "SambaAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attends with the weights written out; signature and shapes are those of ALL_ATTENTION_FUNCTIONS."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    work = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=work).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights

@@ -1,0 +1,71 @@
+"""A folder in transformers by its own code, in an interpreter that can import none of ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SCRIPT = """
+import sys
+
+BLOCKED = ("sambalm", "toy_mixer")
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked here")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+folder, tokens, out, copy = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = load_file(tokens)["tokens"]
+generated = model.generate(inputs[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
+logits = model(inputs).logits.detach()
+model.save_pretrained(copy)
+again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+assert torch.equal(again(inputs).logits, logits)
+hidden = AutoModel.from_pretrained(folder, trust_remote_code=True)(inputs).last_hidden_state.detach()
+ids = torch.tensor(tokenizer.encode("def f(x):\\n    return x</s>"))
+narrow = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+fp32 = {f"fp32 {name}": p.detach() for name, p in narrow.named_parameters() if p.dtype == torch.float32}
+save_file({"logits": logits, "generated": generated, "hidden": hidden, "ids": ids, **fp32}, out)
+assert type(model).__module__.startswith("transformers_modules.")
+assert not set(BLOCKED) & set(sys.modules)
+"""
+
+
+def outputs_by_remote_code(folder: Path, tokens: torch.Tensor, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Returns what the folder's code gives offline.
+
+    That is logits and hidden states of the tokens, the prompt's first nine tokens with six generated ones, a text's
+    ids, and under "fp32 NAME" what stays fp32 in a model in bf16. The model saves a copy of itself as
+    `tmp_path / "copy"`, which gives the same logits.
+    """
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [str(folder), str(tmp_path / "tokens"), str(tmp_path / "out"), str(tmp_path / "copy")]
+    run = subprocess.run(
+        [sys.executable, "-I", str(tmp_path / "script.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+    )
+    assert run.returncode == 0, run.stderr
+    return load_file(tmp_path / "out")
