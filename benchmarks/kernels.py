@@ -9,16 +9,15 @@ three gradients; its exponentials one a state and step forward, two backward. Wh
 
 import argparse
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._functorch.config
 
-from sambalm.model.ops import external as cuda
-from sambalm.model.ops.attention.cudnn import cudnn_window
-from sambalm.model.ops.attention.flex import flex_window
-from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
-from sambalm.model.ops.cuda.scan import cuda_selective_scan
-from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.config import KernelConfig
+from sambalm.model.ops.implementations import AttentionCall, KernelRequirements
+from sambalm.model.ops.registry import build_kernels, why_unavailable
 
 SHAPES = ((1, 3072, 4096), (8, 3072, 4096), (4, 4608, 4096), (1, 5632, 4096), (4, 5632, 4096), (1, 5632, 131072))
 D_STATE = 16
@@ -63,8 +62,13 @@ def median_ms(function, *, repeats: int) -> float:
     return statistics.median(times)
 
 
-def runs(operation: str, name: str) -> bool:
-    return cuda.why_unavailable(operation, name, cuda.KernelRequirements(torch.device("cuda"), torch.bfloat16)) is None
+def kernel(operation: str, name: str, *calls: AttentionCall) -> Callable[..., Any] | None:
+    """The named implementation as a run computes with it; None where it cannot run here."""
+    requirements = KernelRequirements("cuda", "bf16", attention_calls=calls)
+    if why_unavailable(operation, name, requirements):
+        return None
+    kernels = build_kernels(KernelConfig(**{operation: name}), requirements)
+    return getattr(kernels, operation)
 
 
 def measure(scan, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:
@@ -85,8 +89,10 @@ def scans(repeats: int) -> None:
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for batch, channels, length in SHAPES:
         inputs = inputs_of(batch, channels, length)
-        forward, backward = measure(cuda_selective_scan, inputs, repeats=repeats)
-        other = measure(cuda.mamba_ssm_scan, inputs, repeats=repeats) if runs("scan", "mamba-ssm") else NOT_THERE
+        (forward, backward), other = (
+            measure(scan, inputs, repeats=repeats) if scan else NOT_THERE
+            for scan in (kernel("scan", "cuda"), kernel("scan", "mamba-ssm"))
+        )
         elements, seconds = batch * channels * length, (forward + backward) * 1e-3
         print(
             f"| {batch} | {channels} | {length} | {forward:.3f}, {backward:.3f} | {other[0]:.3f}, {other[1]:.3f} "
@@ -102,11 +108,10 @@ def convolutions(repeats: int) -> None:
         x = inputs_of(batch, channels, length)[0]
         weight, bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
         inputs = [x, weight.requires_grad_(), bias.requires_grad_()]
-        own = measure_call(lambda i=inputs: cuda_causal_conv_silu(*i), inputs, repeats=repeats)
-        torch_ms = measure_call(lambda i=inputs: causal_conv_silu(*i), inputs, repeats=repeats)
-        other = NOT_THERE
-        if runs("conv", "causal-conv1d"):
-            other = measure_call(lambda i=inputs: cuda.causal_conv1d_silu(*i), inputs, repeats=repeats)
+        own, other, torch_ms = (
+            measure_call(lambda f=conv, i=inputs: f(*i), inputs, repeats=repeats) if conv else NOT_THERE
+            for conv in (kernel("conv", name) for name in ("cuda", "causal-conv1d", "torch"))
+        )
         print(
             f"| {batch} | {channels} | {length} | {own[0]:.3f}, {own[1]:.3f} | {other[0]:.3f}, {other[1]:.3f} "
             f"| {torch_ms[0]:.3f}, {torch_ms[1]:.3f} | {sum(other) / sum(own):.2f} |"
@@ -122,12 +127,12 @@ def attentions(repeats: int) -> None:
             for n in (heads, kv_heads, kv_heads)
         ]
         inputs = [x.requires_grad_() for x in inputs]
-        kernels = {"cudnn": cudnn_window, "flex": flex_window, "torch-flash": cuda.torch_flash_window}
+        call = AttentionCall(batch, heads, kv_heads, queries=length, keys=length, head_dim=head_dim, window=WINDOW)
         times = [
-            measure_call(lambda f=f, i=inputs: f(*i, window=WINDOW), inputs, repeats=repeats)
-            if runs("attention", name)
+            measure_call(lambda f=attention, i=inputs: f(*i, window=WINDOW), inputs, repeats=repeats)
+            if attention
             else NOT_THERE
-            for name, f in kernels.items()
+            for attention in (kernel("attention", name, call) for name in ("cudnn", "flex", "torch-flash"))
         ]
         columns = " | ".join(f"{forward:.3f}, {backward:.3f}" for forward, backward in times)
         print(f"| {batch} | {heads}/{kv_heads} | {head_dim} | {length} | {WINDOW} | {columns} |")

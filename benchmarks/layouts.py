@@ -23,12 +23,15 @@ from pathlib import Path
 
 import torch
 
+from sambalm.model.kernel_requirements import kernel_requirements
+from sambalm.model.ops.config import KernelConfig
+from sambalm.model.ops.registry import build_kernels
+from sambalm.parallel.shard import Position
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.planner.hardware import DEVICES
-from sambalm.pretrain.planner.kernels import KernelNames, planned_kernels
+from sambalm.pretrain.planner.kernels import KernelNames
 from sambalm.pretrain.planner.search import GIB, Plan, plan_of
-from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 
 # Name: processes and settings.
@@ -144,16 +147,19 @@ def run(name: str, folder: Path, arguments: argparse.Namespace, overrides: list[
 
 def kernels_here(config: RunConfig) -> KernelNames:
     """What a run of this config takes on this machine."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = config.kernels.build(
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    requirements = kernel_requirements(
+        config.model,
         device=device,
-        dtype=DTYPES[config.train.precision],
-        d_state=config.model.d_state,
-        initial_states=config.parallel.context > 1,
+        precision=config.train.precision,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
         resets=config.data.reset_at_document,
+        tensor=Position(config.parallel.tensor),
+        context=Position(config.parallel.context),
     )
-    chosen = dict(name.split("=") for name in built.names)
-    return KernelNames(**(vars(planned_kernels(config)) | chosen | {"device": device.type}))
+    chosen = dict(name.split("=") for name in build_kernels(config.kernels, requirements).names)
+    return KernelNames(**{operation: chosen[operation] for operation in KernelConfig.model_fields}, device=device)
 
 
 def device_here() -> str | None:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability
-from sambalm.model.ops.registry import KernelConfig
+from sambalm.model.ops.config import KernelConfig
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
 from sambalm.pretrain.errors import ConfigError

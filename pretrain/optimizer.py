@@ -38,19 +38,13 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
-    def build(self, buckets: "Sequence[GradientBucket]") -> "torch.optim.AdamW":
+    def build(self, buckets: "Sequence[GradientBucket]", *, adamw: "type[torch.optim.AdamW]") -> "torch.optim.AdamW":
         """Makes AdamW over buckets, one parameter group each.
 
         Args:
             buckets: their parameters are fp32, on the device where they are trained.
+            adamw: the implementation that the kernels' registry chose, `Kernels.optimizer`.
         """
-        import torch
-
-        from sambalm.model.ops.cuda.adamw import CudaAdamW
-        from sambalm.model.ops.external import KernelRequirements, why_unavailable
-
-        where = KernelRequirements(buckets[0].parameters[0].device, torch.float32)
-        adamw = torch.optim.AdamW if why_unavailable("optimizer", "cuda", where) else CudaAdamW
         groups = [
             {"params": list(bucket.parameters), "weight_decay": self.weight_decay if bucket.weight_decay else 0.0}
             for bucket in buckets

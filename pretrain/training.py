@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from sambalm.model.build import build_parts, tied_copy
-from sambalm.model.ops.registry import Kernels
+from sambalm.model.kernel_requirements import kernel_requirements
+from sambalm.model.ops.registry import Kernels, build_kernels
 from sambalm.parallel.execution import Executor, build_executor
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import initialize_parameters
@@ -39,14 +40,17 @@ def build_training(
         bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    kernels = config.kernels.build(
-        device=world.device,
-        dtype=dtype,
-        d_state=config.model.d_state,
-        d_conv=config.model.d_conv,
-        initial_states=parallel.context > 1,
+    requirements = kernel_requirements(
+        config.model,
+        device=world.device.type,
+        precision=config.train.precision,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
         resets=config.data.reset_at_document,
+        tensor=world.tensor,
+        context=world.context,
     )
+    kernels = build_kernels(config.kernels, requirements)
     parts = build_parts(
         config.model,
         parallel,
@@ -65,7 +69,7 @@ def build_training(
     buckets = gradient_buckets(parts, max_elements=bucket_elements if overlaps else None)
     engine = zero_engine(
         parts,
-        config.optimizer.build(buckets),
+        config.optimizer.build(buckets, adamw=kernels.optimizer),
         world=world,
         zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,

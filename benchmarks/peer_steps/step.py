@@ -35,7 +35,7 @@ from peer_models import Unavailable
 from torch import Tensor, nn
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.ops.external import KernelError
+from sambalm.model.ops.errors import KernelError
 from sambalm.model.parameters import count_parameters
 from sambalm.parallel.groups import start_world
 from sambalm.parallel.micro_batch import MicroBatch

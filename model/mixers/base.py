@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sambalm.model.config import ModelConfig
+    from sambalm.model.ops.implementations import AttentionCall
     from sambalm.model.ops.registry import Kernels
     from sambalm.parallel.groups import TensorParallel
+    from sambalm.parallel.shard import Place
 
 
 class Ability(StrEnum):
@@ -109,6 +111,17 @@ class Mixer(ABC):
     def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
         """Returns how many neighbouring tensor-parallel ranks hold the same slice of a weight, such as a kv head."""
         return 1
+
+    def attention_calls(
+        self, config: "ModelConfig", *, sequences: int, tokens: int, tensor: "Place", context: "Place"
+    ) -> "Iterable[AttentionCall]":
+        """Returns the calls of the kernel `attention` in a layer's forward on one rank: a run's kernel takes them all.
+
+        Args:
+            sequences: of a micro-batch.
+            tokens: of each sequence, on one context-parallel rank.
+        """
+        return ()
 
     def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> Any:
         """Returns what all layers of this kind read and a micro-batch makes once, such as rotary tables.

@@ -1,24 +1,31 @@
-"""The one place where an operation's implementation is chosen: `KernelConfig.build` gives the `Kernels` of a run."""
+"""The one place where an operation's implementation is chosen: `build_kernels` gives the `Kernels` of a run."""
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sambalm.model.ops import external as cuda
-from sambalm.model.ops.attention.cudnn import cudnn_window
+from sambalm.model.ops import external
+from sambalm.model.ops.attention import cudnn
 from sambalm.model.ops.attention.flex import flex_window
+from sambalm.model.ops.config import KernelConfig
+from sambalm.model.ops.cuda.adamw import CudaAdamW
 from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
+from sambalm.model.ops.cuda.scan_sizes import why_too_large
+from sambalm.model.ops.errors import DeclinedError
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
-from sambalm.model.ops.reference.elementwise import Elementwise
+from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.model.ops.reference.window_attention import window_attention
+from sambalm.parallel.groups import is_main_process
 from sambalm.parallel.layers.recompute import recomputed
 
 # Arguments, shapes and dtypes of a kernel are those of its PyTorch reference.
@@ -30,82 +37,111 @@ NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementations that a model runs."""
+    """The implementations that a run computes with."""
 
     scan: ScanKernel
     conv: ConvKernel
     attention: AttentionKernel
     norm: NormKernel
     elementwise: Elementwise
-    names: tuple[str, ...]  # what was chosen, for the log
+    optimizer: type[torch.optim.AdamW]
+    names: tuple[str, ...]  # operation=implementation of each, as it runs in training, for the log
 
     def recomputing(self) -> "Kernels":
         """The same with the insides of scan and attention computed again in the backward instead of kept."""
         return replace(self, scan=partial(recomputed, self.scan), attention=partial(recomputed, self.attention))
 
 
-class KernelConfig(BaseModel):
-    """Which implementation of each operation to run; auto takes the fastest that is installed and fits the device."""
+class Fallbacks:
+    """A kernel, and the next ones for the calls that it declines.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    What a training step calls is known when a run is built, and a kernel that declines it is not chosen. Only other
+    calls, such as validation at other lengths, come to the next kernels; the main rank says so once for each shape.
+    """
 
-    scan: Literal["auto", "torch", "cuda", "mamba-ssm"] = Field(
-        "auto", description="Selective scan; cuda is this project's own kernel"
-    )
-    conv: Literal["auto", "torch", "cuda", "causal-conv1d"] = Field(
-        "auto", description="Mamba's causal convolution; cuda is this project's own kernel"
-    )
-    attention: Literal["auto", "torch", "cudnn", "flex", "torch-flash", "flash-attn"] = Field(
-        "auto",
-        description="Sliding-window attention; cudnn is NVIDIA's, through nvidia-cudnn-frontend, flex PyTorch's "
-        "flex_attention, torch-flash the flash kernel inside its CUDA build",
-    )
-    norm: Literal["auto", "torch", "compiled", "apex"] = Field(
-        "auto", description="RMSNorm with the residual sum before it; compiled is PyTorch's, fused by torch.compile"
-    )
-    elementwise: Literal["auto", "torch", "compiled"] = Field(
-        "auto", description="SwiGLU, rotary positions and losses; compiled fuses each by torch.compile"
-    )
-
-    def build(
-        self,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        d_state: int = 16,
-        d_conv: int = 4,
-        initial_states: bool = False,
-        resets: bool = False,
-    ) -> Kernels:
+    def __init__(self, operation: str, kernels: Mapping[str, Callable[..., Tensor]]) -> None:
         """
         Args:
-            d_state: states of a channel that the scan holds.
-            d_conv: taps of the convolution.
-            initial_states: whether the scan must start from given states.
-            resets: whether states must be dropped at the beginnings of documents.
-
-        Raises:
-            KernelError: a kernel is asked for that cannot run here.
+            kernels: by name, in the order in which they are tried; the last declines nothing.
         """
-        where = cuda.KernelRequirements(device, dtype, d_state, d_conv, initial_states, resets)
-        chosen = {operation: _choose(operation, getattr(self, operation), where) for operation in _IMPLEMENTATIONS}
-        functions = {operation: _function(operation, name) for operation, name in chosen.items()}
-        return Kernels(**functions, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
+        self.operation, self.kernels, self._said = operation, list(kernels.items()), set()
+
+    def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
+        for number, (name, kernel) in enumerate(self.kernels[:-1]):
+            try:
+                return kernel(*tensors, **options)
+            except DeclinedError as declined:
+                self._say(f"{self.operation}={self.kernels[number + 1][0]} in place of {name}: {declined}")
+        return self.kernels[-1][1](*tensors, **options)
+
+    def _say(self, line: str) -> None:
+        if is_main_process() and line not in self._said:
+            print(line, file=sys.stderr)
+        self._said.add(line)
 
 
-# For each operation its implementations by name, best first; the pure PyTorch one runs everywhere.
-_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "scan": {"cuda": cuda_selective_scan, "mamba-ssm": cuda.mamba_ssm_scan, "torch": gated_selective_scan},
-    "conv": {"causal-conv1d": cuda.causal_conv1d_silu, "cuda": cuda_causal_conv_silu, "torch": causal_conv_silu},
+def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Kernels:
+    """The implementations that a run's configuration asks for, or the best ones, on the current device.
+
+    Raises:
+        KernelError: a kernel is asked for that cannot run here.
+    """
+    asked = dict.fromkeys(IMPLEMENTATIONS, "auto") | config.model_dump()
+    chosen = {
+        operation: choose(operation, asked[operation], partial(why_unavailable, operation, requirements=requirements))
+        for operation in IMPLEMENTATIONS
+    }
+    kernels = {operation: _function_of(operation, name) for operation, name in chosen.items()}
+    kernels["attention"] = _with_fallbacks("attention", chosen["attention"], requirements)
+    return Kernels(**kernels, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
+
+
+def why_unavailable(operation: str, name: str, requirements: KernelRequirements) -> str | None:
+    """Why the named implementation of an operation cannot do what is required here; None when it can."""
+    implementation = IMPLEMENTATIONS[operation][name]
+    if requirements.device != "cuda" and not implementation.runs_on_cpu:
+        return f"it needs a CUDA device and this run is on {requirements.device}"
+    if reason := implementation.declines(requirements):
+        return reason
+    if (operation, name) == ("scan", "cuda"):
+        block_memory_bytes = torch.cuda.get_device_properties(requirements.device).shared_memory_per_block_optin
+        reason = why_too_large(
+            requirements.d_state, precision=requirements.precision, block_memory_bytes=block_memory_bytes
+        )
+        if reason:
+            return reason
+    if implementation.is_compiled and (reason := why_not_compiled()):
+        return reason
+    if implementation.module:
+        try:
+            importlib.import_module(implementation.module)
+        except ImportError as error:
+            return f"import failed: {error}"
+    if (operation, name) == ("attention", "cudnn"):
+        calls, precision = requirements.attention_calls, requirements.precision
+        reasons = (cudnn.declines(call, precision=precision) for call in calls)
+        return next(filter(None, reasons), None)
+    return None
+
+
+# By operation and name, as IMPLEMENTATIONS.
+_FUNCTIONS: dict[str, dict[str, Any]] = {
+    "scan": {"cuda": cuda_selective_scan, "mamba-ssm": external.mamba_ssm_scan, "torch": gated_selective_scan},
+    "conv": {"causal-conv1d": external.causal_conv1d_silu, "cuda": cuda_causal_conv_silu, "torch": causal_conv_silu},
     "attention": {
-        "cudnn": cudnn_window,
+        "cudnn": cudnn.cudnn_window,
         "flex": flex_window,
-        "flash-attn": cuda.flash_attn_window,
-        "torch-flash": cuda.torch_flash_window,
+        "torch-flash": external.torch_flash_window,
+        "flash-attn": external.flash_attn_window,
         "torch": window_attention,
     },
-    "norm": {"compiled": partial(torch.compile, add_rms_norm), "apex": cuda.apex_add_rms_norm, "torch": add_rms_norm},
+    "norm": {
+        "compiled": partial(torch.compile, add_rms_norm),
+        "apex": external.apex_add_rms_norm,
+        "torch": add_rms_norm,
+    },
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
+    "optimizer": {"cuda": CudaAdamW, "torch-fused": torch.optim.AdamW},
 }
 
 TORCH_KERNELS = Kernels(
@@ -114,21 +150,21 @@ TORCH_KERNELS = Kernels(
     attention=window_attention,
     norm=add_rms_norm,
     elementwise=Elementwise(),
+    optimizer=torch.optim.AdamW,
     names=("torch",),
 )
 
 
-def _function(operation: str, name: str) -> Any:
-    implementation = _IMPLEMENTATIONS[operation][name]
-    return implementation() if name == "compiled" else implementation  # compiled when asked for, not at import
+def _function_of(operation: str, name: str) -> Any:
+    function = _FUNCTIONS[operation][name]
+    return function() if name == "compiled" else function  # compiled when asked for, not at import
 
 
-def _choose(operation: str, name: str, where: cuda.KernelRequirements) -> str:
-    if name != "auto":
-        reason = cuda.why_unavailable(operation, name, where)
-        if reason:
-            raise cuda.KernelError(
-                f"kernels.{operation} is {name!r}, which cannot run here ({reason}): use 'auto' or 'torch'"
-            )
-        return name
-    return next(name for name in _IMPLEMENTATIONS[operation] if not cuda.why_unavailable(operation, name, where))
+def _with_fallbacks(operation: str, name: str, requirements: KernelRequirements) -> Callable[..., Tensor]:
+    """The named kernel and, where it may decline calls, those after it that can do what is required."""
+    names, kernels = list(IMPLEMENTATIONS[operation]), {name: _function_of(operation, name)}
+    while IMPLEMENTATIONS[operation][name].may_decline:
+        following = names[names.index(name) + 1 :]
+        name = next(other for other in following if not why_unavailable(operation, other, requirements))
+        kernels[name] = _function_of(operation, name)
+    return Fallbacks(operation, kernels) if len(kernels) > 1 else kernels[name]

@@ -6,25 +6,43 @@ backward, by the list of kernels that PyTorch launches: a cast from bf16 to fp32
 
 from dataclasses import dataclass
 
+from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.mixers.counts import KernelNames, Traffic
-from sambalm.model.ops.cuda.conv import MAX_TAPS
-from sambalm.model.ops.cuda.scan_sizes import D_STATES
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose
 from sambalm.pretrain.config import RunConfig
 
 KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
 
 
 TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", device="cpu")
-# What `auto` stands for: nothing that has to be installed besides, so not cuDNN's attention, which runs where it is.
-AUTO = {"scan": "cuda", "conv": "cuda", "attention": "flex", "norm": "compiled", "elementwise": "compiled"}
 
 
 def planned_kernels(config: RunConfig) -> KernelNames:
-    """What a run on GPUs computes with."""
-    chosen = {operation: name for operation, name in config.kernels.model_dump().items() if name != "auto"}
-    too_large = {"scan": config.model.d_state > max(D_STATES), "conv": config.model.d_conv > MAX_TAPS}
-    fallen_back = {operation: "torch" for operation, is_too_large in too_large.items() if is_too_large}
-    return KernelNames(**AUTO | fallen_back | chosen)
+    """What a run on GPUs computes with; auto stands for the best that needs no package besides PyTorch's CUDA build.
+
+    Raises:
+        KernelError: the run would refuse a kernel that its configuration names, on any GPU and in any layout.
+    """
+    requirements = kernel_requirements(
+        config.model,
+        device="cuda",
+        precision=config.train.precision,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        resets=config.data.reset_at_document,
+    )
+    asked = config.kernels.model_dump()
+    return KernelNames(**{operation: _planned(operation, name, requirements) for operation, name in asked.items()})
+
+
+def _planned(operation: str, asked: str, requirements: KernelRequirements) -> str:
+    def declines(name: str) -> str | None:
+        implementation = IMPLEMENTATIONS[operation][name]
+        if asked == "auto" and implementation.is_extra:
+            return "it has to be installed besides"
+        return implementation.declines(requirements)
+
+    return choose(operation, asked, declines=declines)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from sambalm.model.ops import external as cuda
-from sambalm.model.ops.attention.cudnn import Call, cudnn_window
+from sambalm.model.ops.attention.cudnn import Call, cudnn_window, declines
+from sambalm.model.ops.config import KernelConfig
+from sambalm.model.ops.errors import DeclinedError, KernelError
+from sambalm.model.ops.implementations import AttentionCall, KernelRequirements
 from sambalm.model.ops.reference.window_attention import window_attention
+from sambalm.model.ops.registry import build_kernels, why_unavailable
 from sambalm.parallel.layers.recompute import recomputed
 
 DEVICE = torch.device("cuda")
@@ -14,7 +17,7 @@ TOLERANCE = 1e-2  # of bf16, relative to the norm
 
 @pytest.fixture(autouse=True)
 def _available():
-    reason = cuda.why_unavailable("attention", "cudnn", cuda.KernelRequirements(DEVICE, torch.bfloat16))
+    reason = why_unavailable("attention", "cudnn", KernelRequirements("cuda", "bf16"))
     if not torch.cuda.is_available() or reason:
         pytest.skip(f"cudnn: {reason}")
 
@@ -48,7 +51,7 @@ def run(function, tensors, *, window):
 
 
 def check(tensors, *, window, tolerance=TOLERANCE):
-    assert Call.of(*tensors, window=window).supported(training=True)  # and not flex_attention in its place
+    assert Call.of(*tensors, window=window).refusal(training=True) is None
     out, gradients = run(cudnn_window, tensors, window=window)
     expected, expected_gradients = run(window_attention, [t.double() for t in tensors], window=window)
     for name, a, e in zip(("output", "q", "k", "v"), (out, *gradients), (expected, *expected_gradients), strict=True):
@@ -87,7 +90,7 @@ def test_keys_from_before_the_first_query(queries, before, window, poisoned):
 def check_cropped(queries, before, window):
     q, k, v = inputs(queries=queries, before=before)
     unseen = max(0, before - window + 1)
-    assert Call.of(q, k[:, :, unseen:], v[:, :, unseen:], window=window).supported(training=True)
+    assert Call.of(q, k[:, :, unseen:], v[:, :, unseen:], window=window).refusal(training=True) is None
     out, gradients = run(cudnn_window, (q, k, v), window=window)
     expected, expected_gradients = run(window_attention, [t.double() for t in (q, k, v)], window=window)
     for a, e in zip((out, *gradients), (expected, *expected_gradients), strict=True):
@@ -137,8 +140,25 @@ def test_another_stream():
     assert torch.equal(out, expected)
 
 
-def test_a_shape_that_cudnn_declines_goes_to_flex_attention():
+def test_a_shape_that_cudnn_declines_is_known_before_a_run_and_in_a_call():
     tensors = inputs(queries=300, head_dim=512)
-    with pytest.warns(UserWarning, match="declines the .* flex_attention"):
-        supported = Call.of(*tensors, window=100).supported(training=True)
-    assert not supported
+    with pytest.raises(DeclinedError, match=r"cuDNN \S+ declines the \w+ of window attention .* 512"):
+        run(cudnn_window, tensors, window=100)
+    call = AttentionCall(batch=2, query_heads=4, kv_heads=2, queries=300, keys=300, head_dim=512, window=100)
+    requirements = KernelRequirements("cuda", "bf16", attention_calls=(call,))
+    with pytest.raises(KernelError, match=r"kernels\.attention is 'cudnn', .* declines the \w+ of .* 512"):
+        build_kernels(KernelConfig(attention="cudnn"), requirements)
+    assert "attention=cudnn" not in build_kernels(KernelConfig(), requirements).names
+
+
+@pytest.mark.parametrize(("queries", "before", "window"), [(300, 0, 100), (130, 255, 256), (96, 500, 64), (1, 63, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 12, 128), (11, 1, 256), (32, 4, 64)])
+def test_what_is_known_before_a_run_is_what_the_call_finds(queries, before, window, heads, kv_heads, head_dim):
+    call = AttentionCall(2, heads, kv_heads, queries=queries, keys=queries + before, head_dim=head_dim, window=window)
+    known = declines(call, precision="bf16")
+    tensors = inputs(queries=queries, before=before, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    unseen = max(0, before - window + 1)
+    q, k, v = tensors[0], *(t[:, :, unseen:] for t in tensors[1:])
+    found = Call.of(q, k, v, window=window)
+    assert found == Call.sequence_first(call, dtype=torch.bfloat16, device=found.device)
+    assert known == found.refusal(training=True)

@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sambalm.model.ops import external as cuda
+from sambalm.model.ops.config import KernelConfig
 from sambalm.model.ops.documents import Documents
+from sambalm.model.ops.errors import KernelError
+from sambalm.model.ops.implementations import KernelRequirements
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.elementwise import swiglu
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables, window_attention
-from sambalm.model.ops.registry import KernelConfig
+from sambalm.model.ops.registry import build_kernels, why_unavailable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,11 +25,12 @@ TOLERANCE = 1e-2
 CONV_SIZES = [(2, 512, 256), (3, 77, 96), (1, 3, 64), (2, 300, 1304)]
 
 
-def kernel(operation, name):
-    reason = cuda.why_unavailable(operation, name, cuda.KernelRequirements(DEVICE, torch.bfloat16))
+def kernel(operation, name, **more):
+    requirements = KernelRequirements("cuda", "bf16", **more)
+    reason = why_unavailable(operation, name, requirements)
     if reason:
         pytest.skip(f"{name}: {reason}")
-    return getattr(KernelConfig(**{operation: name}).build(device=DEVICE, dtype=torch.bfloat16), operation)
+    return getattr(build_kernels(KernelConfig(**{operation: name}), requirements), operation)
 
 
 def check(function, reference, inputs, *, fp32=()):
@@ -95,17 +98,25 @@ def test_conv_of_packed_documents(name, batch, length, channels):
     check(*(partial(f, resets=resets) for f in (conv, causal_conv_silu)), inputs, fp32=(1, 2))
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["torch-flash", "flash-attn"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "queries", "before", "window"),
     [(12, 12, 128, 700, 0, 256), (11, 1, 256, 333, 60, 100), (4, 2, 64, 130, 255, 256), (4, 2, 64, 130, 500, 256)],
 )
 def test_attention_of_packed_documents(name, heads, kv_heads, head_dim, queries, before, window):
-    attention, length = kernel("attention", name), before + queries
+    attention, length = kernel("attention", name, resets=True), before + queries
     packed = documents(2, length).attention(range(before, length), keys_before=before)
     shapes = ((2, heads, queries, head_dim), *(2 * [(2, kv_heads, length, head_dim)]))
     run = [lambda *t, f=f: f(*t, window=window, documents=packed) for f in (attention, window_attention)]
     check(*run, [torch.randn(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flex"])
+def test_attention_that_cannot_keep_documents_apart_says_so(name):
+    attention, packed = kernel("attention", name), documents(2, 40).attention(range(40), keys_before=0)
+    q, k, v = (torch.randn(2, 4, 40, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    with pytest.raises(KernelError, match="packed documents"):
+        attention(q, k, v, window=8, documents=packed)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flex", "torch-flash", "flash-attn"])
@@ -184,9 +195,10 @@ def test_a_model_with_the_fastest_kernels_has_the_losses_of_the_reference():
     tokens = torch.randint(0, 512, (2, 513), device=DEVICE)
     losses, gradients = {}, {}
     for choice in ("auto", "torch"):
-        kernels = KernelConfig(**dict.fromkeys(("scan", "conv", "attention", "norm", "elementwise"), choice))
+        names = KernelConfig(**dict.fromkeys(KernelConfig.model_fields, choice))
+        kernels = build_kernels(names, KernelRequirements("cuda", "bf16"))
         with DEVICE:
-            model = Samba(config, kernels=kernels.build(device=DEVICE, dtype=torch.bfloat16), dtype=torch.bfloat16)
+            model = Samba(config, kernels=kernels, dtype=torch.bfloat16)
         initialize_parameters(model, seed=0)
         losses[choice] = model(tokens[:, :-1], tokens[:, 1:]).mean()
         losses[choice].backward()

@@ -1,91 +1,304 @@
-"""What `auto` takes and what is refused by name, on GPUs that are described and not there."""
+"""What `auto` takes, what is refused by name and what then runs, on GPUs that are described and not there."""
 
+import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
-from sambalm.model.ops.cuda.conv import MAX_TAPS
+from sambalm.model.config import ModelConfig
+from sambalm.model.kernel_requirements import kernel_requirements
+from sambalm.model.ops import registry
+from sambalm.model.ops.config import KernelConfig
+from sambalm.model.ops.cuda.adamw import CudaAdamW
+from sambalm.model.ops.cuda.conv_sizes import MAX_TAPS
 from sambalm.model.ops.cuda.scan_sizes import backward_shared_bytes
-from sambalm.model.ops.external import KernelError
-from sambalm.model.ops.registry import KernelConfig
+from sambalm.model.ops.errors import DeclinedError, KernelError
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, AttentionCall, KernelRequirements
+from sambalm.model.ops.reference.window_attention import window_attention
+from sambalm.model.ops.registry import build_kernels
+from sambalm.model.samba import Samba
+from sambalm.parallel.sharding import initialize_parameters
+from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.planner.kernels import planned_kernels
 
 KIB = 1024
 H100, A100, RTX_4090 = (kib * KIB for kib in (227, 163, 99))  # shared memory that a block may have
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODULES = {i.module for operation in IMPLEMENTATIONS.values() for i in operation.values() if i.module}
+NVRTC = "cuda.bindings.nvrtc"
 
 
-def scan_of(name, monkeypatch, *, block_memory_bytes, dtype=torch.bfloat16, d_state=16):
-    """The scan that is chosen where cuda-bindings is installed and nothing else."""
-    for module, content in {"cuda.bindings.nvrtc": SimpleNamespace(), "mamba_ssm": None}.items():
-        monkeypatch.setitem(sys.modules, module, content)
-    device = SimpleNamespace(shared_memory_per_block_optin=block_memory_bytes)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    others = dict.fromkeys(("conv", "attention", "norm", "elementwise"), "torch")
-    kernels = KernelConfig(scan=name, **others).build(device=torch.device("cuda"), dtype=dtype, d_state=d_state)
-    return kernels.names[0]
+@pytest.fixture
+def gpu(monkeypatch):
+    """Describes a GPU and the packages that are installed beside torch; cuDNN computes every shape."""
+
+    def describe(*installed, block_memory_bytes=H100):
+        for module in MODULES:
+            monkeypatch.setitem(sys.modules, module, SimpleNamespace() if module in installed else None)
+        device = SimpleNamespace(shared_memory_per_block_optin=block_memory_bytes)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        monkeypatch.setattr(registry, "why_not_compiled", lambda: None)
+        monkeypatch.setattr(registry.cudnn, "declines", lambda call, precision: None)
+
+    return describe
+
+
+def chosen(operation, name="auto", precision="bf16", **more):
+    """The implementation of one operation, where that name is asked for."""
+    config = KernelConfig(**dict.fromkeys(KernelConfig.model_fields, "torch") | {operation: name})
+    names = build_kernels(config, KernelRequirements("cuda", precision, **more)).names
+    return dict(pair.split("=") for pair in names)[operation]
+
+
+def attention_call(**more):
+    sizes = {"batch": 1, "query_heads": 4, "kv_heads": 2, "queries": 32, "keys": 32, "head_dim": 64, "window": 8}
+    return AttentionCall(**sizes | more)
 
 
 @pytest.mark.parametrize(
-    ("block_memory_bytes", "dtype", "d_state", "chosen"),
+    ("block_memory_bytes", "precision", "d_state", "expected"),
     [
-        (H100, torch.bfloat16, 16, "cuda"),
-        (H100, torch.float32, 64, "cuda"),
-        (H100, torch.bfloat16, 65, "torch"),
-        (A100, torch.float32, 64, "cuda"),
-        (A100, torch.float32, 32, "torch"),
-        (RTX_4090, torch.bfloat16, 16, "cuda"),
-        (RTX_4090, torch.float32, 16, "torch"),
-        (RTX_4090, torch.float16, 50, "cuda"),
+        (H100, "bf16", 16, "cuda"),
+        (H100, "fp32", 64, "cuda"),
+        (H100, "bf16", 65, "torch"),
+        (A100, "fp32", 64, "cuda"),
+        (A100, "fp32", 32, "torch"),
+        (RTX_4090, "bf16", 16, "cuda"),
+        (RTX_4090, "fp32", 16, "torch"),
+        (RTX_4090, "fp16", 50, "cuda"),
     ],
 )
-def test_auto_takes_the_cuda_scan_where_its_states_fit(monkeypatch, block_memory_bytes, dtype, d_state, chosen):
-    found = scan_of("auto", monkeypatch, block_memory_bytes=block_memory_bytes, dtype=dtype, d_state=d_state)
-    assert found == f"scan={chosen}"
+def test_auto_takes_the_cuda_scan_where_its_states_fit(gpu, block_memory_bytes, precision, d_state, expected):
+    gpu(NVRTC, block_memory_bytes=block_memory_bytes)
+    assert chosen("scan", precision=precision, d_state=d_state) == expected
 
 
-def test_a_cuda_scan_that_does_not_fit_is_refused_by_name_before_anything_runs(monkeypatch):
+def test_a_cuda_scan_that_does_not_fit_is_refused_by_name_before_anything_runs(gpu):
+    gpu(NVRTC)
     with pytest.raises(KernelError, match=r"kernels\.scan is 'cuda'.*model\.d_state is 65 and it holds at most 64"):
-        scan_of("cuda", monkeypatch, block_memory_bytes=H100, d_state=65)
-    with pytest.raises(KernelError, match=r"in float32 it needs 106,112 bytes .* this GPU has 101,376"):
-        scan_of("cuda", monkeypatch, block_memory_bytes=RTX_4090, dtype=torch.float32)
+        chosen("scan", "cuda", d_state=65)
+    gpu(NVRTC, block_memory_bytes=RTX_4090)
+    with pytest.raises(KernelError, match=r"in fp32 it needs 106,112 bytes .* this GPU has 101,376"):
+        chosen("scan", "cuda", precision="fp32")
 
 
-def test_too_many_states_for_the_scan_leave_our_convolution(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", SimpleNamespace())
-    others = dict.fromkeys(("scan", "attention", "norm", "elementwise"), "torch")
-    kernels = KernelConfig(conv="cuda", **others).build(device=torch.device("cuda"), dtype=torch.float16, d_state=65)
-    assert "conv=cuda" in kernels.names
+def test_too_many_states_for_the_scan_leave_our_convolution(gpu):
+    gpu(NVRTC)
+    assert chosen("conv", "cuda", precision="fp16", d_state=65) == "cuda"
 
 
-def conv_of(name, monkeypatch, *, d_conv, installed=("cuda.bindings.nvrtc", "causal_conv1d")):
-    """The convolution that is chosen on a GPU where some packages are installed."""
-    for module in ("cuda.bindings.nvrtc", "causal_conv1d"):
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace() if module in installed else None)
-    others = dict.fromkeys(("scan", "attention", "norm", "elementwise"), "torch")
-    kernels = KernelConfig(conv=name, **others).build(device=torch.device("cuda"), dtype=torch.bfloat16, d_conv=d_conv)
-    return kernels.names[1]
+@pytest.mark.parametrize(
+    ("d_conv", "expected"), [(2, "causal-conv1d"), (4, "causal-conv1d"), (5, "cuda"), (12, "torch")]
+)
+def test_auto_takes_the_convolution_that_holds_its_taps(gpu, d_conv, expected):
+    gpu(NVRTC, "causal_conv1d")
+    assert chosen("conv", d_conv=d_conv) == expected
 
 
-@pytest.mark.parametrize(("d_conv", "chosen"), [(2, "causal-conv1d"), (4, "causal-conv1d"), (5, "cuda"), (12, "torch")])
-def test_auto_takes_the_convolution_that_holds_its_taps(monkeypatch, d_conv, chosen):
-    assert conv_of("auto", monkeypatch, d_conv=d_conv) == f"conv={chosen}"
-
-
-def test_the_cuda_convolution_holds_11_taps(monkeypatch):
-    alone = {"installed": ("cuda.bindings.nvrtc",)}
+def test_the_cuda_convolution_holds_11_taps(gpu):
+    gpu(NVRTC)
     assert MAX_TAPS == 11  # docs/gpu.md
-    assert conv_of("auto", monkeypatch, d_conv=11, **alone) == "conv=cuda"
-    assert conv_of("auto", monkeypatch, d_conv=12, **alone) == "conv=torch"
+    assert chosen("conv", d_conv=11) == "cuda"
+    assert chosen("conv", d_conv=12) == "torch"
 
 
 @pytest.mark.parametrize(("name", "taps"), [("causal-conv1d", 4), ("cuda", 11)])
-def test_a_convolution_of_too_many_taps_is_refused_by_name_before_anything_runs(monkeypatch, name, taps):
-    assert conv_of(name, monkeypatch, d_conv=taps) == f"conv={name}"
+def test_a_convolution_of_too_many_taps_is_refused_by_name_before_anything_runs(gpu, name, taps):
+    gpu(NVRTC, "causal_conv1d")
+    assert chosen("conv", name, d_conv=taps) == name
     message = rf"kernels\.conv is '{name}'.*model\.d_conv is {taps + 1} and it holds at most {taps} taps"
     with pytest.raises(KernelError, match=message):
-        conv_of(name, monkeypatch, d_conv=taps + 1)
+        chosen("conv", name, d_conv=taps + 1)
 
 
 def test_three_blocks_of_the_backward_fit_a_multiprocessor_of_an_h100():
-    assert 3 * (backward_shared_bytes(torch.bfloat16, 16) + KIB) <= 228 * KIB  # 1 KiB a block is the system's
+    assert 3 * (backward_shared_bytes(16, element_bytes=2) + KIB) <= 228 * KIB  # 1 KiB a block is the system's
+
+
+@pytest.mark.parametrize(
+    ("installed", "more", "expected"),
+    [
+        (["cudnn", "flash_attn"], {}, "cudnn"),
+        (["flash_attn"], {}, "flex"),
+        (["cudnn", "flash_attn"], {"resets": True}, "torch-flash"),
+        (["cudnn"], {"precision": "fp32"}, "torch"),
+        (["cudnn"], {"precision": "fp32", "resets": True}, "torch"),
+        ([], {"attention_calls": (attention_call(head_dim=8),)}, "torch-flash"),
+        ([], {"attention_calls": (attention_call(head_dim=4),)}, "torch"),
+        (["flash_attn"], {"resets": True, "attention_calls": (attention_call(head_dim=12),)}, "flash-attn"),
+        ([], {"resets": True, "attention_calls": (attention_call(head_dim=512),)}, "torch"),
+    ],
+)
+def test_auto_takes_the_attention_that_can_do_what_the_run_asks(gpu, installed, more, expected):
+    gpu(*installed)
+    assert chosen("attention", **more) == expected
+
+
+@pytest.mark.parametrize(("operation", "name"), [("attention", "cudnn"), ("attention", "flex"), ("scan", "mamba-ssm")])
+def test_a_kernel_that_cannot_keep_documents_apart_is_refused_by_name_in_a_sentence(gpu, operation, name):
+    gpu("cudnn", "mamba_ssm.ops.selective_scan_interface")
+    assert chosen(operation, name) == name
+    with pytest.raises(KernelError) as refused:
+        chosen(operation, name, resets=True)
+    assert str(refused.value) == (
+        f"kernels.{operation} is '{name}', which cannot run here (it does not keep packed documents apart, which "
+        "data.reset_at_document needs): use 'auto' or 'torch'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("installed", "name", "kind"), [([NVRTC], "cuda", CudaAdamW), ([], "torch-fused", torch.optim.AdamW)]
+)
+def test_adamw_is_chosen_and_named_with_the_others(gpu, installed, name, kind):
+    gpu(*installed)
+    kernels = build_kernels(KernelConfig(), KernelRequirements("cuda", "fp32"))
+    assert kernels.names[-1] == f"optimizer={name}"
+    assert kernels.optimizer is kind
+
+
+def test_a_cpu_runs_plain_pytorch_and_says_so():
+    names = build_kernels(KernelConfig(), KernelRequirements("cpu", "bf16", resets=True, initial_states=True)).names
+    operations = dict.fromkeys(IMPLEMENTATIONS, "torch") | {"optimizer": "torch-fused"}
+    assert names == tuple(f"{operation}={name}" for operation, name in operations.items())
+
+
+MODEL = ModelConfig(
+    pattern="M-*-*", hidden_size=64, num_query_heads=4, num_kv_heads=2, mlp_size=24, window=6, vocab_size=32
+)
+LENGTH, ATTENTION_LAYERS = 24, 2
+
+
+class Recorded:
+    """Attention kernels that note their calls; cuDNN's declines what `declines` says of a length."""
+
+    def __init__(self, monkeypatch, *, declines=lambda length: False):
+        self.calls, reason = Counter(), "cuDNN 9 declines it"
+
+        def kernel(name):
+            def run(q, k, v, **options):
+                if name == "cudnn" and declines(q.shape[2]):
+                    raise DeclinedError(reason)
+                self.calls[name] += 1
+                return window_attention(q, k, v, **options)
+
+            return run
+
+        monkeypatch.setattr(
+            registry.cudnn, "declines", lambda call, precision: reason if declines(call.queries) else None
+        )
+        for name in registry._FUNCTIONS["attention"]:
+            monkeypatch.setitem(registry._FUNCTIONS["attention"], name, kernel(name))
+
+
+def step(config, *, resets=False):
+    """The attention's name and a way to take a forward and backward with a run's kernels."""
+    requirements = kernel_requirements(
+        MODEL, device="cuda", precision="bf16", micro_batch_size=2, sequence_length=LENGTH, resets=resets
+    )
+    kernels = build_kernels(config, requirements)
+    model = Samba(MODEL, kernels=kernels)
+    initialize_parameters(model, seed=0)
+
+    def run(length=LENGTH):
+        tokens = torch.zeros(2, length, dtype=torch.int64)
+        starts = (torch.arange(length) // 7 * 7).expand(2, -1) if resets else None
+        model(tokens, tokens, document_starts=starts).sum().backward()
+
+    return dict(pair.split("=") for pair in kernels.names)["attention"], run
+
+
+AUTO_ATTENTION = KernelConfig(scan="torch", conv="torch", norm="torch", elementwise="torch")
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("cudnn_declines", [False, True])
+def test_the_named_attention_is_what_runs(gpu, monkeypatch, resets, cudnn_declines):
+    gpu("cudnn")
+    recorded = Recorded(monkeypatch, declines=lambda length: cudnn_declines)
+    name, run = step(AUTO_ATTENTION, resets=resets)
+    assert name == ("torch-flash" if resets else "flex" if cudnn_declines else "cudnn")
+    run()
+    assert recorded.calls == {name: ATTENTION_LAYERS}
+
+
+def test_a_shape_of_training_that_cudnn_declines_is_refused_by_name_in_a_sentence(gpu, monkeypatch):
+    gpu("cudnn")
+    Recorded(monkeypatch, declines=lambda length: True)
+    with pytest.raises(
+        KernelError, match=r"^kernels\.attention is 'cudnn', which cannot run here \(cuDNN 9 declines it"
+    ):
+        step(AUTO_ATTENTION.model_copy(update={"attention": "cudnn"}))
+
+
+@pytest.mark.parametrize("asked", ["auto", "cudnn"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_another_shape_goes_to_the_next_kernel_which_the_main_rank_says_once(gpu, monkeypatch, capsys, rank, asked):
+    gpu("cudnn")
+    monkeypatch.setenv("RANK", rank)
+    recorded = Recorded(monkeypatch, declines=lambda length: length > LENGTH)
+    name, run = step(AUTO_ATTENTION.model_copy(update={"attention": asked}))
+    run()
+    assert name == "cudnn"
+    assert recorded.calls == {"cudnn": ATTENTION_LAYERS}
+    assert capsys.readouterr().err == ""
+    for _ in range(3):
+        run(2 * LENGTH)
+    assert recorded.calls == {"cudnn": ATTENTION_LAYERS, "flex": 3 * ATTENTION_LAYERS}
+    said = "attention=flex in place of cudnn: cuDNN 9 declines it\n"
+    assert capsys.readouterr().err == (said if rank == "0" else "")
+
+
+def test_calls_that_a_kernel_declines_find_no_kernel_that_the_run_cannot_use(gpu, monkeypatch):
+    gpu("cudnn")
+    monkeypatch.setattr(registry, "why_not_compiled", lambda: "it needs Triton")
+    recorded = Recorded(monkeypatch, declines=lambda length: length > LENGTH)
+    _, run = step(AUTO_ATTENTION)
+    run(2 * LENGTH)
+    assert recorded.calls == {"torch-flash": ATTENTION_LAYERS}
+
+
+def test_options_functions_and_limits_have_the_same_names():
+    for operation, functions in registry._FUNCTIONS.items():
+        assert set(functions) == set(IMPLEMENTATIONS[operation])
+        last = list(IMPLEMENTATIONS[operation].values())[-1]
+        assert last.runs_on_cpu
+        assert last.declines(KernelRequirements("cpu", "fp32", 999, 999, initial_states=True, resets=True)) is None
+    for operation, field in KernelConfig.model_fields.items():
+        assert set(get_args(field.annotation)) == {"auto", *IMPLEMENTATIONS[operation]}
+    assert set(IMPLEMENTATIONS) == {*KernelConfig.model_fields, "optimizer"}
+
+
+@pytest.mark.parametrize("module", ["config", "implementations", "errors", "cuda.scan_sizes", "cuda.conv_sizes"])
+def test_names_and_options_need_no_torch(module):
+    program = f"import sys, sambalm.model.ops.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("settings", [[], ["data.reset_at_document=true"], ["model.d_state=65", "model.d_conv=12"]])
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_plan_counts_with_what_a_run_takes_where_no_package_is_added(gpu, config, settings):
+    config = load_config(config, settings)
+    gpu(NVRTC)
+    requirements = kernel_requirements(
+        config.model,
+        device="cuda",
+        precision=config.train.precision,
+        micro_batch_size=1,
+        sequence_length=config.data.sequence_length,
+        resets=config.data.reset_at_document,
+    )
+    planned = vars(planned_kernels(config))
+    names = [f"{operation}={planned[operation]}" for operation in KernelConfig.model_fields]
+    assert build_kernels(config.kernels, requirements).names == (*names, "optimizer=cuda")
+
+
+def test_a_plan_refuses_a_kernel_that_the_run_would_refuse():
+    settings = ["data.reset_at_document=true", "kernels.attention=cudnn"]
+    with pytest.raises(KernelError, match=r"kernels.attention is 'cudnn', .* data.reset_at_document"):
+        planned_kernels(load_config(CONFIGS / "samba_421m.yaml", settings))
+    assert planned_kernels(load_config(CONFIGS / "samba_421m.yaml", settings[1:])).attention == "cudnn"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
-from sambalm.model.ops.external import KernelError
+from sambalm.model.ops.errors import KernelError
 from sambalm.model.ops.reference import selective_scan as scan_module
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.rms_norm import add_rms_norm, rms_norm

@@ -11,12 +11,12 @@ import torch
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.documents import Documents
-from sambalm.model.ops.external import KernelRequirements, why_unavailable
+from sambalm.model.ops.implementations import KernelRequirements
 from sambalm.model.ops.reference import selective_scan as scan_module
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.model.ops.reference.window_attention import window_attention
-from sambalm.model.ops.registry import TORCH_KERNELS
+from sambalm.model.ops.registry import TORCH_KERNELS, why_unavailable
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import initialize_parameters
 
@@ -221,6 +221,6 @@ def test_positions_are_counted_from_a_documents_start_on_every_part():
 
 
 def test_a_kernel_that_cannot_reset_is_refused_in_a_sentence():
-    where = KernelRequirements(torch.device("cuda"), torch.bfloat16, resets=True)
-    assert "data.reset_at_document" in why_unavailable("scan", "mamba-ssm", where)
-    assert "data.reset_at_document" not in (why_unavailable("scan", "mamba-ssm", replace(where, resets=False)) or "")
+    packed = KernelRequirements("cuda", "bf16", resets=True)
+    assert "data.reset_at_document" in why_unavailable("scan", "mamba-ssm", packed)
+    assert "data.reset_at_document" not in (why_unavailable("scan", "mamba-ssm", replace(packed, resets=False)) or "")

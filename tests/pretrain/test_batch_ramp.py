@@ -92,18 +92,19 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     from sambalm.data_pipeline.dataset import build_train_dataset
     from sambalm.data_pipeline.sources import open_sources
     from sambalm.model.build import build_parts
+    from sambalm.model.ops.implementations import KernelRequirements
+    from sambalm.model.ops.registry import build_kernels
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.sharding import initialize_parameters
 
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:
+        kernels = build_kernels(config.kernels, KernelRequirements(world.device.type, "fp32"))
         (model,) = build_parts(
             config.model,
             config.parallel,
             world=world,
-            kernels=config.kernels.build(
-                device=world.device, dtype=torch.float32, initial_states=False, resets=config.data.reset_at_document
-            ),
+            kernels=kernels,
             dtype=torch.float32,
             sequence_length=config.data.sequence_length,
         )

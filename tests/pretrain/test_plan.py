@@ -23,7 +23,7 @@ from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
 from sambalm.pretrain.planner.hardware import DEVICES, HOST_SUBLAYER_S, KERNEL_GAPS_S, LINK_SHARE
-from sambalm.pretrain.planner.kernels import AUTO, TORCH_ON_CPU, KernelNames, planned_kernels
+from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import stage_parameters, stage_parts
@@ -363,9 +363,11 @@ def test_a_plan_hides_messages_where_a_run_does(parallel, overlaps):
 
 
 def test_a_plan_counts_with_what_a_model_falls_back_to():
-    assert planned_kernels(config_of()) == KernelNames(**AUTO)
+    usual = KernelNames("cuda", "cuda", "flex", "compiled", "compiled")
+    assert planned_kernels(config_of()) == usual
     large = planned_kernels(config_of(d_state=65, d_conv=12))
-    assert large == KernelNames(**AUTO | {"scan": "torch", "conv": "torch"})
+    assert large == replace(usual, scan="torch", conv="torch")
+    assert planned_kernels(config_of(train={"precision": "fp32"})) == replace(usual, attention="torch")
 
 
 def test_plans_fit_and_are_sorted_and_allowed():

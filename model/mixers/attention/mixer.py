@@ -23,7 +23,8 @@ from sambalm.model.mixers.counts import (
     input_and_output_messages,
     mean_keys,
 )
-from sambalm.parallel.shard import Position
+from sambalm.model.ops.implementations import AttentionCall
+from sambalm.parallel.shard import Place, Position
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,6 +97,26 @@ class WindowAttention(Mixer):
 
     def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
         return kv_copies(config, tensor_ranks)
+
+    def attention_calls(
+        self, config: "ModelConfig", *, sequences: int, tokens: int, tensor: Place, context: Place
+    ) -> Iterator[AttentionCall]:
+        share, reach = share_heads(config, tensor), config.window - 1
+        calls = [(tokens, tokens)]  # queries and keys
+        if context.size > 1:  # as `AttentionLayer._attend_over_parts` cuts them
+            near = reach if tokens >= 2 * reach else tokens
+            calls = [(tokens - near, tokens), (near, min(reach, context.rank * tokens) + near)]
+        for queries, keys in calls:
+            if queries:
+                yield AttentionCall(
+                    batch=sequences,
+                    query_heads=share.query.length // config.head_dim,
+                    kv_heads=share.kv_heads,
+                    queries=queries,
+                    keys=keys,
+                    head_dim=config.head_dim,
+                    window=config.window,
+                )
 
     def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> "tuple[Tensor, Tensor]":
         """Returns cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]."""

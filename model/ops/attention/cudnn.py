@@ -1,12 +1,12 @@
 """Sliding-window attention through cuDNN's fused kernels and its Python package nvidia-cudnn-frontend.
 
 PyTorch's scaled_dot_product_attention reaches the same kernels but passes no window on. A graph is built once for
-each shape, memory layout and window, which takes up to seconds, and then only launched.
+each shape, memory layout and window, which takes up to seconds, and then only launched. Which shapes cuDNN computes
+depends on its version and on the device, so it is asked: by `declines` when a run is built, and again by each call.
 """
 
 import importlib
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -14,34 +14,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sambalm.model.ops.attention.flex import flex_window
-from sambalm.model.ops.documents import AttentionDocuments
-from sambalm.model.ops.external import torch_flash_window
+from sambalm.model.ops.errors import DeclinedError, KernelError
+from sambalm.model.ops.implementations import AttentionCall
 
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ALIGNED_BYTES = 16
 MAX_PLANS = 64
 
 
-def cudnn_window(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: AttentionDocuments | None = None
-) -> Tensor:
-    """`window_attention.window_attention` on a GPU in bf16 or fp16.
+def declines(call: AttentionCall, *, precision: str) -> str | None:
+    """Why cuDNN does not compute a call and its gradients on the current device; None where it does.
 
-    Output and gradients lie in memory as q, k and v do. Packed documents go to PyTorch's flash kernel; shapes that
-    cuDNN declines go to flex_attention, with one warning each that says why.
+    The call's tensors are taken to lie in memory as the layers' do. Nothing is compiled or launched.
+
+    Args:
+        precision: bf16 or fp16.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    probe = Call.sequence_first(call, dtype=HALF_DTYPES[precision], device=device)
+    attempts = (_attempted(probe, kind, Plan.checked) for kind in ("training", "backward"))
+    return next((attempt for attempt in attempts if isinstance(attempt, str)), None)
+
+
+def cudnn_window(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: None = None) -> Tensor:
+    """`window_attention.window_attention` on a GPU in bf16 or fp16, of one document.
+
+    Output and gradients lie in memory as q, k and v do.
+
+    Raises:
+        DeclinedError: cuDNN does not compute such a call, or not its gradients.
+        KernelError: there are several documents.
     """
     if documents is not None:
-        return torch_flash_window(q, k, v, window=window, documents=documents)
+        raise KernelError("the attention 'cudnn' does not keep packed documents apart: set kernels.attention to 'auto'")
     unseen = max(0, k.shape[2] - q.shape[2] - window + 1)  # by the first query, and so by all
     q, k, v = (_readable(t) for t in (q, k[:, :, unseen:], v[:, :, unseen:]))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     call = Call.of(q, k, v, window=window)
-    if not call.supported(training=training):
-        return flex_window(q, k, v, window=window)
+    if reason := call.refusal(training=training):
+        raise DeclinedError(reason)
     if training:
         return _Attention.apply(q, k, v, call)
     out = call.q.dense.empty(like=q)
-    call.forward_plan(training=False).launch((q, k, v, out))
+    call.plan("inference").launch((q, k, v, out))
     return out
 
 
@@ -55,6 +70,11 @@ class Tile:
     @classmethod
     def of(cls, tensor: Tensor) -> "Tile":
         return cls(tuple(tensor.shape), tuple(tensor.stride()))
+
+    @classmethod
+    def sequence_first(cls, batch: int, heads: int, length: int, head_dim: int) -> "Tile":
+        """Of [batch, heads, length, head dim] that is a view of [length, batch, heads, head dim]."""
+        return cls((batch, heads, length, head_dim), (heads * head_dim, head_dim, batch * heads * head_dim, 1))
 
     @property
     def dense(self) -> "Tile":
@@ -84,15 +104,25 @@ class Call:
     def of(cls, q: Tensor, k: Tensor, v: Tensor, *, window: int) -> "Call":
         return cls(q.device, q.dtype, Tile.of(q), Tile.of(k), Tile.of(v), window)
 
-    def supported(self, *, training: bool) -> bool:
-        """Whether cuDNN computes the output and, in training, the gradients too."""
-        return self.forward_plan(training=training) is not None and (not training or self.backward_plan() is not None)
+    @classmethod
+    def sequence_first(cls, call: AttentionCall, *, dtype: torch.dtype, device: torch.device) -> "Call":
+        """A call on tensors that lie in memory as the layers' do, without the keys that no query sees."""
+        q = Tile.sequence_first(call.batch, call.query_heads, call.queries, call.head_dim)
+        seen_keys = min(call.keys, call.queries + call.window - 1)
+        kv = Tile.sequence_first(call.batch, call.kv_heads, seen_keys, call.head_dim)
+        return cls(device, dtype, q, kv, kv, call.window)
 
-    def forward_plan(self, *, training: bool) -> "Plan | None":
-        return _built(self, "training" if training else "inference")
+    def refusal(self, *, training: bool) -> str | None:
+        """Why cuDNN does not compute the output or, in training, the gradients; None when it does."""
+        built = (_built(self, kind) for kind in (("training", "backward") if training else ("inference",)))
+        return next((plan for plan in built if isinstance(plan, str)), None)
 
-    def backward_plan(self) -> "Plan | None":
-        return _built(self, "backward")
+    def plan(self, kind: str) -> "Plan":
+        """The graph of a kind: inference, training (the forward that keeps statistics) or backward."""
+        plan = _built(self, kind)
+        if isinstance(plan, str):
+            raise DeclinedError(plan)
+        return plan
 
     @property
     def statistics(self) -> Tile:
@@ -168,12 +198,17 @@ class Plan:
             self._output(gradient, tile, self.io)
         return self
 
-    def compiled(self) -> "Plan":
+    def checked(self) -> "Plan":
+        """Raises what cuDNN raises where it does not compute the graph."""
         modes = _cudnn().heur_mode
         self.graph.validate()
         self.graph.build_operation_graph()
         self.graph.create_execution_plans([modes.A, modes.FALLBACK])
         self.graph.check_support()
+        return self
+
+    def compiled(self) -> "Plan":
+        self.checked()
         self.graph.build_plans()
         return self
 
@@ -191,7 +226,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call):
         out, statistics = call.q.dense.empty(like=q), call.statistics.empty(like=q, dtype=torch.float32)
-        call.forward_plan(training=True).launch((q, k, v, out, statistics))
+        call.plan("training").launch((q, k, v, out, statistics))
         ctx.call = call
         ctx.save_for_backward(q, k, v, out, statistics)
         return out
@@ -203,26 +238,29 @@ class _Attention(torch.autograd.Function):
         call: Call = ctx.call
         grad_out = _laid_out_as(grad_out, out)
         gradients = [tile.dense.empty(like=out) for tile in (call.q, call.k, call.v)]
-        call.backward_plan().launch((q, k, v, out, grad_out, statistics, *gradients))
+        call.plan("backward").launch((q, k, v, out, grad_out, statistics, *gradients))
         return *gradients, None
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _built(call: Call, kind: str) -> Plan | None:
-    """None where cuDNN declines. A plan is kept, so that its graph is built once."""
+def _built(call: Call, kind: str) -> Plan | str:
+    """A compiled graph, or why cuDNN does not compute it. It is kept, so that it is built once."""
+    return _attempted(call, kind, Plan.compiled)
+
+
+def _attempted(call: Call, kind: str, finish: Callable[[Plan], Plan]) -> Plan | str:
+    """A graph of a kind, brought as far as `finish` does, or why cuDNN does not compute it."""
     try:
         with torch.cuda.device(call.device):
             plan = Plan(call, handle=_handle(call.device))
             plan = plan.backward(call) if kind == "backward" else plan.forward(call, training=kind == "training")
-            return plan.compiled()
+            return finish(plan)
     except (_cudnn().cudnnGraphNotSupportedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(
-            f"cuDNN {_cudnn().backend_version_string()} declines the {kind} of window attention for q {call.q}, "
-            f"k {call.k}, window {call.window}, and flex_attention computes it instead: {reason}",
-            stacklevel=2,
+        reason = str(error).partition("\n")[0]
+        return (
+            f"cuDNN {_cudnn().backend_version_string()} declines the {kind} of window attention for q {call.q.size}, "
+            f"k {call.k.size}, window {call.window}: {reason}"
         )
-        return None
 
 
 @cache

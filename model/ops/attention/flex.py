@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from sambalm.model.ops.documents import AttentionDocuments
-from sambalm.model.ops.external import torch_flash_window
+from sambalm.model.ops.errors import KernelError
 
 BLOCK = 128  # queries, and keys, that are seen or skipped together
 
 
-def flex_window(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: AttentionDocuments | None = None) -> Tensor:
-    """`window_attention.window_attention` on a GPU in bf16 or fp16. Packed documents go to the flash kernel."""
+def flex_window(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: None = None) -> Tensor:
+    """`window_attention.window_attention` on a GPU in bf16 or fp16, of one document; raises KernelError for several."""
     if documents is not None:
-        return torch_flash_window(q, k, v, window=window, documents=documents)
+        raise KernelError("the attention 'flex' does not keep packed documents apart: set kernels.attention to 'auto'")
     mask = _window_blocks(q.shape[2], k.shape[2], window, q.device)
     # Else fewer queries than a block are taken for decoding, whose kernel fails for 127 queries of two heads a kv head.
     options = {"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < BLOCK else None

@@ -5,13 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.cuda.conv_sizes import STEPS, WARP_CHANNELS, WARPS
 from sambalm.model.ops.cuda.memory import EIGHT, INPUTS, aligned, filled_up, sequence_first, strides
 from sambalm.model.ops.cuda.nvrtc import Kernel, kernel
-
-STEPS, WARPS = 32, 4  # tokens of a thread, and warps of a block, which follow each other in time
-WARP_CHANNELS = 32 * EIGHT
-# The backward's sums, of each tap and the bias, lie in the 48 KiB that a block has without asking: `sums` in conv.cu.
-MAX_TAPS = 48 * 1024 // (4 * WARPS * WARP_CHANNELS) - 1
 
 
 def cuda_causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:

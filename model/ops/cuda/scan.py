@@ -34,7 +34,7 @@ from sambalm.model.ops.cuda.scan_sizes import (
     tiles_of_a_segment,
     warps_of_a_block,
 )
-from sambalm.model.ops.external import KernelError
+from sambalm.model.ops.errors import KernelError
 
 
 def cuda_selective_scan(
@@ -122,7 +122,7 @@ class _Shape:
     @property
     def state_bytes(self) -> int:
         """Of a warp's states before a tile."""
-        return state_bytes(self.dtype, self.states)
+        return state_bytes(self.states, element_bytes=self.dtype.itemsize)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -130,7 +130,8 @@ class _Shape:
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
         compact = self.dtype != torch.float32 and self.states == 16
-        shared_bytes = backward_shared_bytes(self.dtype, self.states) if name == "scan_backward" else 0
+        backward_bytes = backward_shared_bytes(self.states, element_bytes=self.dtype.itemsize)
+        shared_bytes = backward_bytes if name == "scan_backward" else 0
         defines = {
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
