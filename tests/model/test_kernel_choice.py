@@ -13,11 +13,15 @@ import torch
 from sambalm.model.config import ModelConfig
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.ops import registry
+from sambalm.model.ops.attention.cudnn import cudnn_window
+from sambalm.model.ops.attention.flex import flex_window
 from sambalm.model.ops.config import KernelConfig
 from sambalm.model.ops.cuda.adamw import CudaAdamW
 from sambalm.model.ops.cuda.conv_sizes import MAX_TAPS
 from sambalm.model.ops.cuda.scan_sizes import backward_shared_bytes
+from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.errors import DeclinedError, KernelError
+from sambalm.model.ops.external import mamba_ssm_scan
 from sambalm.model.ops.implementations import IMPLEMENTATIONS, AttentionCall, KernelRequirements
 from sambalm.model.ops.reference.window_attention import window_attention
 from sambalm.model.ops.registry import build_kernels
@@ -149,6 +153,23 @@ def test_a_kernel_that_cannot_keep_documents_apart_is_refused_by_name_in_a_sente
         f"kernels.{operation} is '{name}', which cannot run here (it does not keep packed documents apart, which "
         "data.reset_at_document needs): use 'auto' or 'torch'"
     )
+
+
+@pytest.mark.parametrize("function", [cudnn_window, flex_window])
+def test_an_attention_kernel_passes_documents_on_to_no_other(function):
+    q = torch.zeros(1, 1, 8, 16)
+    documents = Documents(torch.zeros(1, 8, dtype=torch.int64), first=0, device=q.device)
+    with pytest.raises(KernelError, match="does not keep packed documents apart"):
+        function(q, q, q, window=4, documents=documents.attention(range(8), keys_before=0))
+
+
+@pytest.mark.parametrize(
+    "more", [{"initial_state": torch.zeros(1, 8, 4)}, {"resets": torch.zeros(1, 2).bool()}], ids=list
+)
+def test_the_scan_of_mamba_ssm_drops_nothing_silently(more):
+    u, A = torch.zeros(1, 2, 8), torch.zeros(8, 4)
+    with pytest.raises(KernelError, match="neither an initial state nor resets"):
+        mamba_ssm_scan(u, u, A, u, u, D=A[:, 0], z=u, dt_bias=A[:, 0], **more)
 
 
 @pytest.mark.parametrize(
