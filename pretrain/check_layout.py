@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from sambalm.model.ops.registry import KernelConfig
+from sambalm.model.ops.config import KernelConfig
 from sambalm.parallel.config import ParallelConfig
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import parse_config

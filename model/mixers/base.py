@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sambalm.model.config import ModelConfig
     from sambalm.model.ops.registry import Kernels
     from sambalm.parallel.groups import TensorParallel
+    from sambalm.parallel.shard import Place
 
 
 class Ability(StrEnum):
