@@ -5,33 +5,9 @@ An editable install then is one path, which editors and type checkers follow too
 The ranges below say what the code works with; ``requirements.lock`` pins what `make` installs and CI runs.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-FOLDERS = (
-    "data_pipeline",
-    "model",
-    "model.hf",
-    "model.mixers",
-    "model.mixers.attention",
-    "model.mixers.mamba",
-    "model.mixers.mlp",
-    "model.ops",
-    "model.ops.attention",
-    "model.ops.cuda",
-    "model.ops.reference",
-    "parallel",
-    "parallel.compat",
-    "parallel.layers",
-    "parallel.pipeline",
-    "parallel.zero",
-    "pretrain",
-    "pretrain.checkpointing",
-    "pretrain.cli",
-    "pretrain.lifecycle",
-    "pretrain.planner",
-    "pretrain.reporting",
-    "slurm",
-)
+FOLDERS = find_packages(".src/sambalm")
 
 setup(
     name="sambalm",

@@ -15,10 +15,8 @@ from sambalm.model.registry import MixerError, all_mixers, mixer, mixers_of
 _PATTERN = re.compile(r"\s*([^\sx\d]+)\s*(?:x\s*(\d+)\s*)?")
 
 
-class ModelConfig(MambaSizes, AttentionSizes, MLPSizes):
-    """The shape of a model; it does not depend on how the model is spread over ranks."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Trunk(BaseModel):
+    """What a model has beside its mixers."""
 
     pattern: str = Field(
         description="Sublayers in order, in megatron-core's notation: M Mamba-1, * sliding-window attention, - SwiGLU; "
@@ -29,6 +27,13 @@ class ModelConfig(MambaSizes, AttentionSizes, MLPSizes):
     tie_embeddings: bool = Field(True, description="Whether the LM head is the embedding matrix")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm")
     embedding_std: float = Field(0.02, gt=0, description="Standard deviation of the initial embedding")
+
+
+class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
+    """The shape of a model; it does not depend on how the model is spread over ranks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
     mixers: dict[str, dict[str, Any]] = Field(
         {}, description="Sizes of other mixers of the pattern, a section for each under its name"
     )

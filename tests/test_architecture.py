@@ -254,13 +254,6 @@ def test_the_program_imports_ours_only_inside_functions():
     assert found > 5
 
 
-def installed_folders() -> set[str]:
-    """The packages that setup.py lists, as folders."""
-    assignments = [node for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign)]
-    (folders,) = [node.value for node in assignments if node.targets[0].id == "FOLDERS"]
-    return {folder.replace(".", "/") for folder in ast.literal_eval(folders)}
-
-
 def test_only_the_model_config_knows_kinds_of_mixers():
     """It has the keys of the first three, which are older than `model.mixers`; everything else asks the registry."""
     for path in product_files():
@@ -269,15 +262,15 @@ def test_only_the_model_config_knows_kinds_of_mixers():
     assert named_mixers("from sambalm.model.mixers.mamba.layer import MambaLayer", "sambalm.pretrain") != []
 
 
-def test_setup_lists_every_package_folder():
-    packages = {str(path.parent.relative_to(ROOT)) for path in product_files()}
-    assert packages == installed_folders()
-    assert all((ROOT / package / "__init__.py").is_file() for package in packages)
+def test_every_product_folder_is_a_package_and_is_linked_for_the_installation():
+    assert sorted(link.name for link in (ROOT / ".src" / "sambalm").iterdir()) == sorted(PRODUCT)
+    assert all((ROOT / ".src" / "sambalm" / name).resolve() == ROOT / name for name in PRODUCT)
+    assert all((path.parent / "__init__.py").is_file() for path in product_files())
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without git's list of files")
 def test_top_level_folders_are_the_agreed_ones():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {path.split("/")[0] for path in tracked.splitlines() if "/" in path and not path.startswith(".")} | {".ci"}
-    assert top <= {folder for folder in installed_folders() if "/" not in folder} | OTHER_FOLDERS
+    assert top <= set(PRODUCT) | OTHER_FOLDERS
     assert set(PRODUCT) <= top

@@ -1,6 +1,6 @@
 """The attention's keys of the section `model`."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -10,7 +10,8 @@ LETTER = "*"  # in a layer pattern
 class AttentionSizes(BaseModel):
     """Heads, window and positions of the attention."""
 
-    hidden_size: int
+    if TYPE_CHECKING:
+        hidden_size: int  # of the model
 
     num_query_heads: int = Field(gt=0, description="Query heads; hidden_size / num_query_heads is the head dim")
     num_kv_heads: int = Field(gt=0, description="Attention key and value heads, a divisor of num_query_heads")

@@ -1,7 +1,7 @@
 """Mamba's keys of the section `model`."""
 
 import math
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, model_validator
 class MambaSizes(BaseModel):
     """Sizes and initial step sizes of Mamba-1 (arXiv 2406.07522, section 2.1 and its reference code)."""
 
-    hidden_size: int
+    if TYPE_CHECKING:
+        hidden_size: int  # of the model
 
     d_state: int = Field(16, gt=0, description="Mamba states per channel")
     d_conv: int = Field(4, gt=1, description="Taps of Mamba's causal convolution")
