@@ -19,8 +19,8 @@ COMMANDS = {
     "srun": 'while case "$1" in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
 }
 
-# What stands for the Python of the installation. Where a test says so, nodes are picked and outcomes read by the real one,
-# which takes long to start.
+# What stands for the Python of the installation. Where a test says so, what decides of nodes and after an attempt is
+# the real one, which takes long to start.
 PYTHON = """\
 case "$*" in
     *"sambalm.slurm.prepare "*)
