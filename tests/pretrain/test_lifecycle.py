@@ -181,7 +181,7 @@ def test_a_silent_lease_is_taken_after_a_while(identity, tmp_path):
 
 
 def test_who_takes_a_silent_lease_first_is_looked_at_anew(identity, tmp_path):
-    """Somebody takes the lease while this process waits for its holder's beat, and dies: it is not the holder's beat."""
+    """Somebody takes the lease and dies while this process waits for a beat of the holder before."""
     identity(**FAR)
     Lease(tmp_path, beat_s=1000.0).acquire()
     identity(pid=2**22 + 1)
