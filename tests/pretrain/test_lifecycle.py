@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import count
 from pathlib import Path
@@ -176,6 +177,21 @@ def test_a_silent_lease_is_taken_after_a_while(identity, tmp_path):
     taken, start_s = Lease(tmp_path, stale_s=0.5), time.monotonic()
     taken.acquire()
     assert time.monotonic() - start_s >= 0.5
+    taken.release()
+
+
+def test_who_takes_a_silent_lease_first_is_looked_at_anew(identity, tmp_path):
+    """Somebody takes the lease and dies while this process waits for a beat of the holder before."""
+    identity(**FAR)
+    Lease(tmp_path, beat_s=1000.0).acquire()
+    identity(pid=2**22 + 1)
+    (tmp_path / "other").mkdir()
+    Lease(tmp_path / "other", beat_s=1000.0).acquire()
+    identity()
+    taken = Lease(tmp_path, stale_s=20.0)
+    threading.Timer(0.3, os.replace, (tmp_path / "other" / "lease.json", tmp_path / "lease.json")).start()
+    taken.acquire()
+    taken.check()
     taken.release()
 
 

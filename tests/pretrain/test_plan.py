@@ -5,7 +5,7 @@ import gc
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,13 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
-from sambalm.pretrain.planner.hardware import DEVICES, HOST_SUBLAYER_S, KERNEL_GAPS_S, LINK_SHARE
+from sambalm.pretrain.planner.hardware import (
+    DEVICES,
+    FUSED_SHARE,
+    HOST_SUBLAYER_S,
+    KERNEL_GAPS_S,
+    LINK_SHARE,
+)
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
@@ -415,6 +421,58 @@ def test_the_slowest_stage_decides():
     assert times[1].compute_s > times[0].compute_s
     launched_s = times[0].compute_s + times[0].layout_s + times[0].idle_s
     assert times[0].bubble_s == pytest.approx(launched_s / 2)  # 2 stages, 2 micro-batches
+
+
+def test_virtual_stages_divide_the_bubble():
+    once, twice = (
+        plan_of(
+            config_of(parallel={"pipeline": 2, "virtual_pipeline": chunks}), world_size=2, hardware=DEVICES["h100"]
+        ).time
+        for chunks in (1, 2)
+    )
+    for time, chunks in ((once, 1), (twice, 2)):
+        launched_s = time.compute_s + time.layout_s + time.idle_s
+        assert time.bubble_s == pytest.approx(launched_s / 2 / chunks)  # 2 stages, 2 micro-batches
+
+
+@pytest.mark.parametrize("parallel", [{}, {"zero_stage": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_a_step_is_all_of_its_parts(parallel):
+    time = plan_of(config_of(parallel=parallel), world_size=2, hardware=DEVICES["h100"]).time
+    parts = asdict(time)
+    assert parts.keys() == {"compute_s", "layout_s", "bubble_s", "zero_s", "optimizer_s", "idle_s"}
+    assert time.total_s == pytest.approx(sum(parts.values()))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "bytes_a_parameter"),
+    [
+        # In fp32: the gradient for its norm; gradient, weight and moments read, all but the gradient written.
+        (1, {}, 4 + 4 * 4 + 3 * 4),
+        (2, {"tensor": 2}, 4 + 4 * 4 + 3 * 4),
+        # Of half of them: also what is divided by the ranks, and the new weights, read and rounded.
+        (2, {}, (8 + 4 + 4 * 4 + 3 * 4 + 6) / 2),
+    ],
+    ids=str,
+)
+def test_the_optimizer_takes_what_it_moves(ranks, parallel, bytes_a_parameter):
+    config = config_of(parallel=parallel)
+    plan = plan_of(config, world_size=ranks, hardware=DEVICES["h100"])
+    (stage,) = stage_parts(config)
+    tensor = TensorParallel(rank=0, size=config.parallel.tensor, copy_groups={2: None})
+    with torch.device("meta"):
+        parameters = sum(p.numel() for part in stage for p in Samba(config.model, layers=part, tp=tensor).parameters())
+    assert plan.time.optimizer_s == pytest.approx(parameters * bytes_a_parameter / (3.0e12 * FUSED_SHARE))
+
+
+def test_what_sequence_parallelism_gathers_has_a_buffer():
+    cut, whole = (
+        stage_memories(config_of(parallel={"tensor": 2, "sequence": cut}), world_size=2, kernels=TORCH_ON_CPU)[0]
+        for cut in (True, False)
+    )
+    assert cut.communication_bytes == 2 * 192 * 64 * 2  # 2 sequences of 192 tokens, 64 wide, in bf16
+    assert whole.communication_bytes == 0
+    for memory in (cut, whole):
+        assert replace(memory, communication_bytes=memory.communication_bytes + 8).total_bytes == memory.total_bytes + 8
 
 
 def test_a_device_waits_between_kernels_or_for_the_host():

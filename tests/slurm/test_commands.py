@@ -1,0 +1,348 @@
+"""`sambalm slurm submit` and `status`, what a job asks before it starts, and the single-task files, without Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sambalm.pretrain.errors import ConfigError, ExitCode
+from sambalm.pretrain.lifecycle.attempts import write_outcome, write_snapshot
+from sambalm.slurm import health, prepare
+from sambalm.slurm.errors import SlurmError
+from sambalm.slurm.status import run_status, show_status
+from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "samba_421m.yaml"  # 128 samples of 4096 tokens a step
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a program that writes its arguments and some variables to a file on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+
+    def put(name, body, variables=""):
+        path, calls = tmp_path / "bin" / name, tmp_path / f"{name}.calls"
+        path.write_text(f'#!/bin/sh\necho "{variables}$@" >>{calls}\n{body}\n')
+        path.chmod(0o755)
+        return lambda: calls.read_text().splitlines()
+
+    return put
+
+
+@pytest.fixture
+def run_of_hours(tmp_path, monkeypatch):
+    """A run of 1,000 steps: two attempts, the second of which has been at it for 500 s."""
+    now_s = [10_000.0]
+    monkeypatch.setattr(time, "time", lambda: now_s[0])
+    run_dir = tmp_path / "run"
+    config = yaml.safe_dump({"train": {"steps": 1000}})
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name, started_s, step in (("first", 10_000.0, 0), ("second", 11_500.0, 100)):
+        now_s[0] = started_s
+        write_snapshot(run_dir / "attempts" / name, config_yaml=config, world_size=1, start_step=step)
+    now_s[0] = 12_000.0
+    records = [
+        {"step": step, "tokens": 50 * step, "step_time_s": 9.0 if step <= 50 else 5.0, "tokens_per_second": 10.0}
+        for step in range(1, 151)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run_dir, now_s
+
+
+def test_status_is_reckoned_from_the_recent_steps(run_of_hours):
+    run_dir, _ = run_of_hours
+    status = run_status(run_dir)
+    assert (status.attempts, status.step, status.steps, status.tokens) == (2, 150, 1000, 7500)
+    assert (status.tokens_per_s, status.left_s) == (10.0, 850 * 5.0)
+    assert status.training_share == pytest.approx((50 * 9 + 100 * 5) / 2000)
+    shown = {line[:18].strip(): line[18:] for line in show_status(run_dir).splitlines()}
+    assert shown == {
+        "state": "gone without a word",
+        "attempts": "2",
+        "step": "150 of 1,000 (15.0%)",
+        "tokens": "7,500",
+        "speed": "10 tokens/s",
+        "left": "1 h 10 min",
+        "time in training": "47.5%",
+        "last error": "none",
+    }
+
+
+@pytest.mark.parametrize(("age_s", "state"), [(5.0, "training"), (59.0, "training"), (61.0, "gone without a word")])
+def test_a_lease_that_beats_is_a_run_that_trains(age_s, state, run_of_hours):
+    run_dir, now_s = run_of_hours
+    (run_dir / "lease.json").touch()
+    os.utime(run_dir / "lease.json", (now_s[0] - age_s, now_s[0] - age_s))
+    assert run_status(run_dir).state == state
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "state", "error", "ended"),
+    [
+        (ExitCode.FINISHED, "finished", None, True),
+        (ExitCode.REQUEUE, "requeue (why)", None, False),
+        (ExitCode.STOPPED, "stopped (why)", None, True),
+        (ExitCode.DIVERGED, "diverged (why)", "second: why", True),
+        (ExitCode.NO_PROGRESS, "no progress (why)", "second: why", True),
+    ],
+)
+def test_status_tells_how_the_last_attempt_ended(exit_code, state, error, ended, run_of_hours):
+    """The time of a run that is to go on goes on too."""
+    run_dir, now_s = run_of_hours
+    write_outcome(run_dir / "attempts" / "second", exit_code=exit_code, step=150, reason="why")
+    now_s[0] += 2_000.0
+    status = run_status(run_dir)
+    assert (status.state, status.last_error) == (state, error)
+    assert status.training_share == pytest.approx(950 / (2_000 if ended else 4_000))
+
+
+def test_status_shows_the_last_telling_line_of_the_newest_log(run_of_hours):
+    run_dir, _ = run_of_hours
+    logs = {
+        "first/n1.log": "CUDA error: unspecified\n",
+        "second/n1.log": "Error of before\nstep 3\n",
+        "second/n2.log": "RuntimeError: one\nRuntimeError: the GPU is gone\nstep 7\n",
+    }
+    for age, (name, text) in enumerate(reversed(logs.items())):
+        path = run_dir / "attempts" / name
+        path.write_text(text)
+        os.utime(path, (1000 - age, 1000 - age))
+    assert run_status(run_dir).last_error == "second, n2.log: RuntimeError: the GPU is gone"
+    (run_dir / "attempts" / "second" / "n2.log").write_text("step 7\n")
+    assert run_status(run_dir).last_error == "second, n1.log: Error of before"
+
+
+def test_status_asks_slurm_for_the_jobs_state(run_of_hours, program, monkeypatch):
+    run_dir, now_s = run_of_hours
+    calls = program("squeue", "echo PENDING")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    now_s[0] += 1.0
+    write_snapshot(run_dir / "attempts" / "third", config_yaml="train: {steps: 10}", world_size=1, start_step=150)
+    assert run_status(run_dir).state == "gone without a word, Slurm job 7 PENDING"
+    assert calls() == ["--noheader --jobs=7 --format=%T"]
+
+
+@pytest.mark.parametrize(
+    ("left_s", "shown"),
+    [(59, "0 h 0 min"), (3600 * 23.99, "23 h 59 min"), (86400 * 2 + 3600 * 3 + 60, "2 d 3 h 1 min")],
+)
+def test_days_hours_and_minutes(left_s, shown, run_of_hours):
+    run_dir, _ = run_of_hours
+    record = {"step": 999, "tokens": 1, "step_time_s": left_s, "tokens_per_second": 1.0}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert f"left              {shown}\n" in show_status(run_dir)
+
+
+@pytest.fixture
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("SAMBALM_CLUSTER", "SAMBALM_CLUSTERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository):
+    job, run_dir = training_job(CONFIG, nodes=2, spares=1, overrides=["train.steps=5"])
+    assert run_dir == "runs/samba_421m"
+    assert job.command() == [
+        "sbatch",
+        "--job-name=samba_421m",
+        "--nodes=2-3",
+        "--gpus-per-node=8",
+        str(SCRIPTS / "samba_421m.sbatch"),
+        "train.steps=5",
+    ]
+    assert job.variables == {
+        "SAMBALM_SLURM": str(SCRIPTS),
+        "SAMBALM_PYTHON": sys.executable,
+        "SAMBALM_CONFIG": str(CONFIG),
+        "SAMBALM_NODES": "2",
+        "RANKS_PER_NODE": "8",
+    }
+    alone, _ = training_job(CONFIG, nodes=1, gpus_per_node=4)
+    assert alone.options[1:] == ["--nodes=1", "--gpus-per-node=4"]
+    assert convert_job("runs/x").command() == ["sbatch", str(SCRIPTS / "convert.sbatch"), "runs/x"]
+
+
+def test_a_job_that_could_not_start_is_refused(in_the_repository, monkeypatch):
+    with pytest.raises(ConfigError, match="is not a multiple of"):
+        training_job(CONFIG, nodes=3)  # 24 GPUs, of which 128 samples are no multiple
+    with pytest.raises(SlurmError, match=r"none\.sbatch does not exist.* samba_421m\.sbatch"):
+        training_job(CONFIG, nodes=1, script=Path("none.sbatch"))
+    monkeypatch.setenv("SAMBALM_CLUSTER", "moon")
+    with pytest.raises(SlurmError, match=r"configs/clusters/moon\.env does not exist"):
+        convert_job("runs/x")
+
+
+SBATCH = """\
+case "$*" in
+    *--test-only*) echo "sbatch: Job 9 to start at noon" >&2 ;;
+    *) echo "$(cat {calls} | grep -vc test-only);cluster" ;;
+esac"""
+
+
+def test_a_chain_starts_each_job_after_the_one_before(program, tmp_path):
+    calls = program("sbatch", SBATCH.format(calls=tmp_path / "sbatch.calls"), "$SAMBALM_SUCCESSOR/$X ")
+    train = Job(Path("train.sbatch"), ["--nodes=1"], ["a=b"], {"X": "x"})
+    convert = Job(Path("convert.sbatch"), [], ["runs/x"])
+    assert train.test() == "sbatch: Job 9 to start at noon"
+    assert submit_all(train, chain=3, after=[convert]) == ["1", "2", "3", "4"]
+    after = "--dependency=afterok:{} --kill-on-invalid-dep=yes".format
+    assert calls()[1:] == [
+        "/x --nodes=1 --test-only train.sbatch a=b",  # all are tested before any is submitted
+        "/ --test-only convert.sbatch runs/x",
+        "1/x --nodes=1 --parsable train.sbatch a=b",
+        f"1/x --nodes=1 --parsable {after(1)} train.sbatch a=b",
+        f"/x --nodes=1 --parsable {after(2)} train.sbatch a=b",  # the last of the chain has no successor
+        f"/ --parsable {after(3)} convert.sbatch runs/x",
+    ]
+
+
+def test_what_slurm_refuses_is_one_sentence(program, monkeypatch, tmp_path):
+    program("sbatch", 'echo "sbatch: error: allocation failure: Invalid partition" >&2; exit 1')
+    with pytest.raises(SlurmError) as refused:
+        Job(Path("train.sbatch"), []).submit()
+    assert str(refused.value) == "Slurm refuses train.sbatch: Invalid partition"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match="sbatch is not installed here"):
+        Job(Path("train.sbatch"), []).test()
+
+
+def test_a_shown_command_can_be_pasted():
+    job = Job(Path("a b.sbatch"), ["--nodes=1"], ["x=[1, 2]"], {"A": "b c"})
+    assert job.shown() == "A='b c' sbatch --nodes=1 'a b.sbatch' 'x=[1, 2]'"
+
+
+def test_a_job_learns_its_limits_and_its_folder(monkeypatch, capsys):
+    overrides = ["run.max_attempts_without_progress=4", "run.dir=runs/of mine"]
+    monkeypatch.setattr(sys, "argv", ["prepare", "8", str(CONFIG), *overrides])
+    prepare.main()
+    assert capsys.readouterr().out == "75 76 4 runs/of mine\n"
+    monkeypatch.setattr(sys, "argv", ["prepare", "24", str(CONFIG)])
+    with pytest.raises(SystemExit) as ended:
+        prepare.main()
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: train.global_batch_tokens is ")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "variables", "expected"),
+    [
+        ("preprocess.sbatch", ["--input", "a b"], {}, "data preprocess --input a b --workers 16 --part 3/8"),
+        ("preprocess.sbatch", [], {"PARTS": "64"}, "data preprocess --workers 16 --part 3/64"),
+        ("convert.sbatch", ["runs/x", "--precision", "fp32"], {}, "convert to-hf runs/x runs/x/hf --overwrite"),
+    ],
+)
+def test_single_tasks_run_the_command_line(script, arguments, variables, expected, program, tmp_path):
+    calls = program("srun", ":")
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "16"} | variables
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MAX": "7"}
+    subprocess.run(["bash", ROOT / "slurm" / script, *arguments], env=environment | array, check=True)
+    (call,) = calls()
+    assert call.startswith(f"--ntasks=1 --export=ALL {tmp_path}/.venv/bin/python -m sambalm.pretrain.cli {expected}")
+    assert call.endswith("--precision fp32") == (script == "convert.sbatch")
+
+
+def test_a_folder_without_a_run_is_not_converted(tmp_path):
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    ended = subprocess.run(["bash", ROOT / "slurm" / "convert.sbatch"], env=environment, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "RUN_DIR is missing" in ended.stderr
+
+
+@pytest.mark.parametrize(("minimum_gib", "problem"), [("9", None), ("11", "10.0 GiB free, of MIN_DISK_FREE_GIB=11")])
+def test_a_node_with_too_small_a_disk_is_bad(minimum_gib, problem, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("MIN_DISK_FREE_GIB", minimum_gib)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(health.shutil, "disk_usage", lambda folder: Usage())
+    found = health.check_node(tmp_path / "run")
+    assert found is None if problem is None else problem in found
+    assert not list((tmp_path / "run").iterdir())  # no probe stays
+
+
+class Usage:
+    free = 10 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("devices", "free_gib", "problem"),
+    [
+        (2, [70.0, 70.0], None),
+        (3, [70.0, 70.0, 1.0], None),  # only those of the ranks count
+        (1, [80.0], "1 GPUs are visible, of RANKS_PER_NODE=2"),
+        (2, [80.0, 69.0], "GPU 1 has 69.0 GiB free, of MIN_GPU_FREE_GIB=70"),
+    ],
+)
+def test_gpus_are_counted_and_their_memory_is_free(devices, free_gib, problem, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("RANKS_PER_NODE", "2")
+    monkeypatch.setenv("MIN_GPU_FREE_GIB", "70")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib[device] * 2**30), 80 * 2**30))
+    assert health._check_gpus() == problem
+
+
+@pytest.mark.parametrize(
+    ("within", "between", "problem"),
+    [
+        (200.0, [100.0, 100.0], None),
+        (200.0, [10.0, 100.0], None),  # the neighbour may be the bad one
+        (200.0, [None, 100.0], None),
+        (200.0, [10.0, 20.0], "an all-reduce reached 20.00 GB/s, of MIN_PAIR_GB_PER_S=80"),
+        (100.0, [100.0, 100.0], "an all-reduce reached 100.00 GB/s, of MIN_NODE_GB_PER_S=150"),
+        (None, [None, None], None),  # of a single rank
+    ],
+)
+def test_a_node_is_as_good_as_its_better_link(within, between, problem, monkeypatch, tmp_path):
+    import torch.distributed as dist
+
+    found = iter([within, *between])
+    monkeypatch.setattr(health, "_bandwidths", lambda *_: {1: next(found)})
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    ranks = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "SLURMD_NODENAME": "n1"}
+    for name, value in (ranks | {"MIN_NODE_GB_PER_S": "150", "MIN_PAIR_GB_PER_S": "80"}).items():
+        monkeypatch.setenv(name, value)
+    health.check_links(tmp_path)
+    answer = json.loads((tmp_path / "n1.json").read_text())
+    assert answer == {"problem": problem, "node_gb_per_s": within, "pair_gb_per_s": between}
+
+
+def test_bandwidth_is_what_a_ring_sends_from_each_rank(monkeypatch):
+    """Four ranks send 2 x 3/4 of the tensor each."""
+    import torch
+    import torch.distributed as dist
+
+    made, clock = [], iter([100.0, 110.0])
+    monkeypatch.setattr(dist, "new_group", lambda ranks: made.append(ranks) or ranks)
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: None)
+    monkeypatch.setattr(health.time, "perf_counter", lambda: next(clock))
+    tensor = torch.ones(1_000_000)
+    found = health._bandwidths([[0, 1], [2, 3]], tensor, 2)
+    assert made == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert found == pytest.approx({node: 2 * 3 / 4 * 4e6 / 2.0 / 1e9 for node in (2, 3)})  # 5 rounds in 10 s
+    assert health._bandwidths([[0], [2]], torch.ones(8), 1) == {}  # a node that has no part
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rounds"),
+    [
+        (2, [[[0, 1]], [[1, 0]]]),
+        (3, [[[0, 1]], [[1, 2]]]),
+        (4, [[[0, 1], [2, 3]], [[1, 2], [3, 0]]]),
+        (5, [[[0, 1], [2, 3]], [[1, 2], [3, 4]]]),
+    ],
+)
+def test_pairs_of_two_rounds_leave_no_node_out(nodes, rounds):
+    assert [health._pairs(nodes, first) for first in (0, 1)] == rounds
+    assert {node for pairs in rounds for pair in pairs for node in pair} == set(range(nodes))
