@@ -15,7 +15,7 @@ from sambalm.model.ops.implementations import IMPLEMENTATIONS
 def _imported(operation: str, name: str, attribute: str) -> Any:
     """A function of the module that an implementation needs, which is imported when it is first called."""
     module = IMPLEMENTATIONS[operation][name].module
-    assert module is not None, f"{operation}={name} is of another package"
+    assert module is not None, f"{operation}={name} is of no other package"
     return getattr(importlib.import_module(module), attribute)
 
 

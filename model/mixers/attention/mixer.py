@@ -102,23 +102,18 @@ class WindowAttention(Mixer):
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:
         """Returns the calls of the kernel on this rank."""
-        heads, reach = share_heads(config, tp), config.window - 1
-        sizes = [(part_tokens, part_tokens)]  # queries and keys
-        if cp.size > 1:
-            near = reach if part_tokens >= 2 * reach else part_tokens
-            sizes = [(part_tokens - near, part_tokens), (near, min(reach, cp.rank * part_tokens) + near)]
+        heads = share_heads(config, tp)
         calls = tuple(
             AttentionCall(
                 batch=sequences,
                 query_heads=heads.query.length // config.head_dim,
                 kv_heads=heads.kv_heads,
                 queries=queries,
-                keys=keys,
+                keys=before + queries,
                 head_dim=config.head_dim,
                 window=config.window,
             )
-            for queries, keys in sizes
-            if queries
+            for queries, before in _kernel_calls(config.window, part_tokens, cp)
         )
         return {"attention_calls": calls}
 
@@ -160,7 +155,8 @@ class WindowAttention(Mixer):
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
-        query, kv, calls = heads.query.length, heads.kv.length, _kernel_calls(config, share)
+        last = Position(share.context_ranks, rank=share.context_ranks - 1)  # which has the most keys
+        query, kv, calls = heads.query.length, heads.kv.length, _kernel_calls(config.window, share.part_tokens, last)
         total = a * T * 2 * query  # the rotated queries, and o_proj's input
         if share.context_ranks > 1:  # keys and values in one tensor, and once more those joined to the neighbours'
             keys = sum(queries + before for queries, before in calls)
@@ -183,13 +179,13 @@ class WindowAttention(Mixer):
         return share_heads(config, Position(tensor_ranks))
 
 
-def _kernel_calls(config: "ModelConfig", share: Share) -> list[tuple[int, int]]:
-    """Lists queries, and keys before the first of them, of each call of the kernel on a sequence's last rank."""
-    window, ranks, part = config.window, share.context_ranks, share.part_tokens
-    if ranks == 1:
-        return [(share.sequence_tokens, 0)]
-    near = min(window - 1, part)
-    calls = [(near, min(window - 1, (ranks - 1) * part)), (part - near, near)]
+def _kernel_calls(window: int, part_tokens: int, cp: Place) -> list[tuple[int, int]]:
+    """Lists queries, and keys before the first of them, of each call of the kernel, as `AttentionLayer` makes them."""
+    reach = window - 1
+    if cp.size == 1:
+        return [(part_tokens, 0)]
+    near = reach if part_tokens >= 2 * reach else part_tokens
+    calls = [(part_tokens - near, near), (near, min(reach, cp.rank * part_tokens))]
     return [(queries, before) for queries, before in calls if queries]
 
 
