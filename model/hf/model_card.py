@@ -29,7 +29,7 @@ def model_card(config: SambaConfig, facts: TrainingFacts, *, parameters: int, dt
 
 def _architecture(config: SambaConfig, *, parameters: int, dtype: str) -> list[str]:
     tied = "tied" if config.tie_word_embeddings else "untied"
-    mixers = mixers_of(config.pattern)
+    mixers = mixers_of(config.pattern or "")  # which is never empty once the config is made
     fp32 = [f"{one.name}'s {name}" for one in mixers for name in fp32_tensors(one.letter)]
     exceptions = f" ({', '.join(fp32)} in float32)" if fp32 else ""
     return [
