@@ -173,6 +173,8 @@ def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository)
 def test_a_job_that_could_not_start_is_refused(in_the_repository, monkeypatch):
     with pytest.raises(ConfigError, match="is not a multiple of"):
         training_job(CONFIG, nodes=3)  # 24 GPUs, of which 128 samples are no multiple
+    with pytest.raises(ConfigError, match="is not a multiple of"):
+        training_job(CONFIG, nodes=1, gpus_per_node=3)
     with pytest.raises(SlurmError, match=r"none\.sbatch does not exist.* samba_421m\.sbatch"):
         training_job(CONFIG, nodes=1, script=Path("none.sbatch"))
     monkeypatch.setenv("SAMBALM_CLUSTER", "moon")
@@ -304,17 +306,18 @@ def test_gpus_are_counted_and_their_memory_is_free(devices, free_gib, problem, m
 def test_a_node_is_as_good_as_its_better_link(within, between, problem, monkeypatch, tmp_path):
     import torch.distributed as dist
 
-    found = iter([within, *between])
-    monkeypatch.setattr(health, "_bandwidths", lambda *_: {1: next(found)})
+    found, asked = iter([within, *between]), []
+    monkeypatch.setattr(health, "_bandwidths", lambda groups, *_: asked.append(groups) or {1: next(found)})
     for name in ("init_process_group", "barrier", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
     ranks = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "SLURMD_NODENAME": "n1"}
     for name, value in (ranks | {"MIN_NODE_GB_PER_S": "150", "MIN_PAIR_GB_PER_S": "80"}).items():
         monkeypatch.setenv(name, value)
     health.check_links(tmp_path)
     answer = json.loads((tmp_path / "n1.json").read_text())
     assert answer == {"problem": problem, "node_gb_per_s": within, "pair_gb_per_s": between}
+    assert asked == [[[0], [1], [2]], [[0, 1]], [[1, 2]]]
 
 
 def test_bandwidth_is_what_a_ring_sends_from_each_rank(monkeypatch):
