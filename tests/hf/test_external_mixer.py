@@ -18,7 +18,7 @@ from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config, model_config
 from sambalm.model.hf.verify import verify_export
 from sambalm.model.registry import mixer
-from tests.hf.test_modeling import largest_difference, padded
+from tests.hf.test_modeling import difference_in_padded_turns, largest_difference, padded
 from tests.support import toy_mixer
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.remote_code import outputs_by_remote_code
@@ -67,6 +67,7 @@ def test_logits_are_the_training_models_at_once_in_pieces_and_with_padding(patte
             together, mask = padded([tokens[0], tokens[1, :9]], length=30, side=side)
             logits = model(together, attention_mask=mask).logits
             assert largest_difference(logits[1][mask[1].bool()], whole[1, :9]) < 1e-12
+        assert difference_in_padded_turns(hf_model(config_of(pattern, window=64), state)) < 1e-5
 
 
 def test_a_model_made_of_the_configuration_alone_has_initial_weights():
