@@ -5,8 +5,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .shards import read_manifest
-
 
 class WeightedSource(BaseModel):
     """A prefix of token shards and its share of the training samples."""
@@ -98,6 +96,8 @@ class DataConfig(BaseModel):
         """
         if self.tokenizer:
             return Path(self.tokenizer)
+        from .shards import read_manifest  # here, so that a config is checked without numpy
+
         for prefix in self.prefixes:
             if manifest := read_manifest(prefix):
                 return Path(prefix).parent / manifest.tokenizer.path

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from sambalm.parallel.compat.megatron import parallel_state
 from sambalm.parallel.config import ParallelConfig, check_world_size
+from sambalm.parallel.environment import world_size
 
 
 @dataclass(frozen=True)
@@ -161,16 +162,6 @@ def start_world(config: ParallelConfig, *, copies: int = 1) -> Iterator[World]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def world_size() -> int:
-    """Processes of the run: torchrun's, or one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of the run; known before any process group."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _device() -> torch.device:

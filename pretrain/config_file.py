@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from sambalm.parallel.groups import is_main_process
+from sambalm.parallel.environment import is_main_process
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ConfigError
 

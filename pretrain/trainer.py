@@ -14,7 +14,8 @@ from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.config import layout_name
-from sambalm.parallel.groups import World, is_main_process, start_world, world_size
+from sambalm.parallel.environment import is_main_process, world_size
+from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record

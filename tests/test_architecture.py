@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -26,6 +27,7 @@ PROGRAM = sorted((ROOT / "pretrain" / "cli").glob("*.py"))
 # asks of a model-parallel unit.
 DEEPSPEED_ADAPTER = ROOT / "parallel" / "zero" / "deepspeed_adapter.py"
 KNOW_PARALLEL_STATE = [ROOT / "parallel" / "groups.py", ROOT / "parallel" / "compat" / "megatron.py", DEEPSPEED_ADAPTER]
+HEAVY = {"torch", "megatron", "deepspeed", "transformers", "matplotlib", "pyarrow", "numpy"}
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -223,6 +225,20 @@ def test_the_contract_with_deepspeed_lists_what_the_adapter_uses_and_no_more():
     assert used >= PRIVATE_NAMES
     assert private_members(source) <= PRIVATE_NAMES
     assert private_members("parameter._hp_mapping, self._own, optimizer._step()") == {"_hp_mapping", "_step"}
+
+
+def heavy_modules(*imports: str) -> set[str]:
+    """Which of the packages that take long to import a fresh process has after some imports."""
+    script = f"import sys, {', '.join(imports)}; print(*{HEAVY!r} & {{name.split('.')[0] for name in sys.modules}})"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return set(printed.split())
+
+
+def test_help_checks_of_a_config_and_plans_load_nothing_heavy():
+    planner = [f"sambalm.pretrain.planner.{path.stem}" for path in (ROOT / "pretrain" / "planner").glob("[a-z]*.py")]
+    assert len(planner) > 5
+    assert heavy_modules("sambalm.pretrain.cli", "sambalm.pretrain.config_file", *planner) == set()
+    assert heavy_modules("sambalm.pretrain.gradient_buckets") >= {"torch"}
 
 
 def test_no_files_import_each_other():

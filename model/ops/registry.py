@@ -25,7 +25,7 @@ from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compile
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.model.ops.reference.window_attention import window_attention
-from sambalm.parallel.groups import is_main_process
+from sambalm.parallel.environment import is_main_process
 from sambalm.parallel.layers.recompute import recomputed
 
 # Arguments, shapes and dtypes of a kernel are those of its PyTorch reference.

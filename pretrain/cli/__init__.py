@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +57,8 @@ def _print_error(error: Exception) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"sambalm {version('sambalm')}")
         raise typer.Exit
 

@@ -36,9 +36,9 @@ def plan(
 
     hardware = DEVICES[device.value]
     plans = find_plans(
-        load_config(config, overrides or []), world_size=gpus, memory_gib=gpu_memory_gib, hardware=hardware
+        load_config(config, overrides or []), world_size=gpus, memory_gib=gpu_memory_gib, hardware=hardware, top=top
     )
-    print_plans(plans[:top])
+    print_plans(plans)
 
 
 @commands.command(epilog=example("sambalm params configs/samba_3.8b.yaml"))

@@ -1,13 +1,13 @@
 """The progress bar of commands that are not training."""
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
 
 class ProgressBar:
     """A progress bar that library functions drive by calling it with (done, total)."""
 
     def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
         console = Console(stderr=True)
         columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)

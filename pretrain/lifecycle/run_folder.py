@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sambalm.parallel.groups import World, is_main_process, world_size
+from sambalm.parallel.environment import is_main_process, world_size
+from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.format import newest_step, remove_leftovers
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config

@@ -133,9 +133,9 @@ class Estimate:
 def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
     """Of the layout that `sambalm plan` ranks first. Raises ConfigError when none fits."""
     world_size = nodes * H100.node_gpus
-    plans = find_plans(config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100)
+    (plan,) = find_plans(config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100, top=1)
     parameters = count_parameters(config.model)["total"]
-    return Estimate(nodes=nodes, plan=plans[0], cluster=cluster, parameters=parameters)
+    return Estimate(nodes=nodes, plan=plan, cluster=cluster, parameters=parameters)
 
 
 def print_estimates(estimates: Sequence[Estimate]) -> None:

@@ -65,12 +65,15 @@ class Plan:
         return self.config.accumulation_steps(data_size=self.world_size // self.config.parallel.model_ranks)
 
 
-def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardware: Hardware) -> list[Plan]:
-    """The layouts that fit, fastest first; of each, the fastest setting of recompute and micro-batch size.
+def find_plans(
+    config: RunConfig, *, world_size: int, memory_gib: float, hardware: Hardware, top: int | None = None
+) -> list[Plan]:
+    """Returns the layouts that fit, fastest first; of each, the fastest setting of recompute and micro-batch size.
 
     Args:
         config: the run; its parallel section and micro-batch size are searched over.
         memory_gib: memory of each device.
+        top: how many to return; None for all. Few are found sooner, since most others are surely slower.
 
     Raises:
         ConfigError: no layout is allowed, or none fits; the message says by how much.
@@ -79,8 +82,15 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
     best: dict[ParallelConfig, _Step] = {}
     smallest: tuple[int, RunConfig] | None = None
     full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
+    given = {"world_size": world_size, "hardware": hardware, "kernels": kernels}
+    slowest_s = math.inf  # of the `top` fastest so far
     for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
         if candidate.parallel == full:
+            continue
+        key = candidate.parallel.model_copy(update={"recompute": "none"})
+        limit_s = best[key].time.total_s if key in best else math.inf
+        least_s = least_step_s(candidate, distinct_stages(candidate).values(), **given)
+        if least_s >= limit_s or least_s > slowest_s:
             continue
         needed = needed_bytes(candidate, world_size=world_size, kernels=kernels)
         if smallest is None or needed < smallest[0]:
@@ -88,11 +98,11 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
         if needed > limit_bytes:
             full = candidate.parallel
             continue
-        key = candidate.parallel.model_copy(update={"recompute": "none"})
-        limit_s = best[key].time.total_s if key in best else math.inf
-        step = _step(candidate, world_size=world_size, hardware=hardware, kernels=kernels, limit_s=limit_s)
-        if step and step.time.total_s < limit_s:
+        step = _step(candidate, **given)
+        if step.time.total_s < limit_s:
             best[key] = step
+            if top is not None and len(best) >= top:
+                slowest_s = sorted(step.time.total_s for step in best.values())[top - 1]
     if smallest is None:
         raise ConfigError(
             f"no layout of {world_size} GPUs can take train.global_batch_tokens {config.train.global_batch_tokens} in "
@@ -106,14 +116,13 @@ def find_plans(config: RunConfig, *, world_size: int, memory_gib: float, hardwar
             f"the smallest, {layout}, takes {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
         )
     plans = [_plan(step, world_size=world_size, kernels=kernels) for step in best.values()]
-    return sorted(plans, key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))
+    return sorted(plans, key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))[:top]
 
 
 def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames | None = None) -> Plan:
     """The estimates of a config's own layout, with given kernels or those that it would run with."""
     kernels = kernels or planned_kernels(config)
     step = _step(config, world_size=world_size, hardware=hardware, kernels=kernels)
-    assert step is not None, "it has no limit"
     return _plan(step, world_size=world_size, kernels=kernels)
 
 
@@ -126,14 +135,8 @@ class _Step:
     wire_bytes: float
 
 
-def _step(
-    config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames, limit_s: float = math.inf
-) -> _Step | None:
-    """Estimates a step; None if it surely takes `limit_s` or more."""
+def _step(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: KernelNames) -> _Step:
     stages = distinct_stages(config).values()
-    least_s = least_step_s(config, stages, world_size=world_size, hardware=hardware, kernels=kernels)
-    if least_s >= limit_s:
-        return None
     transfers = transfers_of_stages(config, stages, world_size=world_size)
     return _Step(
         config,

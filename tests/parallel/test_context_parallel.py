@@ -14,7 +14,8 @@ BATCH, WIDTH, STATES = 2, 3, 4
 
 def tokens_before_on_rank(part_tokens: int, tokens: int) -> tuple:
     """What a rank fetches, and the gradient of its own tokens when each fetched token weighs its own amount."""
-    from sambalm.parallel.groups import start_world, world_size
+    from sambalm.parallel.environment import world_size
+    from sambalm.parallel.groups import start_world
     from sambalm.parallel.layers.context_parallel import HaloExchange
 
     with start_world(ParallelConfig(context=world_size())) as world:
@@ -48,7 +49,8 @@ def test_tokens_before_equal_a_slice_of_the_whole_both_ways(part_tokens, tokens)
 
 def state_on_rank() -> tuple:
     """The state at a rank's start and the gradients of its factors."""
-    from sambalm.parallel.groups import start_world, world_size
+    from sambalm.parallel.environment import world_size
+    from sambalm.parallel.groups import start_world
     from sambalm.parallel.layers.context_parallel import incoming_state
 
     with start_world(ParallelConfig(context=world_size())) as world:
@@ -83,7 +85,8 @@ MODEL = {"hidden_size": 16, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size":
 
 def bytes_on_rank(letter: str, length: int) -> tuple[int, int]:
     """Bytes that a rank hands to torch.distributed for others in one sublayer's forward, and in its backward."""
-    from sambalm.parallel.groups import start_world, world_size
+    from sambalm.parallel.environment import world_size
+    from sambalm.parallel.groups import start_world
 
     with start_world(ParallelConfig(context=world_size())) as world:
         return sent.count_sent(ModelConfig(pattern=letter, **MODEL), batch=BATCH, length=length, cp=world.context)

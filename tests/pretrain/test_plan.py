@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from sambalm.model.ops.registry import TORCH_KERNELS
+from sambalm.model.registry import weight_copies
 from sambalm.model.samba import Samba
 from sambalm.parallel.config import layout_name
 from sambalm.parallel.groups import TensorParallel
@@ -21,6 +22,8 @@ from sambalm.pretrain.cli import app
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.gradient_buckets import gradient_buckets
+from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
 from sambalm.pretrain.planner.hardware import (
     DEVICES,
@@ -328,14 +331,21 @@ def test_an_estimate_is_near_the_measured_step(name):
         assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradients_of_all_parameters_are_reduced(tensor, tied):
-    config = config_of(parallel={"tensor": tensor}, tie_embeddings=tied, mlp_size=100)
+@pytest.mark.parametrize("pattern", ["M-*-", "M-*- x 6"])
+def test_gradients_are_reduced_in_the_buckets_of_a_run(pattern, tied, tensor):
+    config = config_of(parallel={"tensor": tensor}, tie_embeddings=tied, mlp_size=100, pattern=pattern)
     groups = reduced_groups(config)
-    buckets = 4 + (not tied)  # a layer each, and the head
-    assert [group.within_backward for group in groups] == [True] * buckets + [False, False]
     assert sum(group.elements for group in groups) == stage_parameters(config, 0)
+    copies = weight_copies(config.model, tensor_ranks=tensor)  # four ranks hold each of two kv heads twice
+    with torch.device("meta"):
+        model = Samba(config.model, tp=TensorParallel(rank=0, size=tensor, copy_groups={copies: None}))
+    buckets = gradient_buckets([model], max_elements=BUCKET_ELEMENTS)
+    assert groups == tuple(
+        ReducedGroup(sum(each.numel() for each in bucket.parameters), bucket.completed_by is not None)
+        for bucket in buckets
+    )
 
 
 def test_the_last_backward_hides_all_of_the_reduction_but_its_end():
@@ -387,6 +397,8 @@ def test_plans_fit_and_are_sorted_and_allowed():
         parse_config(copy.deepcopy(plan.config.model_dump()), source="plan")
         assert plan.memory.total_bytes <= 80 * GIB * USABLE_SHARE
     assert len({plan.config.parallel for plan in plans}) == len(plans)
+    for top in (1, 7):
+        assert find_plans(config, world_size=8, memory_gib=80, hardware=DEVICES["h100"], top=top) == plans[:top]
 
 
 def test_a_layout_names_zero_only_where_ranks_share_their_weights():
