@@ -121,7 +121,7 @@ def test_padding_changes_nothing(side, implementation):
 
 
 def difference_in_padded_turns(model: SambaForCausalLM) -> float:
-    """Returns how far the last logits of two rows, in two turns that are padded on the left, are from the rows alone."""
+    """Returns how far the last logits of two rows, in two turns padded on the left, are from the rows alone."""
     turns = [[random_tokens(1, n, seed=n)[0] for n in lengths] for lengths in ((9, 4), (5, 11))]
     cache, masks = new_cache(model.config), []
     with torch.no_grad():
