@@ -73,6 +73,16 @@ def test_seeds_give_other_orders(tmp_path):
     assert first != other
 
 
+def test_sources_of_one_length_have_orders_of_their_own(tmp_path):
+    sources = [write_shard(tmp_path / str(n), [np.arange(100 * S + 1) + 10_000 * n] * 2) for n in range(2)]
+    dataset = build_train_dataset(_config(sources, validation_fraction=0.5), seed=0)
+    orders = [[], []]
+    for number in range(200):
+        orders[dataset.source_number(number)].append(dataset[number].tokens[0].item() % 10_000)
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
 def test_held_out_documents_are_the_last_and_never_trained_on(tmp_path):
     documents = counting_documents(200)
     config = _config(write_shard(tmp_path / "d", documents))

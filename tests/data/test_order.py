@@ -43,6 +43,16 @@ def test_neighbours_are_sent_far_apart():
     assert abs(np.corrcoef(steps[:-1], steps[1:])[0, 1] + 0.5) < 0.03  # as of independent numbers
 
 
+def test_orders_are_those_of_the_runs_that_have_begun():
+    """A checkpoint keeps how many samples were taken, not which: another order would be other data after a resume."""
+    assert _permutation(16, (1, 2, 3)) == [10, 1, 13, 4, 5, 14, 15, 9, 7, 12, 3, 8, 6, 2, 0, 11]
+    assert [permuted(n, size=1000, seed=(7, 0, 1)) for n in range(8)] == [944, 923, 331, 82, 811, 153, 336, 29]
+    assert [drawn(1000, seed=(7, 0, epoch)) for epoch in range(4)] == [605, 923, 330, 40]
+    blend = Blend([3.0, 1.0, 2.0])
+    assert [blend.locate(n) for n in range(8)] == [(1, 0), (0, 0), (2, 0), (0, 1), (0, 2), (2, 1), (1, 1), (0, 3)]
+    assert blend.locate(5000) == (2, 1666)
+
+
 def test_drawn_numbers_stay_in_range():
     assert {drawn(3, seed=(s,)) for s in range(100)} == {0, 1, 2}
     assert drawn(1, seed=(0,)) == 0

@@ -35,6 +35,8 @@ def _sizes(schedule: BatchSchedule, steps: int) -> list[int]:
 def test_sizes_grow_by_the_samples_consumed(ramp_values):
     schedule = parse_config(ramp_values, source="test").batch_schedule
     assert schedule.sizes() == [4, 8, 12, 16]
+    longer = changed(ramp_values, train={"batch_ramp": RAMP | {"ramp_tokens": 1537}})
+    assert (schedule.ramp_samples, parse_config(longer, source="test").batch_schedule.ramp_samples) == (48, 49)
     # Each size below the last holds for a third of 48 samples, and until the step that goes beyond it ends.
     assert _sizes(schedule, 10) == [4, 4, 4, 4, 8, 8, 12, 12, 16, 16]
     random = np.random.RandomState(0)

@@ -88,6 +88,16 @@ REFUSED = {
         "parallel.virtual_pipeline is 2.*rounds of parallel.pipeline 2.*3 on each rank.*multiple",
         (2, {"train": {"global_batch_tokens": 256}}),
     ),
+    "micro-batches in whole rounds of another length": (
+        4,
+        {
+            "model": {"pattern": "M-*-M-*-"},
+            "parallel": {"pipeline": 4, "virtual_pipeline": 2},
+            "train": {"global_batch_tokens": 384},
+        },
+        "parallel.virtual_pipeline is 2.*rounds of parallel.pipeline 4.*6 on each rank.*multiple",
+        (4, {"train": {"global_batch_tokens": 512}}),
+    ),
     "global batch over data-parallel ranks": (
         4,
         {"train": {"global_batch_tokens": 320}},

@@ -114,7 +114,7 @@ def test_a_job_that_is_told_to_leave_is_requeued_so_many_times(maximum, restarts
 
 
 def test_a_crash_of_a_job_that_is_to_leave_is_requeued_too(tmp_path):
-    job = run_job(tmp_path, ["- told-crash", "- 0"])
+    job = run_job(tmp_path, ["- told-crash", "- 0"], limit=0)
     assert (job.exit_code, job.attempts, job.of("scontrol")) == (0, 1, [REQUEUED])
     assert "told to leave; requeueing" in job.log
 
