@@ -66,6 +66,16 @@ def test_different_tokenizers_are_refused(tmp_path, tokenizer, corpus):
             _check(config, 1000)
 
 
+def test_an_index_is_of_what_was_asked_for(prefix, scans):
+    held_out = []
+    for fraction, verify in ((0.1, False), (0.1, True), (0.3, True)):
+        (source,) = open_sources(_config(prefix, validation_fraction=fraction, verify=verify))
+        assert all((shard.ids is not None) == verify for shard in source.shards)
+        held_out.append(source.tokens(held_out=True))
+    assert held_out[0] == held_out[1] < held_out[2]
+    assert len(scans) == 2 * len(source.shards)
+
+
 def test_shards_are_read_once(tmp_path, prefix, scans):
     first = open_sources(_config(prefix))
     assert len(scans) == len(first[0].shards)
