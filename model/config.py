@@ -93,7 +93,10 @@ def _checked_sizes(one: Mixer, sizes: type[BaseModel], section: dict[str, Any]) 
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("model.mixers", one.name, *first["loc"])))
-        raise ValueError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        if first["type"] == "extra_forbidden":
+            allowed = f"allowed in model.mixers.{one.name}: {', '.join(sizes.model_fields)}"
+            raise ValueError(f"unknown key {key} (value {first['input']!r}); {allowed}") from None
+        raise ValueError(f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
 def _allowed_letters() -> str:

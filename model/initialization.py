@@ -1,6 +1,7 @@
 """The paper's initialisation (arXiv 2406.07522, appendix A, and its reference code): fills of whole canonical tensors.
 
-Each function fills a tensor in place from a generator, or returns such a fill.
+Each function fills a tensor in place from a generator, or returns such a fill. A fill sees the whole canonical tensor,
+whatever a rank holds of it, so it may give each channel or head a value of its own.
 """
 
 import math

@@ -62,6 +62,8 @@ def external_mixers() -> dict[str, Mixer]:
             raise MixerError(f"the entry point {entry.name} of {ENTRY_POINT_GROUP} names no object of the class Mixer")
         if len(one.letter) != 1 or one.letter.isdigit() or one.letter.isspace() or one.letter == "x":
             raise MixerError(f"the mixer {one.name} has the letter {one.letter!r}: take one that is no digit and no x")
+        if not isinstance(getattr(one, "abilities", None), frozenset):
+            raise MixerError(f"the mixer {one.name} does not say what it can do: give it `abilities`, a frozenset")
         taken = BUILT_IN.keys() | found.keys()
         if one.letter in taken:
             raise MixerError(f"the mixer {one.name} has the letter {one.letter!r}, which another mixer has")

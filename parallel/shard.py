@@ -36,7 +36,8 @@ def shard(size: int, place: Place, *, unit: int = 1) -> Shard:
 
     Shares need not be equal, since ranks only ever add up whole outputs: 11 heads on 8 ranks are 2, 2, 2, 1, ... heads,
     and no padding exists that could learn or leak. A width without natural units is cut into multiples of 8 where it
-    must be uneven, which matrix products on GPUs want.
+    must be uneven, which matrix products on GPUs want. A width made of heads is cut with unit=head_dim, and the rank's
+    heads follow from its length: cutting the number of heads apart may deal them differently.
 
     Raises:
         ValueError: there are fewer units than ranks.

@@ -7,6 +7,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sambalm.model.mixers.base import Mixer
+from sambalm.model.registry import BUILT_IN, mixer
 from sambalm.pretrain.config import FORMAT_VERSION, RunConfig
 from sambalm.pretrain.config_file import RENAMED
 
@@ -25,6 +27,8 @@ def render() -> str:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append("\n".join(_section(name, field.annotation)))
+        if name == "model":
+            sections += ["\n".join(mixer_section(one)) for one in map(mixer, BUILT_IN) if one.sizes]
     return "\n".join([*sections, "\n".join(_renamed())])
 
 
@@ -37,6 +41,12 @@ def _section(name: str, section: type[BaseModel]) -> Iterator[str]:
         meaning = (field.description or "").replace("|", "\\|")
         yield f"| `{name}.{key}` | {_type(field)} | {_default(field)} | {meaning} |"
     yield ""
+
+
+def mixer_section(one: Mixer) -> Iterator[str]:
+    """Yields the lines on the sizes of a mixer that has a section of its own."""
+    assert one.sizes is not None, f"{one.name} has its sizes in the section model"
+    yield from _section(f"model.mixers.{one.name}", one.sizes)
 
 
 def _renamed() -> Iterator[str]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.mixers.base import Ability, HFSide, HFTensor
+from sambalm.model.mixers.base import HFSide, HFTensor
 from sambalm.model.registry import MixerError, mixer
 
 from .configuration_samba import LAYER_TYPES, SambaConfig, pattern_blocks
@@ -71,7 +71,10 @@ def hf_side(letter: str) -> HFSide:
     except MixerError as error:
         raise HFError(f"{error}; install the package that brings it") from None
     if one.hf is None:
-        raise HFError(f"the mixer {one.name} ({letter} in model.pattern) has no {Ability.HUGGING_FACE}")
+        raise HFError(
+            f"the mixer {one.name} ({letter} in model.pattern) cannot be written in the Hugging Face format: it brings "
+            "no layer for transformers (`hf` of its Mixer)"
+        )
     return one.hf
 
 

@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 
 class Ability(StrEnum):
-    """What a mixer may be able to do; a run that needs what one lacks is refused before it starts."""
+    """What a mixer may be able to do; a run that needs what one lacks is refused before it starts.
+
+    The Hugging Face format is no ability: a mixer that has `hf` can be written in it.
+    """
 
     TENSOR_PARALLEL = "tensor parallelism"
     SEQUENCE_PARALLEL = "sequence parallelism"
     CONTEXT_PARALLEL = "context parallelism"
     PACKED_DOCUMENTS = "packed documents"
-    HUGGING_FACE = "the Hugging Face format"
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,35 @@ class Mixer(ABC):
     """What stands for it in a layer pattern: one character, no digit, no x, no space."""
 
     name: ClassVar[str]
-    """What tables and the section `model.mixers` call it."""
+    """What metrics, counts and the section `model.mixers` call it."""
+
+    title: ClassVar[str]
+    """What tables and descriptions for people call it, in a word or two."""
 
     modules: ClassVar[int]
     """Modules with parameters of their own, the sublayer's norm included."""
 
-    abilities: ClassVar[frozenset[Ability]] = frozenset(Ability)
+    abilities: ClassVar[frozenset[Ability]]
+    """What it can do. There is no default, since a mixer that claims too much trains to silently wrong weights."""
 
     sizes: ClassVar[type[BaseModel] | None] = None
     """The schema of `model.mixers.NAME`, where the mixer's sizes are; those of the first three mixers are keys of
     `model` itself."""
 
     hf: ClassVar[HFSide | None] = None
+    """The mixer in the Hugging Face format; None: a model with it trains, and `sambalm convert to-hf` refuses it."""
 
     @abstractmethod
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
-        """Returns the uninitialised layer of one rank: (normed [S, B, width], SequenceContext) to what is added."""
+        """Returns the uninitialised layer of one rank.
+
+        Its forward takes the normed stream x [S, B, width], [S / tensor-parallel ranks, B, width] under sequence
+        parallelism, and a `SequenceContext`, and returns what is added to the stream, of x's shape. S is the rank's
+        part of the sequence. `ColumnParallelLinear` gathers the whole S and `RowParallelLinear` shares it out again.
+        `context.resets` is [B, S], while activations are [S, B, ...] until the layer transposes them. Selective
+        recomputation wraps the kernels of scan and attention and no more: a layer that computes other insides again
+        calls `parallel.layers.recompute.recomputed` itself.
+        """
 
     @abstractmethod
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:

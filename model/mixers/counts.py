@@ -139,6 +139,8 @@ class Attention:
     flops: float  # forward and backward
 
 
+# What the planner can turn into seconds. A mixer's own operation is products, which its parameters count, and
+# `MemoryPass`es with the bytes that its PyTorch operations move; the other three are kernels that were measured.
 Kernel = MemoryPass | Convolution | Scan | Attention
 
 # Counts that several mixers share ------------------------------------------------------------------------------------

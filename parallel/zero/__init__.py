@@ -34,7 +34,8 @@ and DeepSpeed's step leaves none of them, so that the first micro-batch makes th
 kernel writes the compute weights with them (model/ops/cuda/adamw.py); elsewhere `ComputeWeights.update` converts the
 weights when the next step begins.
 
-**ZeRO-2 and ZeRO-3** are DeepSpeed's own (`PartitioningExecutor`): its backward reduces gradients in every micro-batch,
+**ZeRO-2 and ZeRO-3** are DeepSpeed's own: `PartitioningExecutor` of execution.py calls its engine. Its backward reduces
+gradients in every micro-batch, in hooks on the parameters (DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py),
 stage 3 gathers weights in every forward and backward, and its step clips by its own norm, for which the host waits.
 Products convert weights at each use.
 

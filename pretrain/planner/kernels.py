@@ -57,7 +57,7 @@ def _measured(forward_ms: float, backward_ms: float) -> Seconds:
     return Seconds(forward_ms * 1e-3 / KERNEL_ELEMENTS, backward_ms * 1e-3 / KERNEL_ELEMENTS)
 
 
-# One H100 80GB, torch 2.11, B4 D5632 L4096 N16, bf16, medians (benchmarks/kernels.py). Our own scan: plan_scan.py.
+# One H100 80GB, torch 2.11, B4 D5632 L4096 N16, bf16, medians (benchmarks/kernels.py). Our own scan: scan.py.
 MAMBA_SSM_SCAN = _measured(3.741, 6.593)  # mamba-ssm 2.3.2, with the copies to its layout, time innermost, and back
 CONV = {
     "cuda": _measured(0.181, 0.351),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from sambalm.model.registry import all_mixers
 from sambalm.pretrain.planner.memory import RankMemory
 from sambalm.pretrain.planner.search import GIB, LONG_RUN_TOKENS, Plan
 
@@ -15,7 +16,6 @@ STATES = {
     "optimizer": "optimizer_bytes",
 }
 REST = {"workspace": "workspace_bytes", "buffers": "communication_bytes", "total": "total_bytes"}
-TITLES = {"mamba": "Mamba", "mlp": "MLP"}  # of mixers whose names are no words
 TABLE_WIDTH = 200  # of output that is no terminal
 
 
@@ -85,6 +85,7 @@ def _stage_table(plan: Plan) -> Table:
 
 def _memory_cells(memory: RankMemory) -> dict[str, str]:
     """Returns GiB by the title of a column: states, what each kind of layer saves, and the rest."""
-    saved = {TITLES.get(kind, kind): kept for kind, kept in memory.saved_by_kind.items()}
+    titles = {one.name: one.title for one in all_mixers()}
+    saved = {titles.get(kind, kind): kept for kind, kept in memory.saved_by_kind.items()}
     states, rest = ({name: getattr(memory, key) for name, key in keys.items()} for keys in (STATES, REST))
     return {name: f"{size / GIB:.2f}" for name, size in (states | saved | rest).items()}

@@ -143,7 +143,7 @@ def test_a_package_that_is_missing_or_another_is_named(folder, monkeypatch):
 
 def test_a_mixer_without_a_side_for_hugging_face_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(type(mixer("T")), "hf", None)
-    with pytest.raises(HFError, match=r"token_shift \(T in model\.pattern\) has no the Hugging Face format"):
+    with pytest.raises(HFError, match=r"token_shift \(T in model\.pattern\) cannot be written"):
         hf_config(config_of("MT"))
 
 

@@ -1,5 +1,7 @@
 """A mixer of another package: no product file knows it, and it does whatever ours do."""
 
+import re
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from sambalm.model.parameters import count_parameters
 from sambalm.model.samba import Samba, Sublayer
 from sambalm.parallel.groups import TensorParallel
 from sambalm.pretrain.check_layout import whole
+from sambalm.pretrain.config_docs import mixer_section
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.hardware import DEVICES
@@ -24,6 +27,7 @@ from tests.support.layout_runs import LENGTH, STEPS, differences, run_values, st
 from tests.support.whole_runs import changed, stopped_after, train
 from tests.support.worlds import run_world
 
+LETTERS = re.escape(f"{', '.join([*registry.BUILT_IN][:-1])} and {[*registry.BUILT_IN][-1]}")
 MODEL = {"pattern": "MT*-T", "mixers": {"token_shift": {"channels": 22}}}
 
 
@@ -174,7 +178,19 @@ def test_a_letter_that_cannot_be_is_refused(letter, words, monkeypatch):
 def test_without_the_package_its_letter_is_unknown():
     toy_mixer.uninstall()
     try:
-        with pytest.raises(ConfigError, match="allowed are the letters M, \\* and -"):
+        with pytest.raises(ConfigError, match=LETTERS):
             parse_config(run_values(model=MODEL | {"mixers": {}}), source="test")
     finally:
         toy_mixer.install()
+
+
+def test_its_sizes_can_be_documented():
+    page = "\n".join(mixer_section(registry.mixer("T")))
+    assert "| `model.mixers.token_shift.channels` | int > 0 | `32` | Channels that are shifted |" in page
+
+
+def test_a_mixer_that_does_not_say_what_it_can_do_is_refused(monkeypatch):
+    monkeypatch.delattr(type(registry.external_mixers()["T"]), "abilities")
+    registry.external_mixers.cache_clear()
+    with pytest.raises(registry.MixerError, match="token_shift does not say what it can do"):
+        registry.external_mixers()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sambalm.model.mixers.attention.heads import HeadShare, kv_copies, share_heads
 from sambalm.model.mixers.attention.sizes import LETTER
-from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
     FP32_BYTES,
@@ -79,6 +79,7 @@ class WindowAttention(Mixer):
     """Causal attention over a sliding window, with rotary positions and grouped queries."""
 
     letter, name, modules = LETTER, "attention", 3
+    title, abilities = "window attention", frozenset(Ability)
     hf = AttentionHF()
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":

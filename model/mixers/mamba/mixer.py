@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
     FP32_BYTES,
@@ -88,6 +88,7 @@ class Mamba(Mixer):
     """Selective state space layer with a causal convolution."""
 
     letter, name, modules = "M", "mamba", 7
+    title, abilities = "Mamba", frozenset(Ability)
     hf = MambaHF()
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":

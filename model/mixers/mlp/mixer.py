@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     Kernel,
     MemoryPass,
@@ -51,6 +51,7 @@ class MLP(Mixer):
     """down(SiLU(gate(x)) * up(x))."""
 
     letter, name, modules = "-", "mlp", 3
+    title, abilities = "MLP", frozenset(Ability)
     hf = MLPHF()
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
-from sambalm.model.mixers.base import HFSide, HFTensor, Mixer
+from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
     FP32_BYTES,
@@ -40,6 +40,7 @@ class TokenShiftHF(HFSide):
 
 class TokenShift(Mixer):
     letter, name, modules = "T", "token_shift", 4
+    title, abilities = "token shift", frozenset(Ability)
     sizes = TokenShiftSizes
     hf = TokenShiftHF()
 
