@@ -62,3 +62,8 @@ def test_baselines_count_training_documents_and_score_held_out_ones(tmp_path):
     assert baselines.bigram == pytest.approx(math.log(18))
     few = baseline_losses(config, validation_samples=100, seed=0, vocab_size=10, max_train_tokens=20)
     assert few.unigram == pytest.approx(math.log(30))
+    # The bound is over all sources: 576 tokens of the first, 24 of the second.
+    second = write_shard(tmp_path / "e", [*train, np.full(65, 9)])
+    both = config.model_copy(update={"train": [config.train, second]})
+    bounded = baseline_losses(both, validation_samples=100, seed=0, vocab_size=10, max_train_tokens=600)
+    assert bounded.unigram == pytest.approx(math.log(610))

@@ -1,6 +1,6 @@
 import pytest
 
-from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_blend
+from sambalm.data_pipeline.blend import Draw, blend_draws, describe_draws, parse_blend
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
@@ -40,6 +40,21 @@ def test_without_weights_tokens_decide(prefixes):
     quiet = describe_draws(blend_draws(parse_blend(prefixes, validation_fraction=0.01), tokens=100))
     assert "repeated" not in quiet
     assert "warning" not in quiet
+
+
+@pytest.mark.parametrize(
+    ("drawn_tokens", "says"),
+    [
+        (100, None),
+        (101, "code is repeated: 1.01 epochs"),
+        (400, "code is repeated: 4.00 epochs"),
+        (410, "warning: code is gone through 4.1 times; beyond 4 epochs"),
+    ],
+)
+def test_repeated_text_is_told_of_and_warned_of_beyond_four_epochs(drawn_tokens, says):
+    lines = describe_draws([Draw("code", 1.0, train_tokens=100, drawn_tokens=drawn_tokens)]).splitlines()
+    assert len(lines) == (3 if says is None else 4)
+    assert says is None or lines[-1].startswith(says)
 
 
 def test_what_is_no_blend_is_refused(tmp_path, prefixes, corpus):

@@ -1,8 +1,9 @@
 import pytest
 
 from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
-from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from sambalm.data_pipeline.tokenizer_training import _sample, train_tokenizer
 from tests.support.data import VOCAB_SIZE, listing, write_jsonl
 
 
@@ -33,6 +34,22 @@ def test_training_is_deterministic_and_quiet(tokenizer, corpus, tmp_path, capfd)
     again = train_tokenizer([corpus], vocab_size=VOCAB_SIZE, output=tmp_path / "again.model")
     assert again.sha256 == tokenizer.sha256
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_sample_never_has_more_characters_than_asked_for(tmp_path):
+    """Each document is drawn with a probability of half, or nearly, so that half of the seeds draw too many."""
+    files = expand_inputs([write_jsonl(tmp_path / "a.jsonl", ["x" * 200] * 50)])
+    characters = files[0].size_bytes // 2
+    drawn = [
+        sum(
+            len(document.text)
+            for document in _sample(files, text_key="text", seed=seed, characters=characters, progress=None)
+        )
+        for seed in range(20)
+    ]
+    assert max(drawn) <= characters
+    assert len(set(drawn)) > 3
+    assert max(drawn) > characters - 200
 
 
 def test_sample_is_bounded_and_depends_on_the_seed(corpus, tmp_path):

@@ -69,6 +69,7 @@ def test_the_index_is_that_of_the_shards(exported):
 def test_plan_of_the_shards():
     sizes = {"a": 5, "b": 5, "c": 1, "d": 20, "e": 1}
     assert plan_shards(sizes, max_shard_bytes=10) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert plan_shards({"a": 4, "b": 3, "c": 3, "d": 2}, max_shard_bytes=6) == [["a"], ["b", "c"], ["d"]]
     assert plan_shards(sizes, max_shard_bytes=100) == [["a", "b", "c", "d", "e"]]
 
 
