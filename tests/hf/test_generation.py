@@ -60,3 +60,16 @@ def test_generation_continues_from_a_cache(pattern):
     with torch.no_grad():
         model(prompt[:, :13], past_key_values=cache)
     assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), model.generate(prompt, **GREEDY))
+
+
+def test_a_cache_that_was_reset_is_as_new():
+    """Of a model without attention, whose cache counts its tokens itself."""
+    model = model_of("M-")
+    prompt, cache = random_tokens(1, 20), new_cache(model.config)
+    with torch.no_grad():
+        model(random_tokens(1, 13, seed=1), past_key_values=cache)
+        assert cache.get_seq_length() == 13
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(prompt, past_key_values=cache).logits, model(prompt).logits)
+        assert cache.get_seq_length() == 20

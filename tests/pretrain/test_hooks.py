@@ -1,6 +1,7 @@
 """What hooks hear of a run, and when: over validations, saves, requests, a stop and an error."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.reporting.metrics import _drop_after
+from sambalm.pretrain.reporting.metrics_file import metrics_line, read_metrics
 from tests.support.whole_runs import changed
 from tests.support.worlds import run_world
 
@@ -161,3 +164,17 @@ def test_the_last_step_is_validated_and_saved_whatever_is_asked_for(values):
 def test_hooks_end_after_an_error_too(values):
     (events,) = run_world(events_on_rank, values, {1: "error"}, False, ranks=1)
     assert events == [*STARTS, ("launch", 1), *step(1), *ends(None)]
+
+
+def test_metrics_are_read_as_they_were_written(tmp_path):
+    """What is not finite is null in the file; a line that a kill cut short is none; a resume drops what came later."""
+    lines = [metrics_line({"step": step, "loss": loss}) for step, loss in ((1, 2.5), (2, math.inf), (3, -math.inf))]
+    assert lines[1] == '{"step": 2, "loss": null}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + lines[0][:-1])
+    first, *others = read_metrics(tmp_path)
+    assert first == {"step": 1, "loss": 2.5}
+    assert [record["step"] for record in others] == [2, 3]
+    assert all(math.isnan(record["loss"]) for record in others)
+    _drop_after(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
+    assert read_metrics(tmp_path / "none") == []
