@@ -1,6 +1,6 @@
 # make demo   text to tokenizer to training to a Hugging Face model that speaks, in minutes on 2 cores
-# make test   what CI runs
-# make test-slow   the tests that CI leaves out: many ranks, benchmarks
+# make test   lint, and the tests that show whether an installation works
+# make test-slow   the other tests: the rest of each grid of layouts, many ranks, benchmarks. CI runs both
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   what pre-commit runs too: make style, types, spelling and scripts
@@ -40,11 +40,14 @@ demo: $(DEMO)/data/python.json
 	$(BIN)/sambalm generate $(DEMO)/hf --prompt 'def main(' --max-new-tokens 80
 	$(BIN)/sambalm report $(DEMO)
 
+# Two processes, each with half of the tests; one that is done takes over from the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m "slow and not slurm"
+	$(PYTEST) -m "slow and not slurm"
 
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh

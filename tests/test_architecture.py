@@ -1,6 +1,7 @@
 """Rules of the code base that no other test would notice: who imports whom, sizes, and what is never executed."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.deepspeed_contract import PRIVATE_NAMES
+from tests.support.worlds import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("data_pipeline", "model", "parallel", "pretrain", "slurm")
@@ -239,6 +241,13 @@ def test_help_checks_of_a_config_and_plans_load_nothing_heavy():
     assert len(planner) > 5
     assert heavy_modules("sambalm.pretrain.cli", "sambalm.pretrain.config_file", *planner) == set()
     assert heavy_modules("sambalm.pretrain.gradient_buckets") >= {"torch"}
+
+
+def test_ranks_of_tests_preload_what_there_is():
+    """Nobody would notice a name that is gone: every test would only take longer."""
+    ours = [name for name in PRELOAD if name.startswith("sambalm.")]
+    assert len(ours) > 5
+    assert [name for name in ours if importlib.util.find_spec(name) is None] == []
 
 
 def test_no_files_import_each_other():

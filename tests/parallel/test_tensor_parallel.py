@@ -17,6 +17,7 @@ from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.shard import shard
 from sambalm.pretrain.check_layout import local_slices, whole
 from tests.support.layout_runs import run_values
+from tests.support.marks import slow_except
 from tests.support.worlds import run_world
 
 
@@ -111,7 +112,7 @@ def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
     return state
 
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", slow_except([2], [2, 4, 8]))
 @pytest.mark.parametrize("size", MODELS)
 def test_initial_weights_do_not_depend_on_the_ranks(size, ranks):
     values = run_values(model=MODELS[size] | {"pattern": "M*-"})
@@ -121,7 +122,7 @@ def test_initial_weights_do_not_depend_on_the_ranks(size, ranks):
 
 
 @pytest.mark.parametrize("size", MODELS)
-@pytest.mark.parametrize(("saved", "loaded"), [(4, 1), (2, 4), pytest.param(8, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("saved", "loaded"), slow_except([(2, 4)], [(4, 1), (2, 4), (8, 1)]))
 def test_a_state_saved_on_some_ranks_is_the_same_on_others(size, saved, loaded, tmp_path):
     values = run_values(model=MODELS[size] | {"pattern": "M*-"}, run_dir=str(tmp_path))
     writers = run_world(state_on_rank, values | {"parallel": {"tensor": saved}}, str(tmp_path), False, ranks=saved)

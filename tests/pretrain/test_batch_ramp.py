@@ -10,6 +10,7 @@ import torch
 from sambalm.pretrain.batch_schedule import BatchSchedule
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
+from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, train
 from tests.support.worlds import run_world
 
@@ -165,7 +166,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_except(["DP2 ZeRO-1", "DP2 ZeRO-3"], LAYOUTS))
 def test_steps_of_every_size_are_those_of_a_plain_loop(layout, ramp_values, plain):
     if not plain:
         (plain["found"],) = run_world(plain_loop, ramp_values, ranks=1)

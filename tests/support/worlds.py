@@ -7,7 +7,22 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.compat.cpu"]
+# All that most ranks import. Each rank is a fork of one process that has it already; what is not there is left out.
+PRELOAD = [
+    "pytest",
+    "sambalm.pretrain.trainer",
+    "sambalm.pretrain.check_layout",
+    "sambalm.parallel.compat.cpu",
+    "sambalm.parallel.layers.context_parallel",
+    "sambalm.model.mixers.attention.layer",
+    "sambalm.model.mixers.mamba.context_parallel_scan",
+    "sambalm.model.mixers.mamba.layer",
+    "sambalm.model.mixers.mlp.layer",
+    "deepspeed.module_inject.auto_ep_layer",
+    "megatron.core.models.backends",
+    "megatron.core.transformer.multi_token_prediction",
+    "megatron.core.transformer.transformer_block",
+]
 
 
 def run_world(
