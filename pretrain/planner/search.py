@@ -82,14 +82,14 @@ def find_plans(
     best: dict[ParallelConfig, _Step] = {}
     smallest: tuple[int, RunConfig] | None = None
     full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
-    given = {"world_size": world_size, "hardware": hardware, "kernels": kernels}
     slowest_s = math.inf  # of the `top` fastest so far
     for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
         if candidate.parallel == full:
             continue
         key = candidate.parallel.model_copy(update={"recompute": "none"})
         limit_s = best[key].time.total_s if key in best else math.inf
-        least_s = least_step_s(candidate, distinct_stages(candidate).values(), **given)
+        stages = distinct_stages(candidate).values()
+        least_s = least_step_s(candidate, stages, world_size=world_size, hardware=hardware, kernels=kernels)
         if least_s >= limit_s or least_s > slowest_s:
             continue
         needed = needed_bytes(candidate, world_size=world_size, kernels=kernels)
@@ -98,7 +98,7 @@ def find_plans(
         if needed > limit_bytes:
             full = candidate.parallel
             continue
-        step = _step(candidate, **given)
+        step = _step(candidate, world_size=world_size, hardware=hardware, kernels=kernels)
         if step.time.total_s < limit_s:
             best[key] = step
             if top is not None and len(best) >= top:
