@@ -57,8 +57,8 @@ def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[
 )
 def test_a_step_with_gradients_that_are_not_finite_is_skipped(ranks, parallel):
     for norms, changed, counted in run_world(on_rank, run_values(parallel=parallel), ranks - 1, ranks=ranks):
-        assert [norm for norm in norms if not math.isfinite(norm)] == pytest.approx([*BAD.values()], nan_ok=True)
         assert [math.isfinite(norm) for norm in norms] == [step not in BAD for step in range(STEPS)]
         assert changed == [step not in BAD for step in range(STEPS)]
-        if parallel.get("zero_stage", 1) == 1:  # the others leave it to DeepSpeed
+        if parallel.get("zero_stage", 1) == 1:  # the others leave it to DeepSpeed, whose norm is inf for both
+            assert [norm for norm in norms if not math.isfinite(norm)] == pytest.approx([*BAD.values()], nan_ok=True)
             assert counted == [STEPS]
