@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from tests.support.signals import restored_signals
 from tests.support.whole_runs import changed
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli"]
@@ -78,7 +79,8 @@ def sambalm(monkeypatch, capfd):
             cli.main()
         return exit_info.value.code or 0, *capfd.readouterr()
 
-    return run
+    with restored_signals():
+        yield run
 
 
 def test_version(sambalm):

@@ -27,6 +27,7 @@ from sambalm.pretrain.lifecycle.attempts import (
 from sambalm.pretrain.lifecycle.hooks import is_due
 from sambalm.pretrain.lifecycle.lease import Lease
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
+from tests.support.signals import restored_signals
 
 
 def attempts(*endings, step=5):
@@ -220,13 +221,10 @@ def test_a_lease_is_only_its_holders_to_release(tmp_path):
 
 @pytest.fixture
 def listening():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    signals = Signals()
-    signals.listen()
-    yield signals
-    signal.set_wakeup_fd(-1)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with restored_signals():
+        signals = Signals()
+        signals.listen()
+        yield signals
 
 
 def taken_after(signals, *numbers):

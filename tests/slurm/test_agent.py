@@ -9,6 +9,7 @@ import pytest
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.slurm import agent
+from tests.support.signals import restored_signals
 
 ENDINGS = [
     # What the first rank to fail ended with, whether Slurm had told the node to leave, and what the agent makes of it.
@@ -28,7 +29,6 @@ ENDINGS = [
 @pytest.fixture
 def node(tmp_path, monkeypatch):
     """Runs an agent whose ranks end as told; returns its exit code, torchrun's arguments and the outcome it wrote."""
-    before = signal.getsignal(signal.SIGTERM)
     environment = {"SLURMD_NODENAME": "n2", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -50,8 +50,8 @@ def node(tmp_path, monkeypatch):
         outcome = tmp_path / "outcome.json"
         return int(ended.value.code), called, json.loads(outcome.read_text()) if outcome.exists() else None
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    with restored_signals():
+        yield run
 
 
 @pytest.mark.parametrize(("of_ranks", "told", "expected"), ENDINGS)
