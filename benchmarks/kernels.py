@@ -46,7 +46,7 @@ def inputs_of(batch: int, channels: int, length: int) -> list[torch.Tensor]:
 
 
 def median_ms(function, *, repeats: int) -> float:
-    """Of one call among several that were launched together, as in training, where the CPU runs ahead."""
+    """The time of one call among several that were launched together, as in training, where the CPU runs ahead."""
     for _ in range(2):
         function()
     calls, times = 5, []
@@ -77,7 +77,7 @@ def measure(scan, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, f
 
 
 def measure_call(forward, inputs: list[torch.Tensor], *, repeats: int) -> tuple[float, float]:
-    """Of forward and of backward, in ms."""
+    """The times of forward and of backward, in ms."""
     y = forward()
     grad = torch.randn_like(y)
     backward = median_ms(lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True), repeats=repeats)

@@ -21,7 +21,7 @@ LEVELS = get_args(ParallelConfig.model_fields["recompute"].annotation)
 
 
 def memory_gib(path: Path, *, sequences: int, recompute: str) -> float:
-    """Of micro-batches of so many sequences, one a step."""
+    """The peak of a step of one micro-batch of so many sequences."""
     settings = ["run.dir=unused", "data.train=unused", "train.batch_ramp=null", f"train.micro_batch_size={sequences}"]
     length = load_config(path, settings).data.sequence_length
     settings += [f"train.global_batch_tokens={sequences * length}", "parallel={recompute: " + recompute + "}"]

@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def result_of(cell: dict, processes: StepProcesses, arguments: argparse.Namespace) -> dict:
-    """Of an earlier run, or of one now, or foreseen; added to --output and printed."""
+    """The result of an earlier run, or of one now, or foreseen; added to --output and printed."""
     records = read(arguments.output)
     for record in records:
         if key_of(record) == key_of(cell) and record["outcome"] in FINAL:
@@ -158,7 +158,7 @@ def foreseen(cell: dict, records: Sequence[dict]) -> dict | None:
 
 
 def micro_batch_tokens(cell: dict) -> int:
-    """Of whole sequences."""
+    """Micro-batch sizes of whole sequences."""
     return max(1, cell["micro_batch_tokens"] // cell["length"]) * cell["length"]
 
 

@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
 
 def last_error(log: str) -> str:
-    """Of the ranks, before what the launcher says of their end."""
+    """The last error that the ranks printed, before what the launcher says of their end."""
     lines = [line for line in log.splitlines() if line.strip()]
     return next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "no output")
 
@@ -132,7 +132,7 @@ def profile_rank(arguments: argparse.Namespace, settings: list[str]) -> None:
     config = load_config(Path(arguments.config), settings)
     with open_run_folder(config) as run_folder, start_world(config.parallel) as world:
         trainer = Trainer(config, world, folder=run_folder, signals=Signals())
-        with closing(trainer.training.execution), closing(trainer.loader):
+        with closing(trainer.training.executor), closing(trainer.loader):
             for _ in range(arguments.steps - PROFILED_STEPS):
                 trainer._launch_step()
             torch.cuda.synchronize()
@@ -184,7 +184,7 @@ def waits_ms(events: list) -> collections.Counter[str]:
 
 
 def busy_ms(events: list) -> float:
-    """Of a step, in which any of the kernels runs."""
+    """The time of a step in which any of the kernels runs."""
     whole_ms = (max(e.time_range.end for e in events) - events[0].time_range.start) / PROFILED_STEPS / 1e3
     return whole_ms - waits_ms(events).total()
 

@@ -8,5 +8,5 @@ class DataError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Of a library's message, which may go on over many."""
+    """The first line of a library's message, which may go on over many."""
     return str(error).strip().split("\n")[0]

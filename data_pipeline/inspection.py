@@ -17,7 +17,7 @@ _FREQUENT, _BAR_WIDTH = 15, 40
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all documents of a prefix.
+    """Counts and lengths over all documents of a prefix.
 
     `histogram` counts documents by their number of tokens: entry n those of 2**n to 2**(n+1) - 1. `frequencies`, int64
     [highest id + 1], counts the ids of the first `counted_tokens`. `text_bytes` is None where no manifest knows it.
@@ -54,7 +54,7 @@ class Inspector:
     def statistics(
         self, *, max_counted_tokens: int = 10**9, progress: Callable[[int, int | None], None] | None = None
     ) -> Statistics:
-        """Of all documents; frequencies of the first `max_counted_tokens` ids, because all may be a day's reading.
+        """Statistics of all documents; frequencies of `max_counted_tokens` ids, because all may be a day's reading.
 
         `progress` receives (tokens counted, tokens to count).
         """

@@ -1,11 +1,11 @@
-"""This rank's parts of a model on a layout."""
+"""This rank's chunks of a model on a layout."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from sambalm.model.chunks import part_layers
+from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.registry import Kernels
 from sambalm.model.samba import Samba
@@ -13,7 +13,7 @@ from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import World
 
 
-def build_parts(
+def build_chunks(
     config: ModelConfig,
     parallel: ParallelConfig,
     *,
@@ -22,8 +22,8 @@ def build_parts(
     dtype: torch.dtype,
     sequence_length: int,
 ) -> list[Samba]:
-    """Uninitialised parts on this rank's device, in the model's order; one part where there is no pipeline."""
-    layers = part_layers(config, parallel, sequence_length=sequence_length)
+    """Uninitialised chunks on this rank's device, in the model's order; one chunk where there is no pipeline."""
+    layers = chunk_layers(config, parallel, sequence_length=sequence_length)
     with world.device:
         return [
             Samba(
@@ -39,7 +39,7 @@ def build_parts(
         ]
 
 
-def tied_copy(parts: Sequence[Samba]) -> nn.Parameter | None:
+def tied_copy(chunks: Sequence[Samba]) -> nn.Parameter | None:
     """This rank's copy of an embedding that the first and the last pipeline stage share, if it has one."""
-    ends = (part for part in parts if part.config.tie_embeddings and part.is_first != part.is_last)
-    return next((part.embedding.weight for part in ends), None)
+    ends = (chunk for chunk in chunks if chunk.config.tie_embeddings and chunk.is_first != chunk.is_last)
+    return next((chunk.embedding.weight for chunk in ends), None)

@@ -52,10 +52,10 @@ class ParallelConfig(BaseModel):
                 "gradients and weights in each backward, of which a pipeline has several at once, so set "
                 "parallel.zero_stage to 1"
             )
-        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.model_parts:
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.model_chunks:
             raise ValueError(
                 f"parallel.pipeline_layers is {self.pipeline_layers}: it needs parallel.pipeline x "
-                f"parallel.virtual_pipeline = {self.model_parts} entries"
+                f"parallel.virtual_pipeline = {self.model_chunks} entries"
             )
         return self
 
@@ -78,7 +78,7 @@ class ParallelConfig(BaseModel):
         return self.zero_stage == 1 and self.pipeline == 1 and self.replicas(world_size) > 1
 
     @property
-    def model_parts(self) -> int:
+    def model_chunks(self) -> int:
         """Parts that the layers are cut into."""
         return self.pipeline * self.virtual_pipeline
 

@@ -210,13 +210,13 @@ def _update(values: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _sublayers(config: RunConfig) -> list[int] | None:
-    """The sublayers of each part of a pipeline."""
+    """The sublayers of each chunk of a pipeline."""
     if config.parallel.pipeline == 1:
         return None
-    from sambalm.model.build import part_layers
+    from sambalm.model.build import chunk_layers
 
-    parts = part_layers(config.model, config.parallel, sequence_length=config.data.sequence_length)
-    return [len(layers) for layers in parts]
+    chunks = chunk_layers(config.model, config.parallel, sequence_length=config.data.sequence_length)
+    return [len(layers) for layers in chunks]
 
 
 def _shrunk(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -345,30 +345,30 @@ def take_steps(config: RunConfig, *, steps: int, batches: Batches) -> Steps:
         training = build_training(config, world=world, checkpoint=None, bucket_elements=1)  # a bucket for each layer
         losses, norms, gradients = [], [], []
         for step in range(steps):
-            loss = training.execution.train_step(batches(step, config, world))
+            loss = training.executor.train_step(batches(step, config, world))
             losses.append((world.sum_over_replicas(loss) / world.replica_size).item())
             norms.append(float(gradient_norm(training.engine)))
             if step == 0:
-                gradients = _first_gradients(training.parts, norm=norms[0], config=config)
+                gradients = _first_gradients(training.chunks, norm=norms[0], config=config)
     return Steps(losses, norms, gradients)
 
 
-def _first_gradients(parts: "Iterable[nn.Module]", *, norm: float, config: RunConfig) -> Slices:
+def _first_gradients(chunks: "Iterable[nn.Module]", *, norm: float, config: RunConfig) -> Slices:
     """The first step's gradient from AdamW's first moment after it: (1 - beta1) x clip / norm x gradient."""
     from sambalm.parallel.zero.engine import whole_moment
 
     scale = (1 - config.optimizer.beta1) * min(1.0, config.optimizer.clip_norm / norm)
-    return local_slices(parts, lambda parameter: whole_moment(parameter, "exp_avg") / scale)
+    return local_slices(chunks, lambda parameter: whole_moment(parameter, "exp_avg") / scale)
 
 
-def local_slices(parts: "Iterable[nn.Module]", value: "Callable[[nn.Parameter], torch.Tensor]") -> Slices:
+def local_slices(chunks: "Iterable[nn.Module]", value: "Callable[[nn.Parameter], torch.Tensor]") -> Slices:
     """Canonical slices of something that has the shape of each parameter. Collective where value is."""
     from sambalm.parallel.sharding import canonical_slices
 
     wholes: dict[nn.Parameter, torch.Tensor] = {}
     slices: Slices = []
-    for part in parts:
-        for name, parameter, piece in canonical_slices(part):
+    for chunk in chunks:
+        for name, parameter, piece in canonical_slices(chunk):
             if parameter not in wholes:
                 wholes[parameter] = value(parameter).cpu()
             slices.append((name, piece.offsets, piece.of_local(wholes[parameter]).numpy().copy()))
@@ -414,7 +414,7 @@ def _relative(number: float, reference: float) -> float:
 
 
 def _farthest(ranks: Sequence[list[float]], expected: list[float]) -> list[float]:
-    """Of all ranks' numbers those that are farthest from the expected ones."""
+    """The ranks' numbers that are farthest from the expected ones."""
     return max(ranks, key=lambda numbers: max(map(_relative, numbers, expected)))
 
 

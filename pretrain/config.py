@@ -166,9 +166,9 @@ class RunConfig(BaseModel):
         self._check_abilities()
         self._check_sequence_cuts()
         layers = self.parallel.pipeline_layers
-        if self.parallel.model_parts > len(self.model.pattern):
+        if self.parallel.model_chunks > len(self.model.pattern):
             raise ValueError(
-                f"parallel.pipeline x parallel.virtual_pipeline is {self.parallel.model_parts}, more than the "
+                f"parallel.pipeline x parallel.virtual_pipeline is {self.parallel.model_chunks}, more than the "
                 f"{len(self.model.pattern)} sublayers of model.pattern: lower them"
             )
         if layers is not None and sum(layers) != len(self.model.pattern):

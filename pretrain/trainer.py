@@ -103,7 +103,7 @@ class Trainer:
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, and calls the hooks on the way."""
         exit_code: ExitCode | None = None
-        with closing(self.loader), closing(self.training.execution), ExitStack() as ends:
+        with closing(self.loader), closing(self.training.executor), ExitStack() as ends:
             for hook in self.hooks:
                 hook.on_start(self.training)
                 ends.push(lambda error, *_, hook=hook: hook.on_end(None if error else exit_code))
@@ -146,7 +146,7 @@ class Trainer:
             group["lr"] = lr
         batch_samples = self.config.batch_schedule.step_samples(self.samples)
         micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
-        loss = self.training.execution.train_step([self._micro_batch() for _ in range(micro_batches)])
+        loss = self.training.executor.train_step([self._micro_batch() for _ in range(micro_batches)])
         mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
         self.samples += batch_samples
         self.step += 1

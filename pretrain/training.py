@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sambalm.model.build import build_parts, tied_copy
+from sambalm.model.build import build_chunks, tied_copy
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.ops.registry import Kernels, build_kernels
 from sambalm.parallel.execution import Executor, build_executor
@@ -23,18 +23,18 @@ from sambalm.pretrain.precision import DTYPES
 
 @dataclass(frozen=True)
 class Training:
-    """What this rank trains: its parts of the model, the engine that holds them, and the way to run them."""
+    """What this rank trains: its chunks of the model, the engine that holds them, and the way to run them."""
 
     engine: Engine
-    parts: Sequence[nn.Module]
-    execution: Executor
+    chunks: Sequence[nn.Module]
+    executor: Executor
     kernels: Kernels
 
 
 def build_training(
     config: RunConfig, *, world: World, checkpoint: Checkpoint | None, bucket_elements: int = BUCKET_ELEMENTS
 ) -> Training:
-    """This rank's parts of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective.
+    """This rank's chunks of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective.
 
     Args:
         bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
@@ -51,7 +51,7 @@ def build_training(
         cp=world.context,
     )
     kernels = build_kernels(config.kernels, requirements)
-    parts = build_parts(
+    chunks = build_chunks(
         config.model,
         parallel,
         world=world,
@@ -61,14 +61,14 @@ def build_training(
     )
     # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
     if checkpoint:
-        load_weights(parts, checkpoint.path, world=world)
+        load_weights(chunks, checkpoint.path, world=world)
     else:
-        for part in parts:
-            initialize_parameters(part, seed=config.run.seed)
+        for chunk in chunks:
+            initialize_parameters(chunk, seed=config.run.seed)
     overlaps = parallel.overlaps_messages(world.size)
-    buckets = gradient_buckets(parts, max_elements=bucket_elements if overlaps else None)
+    buckets = gradient_buckets(chunks, max_elements=bucket_elements if overlaps else None)
     engine = zero_engine(
-        parts,
+        chunks,
         config.optimizer.build(buckets, adamw=kernels.optimizer),
         world=world,
         zero_stage=parallel.zero_stage,
@@ -77,11 +77,11 @@ def build_training(
         done_steps=checkpoint.step if checkpoint else 0,
     )
     if checkpoint:
-        load_moments(parts, checkpoint.path, world=world)
-    tied_weight = tied_copy(parts)
+        load_moments(chunks, checkpoint.path, world=world)
+    tied_weight = tied_copy(chunks)
     executor = build_executor(
         engine,
-        parts,
+        chunks,
         world=world,
         buckets=buckets,
         hidden_size=config.model.hidden_size,
@@ -91,4 +91,4 @@ def build_training(
         clip_norm=config.optimizer.clip_norm,
         cuda_graphs=config.train.cuda_graphs,
     )
-    return Training(engine=engine, parts=parts, execution=executor, kernels=kernels)
+    return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)

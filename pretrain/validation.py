@@ -30,7 +30,7 @@ class Validator(Hook):
         self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
 
     def on_start(self, training: Training) -> None:
-        self.executor = training.execution
+        self.executor = training.executor
 
     def acts_on(self, step: int) -> bool:
         return is_due(step, every_steps=self.config.validation.every_steps, last_step=self.config.train.steps)

@@ -77,7 +77,7 @@ class Measurement:
 
 
 def settings_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
-    """Of a run alone on this machine; overrides may still change the model, optimizer and kernels."""
+    """The config of a run alone on this machine; overrides may still change the model, optimizer and kernels."""
     sequences = max(1, min(arguments.micro_batch_tokens, arguments.step_tokens) // arguments.length)
     values = {
         "run.dir": "unused",
@@ -113,7 +113,7 @@ def own(config: RunConfig) -> Iterator[Contestant]:
 
         def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             micro_batches = [MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in batches]
-            loss = training.execution.train_step(micro_batches)
+            loss = training.executor.train_step(micro_batches)
             return loss, gradient_norm(training.engine)
 
         yield Contestant(step, count_parameters(config.model)["total"], training.kernels.names)

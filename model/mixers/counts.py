@@ -5,7 +5,7 @@ Counts stand here and seconds do not: only the planner knows hardware. Nothing h
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 FP32_BYTES = 4
@@ -24,6 +24,10 @@ class KernelNames:
     norm: str
     elementwise: str
     device: str = "cuda"
+
+    def __str__(self) -> str:
+        """The names as the start line of a run has them, as in 'scan=cuda conv=cuda ...'."""
+        return " ".join(f"{key.name}={getattr(self, key.name)}" for key in fields(self) if key.name != "device")
 
 
 @dataclass(frozen=True)

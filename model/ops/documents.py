@@ -80,7 +80,7 @@ class Documents:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Of each token in its document, int64 [batch, length]."""
+        """Each token's position in its document, int64 [batch, length]."""
         return to_device(torch.arange(self.first, self.first + self.starts.shape[1]) - self.starts, self.device)
 
     @cached_property
@@ -94,7 +94,7 @@ class Documents:
         return torch.cat((to_device(self.starts[:, :1] == before, self.device), self.resets), dim=1)
 
     def attention(self, queries: range, *, keys_before: int) -> AttentionDocuments:
-        """Of an attention call on some of the part's tokens, with so many keys before the first of them."""
+        """The borders of an attention call on some of the part's tokens, with so many keys before the first of them."""
         if (queries, keys_before) not in self._attention:
             starts = self.starts[:, queries.start : queries.stop]
             first_keys = (starts - self.first - queries.start + keys_before).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: megatron-core's schedules (1F1B and interleaved) over this rank's parts of a model."""
+"""Pipeline parallelism: megatron-core's schedules (1F1B and interleaved) over this rank's chunks of a model."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,8 +15,8 @@ Reduce = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Part(nn.Module):
-    """One part of the model as the schedules know it; they set its input before each call."""
+class ScheduledChunk(nn.Module):
+    """One chunk of the model as the schedules know it; they set its input before each call."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -36,9 +36,9 @@ class PipelineSchedule:
     """Runs micro-batches through the stages.
 
     Args:
-        modules: this rank's parts of the model in order; called with (tokens, labels, hidden=the part before's output,
-            document_starts=the micro-batch's).
-        hidden_size, dtype: of the activations between parts.
+        modules: this rank's chunks of the model in order; called with (tokens, labels, hidden=the output of the chunk
+            before, document_starts=the micro-batch's).
+        hidden_size, dtype: of the activations between chunks.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, world: World, hidden_size: int, dtype: torch.dtype) -> None:
@@ -59,7 +59,7 @@ class PipelineSchedule:
         # The schedules read these two of a TransformerConfig, which a model that is none does not have.
         config.hidden_size, config.fine_grained_activation_offloading = hidden_size, False
         self.world = world
-        self.parts = [Part(module, config) for module in modules]
+        self.chunks = [ScheduledChunk(module, config) for module in modules]
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Adds a step's gradients (of the mean over the micro-batches) to the parameters' and returns the mean loss."""
@@ -81,14 +81,14 @@ class PipelineSchedule:
             # The schedule multiplies by the context-parallel size, for losses that are sums over it; ours are means.
             return output.mean() / self.world.context.size, reduce(output.detach())
 
-        def forward(iterator: Iterator[MicroBatch], part: Part) -> tuple[Tensor, Loss]:
-            return part(next(iterator)), loss
+        def forward(iterator: Iterator[MicroBatch], chunk: ScheduledChunk) -> tuple[Tensor, Loss]:
+            return chunk(next(iterator)), loss
 
         tokens = micro_batches[0].tokens
         return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=[iter(micro_batches) for _ in self.parts],
-            model=self.parts,
+            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=tokens.shape[1] * self.world.context.size,
             micro_batch_size=tokens.shape[0],

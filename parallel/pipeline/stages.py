@@ -5,29 +5,29 @@ import math
 from collections.abc import Sequence
 
 
-def balanced_stages(costs: Sequence[float], *, parts: int, first: float = 0.0, last: float = 0.0) -> list[int]:
-    """Cuts a row of layers into contiguous parts so that the dearest part is as cheap as possible.
+def balanced_stages(costs: Sequence[float], *, chunks: int, first: float = 0.0, last: float = 0.0) -> list[int]:
+    """Cuts a row of layers into contiguous chunks so that the dearest chunk is as cheap as possible.
 
     Args:
         costs: of each layer.
-        parts: as many as there are layers at most; each gets one layer at least.
-        first, last: what the first and the last part cost besides their layers (embedding, head and loss).
+        chunks: as many as there are layers at most; each gets one layer at least.
+        first, last: what the first and the last chunk cost besides their layers (embedding, head and loss).
 
     Returns:
-        Layers of each part. Ties go to the earliest cut.
+        Layers of each chunk. Ties go to the earliest cut.
     """
     count = len(costs)
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
 
-    # best[end]: the lowest cost of the dearest of the parts so far when they hold the first `end` layers. No part is
+    # best[end]: the lowest cost of the dearest of the chunks so far when they hold the first `end` layers. No chunk is
     # empty: it would hold the model's end as well as its neighbour does.
-    alone = first + (last if parts == 1 else 0.0)
+    alone = first + (last if chunks == 1 else 0.0)
     best = [math.inf, *(total + alone for total in sums[1:])]
     starts: list[list[int]] = []
-    for part in range(1, parts):
-        more = last if part == parts - 1 else 0.0
+    for chunk in range(1, chunks):
+        more = last if chunk == chunks - 1 else 0.0
         options = [_last_cut(sums, best, end, more=more) for end in range(count + 1)]
         best, choice = [cost for cost, _ in options], [start for _, start in options]
         starts.append(choice)
@@ -39,15 +39,15 @@ def balanced_stages(costs: Sequence[float], *, parts: int, first: float = 0.0, l
 
 
 def _last_cut(sums: Sequence[float], best: Sequence[float], end: int, *, more: float) -> tuple[float, int]:
-    """Finds where the last of some parts starts that hold the first `end` layers.
+    """Finds where the last of some chunks starts that hold the first `end` layers.
 
     Args:
         sums: what the layers before each one cost.
-        best: the lowest cost of the dearest part before, by where the last one starts.
-        more: what the last part costs besides its layers.
+        best: the lowest cost of the dearest chunk before, by where the last one starts.
+        more: what the last chunk costs besides its layers.
 
     Returns:
-        The lowest cost of the dearest part, and the earliest start that has it.
+        The lowest cost of the dearest chunk, and the earliest start that has it.
     """
     lowest, chosen = math.inf, 0
     for start in range(end - 1, -1, -1):

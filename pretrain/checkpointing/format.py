@@ -137,7 +137,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of a run's committed checkpoints, unopened; 0 without one."""
+    """The newest step of a run's committed checkpoints, unopened; 0 without one."""
     return max((int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(run_dir)), default=0)
 
 

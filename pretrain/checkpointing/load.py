@@ -70,18 +70,18 @@ def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunCon
         )
 
 
-def load_weights(parts: Sequence[nn.Module], path: Path, *, world: World) -> None:
+def load_weights(chunks: Sequence[nn.Module], path: Path, *, world: World) -> None:
     """Fills parameters, on any layout, before the engine takes them over. Collective."""
-    wanted = {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in all_slices(parts)}
+    wanted = {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in all_slices(chunks)}
     _load(path, wanted, world=world)
 
 
-def load_moments(parts: Sequence[nn.Module], path: Path, *, world: World) -> None:
+def load_moments(chunks: Sequence[nn.Module], path: Path, *, world: World) -> None:
     """Fills the optimizer's moments, on any layout, once the engine has taken the parameters over. Collective."""
     for key in MOMENTS:
         wholes: dict[nn.Parameter, Tensor] = {}
         wanted = {}
-        for name, parameter, piece in all_slices(parts):
+        for name, parameter, piece in all_slices(chunks):
             whole = wholes.setdefault(parameter, torch.zeros(whole_shape(parameter)))
             wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
         _load(path, wanted, world=world)

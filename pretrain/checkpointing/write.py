@@ -24,7 +24,7 @@ PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
 
 
 def save_checkpoint(
-    parts: Sequence[nn.Module],
+    chunks: Sequence[nn.Module],
     *,
     config: RunConfig,
     world: World,
@@ -48,7 +48,7 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     together = functools.partial(_together, world=world, step=step, partial=partial)
     together(lambda: _make_empty(partial), ranks=[0])
-    together(lambda: _write_tensors(parts, partial, world=world))
+    together(lambda: _write_tensors(chunks, partial, world=world))
     found: dict[str, dict[str, int]] = {}
     names = _dealt_files(partial, world=world)
     together(lambda: found.update(files.checksums(partial, names)))
@@ -84,10 +84,10 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_tensors(parts: Sequence[nn.Module], partial: Path, *, world: World) -> None:
+def _write_tensors(chunks: Sequence[nn.Module], partial: Path, *, world: World) -> None:
     """Every rank's part. Collective."""
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(slices_to_save(parts, world), storage_writer=writer, process_group=world.host_group)
+    dcp.save(slices_to_save(chunks, world), storage_writer=writer, process_group=world.host_group)
 
 
 def _dealt_files(partial: Path, *, world: World) -> list[str]:

@@ -32,7 +32,7 @@ class Checkpointer(Hook):
         self.config, self.world, self.data, self.check_lease, self.hooks = config, world, data, check_lease, hooks
 
     def on_start(self, training: Training) -> None:
-        self.parts = training.parts
+        self.parts = training.chunks
 
     def acts_on(self, step: int) -> bool:
         return is_due(step, every_steps=self.config.checkpoint.every_steps, last_step=self.config.train.steps)

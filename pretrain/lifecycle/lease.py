@@ -102,7 +102,7 @@ class Lease:
 
 
 def _identity() -> dict[str, Any]:
-    """Of this process, on whatever host."""
+    """This process's identity, on whatever host."""
     pid = os.getpid()
     return {
         "token": uuid.uuid4().hex,

@@ -24,7 +24,7 @@ class Hardware:
 
     @property
     def vector_rate(self) -> float:
-        """Of kernels that neither products nor memory bind, over an H100's."""
+        """The speed of kernels that neither products nor memory bind, over an H100's."""
         return self.multiprocessors * self.clock_ghz / (H100.multiprocessors * H100.clock_ghz)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.mixers.counts import KernelNames, Traffic
 from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose
+from sambalm.parallel.shard import Position
 from sambalm.pretrain.config import RunConfig
 
 KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
@@ -21,7 +22,7 @@ def planned_kernels(config: RunConfig) -> KernelNames:
     """What a run on GPUs computes with; auto stands for the best that needs no package besides PyTorch's CUDA build.
 
     Raises:
-        KernelError: the run would refuse a kernel that its configuration names, on any GPU and in any layout.
+        KernelError: the run would refuse a kernel that its configuration names, on any GPU.
     """
     requirements = kernel_requirements(
         config.model,
@@ -30,6 +31,8 @@ def planned_kernels(config: RunConfig) -> KernelNames:
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,
         resets=config.data.reset_at_document,
+        tp=Position(config.parallel.tensor),
+        cp=Position(config.parallel.context),
     )
     asked = config.kernels.model_dump()
     return KernelNames(**{operation: _planned(operation, name, requirements) for operation, name in asked.items()})
@@ -47,7 +50,7 @@ def _planned(operation: str, asked: str, requirements: KernelRequirements) -> st
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a kernel for each channel and token, on an H100."""
+    """Seconds of a kernel for each channel and token, on an H100."""
 
     forward: float
     backward: float

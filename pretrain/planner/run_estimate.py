@@ -131,7 +131,7 @@ class Estimate:
 
 
 def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
-    """Of the layout that `sambalm plan` ranks first. Raises ConfigError when none fits."""
+    """The estimate of the layout that `sambalm plan` ranks first. Raises ConfigError when none fits."""
     world_size = nodes * H100.node_gpus
     (plan,) = find_plans(config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100, top=1)
     parameters = count_parameters(config.model)["total"]

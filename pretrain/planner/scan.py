@@ -26,7 +26,7 @@ BACKWARD = _Pass(2.128e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.31, ends_sta
 
 
 def cuda_scan_s(*, sequences: int, channels: int, tokens: int, hardware: Hardware, again: bool) -> float:
-    """Of a forward and a backward, and of a second forward if again."""
+    """The time of a forward and a backward, and of a second forward if again."""
     segment_tiles = tiles_of_a_segment(
         sequences=sequences, channels=channels, tokens=tokens, multiprocessors=hardware.multiprocessors
     )

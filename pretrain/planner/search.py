@@ -2,10 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sambalm.model.mixers.counts import Recompute
+from sambalm.model.ops.errors import KernelError
 from sambalm.parallel.config import ParallelConfig, layout_name
 from sambalm.parallel.errors import ParallelError
 from sambalm.pretrain.config import RunConfig
@@ -35,6 +36,7 @@ class Plan:
 
     config: RunConfig
     world_size: int
+    kernels: KernelNames
     stages: tuple[RankMemory, ...]  # the fullest rank of each pipeline stage
     time: StepTime
     wire_bytes: float  # that the busiest rank sends in a step
@@ -45,7 +47,7 @@ class Plan:
 
     @property
     def memory(self) -> RankMemory:
-        """Of the fullest rank."""
+        """The memory of the fullest rank."""
         return max(self.stages, key=lambda memory: memory.total_bytes)
 
     @property
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        """Of one rank in a step."""
+        """How many micro-batches one rank runs in a step."""
         return self.config.accumulation_steps(data_size=self.world_size // self.config.parallel.model_ranks)
 
 
@@ -78,12 +80,15 @@ def find_plans(
     Raises:
         ConfigError: no layout is allowed, or none fits; the message says by how much.
     """
-    limit_bytes, kernels = memory_gib * GIB * USABLE_SHARE, planned_kernels(config)
+    limit_bytes = memory_gib * GIB * USABLE_SHARE
+    planned_kernels(
+        config.model_copy(update={"parallel": ParallelConfig()})
+    )  # one that no layout runs is the user's mistake
     best: dict[ParallelConfig, _Step] = {}
     smallest: tuple[int, RunConfig] | None = None
     full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
     slowest_s = math.inf  # of the `top` fastest so far
-    for candidate in candidates(config, world_size=world_size, node_gpus=hardware.node_gpus):
+    for candidate, kernels in _runnable(candidates(config, world_size=world_size, node_gpus=hardware.node_gpus)):
         if candidate.parallel == full:
             continue
         key = candidate.parallel.model_copy(update={"recompute": "none"})
@@ -115,7 +120,7 @@ def find_plans(
             f"no layout of {world_size} GPUs fits {memory_gib:g} GiB, of which {USABLE_SHARE:.0%} are planned with: "
             f"the smallest, {layout}, takes {needed / GIB:.1f} GiB a rank; use more or larger GPUs"
         )
-    plans = [_plan(step, world_size=world_size, kernels=kernels) for step in best.values()]
+    plans = [_plan(step, world_size=world_size) for step in best.values()]
     return sorted(plans, key=lambda plan: (plan.time.total_s, plan.memory.total_bytes))[:top]
 
 
@@ -123,7 +128,7 @@ def plan_of(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: 
     """The estimates of a config's own layout, with given kernels or those that it would run with."""
     kernels = kernels or planned_kernels(config)
     step = _step(config, world_size=world_size, hardware=hardware, kernels=kernels)
-    return _plan(step, world_size=world_size, kernels=kernels)
+    return _plan(step, world_size=world_size)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class _Step:
     """A layout's step, before its memory is counted stage by stage."""
 
     config: RunConfig
+    kernels: KernelNames
     time: StepTime
     wire_bytes: float
 
@@ -140,14 +146,29 @@ def _step(config: RunConfig, *, world_size: int, hardware: Hardware, kernels: Ke
     transfers = transfers_of_stages(config, stages, world_size=world_size)
     return _Step(
         config,
+        kernels,
         time=step_time(config, stages, transfers, world_size=world_size, hardware=hardware, kernels=kernels),
         wire_bytes=max(sum(transfer.wire_bytes for transfer in sent) for sent in transfers),
     )
 
 
-def _plan(step: _Step, *, world_size: int, kernels: KernelNames) -> Plan:
-    stages = stage_memories(step.config, world_size=world_size, kernels=kernels)
-    return Plan(step.config, world_size, stages, step.time, step.wire_bytes)
+def _plan(step: _Step, *, world_size: int) -> Plan:
+    stages = stage_memories(step.config, world_size=world_size, kernels=step.kernels)
+    return Plan(step.config, world_size, step.kernels, stages, step.time, step.wire_bytes)
+
+
+def _runnable(candidates: Iterable[RunConfig]) -> Iterator[tuple[RunConfig, KernelNames]]:
+    """Those that a kernel named in the config does not refuse, such as context parallelism by mamba-ssm."""
+    by_layout: dict[tuple[int, int], KernelNames | None] = {}
+    for candidate in candidates:
+        layout = candidate.parallel.tensor, candidate.parallel.context
+        if layout not in by_layout:
+            try:
+                by_layout[layout] = planned_kernels(candidate)
+            except KernelError:
+                by_layout[layout] = None
+        if kernels := by_layout[layout]:
+            yield candidate, kernels
 
 
 def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterator[RunConfig]:
@@ -197,6 +218,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
 
     Raises:
         ConfigError, ParallelError: the run does not fit the world.
+        KernelError: no GPU can run a kernel that the config names.
     """
     config.check_world(world_size)
     parallel = config.parallel
@@ -205,5 +227,5 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     return (
         f"{world_size:,} ranks: DP{data_size} {layout}, recompute {parallel.recompute}; "
         f"{config.accumulation_steps(data_size=data_size):,} micro-batches of {config.train.micro_batch_size} a step; "
-        f"{largest:,} parameters on the largest rank"
+        f"{largest:,} parameters on the largest rank; on GPUs {planned_kernels(config)}"
     )

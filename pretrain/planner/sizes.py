@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sambalm.model.chunks import part_layers
+from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import FP32_BYTES, KernelNames, Recompute, Share
 from sambalm.model.registry import mixer, mixers_of
@@ -76,13 +76,10 @@ class Stage:
     matmul_only: int  # of them those that nothing but matrix products reads
 
 
-def stage_parts(config: RunConfig) -> list[list[range]]:
-    """Returns the sublayers of each part on each pipeline stage."""
-    stages, parts = (
-        config.parallel.pipeline,
-        part_layers(config.model, config.parallel, sequence_length=config.data.sequence_length),
-    )
-    return [parts[stage::stages] for stage in range(stages)]
+def stage_chunks(config: RunConfig) -> list[list[range]]:
+    """Returns the sublayers of each chunk on each pipeline stage."""
+    layers = chunk_layers(config.model, config.parallel, sequence_length=config.data.sequence_length)
+    return [layers[stage :: config.parallel.pipeline] for stage in range(config.parallel.pipeline)]
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -108,31 +105,31 @@ def _pipeline(config: RunConfig) -> tuple[tuple[Stage, ...], Mapping[int, Stage]
 def _cut_pipeline(
     model: ModelConfig, tensor: int, stages: int, chunks: int, layers: tuple[int, ...] | None, *, sequence_length: int
 ) -> tuple[tuple[Stage, ...], Mapping[int, Stage]]:
-    parts = _part_layers(model, stages, chunks, layers, sequence_length=sequence_length)
-    held = tuple(_stage(model, tensor, parts[stage::stages]) for stage in range(stages))
+    ranges = _chunk_layers(model, stages, chunks, layers, sequence_length=sequence_length)
+    held = tuple(_stage(model, tensor, ranges[stage::stages]) for stage in range(stages))
     return held, {held.index(stage): stage for stage in dict.fromkeys(held)}
 
 
 @lru_cache(maxsize=256)
-def _part_layers(
+def _chunk_layers(
     model: ModelConfig, stages: int, chunks: int, layers: tuple[int, ...] | None, *, sequence_length: int
 ) -> list[range]:
     parallel = ParallelConfig(
         pipeline=stages, virtual_pipeline=chunks, pipeline_layers=None if layers is None else list(layers)
     )
-    return part_layers(model, parallel, sequence_length=sequence_length)
+    return chunk_layers(model, parallel, sequence_length=sequence_length)
 
 
-def _stage(model: ModelConfig, tensor: int, parts: Sequence[range]) -> Stage:
+def _stage(model: ModelConfig, tensor: int, ranges: Sequence[range]) -> Stage:
     chunks = tuple(
         Chunk(
-            _counted(model.pattern[part.start : part.stop]),
-            is_first=part.start == 0,
-            is_last=part.stop == len(model.pattern),
+            _counted(model.pattern[layers.start : layers.stop]),
+            is_first=layers.start == 0,
+            is_last=layers.stop == len(model.pattern),
         )
-        for part in parts
+        for layers in ranges
     )
-    letters = _counted("".join(model.pattern[part.start : part.stop] for part in parts))
+    letters = _counted("".join(model.pattern[layers.start : layers.stop] for layers in ranges))
     sizes = [(number, local_sizes(model, letter, tensor)) for letter, number in letters]
     first, last = any(chunk.is_first for chunk in chunks), any(chunk.is_last for chunk in chunks)
     embedding = model.vocab_size // tensor * model.hidden_size

@@ -25,6 +25,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     console.print(_speed_table(plans))
+    console.print(f"Kernels of the first: {plans[0].kernels}")
     console.print(_memory_table(plans))
     if len(plans[0].stages) > 1:
         console.print(_stage_table(plans[0]))

@@ -63,7 +63,7 @@ def step_time(
     hardware: Hardware,
     kernels: KernelNames,
 ) -> StepTime:
-    """Of the slowest pipeline stage, which all others wait for.
+    """The step of the slowest pipeline stage, which all others wait for.
 
     Args:
         stages: all pipeline stages, or one of each kind.
@@ -102,7 +102,7 @@ def _stage_time(
     world_size: int,
     hardware: Hardware,
 ) -> StepTime:
-    """Of a stage that computes compute_s for each micro-batch."""
+    """The step of a stage that computes compute_s for each micro-batch."""
     parallel = config.parallel
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
     sent_s: defaultdict[tuple[str, str], float] = defaultdict(int)

@@ -46,26 +46,26 @@ def steps(config, world, *, graphs):
     """Losses, held-out losses between steps, and the weights at the end."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
     training = build_training(config, world=world, checkpoint=None, bucket_elements=1)  # a bucket for each layer
-    captured = training.execution.graphs.captured if graphs else {}
-    reduces = training.execution.gradients is not None  # in a step's last micro-batch, which has a graph of its own
+    captured = training.executor.graphs.captured if graphs else {}
+    reduces = training.executor.gradients is not None  # in a step's last micro-batch, which has a graph of its own
     expected = set()
     torch.manual_seed(world.data_rank)
     losses, held_out = [], []
-    with closing(training.execution):  # graphs that hold messages must be gone before their process groups
+    with closing(training.executor):  # graphs that hold messages must be gone before their process groups
         for step, count in enumerate(MICRO_BATCHES, start=1):
             batches = batches_of(config, count, world=world, length=256)
             with host_never_waiting() if graphs and step > UNCAPTURED_STEPS else nullcontext():
-                loss = training.execution.train_step(batches)
+                loss = training.executor.train_step(batches)
             losses.append(loss.item())
             if graphs and step > UNCAPTURED_STEPS:
                 expected |= {(number == 1, reduces and number == count) for number in range(1, count + 1)}
                 assert set(captured) == expected
             if step % 4 == 0:
                 batches = batches_of(config, 2, world=world, length=512)
-                held_out.append(training.execution.losses(batches)[1].mean().item())
+                held_out.append(training.executor.losses(batches)[1].mean().item())
                 assert not captured  # their memory is free meanwhile
                 expected.clear()
-    return losses, held_out, [whole_parameter(parameter).clone() for parameter in training.parts[0].parameters()]
+    return losses, held_out, [whole_parameter(parameter).clone() for parameter in training.chunks[0].parameters()]
 
 
 def compare_steps(parallel):
@@ -117,16 +117,16 @@ def refuse_on_rank(rank):
     config = load_config(CONFIG, SETTINGS)
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None)
-        model = training.parts[0]
+        model = training.chunks[0]
 
         def wait_for_the_device(*_):
             next(model.parameters()).sum().item()
 
         model.register_forward_hook(wait_for_the_device)
         for _ in range(UNCAPTURED_STEPS):
-            training.execution.train_step(batches_of(config, 1, world=world, length=256))
+            training.executor.train_step(batches_of(config, 1, world=world, length=256))
         with pytest.raises(ParallelError, match=r"captured as a CUDA graph .* train.cuda_graphs=false"):
-            training.execution.train_step(batches_of(config, 1, world=world, length=256))
+            training.executor.train_step(batches_of(config, 1, world=world, length=256))
 
 
 def test_what_cannot_be_captured_is_said_in_a_sentence():

@@ -14,7 +14,7 @@ SETTINGS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
 def parameters(*, shift):
-    """Of SIZES, within one buffer, so that most addresses are no multiples of 16 bytes, or each aligned."""
+    """Tensors of SIZES within one buffer, so that most addresses are no multiples of 16 bytes, or each aligned."""
     if not shift:
         return [described(torch.randn(size, device="cuda", requires_grad=True)) for size in SIZES]
     buffer = torch.randn(sum(SIZES) + shift, device="cuda")[shift:]

@@ -63,7 +63,7 @@ def test_generation_continues_from_a_cache(pattern):
 
 
 def test_a_cache_that_was_reset_is_as_new():
-    """Of a model without attention, whose cache counts its tokens itself."""
+    """A model without attention has a cache that counts its tokens itself."""
     model = model_of("M-")
     prompt, cache = random_tokens(1, 20), new_cache(model.config)
     with torch.no_grad():

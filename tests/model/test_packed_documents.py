@@ -177,7 +177,7 @@ def logits_and_gradients(*, packed, kernels=TORCH_KERNELS):
 
 
 def largest_differences(packed, alone):
-    """Of logits, and of gradients over their norms."""
+    """Largest differences of logits, and of gradients over their norms."""
     (logits, gradients), (expected, expected_gradients) = packed, alone
     relative = [(gradients[name] - g).norm() / g.norm() for name, g in expected_gradients.items()]
     return (logits - expected).abs().max().item(), max(relative).item()

@@ -24,8 +24,8 @@ def kept_nodes_on_rank(values: dict, keep: bool) -> list[str]:
     config = parse_config(values, source="test")
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None, bucket_elements=1)  # with a hook for each layer
-        training.execution.train_step(batches(0, config=config, world=world))
-        parameters = dict(training.parts[0].named_parameters())
+        training.executor.train_step(batches(0, config=config, world=world))
+        parameters = dict(training.chunks[0].named_parameters())
         kept = [parameter.flatten() for parameter in parameters.values()] if keep else []
         for parameter in parameters.values():
             node(parameter).metadata["seen"] = True

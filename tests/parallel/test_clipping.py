@@ -26,15 +26,15 @@ def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[
         training = build_training(config, world=world, checkpoint=None)
         norms, changed, weights = [], [], None
         for step in range(STEPS):
-            parameter = next(p for p in training.parts[0].parameters() if info_of(p).owned and p.dim() == 1)
+            parameter = next(p for p in training.chunks[0].parameters() if info_of(p).owned and p.dim() == 1)
             if bad := step in BAD and world.rank == bad_rank:
                 hook = parameter.register_hook(lambda gradient, step=step: torch.full_like(gradient, BAD[step]))
-            training.execution.train_step(batches(step, config=config, world=world))
+            training.executor.train_step(batches(step, config=config, world=world))
             if bad:
                 hook.remove()
             norms.append(float(gradient_norm(training.engine)))
             before = weights
-            weights = torch.cat([whole_parameter(p).flatten() for part in training.parts for p in part.parameters()])
+            weights = torch.cat([whole_parameter(p).flatten() for part in training.chunks for p in part.parameters()])
             assert weights.isfinite().all()
             changed.append(before is None or not torch.equal(weights, before))
         optimizer = getattr(training.engine.optimizer, "optimizer", training.engine.optimizer)

@@ -171,7 +171,7 @@ def order_on_rank(letter: str) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("letter", ["M", "*"])
 def test_local_work_runs_while_messages_are_under_way(letter):
-    """Of two kernel calls the one without neighbours' tokens lies between the exchange's beginning and its end."""
+    """The kernel call without neighbours' tokens lies between the exchange's beginning and its end."""
     for forward, backward in run_world(order_on_rank, letter, ranks=2):
         assert forward == ["post", "kernel", "wait", "kernel"]
         assert backward == ["kernel", "post", "kernel", "wait"]

@@ -44,15 +44,15 @@ def events_on_rank(values: dict, bucket_elements: int) -> tuple[list[str | int],
     config, events = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None, bucket_elements=bucket_elements)
-        (model,) = training.parts
+        (model,) = training.chunks
         model.register_forward_pre_hook(lambda *_: events.append("forward"))
         for number, layer in model.layers.items():
             layer.norm.weight.register_post_accumulate_grad_hook(
                 lambda _, number=number: events.append(f"layer {number}")
             )
         with Sent(events):
-            training.execution.train_step(batches(0, config=config, world=world))
-        buffers = [buffer.numel() for buffer in training.execution.gradients.buffers]
+            training.executor.train_step(batches(0, config=config, world=world))
+        buffers = [buffer.numel() for buffer in training.executor.gradients.buffers]
     return events, buffers
 
 

@@ -43,15 +43,15 @@ def events_on_rank(values: dict) -> tuple[list[str | int], list[int]]:
 
     with start_world(config.parallel) as world, pytest.MonkeyPatch.context() as monkeypatch:
         training = build_training(config, world=world, checkpoint=None, bucket_elements=1)
-        (model,) = training.parts
+        (model,) = training.chunks
         model.register_forward_hook(lambda *_: events.append("end"))
         for number, layer in model.layers.items():
             layer.register_forward_hook(lambda *_, number=number: events.append(f"layer {number}"))
-        training.execution.train_step(batches(0, config=config, world=world))
+        training.executor.train_step(batches(0, config=config, world=world))
         events.clear()
         monkeypatch.setattr(dist, "all_gather_into_tensor", send)
-        training.execution.train_step(batches(1, config=config, world=world))
-    return events, [buffer.numel() for buffer in training.execution.weights.buffers]
+        training.executor.train_step(batches(1, config=config, world=world))
+    return events, [buffer.numel() for buffer in training.executor.weights.buffers]
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -102,8 +102,8 @@ def held_out_on_rank(values: dict, gathers: bool) -> list[float]:
             monkeypatch.setattr(FlatWeights, "gather", lambda weights: setattr(weights, "stale", False))
         training = build_training(config, world=world, checkpoint=None, bucket_elements=1)
         for step in range(3):
-            training.execution.train_step(batches(step, config=config, world=world))
-            losses = training.execution.losses(batches(0, config=config, world=world))
+            training.executor.train_step(batches(step, config=config, world=world))
+            losses = training.executor.losses(batches(0, config=config, world=world))
             found.append(world.sum_over_replicas(torch.stack(losses).mean()).item() / world.replica_size)
     return found
 
@@ -146,11 +146,11 @@ def forward_on_rank(values: dict) -> None:
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None)
         micro_batches = batches(0, config=config, world=world)
-        training.execution.train_step(micro_batches)
+        training.executor.train_step(micro_batches)
         with pytest.raises(RuntimeError, match="gather them first"):
-            training.parts[0](micro_batches[0].tokens)
-        training.execution.weights.gather()
-        training.parts[0](micro_batches[0].tokens)
+            training.chunks[0](micro_batches[0].tokens)
+        training.executor.weights.gather()
+        training.chunks[0](micro_batches[0].tokens)
 
 
 def test_a_forward_that_would_use_old_weights_is_refused():

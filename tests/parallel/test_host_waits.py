@@ -32,7 +32,7 @@ def reads_on_rank(values: dict) -> int:
         training = build_training(config, world=world, checkpoint=None)
         with HostReads() as reads:
             for step in range(STEPS):
-                training.execution.train_step(batches(step, config=config, world=world))
+                training.executor.train_step(batches(step, config=config, world=world))
                 gradient_norm(training.engine)
     return reads.count
 

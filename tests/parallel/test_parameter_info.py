@@ -59,8 +59,8 @@ def attributes_on_rank(values: dict) -> set[str]:
     config = parse_config(values, source="test")
     with start_world(config.parallel) as world:
         training = build_training(config, world=world, checkpoint=None)
-        training.execution.train_step(batches(0, config=config, world=world))
-        return {name for parameter in training.parts[0].parameters() for name in vars(parameter)}
+        training.executor.train_step(batches(0, config=config, world=world))
+        return {name for parameter in training.chunks[0].parameters() for name in vars(parameter)}
 
 
 def test_the_product_attaches_nothing_else():

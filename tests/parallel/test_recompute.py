@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sambalm.model.build import build_parts
+from sambalm.model.build import build_chunks
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.parallel.config import ParallelConfig
@@ -45,7 +45,7 @@ def kept_by_a_model(mode, *, evaluated=False):
         device=torch.device("cpu"), pipeline=Pipeline(), tensor=TensorParallel(), context=ContextParallel()
     )
     parallel, settings = ParallelConfig(recompute=mode), {"dtype": torch.float32, "sequence_length": 64}
-    (model,) = build_parts(CONFIG, parallel, world=world, kernels=TORCH_KERNELS, **settings)
+    (model,) = build_chunks(CONFIG, parallel, world=world, kernels=TORCH_KERNELS, **settings)
     initialize_parameters(model, seed=0)
     model.train(not evaluated)
     tokens = torch.zeros(1, 64, dtype=torch.int64)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sambalm.model.chunks import part_layers
+from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import layer_flops
 from sambalm.parallel.config import ParallelConfig
@@ -15,17 +15,17 @@ SIZES = {"hidden_size": 64, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size":
 
 
 def dearest(counts, costs, *, first, last):
-    """What the dearest part costs."""
+    """What the dearest chunk costs."""
     ends = list(itertools.accumulate(counts))
-    parts = [sum(costs[end - count : end]) for end, count in zip(ends, counts, strict=True)]
-    parts[0] += first
-    parts[-1] += last
-    return max(parts)
+    chunks = [sum(costs[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    chunks[0] += first
+    chunks[-1] += last
+    return max(chunks)
 
 
-def every_cut(layers, parts):
-    """All ways to give each part a layer at least."""
-    for borders in itertools.combinations(range(1, layers), parts - 1):
+def every_cut(layers, chunks):
+    """All ways to give each chunk a layer at least."""
+    for borders in itertools.combinations(range(1, layers), chunks - 1):
         yield [end - start for start, end in itertools.pairwise((0, *borders, layers))]
 
 
@@ -33,27 +33,27 @@ def every_cut(layers, parts):
 def test_balanced_stages_are_as_good_as_the_best_of_all_cuts(seed):
     draw = random.Random(seed)
     layers = draw.randint(1, 9)
-    parts = draw.randint(1, layers)
+    chunks = draw.randint(1, layers)
     costs = [draw.choice([1.0, 3.0, draw.random() * 10]) for _ in range(layers)]
     ends = {"first": draw.choice([0.0, 2.0, 50.0]), "last": draw.choice([0.0, 5.0, 50.0])}
-    counts = balanced_stages(costs, parts=parts, **ends)
-    assert len(counts) == parts
+    counts = balanced_stages(costs, chunks=chunks, **ends)
+    assert len(counts) == chunks
     assert sum(counts) == layers
     assert min(counts) > 0
-    best = min(dearest(cut, costs, **ends) for cut in every_cut(layers, parts))
+    best = min(dearest(cut, costs, **ends) for cut in every_cut(layers, chunks))
     assert dearest(counts, costs, **ends) == pytest.approx(best, rel=1e-12)
 
 
 def test_a_head_dearer_than_all_layers_still_leaves_each_part_one():
-    """An empty part would be the model's last as well as the one before it, and both would compute the head."""
-    assert balanced_stages([1.0] * 4, parts=4, last=100.0) == [1, 1, 1, 1]
-    assert balanced_stages([1.0] * 5, parts=2, last=100.0) == [4, 1]
-    assert balanced_stages([1.0] * 5, parts=2, first=100.0) == [1, 4]
+    """An empty chunk would be the model's last as well as the one before it, and both would compute the head."""
+    assert balanced_stages([1.0] * 4, chunks=4, last=100.0) == [1, 1, 1, 1]
+    assert balanced_stages([1.0] * 5, chunks=2, last=100.0) == [4, 1]
+    assert balanced_stages([1.0] * 5, chunks=2, first=100.0) == [1, 4]
 
 
 def parts_of(parallel, **model):
     config = ModelConfig(**SIZES | {"vocab_size": 64} | model)
-    return part_layers(config, ParallelConfig(**parallel), sequence_length=32)
+    return chunk_layers(config, ParallelConfig(**parallel), sequence_length=32)
 
 
 def test_parts_follow_pipeline_layers():
@@ -66,11 +66,11 @@ def test_one_part_holds_everything():
 
 
 def test_dear_layers_are_counted_by_their_operations():
-    """Of two halves of a pattern, the one with dear layers holds fewer."""
+    """The half of a pattern that has the dear layers holds fewer."""
     config = ModelConfig(pattern="M" * 4 + "-" * 8, **SIZES | {"vocab_size": 8, "mlp_size": 8})
     costs = layer_flops(config, sequence_length=32)
     assert costs[0] > 5 * costs[-1]
-    dear, cheap = part_layers(config, ParallelConfig(pipeline=2), sequence_length=32)
+    dear, cheap = chunk_layers(config, ParallelConfig(pipeline=2), sequence_length=32)
     assert len(dear) < len(cheap)
     assert sum(costs[i] for i in dear) == pytest.approx(sum(costs) / 2, rel=0.4)
 

@@ -104,11 +104,11 @@ def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
         assert (checkpoint is not None) == load
         training = build_training(config, world=world, checkpoint=checkpoint)
         if save_to:
-            training.execution.train_step(batches(0, config=config, world=world))
-            save_checkpoint(training.parts, config=config, world=world, step=1, samples=0, data={})
-        state = {"weights": local_slices(training.parts, whole_parameter)}
+            training.executor.train_step(batches(0, config=config, world=world))
+            save_checkpoint(training.chunks, config=config, world=world, step=1, samples=0, data={})
+        state = {"weights": local_slices(training.chunks, whole_parameter)}
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = local_slices(training.parts, lambda parameter, key=key: whole_moment(parameter, key))
+            state[key] = local_slices(training.chunks, lambda parameter, key=key: whole_moment(parameter, key))
     return state
 
 

@@ -94,7 +94,7 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     """Losses and gradient norms of AdamW on whole batches: no engine, no accumulation, no loader."""
     from sambalm.data_pipeline.dataset import build_train_dataset
     from sambalm.data_pipeline.sources import open_sources
-    from sambalm.model.build import build_parts
+    from sambalm.model.build import build_chunks
     from sambalm.model.ops.implementations import KernelRequirements
     from sambalm.model.ops.registry import build_kernels
     from sambalm.parallel.groups import start_world
@@ -103,7 +103,7 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     config, found = parse_config(values, source="test"), []
     with start_world(config.parallel) as world:
         kernels = build_kernels(config.kernels, KernelRequirements(world.device.type, "fp32"))
-        (model,) = build_parts(
+        (model,) = build_chunks(
             config.model,
             config.parallel,
             world=world,

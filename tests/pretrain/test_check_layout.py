@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sambalm.model.build import part_layers
+from sambalm.model.build import chunk_layers
 from sambalm.pretrain import cli
 from sambalm.pretrain.check_layout import (
     LayoutCheck,
@@ -166,7 +166,7 @@ def test_a_shrunk_model_has_the_same_stages_and_divisors(size, parallel):
         ours, theirs = (getattr(model, key) % config.parallel.tensor for model in (small.model, config.model))
         assert (ours == 0) == (theirs == 0)
     if config.parallel.pipeline > 1:
-        layers = [part_layers(c.model, c.parallel, sequence_length=c.data.sequence_length) for c in (small, config)]
+        layers = [chunk_layers(c.model, c.parallel, sequence_length=c.data.sequence_length) for c in (small, config)]
         assert layers[0] == layers[1]
     full = checked_config(config, world_size=ranks, shrink=False, timeout_s=60)
     assert full.model == config.model

@@ -123,7 +123,7 @@ def load_and_save(values, target, bucket_elements=BUCKET_ELEMENTS):
         checkpoint = find_resume_point(config, world=world)
         training = build_training(config, world=world, checkpoint=checkpoint, bucket_elements=bucket_elements)
         target_config = parse_config(target, source="test")
-        save_checkpoint(training.parts, config=target_config, world=world, step=3, samples=24, data={})
+        save_checkpoint(training.chunks, config=target_config, world=world, step=3, samples=24, data={})
 
 
 def stored_tensors(path):

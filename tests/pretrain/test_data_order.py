@@ -22,13 +22,13 @@ def batches_on_rank(values: dict) -> tuple[int, int, list]:
     def build_recorded(config, *, world, checkpoint):
         worlds.append(world)
         training = build(config, world=world, checkpoint=checkpoint)
-        train_step = training.execution.train_step
+        train_step = training.executor.train_step
 
         def recorded(micro_batches):
             steps.append([(batch.tokens.numpy(), batch.labels.numpy()) for batch in micro_batches])
             return train_step(micro_batches)
 
-        training.execution.train_step = recorded
+        training.executor.train_step = recorded
         return training
 
     with pytest.MonkeyPatch.context() as monkeypatch:

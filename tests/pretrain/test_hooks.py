@@ -36,7 +36,7 @@ def events_on_rank(values: dict, asks: dict[int, str], late: bool) -> list[tuple
 
     class First(Hook):
         def on_start(self, training):
-            events.append(("first starts", len(training.parts)))
+            events.append(("first starts", len(training.chunks)))
 
         def after_step(self, step):
             events.append(("first", step.number, sorted(step.metrics)))
@@ -46,7 +46,7 @@ def events_on_rank(values: dict, asks: dict[int, str], late: bool) -> list[tuple
 
     class Last(Hook):
         def on_start(self, training):
-            events.append(("last starts", len(training.parts)))
+            events.append(("last starts", len(training.chunks)))
 
         def after_step(self, step):
             events.append(("last", step.number, step.request.name, sorted(step.metrics)))

@@ -35,7 +35,7 @@ from sambalm.pretrain.planner.hardware import (
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
-from sambalm.pretrain.planner.sizes import stage_parameters, stage_parts
+from sambalm.pretrain.planner.sizes import stage_chunks, stage_parameters
 from sambalm.pretrain.planner.time import exposed_s
 from sambalm.pretrain.precision import DTYPES
 from tests.support.marks import slow_except
@@ -112,13 +112,13 @@ def test_activations_are_what_a_real_run_keeps(model, precision, recompute):
 
 def kept_on_rank(values: dict) -> int:
     """Bytes that the rank's real forward leaves for its backward, without the weights."""
-    from sambalm.model.build import build_parts
+    from sambalm.model.build import build_chunks
     from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
 
     config = RunConfig.model_validate(values)
     with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
-        (model,) = build_parts(
+        (model,) = build_chunks(
             config.model,
             config.parallel,
             world=world,
@@ -167,7 +167,7 @@ def test_activations_of_layouts_are_what_a_real_rank_keeps(parallel, precision, 
 def test_parameters_are_those_of_the_real_parts(parallel, tied):
     config = config_of(parallel=parallel, tie_embeddings=tied, mlp_size=100)
     tensor = TensorParallel(rank=0, size=config.parallel.tensor, copy_groups={2: None})
-    for stage, parts in enumerate(stage_parts(config)):
+    for stage, parts in enumerate(stage_chunks(config)):
         with torch.device("meta"):
             modules = [Samba(config.model, layers=part, tp=tensor) for part in parts]
         count = sum(p.numel() for module in modules for p in module.parameters())
@@ -188,10 +188,10 @@ def states_on_rank(values: dict) -> tuple[int, int, int]:
 
     with start_world(config.parallel) as world, LiveBytes() as live:
         training = build_training(config, world=world, checkpoint=None)
-        training.parts[0].register_forward_pre_hook(count)
+        training.chunks[0].register_forward_pre_hook(count)
         tokens = torch.randint(0, 64, (config.train.micro_batch_size, config.data.sequence_length))
         micro_batches = config.accumulation_steps(data_size=world.data_size)
-        training.execution.train_step([MicroBatch(tokens, tokens)] * micro_batches)
+        training.executor.train_step([MicroBatch(tokens, tokens)] * micro_batches)
         count()
     return counts[0], counts[1], counts[2]
 
@@ -250,9 +250,9 @@ def handed_on_rank(values: dict) -> tuple[int, Counter]:
         shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
         tokens = torch.randint(0, 64, shape)
         micro_batches = [MicroBatch(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
-        training.execution.train_step(micro_batches)
+        training.executor.train_step(micro_batches)
         with HandedBytes() as handed:
-            training.execution.train_step(micro_batches)
+            training.executor.train_step(micro_batches)
     return world.pipeline.rank, handed.by_operation
 
 
@@ -476,7 +476,7 @@ def test_a_step_is_all_of_its_parts(parallel):
 def test_the_optimizer_takes_what_it_moves(ranks, parallel, bytes_a_parameter):
     config = config_of(parallel=parallel)
     plan = plan_of(config, world_size=ranks, hardware=DEVICES["h100"])
-    (stage,) = stage_parts(config)
+    (stage,) = stage_chunks(config)
     tensor = TensorParallel(rank=0, size=config.parallel.tensor, copy_groups={2: None})
     with torch.device("meta"):
         parameters = sum(p.numel() for part in stage for p in Samba(config.model, layers=part, tp=tensor).parameters())
@@ -504,12 +504,23 @@ def test_a_device_waits_between_kernels_or_for_the_host():
     assert launched.compute_s + launched.idle_s == pytest.approx(2 * 4 * HOST_SUBLAYER_S)
 
 
+def test_layouts_that_a_named_kernel_refuses_are_not_offered():
+    config = load_config(CONFIGS / "samba_421m.yaml", ["kernels={scan: mamba-ssm}"])
+    settings = {"world_size": 2, "memory_gib": 80, "hardware": DEVICES["h100"]}
+    assert {plan.config.parallel.context for plan in find_plans(config, **settings)} == {1}
+    config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"scan": "auto"})})
+    assert {plan.config.parallel.context for plan in find_plans(config, **settings)} == {1, 2}
+
+
 def test_dry_run_checks_thousands_of_ranks_without_data():
     config = str(CONFIGS / "samba_3.8b.yaml")
     options = ["--dry-run", "--world-size", "8192", "parallel.tensor=4", "parallel.pipeline=4"]
     result = CliRunner().invoke(app, ["train", config, *options])
     assert result.exit_code == 0
     assert result.output.startswith("8,192 ranks: DP512 TP4 PP4 ZeRO-1, recompute none; 2 micro-batches of 2 a step; ")
+    assert result.output.strip().endswith(
+        "on GPUs scan=cuda conv=cuda attention=flex norm=compiled elementwise=compiled"
+    )
     assert not torch.distributed.is_initialized()
 
 

@@ -73,7 +73,7 @@ class Tile:
 
     @classmethod
     def sequence_first(cls, batch: int, heads: int, length: int, head_dim: int) -> "Tile":
-        """Of [batch, heads, length, head dim] that is a view of [length, batch, heads, head dim]."""
+        """A tile [batch, heads, length, head dim] that is a view of [length, batch, heads, head dim]."""
         return cls((batch, heads, length, head_dim), (heads * head_dim, head_dim, batch * heads * head_dim, 1))
 
     @property

@@ -32,13 +32,13 @@ def dense(x: Tensor) -> Tensor:
 
 
 def dense_strides(x: Tensor) -> list[int]:
-    """Of `sequence_first`, as the kernels take them."""
+    """The strides of `sequence_first`, as the kernels take them."""
     batch, _, channels = x.shape
     return [Stride(channels), batch * channels]
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Of batch and length, as the kernels take them."""
+    """The strides of batch and length, as the kernels take them."""
     return [stride for tensor in tensors for stride in (Stride(tensor.stride(0)), tensor.stride(1))]
 
 

@@ -107,7 +107,7 @@ class _Shape:
 
     @property
     def warps(self) -> int:
-        """Of a block."""
+        """Warps of a block."""
         return warps_of_a_block(self.states)
 
     @property
@@ -116,13 +116,13 @@ class _Shape:
 
     @property
     def grid_of_ends(self) -> tuple[int, int, int]:
-        """Of the first pass, in which one of the segments has nothing to tell."""
+        """The grid of the first pass, in which one of the segments has nothing to tell."""
         blocks, batch, segments = self.grid
         return blocks, batch, segments - 1
 
     @property
     def state_bytes(self) -> int:
-        """Of a warp's states before a tile."""
+        """Bytes of a warp's states before a tile."""
         return state_bytes(self.states, element_bytes=self.dtype.itemsize)
 
     @property

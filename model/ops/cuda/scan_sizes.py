@@ -21,7 +21,7 @@ def warps_of_a_block(states: int) -> int:
 
 
 def tiles_of_a_segment(*, sequences: int, channels: int, tokens: int, multiprocessors: int) -> int:
-    """Of time, which is cut into several segments where warps alone would not fill a device."""
+    """Tiles of one segment of time; there are several segments where warps alone would not fill a device."""
     tiles, warps = math.ceil(tokens / TILE_TOKENS), sequences * math.ceil(channels / WARP_CHANNELS)
     segments = min(WARPS_PER_MULTIPROCESSOR * multiprocessors // warps, tiles // MIN_SEGMENT_TILES)
     return math.ceil(tiles / max(1, segments))

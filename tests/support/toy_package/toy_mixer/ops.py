@@ -4,5 +4,5 @@ import torch
 
 
 def token_before(value_BSC, start_B1C):
-    """Of each token the one before it, which of the first is `start`."""
+    """The token before each token; before the first it is `start`."""
     return torch.cat((start_B1C, value_BSC[:, :-1]), dim=1)
