@@ -1,6 +1,6 @@
 # make demo   text to tokenizer to training to a Hugging Face model that speaks, in minutes on 2 cores
 # make test   lint, and the tests that show whether an installation works
-# make test-slow   the other tests: the rest of each grid of layouts, which CI runs too, many ranks and benchmarks
+# make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   what pre-commit runs too: make style, types, spelling and scripts
@@ -47,7 +47,7 @@ test: lint
 	$(PYTEST)
 
 test-slow: .venv/installed
-	$(PYTEST) -m "slow and not slurm"
+	$(PYTEST) -m "(slow or long) and not slurm"
 
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh

@@ -25,10 +25,16 @@ MAY_IMPORT = {
     "slurm": {"model", "pretrain"},
 }
 PROGRAM = sorted((ROOT / "pretrain" / "cli").glob("*.py"))
-# Every group is made in the first and taken from its World; the others are the door to megatron-core and what DeepSpeed
-# asks of a model-parallel unit.
+MEGATRON = ROOT / "parallel" / "compat" / "megatron_core.py"
+# Every group is made in the first and taken from its World; the others are the doors to megatron-core, and what
+# DeepSpeed asks of a model-parallel unit.
 DEEPSPEED_ADAPTER = ROOT / "parallel" / "zero" / "deepspeed_adapter.py"
-KNOW_PARALLEL_STATE = [ROOT / "parallel" / "groups.py", ROOT / "parallel" / "compat" / "megatron.py", DEEPSPEED_ADAPTER]
+KNOW_PARALLEL_STATE = [
+    ROOT / "parallel" / "groups.py",
+    ROOT / "parallel" / "compat" / "megatron.py",
+    MEGATRON,
+    DEEPSPEED_ADAPTER,
+]
 HEAVY = {"torch", "megatron", "deepspeed", "transformers", "matplotlib", "pyarrow", "numpy"}
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -122,6 +128,17 @@ def parallel_state_imports(source: str) -> list[str]:
     return found
 
 
+def megatron_imports(source: str) -> list[str]:
+    """Imports of megatron-core, statements and others."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [
+        name for node in imports for name in [getattr(node, "module", None), *(a.name for a in node.names)] if name
+    ]
+    names += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [name for name in names if name == "megatron" or name.startswith("megatron.")]
+
+
 def deepspeed_uses(source: str) -> list[str]:
     """Imports of DeepSpeed, and uses of members that it keeps private or that are replaced, also by their names."""
     found = []
@@ -168,6 +185,7 @@ def test_a_product_file_keeps_the_rules(path):
     assert executions(source) == []
     assert path in KNOW_PARALLEL_STATE or parallel_state_imports(source) == []
     assert path == DEEPSPEED_ADAPTER or deepspeed_uses(source) == []
+    assert path == MEGATRON or megatron_imports(source) == []
     assert len(source.splitlines()) <= MAX_FILE_LINES
 
 
@@ -188,6 +206,9 @@ def test_a_product_file_keeps_the_rules(path):
         (parallel_state_imports, "from sambalm.parallel.compat.megatron import parallel_state as state"),
         (parallel_state_imports, "from megatron import core\nstate = core.parallel_state"),
         (parallel_state_imports, "state = import_module('megatron.core.parallel_state')"),
+        (megatron_imports, "import megatron.core as core"),
+        (megatron_imports, "from megatron import core"),
+        (megatron_imports, "import_module('megatron.core.enums')"),
         (deepspeed_uses, "import deepspeed"),
         (deepspeed_uses, "from deepspeed.runtime.zero import stage3"),
         (deepspeed_uses, "import_module('deepspeed.comm.torch')"),
@@ -299,3 +320,10 @@ def test_top_level_folders_are_the_agreed_ones():
     top = {path.split("/")[0] for path in tracked.splitlines() if "/" in path and not path.startswith(".")} | {".ci"}
     assert top <= set(PRODUCT) | OTHER_FOLDERS
     assert set(PRODUCT) <= top
+
+
+def test_a_rank_starts_without_the_compiler():
+    """PyTorch's compiler takes as long to import as all else together; runs on the CPU never need it."""
+    code = "import sys, sambalm.pretrain.trainer; assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

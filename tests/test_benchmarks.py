@@ -30,7 +30,7 @@ def rows(output):
     return {first: rest for first, *rest in cells}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_steps_are_timed(processes):
     found = rows(run("step.py", CONFIG, "--steps", 4, "--gpus", processes, *TINY, "parallel={}"))["as it is"]
@@ -50,7 +50,7 @@ def test_what_a_device_waits_for_is_told_from_what_runs_beside():
     assert step.busy_ms(events) == pytest.approx((60 - 6) / step.PROFILED_STEPS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layouts_are_compared(tmp_path):
     load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)
     data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")
@@ -72,7 +72,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(recompute):
     assert fits <= 0.9 < exceeds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_is_compared_with_itself_under_other_kernels(tmp_path):
     load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)
     data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")

@@ -97,7 +97,7 @@ def changed_tree(folder):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_changed_number_is_found(compare, tmp_path, capsys):
     sides = []
     for name, tree in (("base", ROOT), ("same", ROOT), ("changed", changed_tree(tmp_path / "tree"))):

@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import schedules
+
+from sambalm.parallel.compat.megatron_core import schedules
 
 
 class _TorchOnCPU:

@@ -9,8 +9,9 @@ class _Module:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        module = getattr(importlib.import_module("sambalm.parallel.compat.megatron_core"), self._name)
+        return getattr(module, attribute)
 
 
-parallel_state = _Module("megatron.core.parallel_state")
-tensor_parallel = _Module("megatron.core.tensor_parallel")
+parallel_state = _Module("parallel_state")
+tensor_parallel = _Module("tensor_parallel")

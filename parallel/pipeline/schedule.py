@@ -3,11 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from megatron.core import ModelParallelConfig
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
+from sambalm.parallel.compat.megatron_core import ModelParallelConfig, ModelType, schedules
 from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
 
@@ -85,7 +83,7 @@ class PipelineSchedule:
             return chunk(next(iterator)), loss
 
         tokens = micro_batches[0].tokens
-        return get_forward_backward_func()(
+        return schedules.get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,

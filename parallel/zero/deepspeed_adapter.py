@@ -21,10 +21,10 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sambalm.parallel.compat.megatron_core import parallel_state
 from sambalm.parallel.zero.parameter_info import info_of
 
 

@@ -13,6 +13,7 @@ from sambalm.data_pipeline.files import sha256_file
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
 from tests.support.data import make_texts, write_jsonl
+from tests.support.marks import slow_except
 from tests.support.preprocess import contents, run, start
 
 # Several to a piece of input, so that a part of one is on disk most of the time.
@@ -41,7 +42,7 @@ def _committed(prefix) -> int:
     return len(list(prefix.parent.glob("d_*.idx")))
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", slow_except(["1"], ["1", "2"]))
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer, many, whole, workers):
     prefix = tmp_path / "d"
     draw = random.Random(int(workers))
@@ -73,12 +74,15 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer, 
 
 
 def test_an_interrupt_ends_in_one_line_and_goes_on(tmp_path, tokenizer, many, whole):
-    prefix = tmp_path / "d"
-    process = start([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS), "--workers", "2")
-    while process.poll() is None and _committed(prefix) < 2:
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C reaches the workers too
-    _, errors = process.communicate()
+    for attempt in range(5):  # on a busy machine it may end before the signal
+        prefix = tmp_path / str(attempt) / "d"
+        process = start([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS), "--workers", "2")
+        while process.poll() is None and _committed(prefix) < 2:
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C reaches the workers too
+        _, errors = process.communicate()
+        if process.returncode:
+            break
     assert process.returncode == 130
     assert "Traceback" not in errors
     run([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS))
@@ -96,6 +100,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_complete_shard(small_disk, tokenizer, many, whole):
     prefix = small_disk / "d"
     options = ["--shard-tokens", str(SHARD_TOKENS), "--workers", "2"]
@@ -149,6 +154,7 @@ def test_a_committed_shard_that_is_not_whole_is_made_again(damage, suffix, tmp_p
     assert contents(prefix) == whole
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_ones_shards(tmp_path, tokenizer, many):
     prefix = tmp_path / "d"
     process = start([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS), "--workers", "1")

@@ -92,6 +92,7 @@ def test_every_byte_belongs_to_one_part(tmp_path):
                 assert (spans[0][0], spans[-1][1]) == (0, files[source].size_bytes)
 
 
+@pytest.mark.slow
 def test_parts_may_run_at_the_same_time(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(8000, seed=3))
     prefix = tmp_path / "out" / "d"

@@ -246,6 +246,7 @@ def _nodes(tmp_path, number: int) -> None:
             write_shard(tmp_path / str(node) / name, counting_documents(50, start=start))
 
 
+@pytest.mark.slow
 def test_on_a_shared_file_system_one_rank_makes_the_index(tmp_path):
     _nodes(tmp_path, 1)
     results = run_world(sources_on_rank, str(tmp_path), 1, ranks=4)

@@ -288,6 +288,7 @@ def test_an_id_out_of_range_in_a_shard_with_a_manifest_is_refused_before_the_run
     refused("data", "index", config, f"data.train={patched_shard}", names=names)
 
 
+@pytest.mark.slow
 def test_an_id_out_of_range_in_a_shard_that_nobody_verified_ends_the_run(config, patched_shard):
     """The batch that holds it is refused: in one epoch, one of the steps."""
     size = ["train.global_batch_tokens=8192", "train.steps=200"]
@@ -351,6 +352,7 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_torchruns_own_report_of_a_refusal_ends_with_the_sentence(run_values, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values))
     ended = subprocess.run(

@@ -48,6 +48,7 @@ def exit_code_when_killed_at(point, values):
     return process.exitcode
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_point_leaves_whole_checkpoints_only(run_values, tmp_path):
     values = changed(run_values, train={"steps": 3}, checkpoint={"every_steps": 1, "keep": 1})
     values = changed(values, validation={"every_steps": 100, "tokens": 64, "length_multiples": [1]})

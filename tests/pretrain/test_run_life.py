@@ -190,6 +190,7 @@ def test_a_lease_that_was_lost_between_steps_commits_nothing(run_values):
     assert attempt.exit_code == ExitCode.RUN_IN_USE
 
 
+@pytest.mark.slow
 def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):
     values = changed(long_values, optimizer={"peak_lr": 1e30}, train={"max_skipped_steps": 3})
     run = Run(values, tmp_path)
@@ -207,6 +208,7 @@ def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):
     assert attempt.exit_code == ExitCode.DIVERGED
 
 
+@pytest.mark.slow
 def test_switches_in_the_run_folder_save_and_stop(run):
     run.wait_for_step(1)
     (run.dir / "save").touch()
@@ -222,6 +224,7 @@ def test_switches_in_the_run_folder_save_and_stop(run):
     assert "Traceback" not in run.text()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_logs_the_same_as_one_that_was_not(run_values, tmp_path):
     """TERM to one rank in the middle, then a resume, validation included."""
     values = changed(run_values, train={"steps": 150}, parallel={"zero_stage": 1}, checkpoint={"every_steps": 1000})
@@ -260,6 +263,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(delay_s, long_values, tmp
     assert time.monotonic() - start_s < 5
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, long_values, tmp_path):
     run.wait_for_step(1)
     (tmp_path / "second").mkdir()
@@ -308,6 +312,7 @@ sys.exit(trainer.train(load_config(__import__("pathlib").Path(sys.argv[1]))))
 """
 
 
+@pytest.mark.slow
 def test_a_crash_loop_without_progress_stops_by_itself(run_values, tmp_path):
     """Killed at step 4 each time, after the checkpoint of step 3: the first attempt made progress, three did not."""
     run = Run(run_values, tmp_path, ranks=1)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from sambalm.pretrain.checkpointing.format import newest_checkpoint
+from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, train
 
 TIED, UNTIED = True, False
@@ -33,9 +34,15 @@ def one_process():
     return {}
 
 
+FEW_RANKS = [name for name, (ranks, _, _) in LAYOUTS.items() if ranks == 2]
+
+
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=[pytest.mark.slow] if ranks > 2 else []) for name, (ranks, _, _) in LAYOUTS.items()],
+    [
+        *slow_except(["TP2", "DP2, ZeRO-1", "DP2, ZeRO-3"], FEW_RANKS),
+        *(pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS if name not in FEW_RANKS),
+    ],
 )
 def test_every_layout_trains_like_one_process(layout, run_values, one_process, tmp_path):
     ranks, parallel, tied = LAYOUTS[layout]
@@ -49,7 +56,7 @@ def test_every_layout_trains_like_one_process(layout, run_values, one_process, t
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([1], [1, 2, 3]))
 def test_bf16_runs_keep_mambas_rates_in_fp32(stage, run_values):
     """A_log, D and the dt bias hold values that bf16 cannot, after steps, in weights and moments of a checkpoint."""
     values = changed(run_values, train={"precision": "bf16"}, parallel={"zero_stage": stage})

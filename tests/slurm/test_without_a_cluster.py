@@ -66,6 +66,7 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_every_node_is_measured_with_its_neighbours(tmp_path):
     """Three nodes: one is left out of each round of pairs, and none of both."""
     check_links(tmp_path / "links", 3)
