@@ -47,7 +47,7 @@ def layer_flops(config: ModelConfig, *, sequence_length: int) -> list[float]:
 
 
 def _product_weights(config: ModelConfig, letter: str) -> int:
-    return sum(each.elements for each in mixer(letter).parameters(config, tensor_ranks=1) if each.in_product)
+    return sum(each.counted for each in mixer(letter).parameters(config, tensor_ranks=1) if each.in_product)
 
 
 def peak_flops(device_name: str) -> float | None:

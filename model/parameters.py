@@ -21,4 +21,4 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 def layer_parameters(config: ModelConfig, letter: str) -> int:
     """Counts the parameters of one layer without its norm."""
-    return sum(each.elements for each in mixer(letter).parameters(config, tensor_ranks=1))
+    return sum(each.counted for each in mixer(letter).parameters(config, tensor_ranks=1))

@@ -38,11 +38,12 @@ class Sublayer(nn.Module):
 class Head(nn.Module):
     """The vocabulary-parallel LM head. Tied, its weight is the embedding's."""
 
-    def __init__(self, weight: nn.Parameter, *, tp: TensorParallel) -> None:
+    def __init__(self, weight: nn.Parameter, *, rows: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp, self.weight = tp, weight
+        self.tp, self.weight, self.rows = tp, weight, rows  # those of tokens: others are zeros (parallel/shard.py)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of all rows that the rank holds, also of those that no token has."""
         return linear(x, self.weight, tp=self.tp)
 
 
@@ -91,7 +92,7 @@ class Samba(nn.Module):
         )
         if self.is_last:
             self.final_norm = RMSNorm(config, tp=tp, kernels=kernels)
-            self.head = Head(self._head_weight(), tp=tp)
+            self.head = Head(self._head_weight(), rows=equal_shard(config.vocab_size, tp).length, tp=tp)
 
     def _head_weight(self) -> nn.Parameter:
         if self.config.tie_embeddings:
@@ -134,8 +135,8 @@ class Samba(nn.Module):
             return _added(x, branch)
         logits = self.head(self.final_norm(x, branch)[1])
         if labels is None:
-            return logits.transpose(0, 1)
-        return cross_entropy(logits, labels.t(), self.tp, token_losses=self.token_losses).t()
+            return logits[..., : self.head.rows].transpose(0, 1)
+        return cross_entropy(logits, labels.t(), self.tp, vocabulary=self.head.rows, token_losses=self.token_losses).t()
 
     def backward_order(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         """Modules in the order in which a backward goes through the whole model, each with the parameter whose gradient

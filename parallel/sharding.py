@@ -25,7 +25,9 @@ def sharded_parameter(
     matmul_only: bool = False,
     weight_decay: bool | None = None,
 ) -> nn.Parameter:
-    """Makes an uninitialised fp32 parameter that joins this rank's slices of canonical tensors, with its info.
+    """Makes an fp32 parameter of zeros that joins this rank's slices of canonical tensors, with its info.
+
+    Slices are set by `initialize_parameters` or from a checkpoint; what lies between them stays zero.
 
     Args:
         shape: of the parameter but for dim, whose entry is ignored.
@@ -39,8 +41,8 @@ def sharded_parameter(
     for name, part in shards.items():
         canonical_shape = (*shape[:dim], part.size, *shape[dim + 1 :])
         slices.append(CanonicalSlice(name, canonical_shape, dim, part.start, local_start, part.length, init))
-        local_start += part.length
-    parameter = nn.Parameter(torch.empty(*shape[:dim], local_start, *shape[dim + 1 :], dtype=torch.float32))
+        local_start += part.held
+    parameter = nn.Parameter(torch.zeros(*shape[:dim], local_start, *shape[dim + 1 :], dtype=torch.float32))
     decays = parameter.dim() > 1 if weight_decay is None else weight_decay
     info = ParameterInfo(tuple(slices), owned=owned, matmul_only=matmul_only, weight_decay=decays)
     attach_info(parameter, info)
@@ -48,7 +50,7 @@ def sharded_parameter(
 
 
 def replicated_parameter(shape: tuple[int, ...], *, name: str, init: Init, tp: TensorParallel) -> nn.Parameter:
-    """Makes an uninitialised fp32 parameter that every tensor-parallel rank holds whole."""
+    """Makes an fp32 parameter of zeros that every tensor-parallel rank holds whole."""
     return sharded_parameter(shape, {name: Shard(shape[0], 0, shape[0])}, init=init, owned=tp.rank == 0)
 
 

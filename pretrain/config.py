@@ -9,6 +9,7 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability
 from sambalm.model.ops.config import KernelConfig
 from sambalm.parallel.config import ParallelConfig, check_world_size
+from sambalm.parallel.shard import Position, equal_shard
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
@@ -198,11 +199,13 @@ class RunConfig(BaseModel):
 
     def _check_tensor_parallelism(self) -> None:
         ranks, model = self.parallel.tensor, self.model
-        if model.vocab_size % ranks:
+        try:
+            equal_shard(model.vocab_size, Position(ranks))
+        except ValueError:
             raise ValueError(
-                f"model.vocab_size is {model.vocab_size}, which parallel.tensor {ranks} does not divide: raise it to "
-                f"{-(-model.vocab_size // ranks) * ranks} (rows that no token uses do no harm)"
-            )
+                f"model.vocab_size is {model.vocab_size}, too few for each of parallel.tensor {ranks} ranks to have "
+                "tokens: lower parallel.tensor"
+            ) from None
         for one in model.kinds:
             one.check(model, tensor_ranks=ranks)
 

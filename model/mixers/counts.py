@@ -39,10 +39,17 @@ class Parameter:
     in_product: bool = False  # whether a matrix product takes it, in the activations' dtype
     matmul_only: bool = False  # whether nothing else reads it
     weight_decay: bool | None = None  # whether AdamW decays it; None: a matrix, yes, and a vector, no
+    padding: int = 0  # elements of the shape that are zeros (parallel/shard.py), which no count of parameters has
 
     @property
     def elements(self) -> int:
+        """Elements that the rank holds, zeros included."""
         return math.prod(self.shape)
+
+    @property
+    def counted(self) -> int:
+        """Elements that learn."""
+        return self.elements - self.padding
 
     @property
     def decays(self) -> bool:

@@ -59,7 +59,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, parts: Mapping[str, Shard], *, tp: TensorParallel, init: Init) -> None:
         super().__init__()
         self.tp = tp
-        self.local_sizes = [part.length for part in parts.values()]
+        self.local_sizes = [part.held for part in parts.values()]
         shards = {f"{name}.weight": part for name, part in parts.items()}
         self.weight = sharded_parameter((0, in_features), shards, init=init, matmul_only=True)
 
@@ -103,7 +103,7 @@ class VocabParallelEmbedding(nn.Module):
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight).to(dtype)
         rows = self.weight.shape[0]
-        local = tokens - self.tp.rank * rows
+        local = tokens - self.tp.rank * rows  # all ranks hold as many
         elsewhere = (local < 0) | (local >= rows)
         partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
         partial = partial.masked_fill(elsewhere.unsqueeze(-1), 0)
@@ -113,18 +113,27 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, tp: TensorParallel, *, token_losses: Callable[[Tensor, Tensor], Tensor]
+    logits: Tensor,
+    labels: Tensor,
+    tp: TensorParallel,
+    *,
+    vocabulary: int,
+    token_losses: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Tensor:
     """Returns the negative log-likelihood of each label.
 
     Args:
-        logits: [sequence, batch, vocabulary / tp].
+        logits: [sequence, batch, rows of the head on this rank], all ranks having as many.
         labels: int64 [sequence, batch].
-        token_losses: of logits [tokens, vocabulary] and labels [tokens], for a process that has the whole vocabulary.
+        vocabulary: how many of the rank's rows, from the first on, are tokens.
+        token_losses: of logits [tokens, rows], labels [tokens] and the vocabulary, for a process that has all of it.
 
     Returns:
         fp32 [sequence, batch].
     """
     if tp.size == 1:
-        return token_losses(logits.flatten(0, 1), labels.flatten()).view_as(labels)
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.contiguous())
+        return token_losses(logits.flatten(0, 1), labels.flatten(), vocabulary).view_as(labels)
+    logits, zeros = logits.float(), logits.shape[-1] - vocabulary
+    if zeros:  # which no probability may go to
+        logits = F.pad(logits[..., :vocabulary], (0, zeros), value=-torch.inf)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits, labels.contiguous())

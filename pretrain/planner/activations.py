@@ -12,7 +12,7 @@ from functools import lru_cache
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import FP32_BYTES, Share
 from sambalm.model.registry import mixer
-from sambalm.pretrain.planner.sizes import Chunk, local_sizes
+from sambalm.pretrain.planner.sizes import Chunk, embedding_rows, local_sizes
 
 ENDS = "ends"  # embedding, final norm, head and loss, and what a pipeline keeps between chunks
 
@@ -73,7 +73,7 @@ def _chunk_memory(
         rounded[kind] = count * rounded_bytes(share.activation_bytes, weights)
     at_loss, freed = 0, 0
     if chunk.is_last:
-        vocabulary = model.vocab_size // share.tensor_ranks
+        vocabulary = embedding_rows(model, share.tensor_ranks)
         freed = _head_saved_bytes(model, share)  # before any sublayer's backward
         saved[ENDS] += freed
         rounded[ENDS] = rounded_bytes(share.activation_bytes, vocabulary * model.hidden_size)
@@ -129,7 +129,7 @@ def _norm_bytes(model: ModelConfig, share: Share) -> int:
 
 
 def _head_saved_bytes(model: ModelConfig, share: Share) -> int:
-    a, vocabulary = share.activation_bytes, model.vocab_size // share.tensor_ranks
+    a, vocabulary = share.activation_bytes, embedding_rows(model, share.tensor_ranks)
     # The log-probabilities in fp32, or of a fused loss the logits.
     logit_bytes = a if _loss_is_fused(share) else FP32_BYTES
     log_probabilities = logit_bytes * share.tokens * vocabulary
@@ -145,7 +145,7 @@ def _loss_gradient_bytes(model: ModelConfig, share: Share) -> int:
     a = share.activation_bytes
     widths = 2 * FP32_BYTES if share.tensor_ranks == 1 else 2 * a
     widths = a if _loss_is_fused(share) else widths
-    return widths * share.tokens * model.vocab_size // share.tensor_ranks
+    return widths * share.tokens * embedding_rows(model, share.tensor_ranks)
 
 
 def _loss_is_fused(share: Share) -> bool:

@@ -21,6 +21,7 @@ from sambalm.pretrain.planner.sizes import (
     Chunk,
     Stage,
     activation_bytes,
+    embedding_rows,
     local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
@@ -155,7 +156,7 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: Stage, *, world_size: i
         ledger.add("data", "all-gather", ranks, gathered / groups / ranks, times=groups)
     ends = any(chunk.is_first != chunk.is_last for chunk in stage.chunks)
     if model.tie_embeddings and parallel.pipeline > 1 and ends:
-        rows = model.vocab_size // parallel.tensor
+        rows = embedding_rows(model, parallel.tensor)
         ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES, times=1)
 
 
@@ -175,11 +176,11 @@ def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
 @lru_cache(maxsize=64)
 def _reduced_groups(model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
     """Counts what `gradient_buckets` puts into each bucket, from what mixers say of their parameters."""
-    rows, width = model.vocab_size // tensor_ranks, model.hidden_size
+    rows, width = embedding_rows(model, tensor_ranks), model.hidden_size
     kinds = {one.letter: _bucketed_elements(one, model, tensor_ranks) for one in model.kinds}
     layers = [kinds[letter] for letter in reversed(model.pattern)]
     if not model.tie_embeddings:
-        layers.insert(0, (rows * width, rows * width))
+        layers.insert(0, (model.vocab_size * width // tensor_ranks, rows * width))
     buckets = bucket_ranges([size for size, _ in layers], max_elements=BUCKET_ELEMENTS)
     elements = [sum(held for _, held in layers[bucket.start : bucket.stop]) for bucket in buckets]
     # The others come at the backward's end: those that decay, the embedding among them, and those that do not.
@@ -194,7 +195,7 @@ def _reduced_groups(model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup
 def _bucketed_elements(one: Mixer, model: ModelConfig, tensor_ranks: int) -> tuple[int, int]:
     """Counts a layer's weights that only products read: an even share of the whole ones, and the first rank's share."""
     held = {each.name: each.elements for each in one.parameters(model, tensor_ranks=tensor_ranks) if each.matmul_only}
-    whole = sum(each.elements for each in one.parameters(model, tensor_ranks=1) if each.name in held)
+    whole = sum(each.counted for each in one.parameters(model, tensor_ranks=1) if each.name in held)
     return whole // tensor_ranks, sum(held.values())
 
 
@@ -206,7 +207,7 @@ def _gathered_bytes(config: RunConfig, stage: Stage, *, micro_batches: int) -> f
     model, whole = config.model, stage.parameters
     tensor = config.parallel.tensor
     small = sum(number * local_sizes(model, letter, tensor).small for letter, number in stage.letters)
-    embedding = model.vocab_size // tensor * model.hidden_size
+    embedding = embedding_rows(model, tensor) * model.hidden_size
     small += model.hidden_size + (embedding if embedding < PERSISTENT_ELEMENTS else 0)
     again = max(0, whole - MAX_LIVE_PARAMETERS)
     return FP32_BYTES * (micro_batches * (whole - small + again) + small)

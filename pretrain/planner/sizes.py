@@ -9,6 +9,7 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import FP32_BYTES, KernelNames, Recompute, Share
 from sambalm.model.registry import mixer, mixers_of
 from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.shard import Position, equal_shard
 from sambalm.pretrain.config import PRECISION_BYTES, RunConfig
 
 PERSISTENT_ELEMENTS = 100_000  # DeepSpeed 0.19.8's param_persistence_threshold, runtime/zero/config.py
@@ -35,6 +36,11 @@ def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSize
         matrix=sum(each.elements for each in parameters if each.in_product),
         matmul_only=sum(each.elements for each in parameters if each.matmul_only),
     )
+
+
+def embedding_rows(model: ModelConfig, tensor_ranks: int) -> int:
+    """Returns the rows of embedding and head that a rank holds, and with them its logits of a token."""
+    return equal_shard(model.vocab_size, Position(tensor_ranks)).held
 
 
 def share_of(config: RunConfig, kernels: KernelNames, *, recompute: Recompute | None = None) -> Share:
@@ -132,7 +138,7 @@ def _stage(model: ModelConfig, tensor: int, ranges: Sequence[range]) -> Stage:
     letters = _counted("".join(model.pattern[layers.start : layers.stop] for layers in ranges))
     sizes = [(number, local_sizes(model, letter, tensor)) for letter, number in letters]
     first, last = any(chunk.is_first for chunk in chunks), any(chunk.is_last for chunk in chunks)
-    embedding = model.vocab_size // tensor * model.hidden_size
+    embedding = embedding_rows(model, tensor) * model.hidden_size
     if first and last and not (model.tie_embeddings and len(chunks) > 1):
         embeddings = 1 if model.tie_embeddings else 2
     else:

@@ -32,6 +32,7 @@ from sambalm.pretrain.planner.sizes import (
     Chunk,
     Stage,
     activation_bytes,
+    embedding_rows,
     local_sizes,
     only_rounded_elements,
     share_of,
@@ -247,7 +248,7 @@ class _Device:
     def _chunk_s(self, chunk: Chunk) -> float:
         model, share = self.model, self.share
         total = sum(count * self._sublayers_s[letter] for letter, count in chunk.letters)
-        vocabulary, tokens = model.vocab_size // share.tensor_ranks, share.tokens
+        vocabulary, tokens = embedding_rows(model, share.tensor_ranks), share.tokens
         if chunk.is_first:
             total += self._traffic_s(costs.EMBEDDING, tokens * model.hidden_size)
         if chunk.is_last:

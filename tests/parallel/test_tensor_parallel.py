@@ -14,7 +14,7 @@ from sambalm.model.mixers.attention.heads import kv_copies, share_heads
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.shard import shard
+from sambalm.parallel.shard import equal_shard, shard
 from sambalm.pretrain.check_layout import local_slices, whole
 from tests.support.layout_runs import run_values
 from tests.support.marks import slow_except
@@ -29,10 +29,28 @@ def test_shares_follow_one_another_and_fill_a_dimension(size, ranks):
     assert sum(share.length for share in shares) == size
     lengths = [share.length for share in shares]
     assert lengths == sorted(lengths, reverse=True)  # the first rank has most of all, which plans count with
-    assert lengths[0] - lengths[-1] < 16
+    assert lengths[0] - lengths[-1] < (32 if size >= 256 * ranks else 16)
     assert all(share.length > 0 for share in shares)
     if size % ranks and size >= 8 * ranks:
         assert all(share.start % 8 == 0 for share in shares), "matrix products want multiples of 8"
+    assert all(share.held % 16 == 0 for share in shares if share.length >= 256), "and those in FP8 of 16"
+    assert all(share.padding < 16 for share in shares)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("size", [49, 96, 2048, 32_000, 32_001, 50_257, 50_304])
+def test_shares_of_a_vocabulary_are_held_alike_and_fill_it(size, ranks):
+    shares = [equal_shard(size, TensorParallel(rank=rank, size=ranks)) for rank in range(ranks)]
+    assert len({share.held for share in shares}) == 1
+    assert [share.start for share in shares] == [rank * shares[0].held for rank in range(ranks)]
+    assert sum(share.length for share in shares) == size
+    assert all(share.length > 0 for share in shares)
+    assert all(share.held % 16 == 0 for share in shares if size >= 256 * ranks)
+
+
+def test_a_vocabulary_of_which_a_rank_would_hold_nothing_is_refused():
+    with pytest.raises(ValueError, match="9 cannot be cut over 8"):
+        equal_shard(9, TensorParallel(rank=0, size=8))
 
 
 HEADS = [(11, 1, 256), (12, 12, 128), (18, 18, 128), (32, 4, 64)]

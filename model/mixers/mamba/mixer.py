@@ -110,18 +110,19 @@ class Mamba(Mixer):
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, rank, states = config.hidden_size, config.dt_rank_size, config.d_state
-        channels = self._channels(config, tensor_ranks)
-        product = {"in_product": True, "matmul_only": True}
+        share = shard(config.inner_size, Position(tensor_ranks))
+        channels, zeros, product = share.held, share.padding, {"in_product": True, "matmul_only": True}
         return (
-            Parameter("in_proj.weight", (2 * channels, width), **product),
-            Parameter("conv.weight", (channels, config.d_conv)),
-            Parameter("conv.bias", (channels,)),
-            Parameter("x_proj.weight", (rank + 2 * states, channels), **product),
-            Parameter("dt_proj.weight", (channels, rank), **product),
-            Parameter("dt_proj.bias", (channels,)),
-            Parameter("A_log", (channels, states), weight_decay=False),  # a rate, not a projection
-            Parameter("D", (channels,)),
-            Parameter("out_proj.weight", (width, channels), **product),
+            Parameter("in_proj.weight", (2 * channels, width), **product, padding=2 * zeros * width),
+            Parameter("conv.weight", (channels, config.d_conv), padding=zeros * config.d_conv),
+            Parameter("conv.bias", (channels,), padding=zeros),
+            Parameter("x_proj.weight", (rank + 2 * states, channels), **product, padding=zeros * (rank + 2 * states)),
+            Parameter("dt_proj.weight", (channels, rank), **product, padding=zeros * rank),
+            Parameter("dt_proj.bias", (channels,), padding=zeros),
+            # A rate, not a projection.
+            Parameter("A_log", (channels, states), weight_decay=False, padding=zeros * states),
+            Parameter("D", (channels,), padding=zeros),
+            Parameter("out_proj.weight", (width, channels), **product, padding=zeros * width),
         )
 
     def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
@@ -207,7 +208,7 @@ class Mamba(Mixer):
 
     @staticmethod
     def _channels(config: "ModelConfig", tensor_ranks: int) -> int:
-        return shard(config.inner_size, Position(tensor_ranks)).length
+        return shard(config.inner_size, Position(tensor_ranks)).held
 
 
 def _torch_chunk_tokens(token_elements: int, share: Share) -> int:

@@ -13,7 +13,7 @@ from sambalm.model.mixers.counts import (
     Traffic,
     input_and_output_messages,
 )
-from sambalm.parallel.shard import Position, shard
+from sambalm.parallel.shard import Position, Shard, shard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,29 +67,30 @@ class MLP(Mixer):
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, inner = config.hidden_size, self._inner(config, tensor_ranks)
+        held, zeros, product = inner.held, inner.padding * width, {"in_product": True, "matmul_only": True}
         return (
-            Parameter("gate_up_proj.weight", (2 * inner, width), in_product=True, matmul_only=True),
-            Parameter("down_proj.weight", (width, inner), in_product=True, matmul_only=True),
+            Parameter("gate_up_proj.weight", (2 * held, width), **product, padding=2 * zeros),
+            Parameter("down_proj.weight", (width, held), **product, padding=zeros),
         )
 
     def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
         return input_and_output_messages(config.hidden_size, share)
 
     def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
-        elements = share.tokens * self._inner(config, share.tensor_ranks)
+        elements = share.tokens * self._inner(config, share.tensor_ranks).held
         yield MemoryPass(SWIGLU[share.kernels.elementwise], elements)
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         """Counts gate and up, SiLU of the gate where it is an operation of its own, and their product."""
         widths = 3 if share.kernels.elementwise == "compiled" else 4
-        return share.activation_bytes * share.tokens * widths * self._inner(config, share.tensor_ranks)
+        return share.activation_bytes * share.tokens * widths * self._inner(config, share.tensor_ranks).held
 
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
-        return share.tokens * share.activation_bytes * 4 * self._inner(config, share.tensor_ranks)
+        return share.tokens * share.activation_bytes * 4 * self._inner(config, share.tensor_ranks).held
 
     @staticmethod
-    def _inner(config: "ModelConfig", tensor_ranks: int) -> int:
-        return shard(config.mlp_size, Position(tensor_ranks)).length
+    def _inner(config: "ModelConfig", tensor_ranks: int) -> Shard:
+        return shard(config.mlp_size, Position(tensor_ranks))
 
 
 MIXER = MLP()

@@ -18,9 +18,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each label, fp32 [tokens], of logits [tokens, vocabulary] in any dtype."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+def token_losses(logits: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """Negative log-likelihood of each label among the first `vocabulary` logits.
+
+    Args:
+        logits: [tokens, vocabulary or more] in any dtype.
+        labels: int64 [tokens].
+
+    Returns:
+        fp32 [tokens].
+    """
+    return F.cross_entropy(logits[:, :vocabulary].float(), labels, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Elementwise:
 
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
-    token_losses: Callable[[Tensor, Tensor], Tensor] = token_losses
+    token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
 
     def compiled(self) -> "Elementwise":
         """The same, each fused into as few passes over memory as it takes; logits are never held in fp32."""
