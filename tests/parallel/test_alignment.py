@@ -145,11 +145,10 @@ def test_shapes_of_checkpoints_and_counts_are_the_users():
 
     sizes = {"hidden_size": 264, "num_query_heads": 11, "num_kv_heads": 1, "mlp_size": 519, "vocab_size": 523}
     config = ModelConfig(pattern="M*-", window=4, tie_embeddings=False, **sizes)
-    with torch.device("meta"):
-        model = Samba(config)
+    model = Samba(config)
     shapes = {name: piece.shape for name, _, piece in canonical_slices(model)}
     assert shapes["layers.2.mixer.gate_up_proj.up.weight"] == (519, 264)
     assert shapes["head.weight"] == (523, 264)
     held = sum(parameter.numel() for parameter in model.parameters())
     assert count_parameters(config)["total"] == sum(int(np.prod(shape)) for shape in shapes.values()) < held
-    assert model(torch.zeros(1, 4, dtype=torch.long, device="meta")).shape == (1, 4, 523)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 523)
