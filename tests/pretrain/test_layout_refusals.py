@@ -32,9 +32,9 @@ REFUSED = {
     ),
     "vocabulary": (
         2,
-        {"model": {"vocab_size": 385}, "parallel": {"tensor": 2}},
-        "model.vocab_size is 385.*parallel.tensor 2.*raise it to 386",
-        (2, {"model": {"vocab_size": 386}}),
+        {"model": {"vocab_size": 1}, "parallel": {"tensor": 2}},
+        "model.vocab_size is 1, too few for each of parallel.tensor 2 ranks.*lower parallel.tensor",
+        (2, {"model": {"vocab_size": 385}}),
     ),
     "MLP narrower than its ranks": (
         4,

@@ -159,7 +159,7 @@ def test_a_bad_value_is_refused_by_key_value_and_what_is_allowed(override, key, 
     ("overrides", "named"),
     [
         (["parallel.tensor=1", "parallel.sequence=true"], ["parallel.sequence is true", "parallel.tensor is 1"]),
-        (["model.vocab_size=2047"], ["model.vocab_size is 2047", "parallel.tensor 2"]),
+        (["model.vocab_size=1"], ["model.vocab_size is 1,", "parallel.tensor 2"]),
         (["model.mlp_size=1"], ["model.mlp_size is 1", "parallel.tensor 2"]),
         (["parallel.tensor=3", "model.vocab_size=2049"], ["parallel.tensor is 3", "model.num_kv_heads"]),
         (["parallel.tensor=8"], ["parallel.tensor is 8", "model.num_query_heads"]),
