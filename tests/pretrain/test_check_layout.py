@@ -87,7 +87,7 @@ def test_the_command_says_what_it_found(sambalm):
     ("world_size", "override", "sentence"),
     [
         (3, "parallel.tensor=2", "3 processes cannot hold whole copies"),
-        (5, "parallel.tensor=5", "parallel.tensor 5 does not divide"),
+        (5, "parallel.tensor=5", "parallel.tensor is 5: 12 query heads"),
         (3, "parallel.zero_stage=2", "x 3 data-parallel ranks"),
         (2, "parallel.pipeline=7", "more than the 5 sublayers"),
     ],
