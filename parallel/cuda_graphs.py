@@ -107,9 +107,9 @@ class CapturedMicroBatches:
     def _capture(self, batch: MicroBatch, *, is_first: bool, is_last: bool) -> Captured:
         """Captures a graph, which computes nothing yet. It will add to gradients that parameters have by now."""
         device, starts = batch.tokens.device, batch.document_starts
-        batch = MicroBatch(
-            batch.tokens.clone(), batch.labels.clone(), None if starts is None else starts.to(device, copy=True)
-        )
+        # Starts come from the CPU, so that moving them makes a tensor of the graph's own.
+        starts = None if starts is None else to_device(starts, device)
+        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone(), starts)
         micro_batches = torch.ones((), device=device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self.captured.values()), None)
