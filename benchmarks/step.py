@@ -4,6 +4,8 @@
     python benchmarks/step.py configs/samba_1.3b.yaml --profile train.global_batch_tokens=16384 train.micro_batch_size=4
     python benchmarks/step.py configs/samba_421m.yaml --gpus 2 --profile train.global_batch_tokens=32768 \
         train.micro_batch_size=4
+    python benchmarks/step.py configs/samba_421m.yaml --document-tokens 512 train.global_batch_tokens=16384 \
+        train.micro_batch_size=4 --with data.reset_at_document=false --with data.reset_at_document=true
 
 The steps are those of `sambalm train`, loader, clipping and optimizer included; without --profile it is that program
 that runs. Several --with SETTINGS, each a list of overrides in quotes, are trained one after the other and compared.
@@ -44,18 +46,22 @@ PARTS = {
 }
 
 
-def write_tokens(prefix: Path, *, vocab_size: int, tokens: int) -> None:
+def write_tokens(prefix: Path, *, vocab_size: int, tokens: int, document_tokens: int | None) -> None:
+    """Documents of random lengths around a mean; without one 8 long ones."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     random = np.random.default_rng(0)
-    for _ in range(8):
-        builder.add_document(torch.from_numpy(random.integers(0, vocab_size, tokens // 8)), [tokens // 8])
+    mean = document_tokens or tokens // 8
+    lengths = random.integers(mean // 2 + 1, mean * 3 // 2 + 1, tokens // mean + 1) if document_tokens else [mean] * 8
+    for length in lengths:
+        builder.add_document(torch.from_numpy(random.integers(0, vocab_size, length)), [int(length)])
     builder.finalize(f"{prefix}.idx")
 
 
 def settings_of(arguments: argparse.Namespace, folder: Path, overrides: list[str]) -> list[str]:
     config = load_config(Path(arguments.config), [*overrides, "data.train=x", "run.dir=x"])
     tokens = 4 * (arguments.steps + 2) * config.train.global_batch_tokens + 64 * config.data.sequence_length
-    write_tokens(folder / "tokens", vocab_size=config.model.vocab_size, tokens=tokens)
+    size = config.model.vocab_size
+    write_tokens(folder / "tokens", vocab_size=size, tokens=tokens, document_tokens=arguments.document_tokens)
     values = {
         "run.dir": folder / "run",
         "data.train": folder / "tokens",
@@ -195,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--with", dest="variants", action="append", default=[], metavar="SETTINGS")
     parser.add_argument("--gpus", type=int, default=1, help="of this machine, one process each")
+    parser.add_argument("--document-tokens", type=int, help="mean length of documents; by default they are long")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # one rank of --profile
     parser.add_argument("--top", type=int, default=25, help="kernels to list")

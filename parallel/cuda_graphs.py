@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.transfer import to_device
 
 UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ranks connect, which cannot be captured
 
@@ -56,17 +57,18 @@ class CapturedMicroBatches:
 
     A step's first micro-batch has a graph of its own, which writes gradients where steps start without. Where the last
     differs, so has the last, and one that is both. All graphs use the same memory, which stays reserved from step to
-    step until `clear`. Packed documents, whose lengths differ from step to step, run uncaptured.
+    step until `clear`.
 
     Gradients that are there before the first micro-batch must lie at the same place in every step.
 
     Args:
         run: must do the same for each first, each last and each other micro-batch, and on all ranks.
         last_differs: whether `run` does anything else for the last.
+        documents: whether `run` takes documents' starts on the device alone; else packed documents run uncaptured.
     """
 
-    def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool) -> None:
-        self.run, self.parameters, self.last_differs = run, list(parameters), last_differs
+    def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool, documents: bool) -> None:
+        self.run, self.parameters, self.last_differs, self.documents = run, list(parameters), last_differs, documents
         self.uncaptured_steps = UNCAPTURED_STEPS
         self.captured: dict[tuple[bool, bool], Captured] = {}  # by whether it is first, and a last that differs
 
@@ -77,7 +79,7 @@ class CapturedMicroBatches:
             ParallelError: a micro-batch cannot be captured.
         """
         packed = any(batch.document_starts is not None for batch in micro_batches)
-        captured = not packed and self.uncaptured_steps == 0
+        captured = self.uncaptured_steps == 0 and (self.documents or not packed)
         self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
         return run_in_turn(self._replay if captured else self.run, micro_batches)
 
@@ -94,6 +96,8 @@ class CapturedMicroBatches:
         captured = self.captured[kind]
         captured.batch.tokens.copy_(batch.tokens)
         captured.batch.labels.copy_(batch.labels)
+        if captured.batch.document_starts is not None and batch.document_starts is not None:
+            captured.batch.document_starts.copy_(to_device(batch.document_starts, batch.tokens.device))
         captured.micro_batches.fill_(micro_batches)
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients, strict=True):
@@ -102,8 +106,11 @@ class CapturedMicroBatches:
 
     def _capture(self, batch: MicroBatch, *, is_first: bool, is_last: bool) -> Captured:
         """Captures a graph, which computes nothing yet. It will add to gradients that parameters have by now."""
-        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone())
-        micro_batches = torch.ones((), device=batch.tokens.device)
+        device, starts = batch.tokens.device, batch.document_starts
+        # Starts come from the CPU, so that moving them makes a tensor of the graph's own.
+        starts = None if starts is None else to_device(starts, device)
+        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone(), starts)
+        micro_batches = torch.ones((), device=device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self.captured.values()), None)
         try:

@@ -51,6 +51,7 @@ class AccumulatingExecutor(Executor):
         gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
         compute_weights: the model's.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
+        captures_documents: see `build_executor`.
     """
 
     def __init__(
@@ -62,12 +63,15 @@ class AccumulatingExecutor(Executor):
         weights: FlatWeights | None,
         compute_weights: ComputeWeights,
         cuda_graphs: bool,
+        captures_documents: bool,
     ) -> None:
         self.engine, self.model, self.gradients, self.weights = engine, model, gradients, weights
         self.compute_weights, self.graphs = compute_weights, None
         if cuda_graphs:
             reduces = gradients is not None
-            self.graphs = CapturedMicroBatches(self._run, model.parameters(), last_differs=reduces)
+            self.graphs = CapturedMicroBatches(
+                self._run, model.parameters(), last_differs=reduces, documents=captures_documents
+            )
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
@@ -190,6 +194,7 @@ def build_executor(
     tied_weight: nn.Parameter | None,
     clip_norm: float,
     cuda_graphs: bool,
+    captures_documents: bool,
 ) -> Executor:
     """Returns the way to run this rank's model chunks, which the engine holds.
 
@@ -197,6 +202,7 @@ def build_executor(
         buckets: those of the engine's optimizer.
         dtype: of activations and matrix products.
         recompute_layers: whether the backward runs layers again; products then convert weights at each use.
+        captures_documents: whether no kernel reads the documents of a micro-batch on the host.
     """
     if engine.managed_gradient_accumulation():
         return PartitioningExecutor(engine)
@@ -228,4 +234,5 @@ def build_executor(
         weights=weights,
         compute_weights=compute_weights,
         cuda_graphs=captured,
+        captures_documents=captures_documents,
     )

@@ -15,7 +15,8 @@ class MicroBatch:
     Attributes:
         tokens, labels: int64 [batch, sequence], on the CPU as the loader makes them, on the device after `on_rank`.
         document_starts: for each token the position in its row of its document's first token, int64 [batch, sequence],
-            always on the CPU: each document is then run as if it were alone. None: a row is one stream.
+            on the CPU, and on the device in a CUDA graph: each document is then run as if it were alone. None: a row is
+            one stream.
     """
 
     tokens: Tensor

@@ -5,5 +5,7 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device. To a GPU the host does not wait, from page-locked memory, for what it is at."""
+    """A tensor on a device. To a GPU the host does not wait, from page-locked memory, for what it is at."""
+    if tensor.device.type == device.type:
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

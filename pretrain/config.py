@@ -51,8 +51,8 @@ class TrainSection(BaseModel):
     )
     cuda_graphs: bool = Field(
         True,
-        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2, ZeRO-3 and packed "
-        "documents never do",
+        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2 and "
+        "ZeRO-3 never do, nor packed documents whose attention is a flash kernel",
     )
 
 

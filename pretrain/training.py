@@ -90,5 +90,6 @@ def build_training(
         tied_weight=tied_weight,
         clip_norm=config.optimizer.clip_norm,
         cuda_graphs=config.train.cuda_graphs,
+        captures_documents=kernels.captures_documents,
     )
     return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)

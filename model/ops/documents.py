@@ -1,10 +1,12 @@
 """Where documents begin in packed sequences, in the forms that kernels need, each made once for a micro-batch.
 
-They are made of starts on the CPU: kernels take some numbers from the host, which would else wait for the device.
+Of starts on the CPU all of them can be made. Starts on the device do for what has one shape whatever the documents are:
+a CUDA graph then takes other documents at each launch. What kernels take from the host would wait for the device there.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,26 +28,35 @@ class VariableLengths:
 class AttentionDocuments:
     """The documents of one call of an attention kernel, whose queries are the last of its keys' positions."""
 
-    host_first_keys: Tensor  # int64 [batch, queries], on the CPU
+    given_first_keys: Tensor  # int64 [batch, queries], on the CPU or the device
     keys: int
     device: torch.device
+    masks: dict[int, Any] = field(
+        default_factory=dict, init=False, compare=False
+    )  # by window, of a kernel that has some
 
     @cached_property
     def first_keys(self) -> Tensor:
         """Index of the first key that is of the query's document, int64 [batch, queries]."""
-        return to_device(self.host_first_keys, self.device)
+        return to_device(self.given_first_keys, self.device)
 
     @cached_property
     def variable_lengths(self) -> VariableLengths:
-        """A sequence for each document of each row. Keys before the first query's document are one without queries."""
-        batch, queries = self.host_first_keys.shape
+        """A sequence for each document of each row. Keys before the first query's document are one without queries.
+
+        Raises:
+            RuntimeError: starts were given on a GPU, where a host that reads lengths would wait.
+        """
+        if self.given_first_keys.is_cuda:
+            raise RuntimeError("a kernel reads the documents' lengths on the host")
+        batch, queries = self.given_first_keys.shape
         before = self.keys - queries
         numbers = torch.arange(queries)
-        begins = self.host_first_keys == before + numbers
+        begins = self.given_first_keys == before + numbers
         begins[:, 0] = True
         rows = torch.arange(batch).unsqueeze(1)
         first_queries, first_keys = rows * queries + numbers, rows * self.keys + before + numbers
-        first_keys[:, 0] = rows[:, 0] * self.keys + self.host_first_keys[:, 0]
+        first_keys[:, 0] = rows[:, 0] * self.keys + self.given_first_keys[:, 0]
         if before:
             begins, first_queries, first_keys = (
                 torch.cat((column, rest), dim=1)
@@ -67,8 +78,8 @@ class Documents:
     """The documents of this rank's part of each sequence.
 
     Args:
-        starts: int64 [batch, length] on the CPU: for each token the position in the whole sequence of its document's
-            first token.
+        starts: int64 [batch, length] on the CPU or the device: for each token the position in the whole sequence of its
+            document's first token.
         first: position in the whole sequence of the part's first token.
         device: where the kernels run.
     """
@@ -81,7 +92,8 @@ class Documents:
     @cached_property
     def positions(self) -> Tensor:
         """Each token's position in its document, int64 [batch, length]."""
-        return to_device(torch.arange(self.first, self.first + self.starts.shape[1]) - self.starts, self.device)
+        numbers = torch.arange(self.first, self.first + self.starts.shape[1], device=self.starts.device)
+        return to_device(numbers - self.starts, self.device)
 
     @cached_property
     def resets(self) -> Tensor:
@@ -90,7 +102,7 @@ class Documents:
 
     def resets_from(self, tokens: int) -> Tensor:
         """The same with as many tokens before the part, of which only the last document's matter; bool."""
-        before = torch.arange(self.first - tokens, self.first)
+        before = torch.arange(self.first - tokens, self.first, device=self.starts.device)
         return torch.cat((to_device(self.starts[:, :1] == before, self.device), self.resets), dim=1)
 
     def attention(self, queries: range, *, keys_before: int) -> AttentionDocuments:

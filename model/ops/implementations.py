@@ -50,6 +50,7 @@ class Implementation:
     half_only: bool = False  # computes in bf16 and fp16 alone
     takes_initial_states: bool = True
     takes_documents: bool = True
+    reads_documents: bool = False  # on the host, which a CUDA graph has no part in
     may_decline: bool = False  # whether it may raise DeclinedError when it is called
     max_d_state: int | None = None
     max_d_conv: int | None = None
@@ -106,9 +107,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         # nvidia-cudnn-frontend. Which shapes cuDNN computes only it knows (attention/cudnn.py).
         "cudnn": Implementation("cudnn", is_extra=True, half_only=True, takes_documents=False, may_decline=True),
         # Triton's products are of 16 elements at least.
-        "flex": Implementation(is_compiled=True, half_only=True, takes_documents=False, min_head_dim=16),
-        "torch-flash": Implementation(half_only=True, max_head_dim=256, head_dim_multiple=8),
-        "flash-attn": Implementation("flash_attn", is_extra=True, half_only=True, max_head_dim=256),
+        "flex": Implementation(is_compiled=True, half_only=True, min_head_dim=16),
+        "torch-flash": Implementation(half_only=True, max_head_dim=256, head_dim_multiple=8, reads_documents=True),
+        "flash-attn": Implementation(
+            "flash_attn", is_extra=True, half_only=True, max_head_dim=256, reads_documents=True
+        ),
         "torch": _IN_TORCH,
     },
     "norm": {

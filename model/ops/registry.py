@@ -46,6 +46,7 @@ class Kernels:
     elementwise: Elementwise
     optimizer: type[torch.optim.AdamW]
     names: tuple[str, ...]  # operation=implementation of each, as it runs in training, for the log
+    captures_documents: bool = True  # whether none reads the documents of a micro-batch on the host
 
     def recomputing(self) -> "Kernels":
         """The same with the insides of scan and attention computed again in the backward instead of kept."""
@@ -94,7 +95,13 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
     }
     kernels = {operation: _function_of(operation, name) for operation, name in chosen.items()}
     kernels["attention"] = _with_fallbacks("attention", chosen["attention"], requirements)
-    return Kernels(**kernels, names=tuple(f"{operation}={name}" for operation, name in chosen.items()))
+    return Kernels(
+        **kernels,
+        names=tuple(f"{operation}={name}" for operation, name in chosen.items()),
+        captures_documents=not any(
+            IMPLEMENTATIONS[operation][name].reads_documents for operation, name in chosen.items()
+        ),
+    )
 
 
 def why_unavailable(operation: str, name: str, requirements: KernelRequirements) -> str | None:

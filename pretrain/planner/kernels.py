@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.mixers.counts import KernelNames, Traffic
+from sambalm.model.ops.config import KernelConfig
 from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose
 from sambalm.parallel.shard import Position
 from sambalm.pretrain.config import RunConfig
@@ -36,6 +37,12 @@ def planned_kernels(config: RunConfig) -> KernelNames:
     )
     asked = config.kernels.model_dump()
     return KernelNames(**{operation: _planned(operation, name, requirements) for operation, name in asked.items()})
+
+
+def are_captured(config: RunConfig, kernels: KernelNames) -> bool:
+    """Whether a run's micro-batches could be CUDA graphs: the host may not have to read the documents of each."""
+    reads = any(IMPLEMENTATIONS[name][getattr(kernels, name)].reads_documents for name in KernelConfig.model_fields)
+    return config.train.cuda_graphs and not (config.data.reset_at_document and reads)
 
 
 def _planned(operation: str, asked: str, requirements: KernelRequirements) -> str:

@@ -5,7 +5,7 @@ what ZeRO-1 sends overlapped.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.counts import (
@@ -71,9 +71,10 @@ def step_time(
         transfers: `step_transfers` of each.
     """
     device, times = _device(config.model, share_of(config, kernels), hardware), []
+    captured = costs.are_captured(config, kernels)
+    timed = partial(_stage_time, world_size=world_size, hardware=hardware, captured=captured)
     for stage, sent in zip(stages, transfers, strict=True):
-        compute_s = device.stage_s(stage)
-        times.append(_stage_time(config, stage, sent, compute_s, world_size=world_size, hardware=hardware))
+        times.append(timed(config, stage, sent, device.stage_s(stage)))
     return max(times, key=lambda time: time.total_s)
 
 
@@ -102,8 +103,9 @@ def _stage_time(
     *,
     world_size: int,
     hardware: Hardware,
+    captured: bool,
 ) -> StepTime:
-    """The step of a stage that computes compute_s for each micro-batch."""
+    """The step of a stage that computes compute_s for each micro-batch, which may be captured as a CUDA graph."""
     parallel = config.parallel
     micro_batches = config.accumulation_steps(data_size=world_size // parallel.model_ranks)
     sent_s: defaultdict[tuple[str, str], float] = defaultdict(int)
@@ -117,7 +119,7 @@ def _stage_time(
     computed_s = micro_batches * compute_s + rounding_s
     busy_s = computed_s + layout_s
     sublayers = _launched_sublayers(config, stage, micro_batches=micro_batches)
-    host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size)
+    host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size, captured=captured)
     launched_s = max(busy_s + sublayers * assumed.KERNEL_GAPS_S, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
     idle_s = assumed.ZERO_IDLE_S if parallel.partitions(world_size) else 0.0
@@ -178,12 +180,17 @@ def _launched_sublayers(config: RunConfig, stage: Stage, *, micro_batches: int) 
 
 
 def _host_s(
-    config: RunConfig, stage: Stage, transfers: Sequence[Transfer], *, micro_batches: int, world_size: int
+    config: RunConfig,
+    stage: Stage,
+    transfers: Sequence[Transfer],
+    *,
+    micro_batches: int,
+    world_size: int,
+    captured: bool,
 ) -> float:
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
     parallel = config.parallel
     partitioned = parallel.partitions(world_size)
-    captured = config.train.cuda_graphs and not config.data.reset_at_document
     if captured and parallel.pipeline == 1 and not partitioned:
         return 0.0
     launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S

@@ -30,7 +30,15 @@ MICRO_BATCHES = (1, 2, 1, 3, 1, 2, 3, 1, 1, 3, 2)  # of each step
 
 def batches_of(config, count, *, world, length):
     tokens = torch.randint(config.model.vocab_size, (count, 2, length + 1))
-    return [MicroBatch(batch[:, :-1], batch[:, 1:]).on_rank(world) for batch in tokens]
+    starts = [starts_of(length) if config.data.reset_at_document else None for _ in tokens]
+    batches = zip(tokens, starts, strict=True)
+    return [MicroBatch(batch[:, :-1], batch[:, 1:], start).on_rank(world) for batch, start in batches]
+
+
+def starts_of(length):
+    """Few documents in one row and many in the other, of other lengths at each call."""
+    begins = torch.rand(2, length) < torch.tensor([[0.005], [0.2]])
+    return (torch.arange(length) * begins).cummax(1).values
 
 
 @contextmanager
@@ -68,8 +76,9 @@ def steps(config, world, *, graphs):
     return losses, held_out, [whole_parameter(parameter).clone() for parameter in training.chunks[0].parameters()]
 
 
-def compare_steps(parallel):
-    config = load_config(CONFIG, [*SETTINGS, *(f"parallel.{key}={value}" for key, value in parallel.items())])
+def compare_steps(parallel, *settings):
+    layout = (f"parallel.{key}={value}" for key, value in parallel.items())
+    config = load_config(CONFIG, [*SETTINGS, *layout, *settings])
     copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
     with start_world(config.parallel, copies=copies) as world:
         losses, held_out, weights = steps(config, world, graphs=True)
@@ -80,10 +89,10 @@ def compare_steps(parallel):
     assert all(torch.equal(here, there) for here, there in zip(weights, expected[2], strict=True))
 
 
-def compare_on_rank(rank, ranks, parallel, port):
+def compare_on_rank(rank, ranks, parallel, port, settings):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
-    compare_steps(parallel)
+    compare_steps(parallel, *settings)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -91,6 +100,20 @@ def test_graphs_take_the_steps_that_kernels_take(recompute):
     compare_steps({"recompute": recompute})
 
 
+def test_graphs_take_other_documents_at_each_launch():
+    compare_steps({}, "data.reset_at_document=true")
+
+
+def test_documents_whose_lengths_a_kernel_reads_on_the_host_are_launched_kernel_by_kernel():
+    config = load_config(CONFIG, [*SETTINGS, "data.reset_at_document=true", "kernels.attention=torch-flash"])
+    with start_world(config.parallel) as world:
+        training = build_training(config, world=world, checkpoint=None)
+        for _ in range(UNCAPTURED_STEPS + 1):
+            training.executor.train_step(batches_of(config, 1, world=world, length=256))
+        assert not training.executor.graphs.captured
+
+
+@pytest.mark.parametrize("settings", [(), ("data.reset_at_document=true",)], ids=["stream", "packed"])
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
@@ -104,13 +127,13 @@ def test_graphs_take_the_steps_that_kernels_take(recompute):
     ],
     ids=str,
 )
-def test_graphs_of_several_gpus_take_the_steps_that_kernels_take(ranks, parallel):
+def test_graphs_of_several_gpus_take_the_steps_that_kernels_take(ranks, parallel, settings):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(compare_on_rank, (ranks, parallel, port), nprocs=ranks)
+    torch.multiprocessing.spawn(compare_on_rank, (ranks, parallel, port, settings), nprocs=ranks)
 
 
 def refuse_on_rank(rank):

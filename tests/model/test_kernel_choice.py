@@ -14,7 +14,6 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.ops import registry
 from sambalm.model.ops.attention.cudnn import cudnn_window
-from sambalm.model.ops.attention.flex import flex_window
 from sambalm.model.ops.config import KernelConfig
 from sambalm.model.ops.cuda.adamw import CudaAdamW
 from sambalm.model.ops.cuda.conv_sizes import MAX_TAPS
@@ -143,7 +142,7 @@ def test_auto_takes_the_attention_that_can_do_what_the_run_asks(gpu, installed, 
     assert chosen("attention", **more) == expected
 
 
-@pytest.mark.parametrize(("operation", "name"), [("attention", "cudnn"), ("attention", "flex"), ("scan", "mamba-ssm")])
+@pytest.mark.parametrize(("operation", "name"), [("attention", "cudnn"), ("scan", "mamba-ssm")])
 def test_a_kernel_that_cannot_keep_documents_apart_is_refused_by_name_in_a_sentence(gpu, operation, name):
     gpu("cudnn", "mamba_ssm.ops.selective_scan_interface")
     assert chosen(operation, name) == name
@@ -155,12 +154,11 @@ def test_a_kernel_that_cannot_keep_documents_apart_is_refused_by_name_in_a_sente
     )
 
 
-@pytest.mark.parametrize("function", [cudnn_window, flex_window])
-def test_an_attention_kernel_passes_documents_on_to_no_other(function):
+def test_an_attention_kernel_passes_documents_on_to_no_other():
     q = torch.zeros(1, 1, 8, 16)
     documents = Documents(torch.zeros(1, 8, dtype=torch.int64), first=0, device=q.device)
     with pytest.raises(KernelError, match="does not keep packed documents apart"):
-        function(q, q, q, window=4, documents=documents.attention(range(8), keys_before=0))
+        cudnn_window(q, q, q, window=4, documents=documents.attention(range(8), keys_before=0))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +240,7 @@ def test_the_named_attention_is_what_runs(gpu, monkeypatch, resets, cudnn_declin
     gpu("cudnn")
     recorded = Recorded(monkeypatch, declines=lambda length: cudnn_declines)
     name, run = step(AUTO_ATTENTION, resets=resets)
-    assert name == ("torch-flash" if resets else "flex" if cudnn_declines else "cudnn")
+    assert name == ("flex" if resets or cudnn_declines else "cudnn")
     run()
     assert recorded.calls == {name: ATTENTION_LAYERS}
 
