@@ -17,7 +17,7 @@ from typing import Any
 
 from sambalm.pretrain.errors import ExitCode
 
-PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.compat.cpu"]
+PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.compat.cpu", "torch._dynamo"]
 MORE_FAILURES_S = 2.0  # in which further ranks may report, as the first report need not be the first failure
 END_S = 10.0  # in which a rank that has reported may end by itself
 

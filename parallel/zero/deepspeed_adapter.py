@@ -25,7 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sambalm.parallel.compat.megatron_core import parallel_state
+from sambalm.parallel.compat.uncompiled import nothing_compiled
 from sambalm.parallel.zero.parameter_info import info_of
+
+with nothing_compiled():
+    import deepspeed.runtime.zero.muon.original_muon  # which ZeRO's engine imports to ask whether AdamW is Muon
 
 
 class MegatronUnit:

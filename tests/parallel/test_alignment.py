@@ -118,7 +118,9 @@ def state_on_rank(values: dict, aligned: bool, save: bool) -> tuple[dict, float,
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    slow_except([(2, SP2)], [(1, {}), (2, SP2), (2, {"zero_stage": 1}), (2, {"zero_stage": 2}), (2, {"zero_stage": 3})]),
+    slow_except(
+        [(2, SP2)], [(1, {}), (2, SP2), (2, {"zero_stage": 1}), (2, {"zero_stage": 2}), (2, {"zero_stage": 3})]
+    ),
 )
 def test_zeros_stay_zeros_and_are_in_no_checkpoint(ranks, parallel, tmp_path):
     """What an aligned run saved, one as it is resumes to the same bits, and the other way round."""

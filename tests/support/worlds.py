@@ -10,6 +10,7 @@ from typing import Any
 # All that most ranks import. Each rank is a fork of one process that has it already; what is not there is left out.
 PRELOAD = [
     "pytest",
+    "torch._dynamo",  # which torch.optim imports with the first optimizer
     "sambalm.pretrain.trainer",
     "sambalm.pretrain.check_layout",
     "sambalm.parallel.compat.cpu",
