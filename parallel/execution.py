@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.cuda_graphs import CapturedMicroBatches, run_in_turn
 from sambalm.parallel.groups import World
+from sambalm.parallel.layers.fp8 import Fp8Store
 from sambalm.parallel.layers.linear import fuse_gradient_accumulation
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.pipeline.schedule import PipelineSchedule
@@ -50,6 +51,7 @@ class AccumulatingExecutor(Executor):
     Args:
         gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
         compute_weights: the model's.
+        fp8: the scales of products in FP8; None: there are none.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
         captures_documents: see `build_executor`.
     """
@@ -62,11 +64,12 @@ class AccumulatingExecutor(Executor):
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
         compute_weights: ComputeWeights,
+        fp8: Fp8Store | None,
         cuda_graphs: bool,
         captures_documents: bool,
     ) -> None:
         self.engine, self.model, self.gradients, self.weights = engine, model, gradients, weights
-        self.compute_weights, self.graphs = compute_weights, None
+        self.compute_weights, self.fp8, self.graphs = compute_weights, fp8, None
         if cuda_graphs:
             reduces = gradients is not None
             self.graphs = CapturedMicroBatches(
@@ -80,8 +83,10 @@ class AccumulatingExecutor(Executor):
             self.weights.stale = False  # once the first micro-batch, or its graph, has gathered them
         else:
             self.compute_weights.update()
-        with self.compute_weights.kept():
+        with self.compute_weights.kept(), self.fp8.kept() if self.fp8 else nullcontext():
             losses = self.graphs.losses(micro_batches) if self.graphs else run_in_turn(self._run, micro_batches)
+        if self.fp8:
+            self.fp8.finish_step()
         self.engine.step()
         return torch.stack(losses).mean()
 
@@ -100,7 +105,10 @@ class AccumulatingExecutor(Executor):
         return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
     def _run(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
-        with self.weights.arriving() if self.weights and is_first else nullcontext():
+        with (
+            self.weights.arriving() if self.weights and is_first else nullcontext(),
+            self.fp8.renewing() if self.fp8 and is_first else nullcontext(),
+        ):
             loss = self._forward(batch).mean()
         with (
             self.gradients.overwritten() if self.gradients and is_first else nullcontext(),
@@ -142,7 +150,7 @@ class PipelinedExecutor(Executor):
     Args:
         schedule: over this rank's chunks.
         gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
-        compute_weights: the chunks'.
+        compute_weights, fp8: the chunks'.
         embedding_group: the first and the last stage.
         tied_weight: this rank's copy of an embedding that these two share; None elsewhere.
     """
@@ -155,19 +163,28 @@ class PipelinedExecutor(Executor):
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
         compute_weights: ComputeWeights,
+        fp8: Fp8Store | None,
         embedding_group: dist.ProcessGroup | None,
         tied_weight: nn.Parameter | None,
     ) -> None:
         self.engine, self.schedule, self.gradients, self.weights = engine, schedule, gradients, weights
-        self.compute_weights, self.embedding_group, self.tied_weight = compute_weights, embedding_group, tied_weight
+        self.compute_weights, self.fp8 = compute_weights, fp8
+        self.embedding_group, self.tied_weight = embedding_group, tied_weight
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self.gradients:
             self.gradients.clear()
         if not self.weights:
             self.compute_weights.update()
-        with self.compute_weights.kept(), self.gradients.overwritten() if self.gradients else nullcontext():
+        with (
+            self.compute_weights.kept(),
+            self.fp8.kept() if self.fp8 else nullcontext(),
+            self.fp8.renewing() if self.fp8 else nullcontext(),
+            self.gradients.overwritten() if self.gradients else nullcontext(),
+        ):
             loss = self.schedule.train_step(micro_batches)
+        if self.fp8:
+            self.fp8.finish_step()
         if self.tied_weight is not None:
             dist.all_reduce(self.tied_weight.grad, group=self.embedding_group)
         if self.gradients:
@@ -195,6 +212,7 @@ def build_executor(
     clip_norm: float,
     cuda_graphs: bool,
     captures_documents: bool,
+    fp8: Fp8Store | None,
 ) -> Executor:
     """Returns the way to run this rank's model chunks, which the engine holds.
 
@@ -202,6 +220,7 @@ def build_executor(
         buckets: those of the engine's optimizer.
         dtype: of activations and matrix products.
         recompute_layers: whether the backward runs layers again; products then convert weights at each use.
+        fp8: the scales of the chunks' products in FP8; None: there are none.
         captures_documents: whether no kernel reads the documents of a micro-batch on the host.
     """
     if engine.managed_gradient_accumulation():
@@ -223,6 +242,7 @@ def build_executor(
             gradients=gradients,
             weights=weights,
             compute_weights=compute_weights,
+            fp8=fp8,
             embedding_group=world.pipeline.embedding_group,
             tied_weight=tied_weight,
         )
@@ -233,6 +253,7 @@ def build_executor(
         gradients=gradients,
         weights=weights,
         compute_weights=compute_weights,
+        fp8=fp8,
         cuda_graphs=captured,
         captures_documents=captures_documents,
     )

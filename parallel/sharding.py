@@ -23,6 +23,7 @@ def sharded_parameter(
     dim: int = 0,
     owned: bool = True,
     matmul_only: bool = False,
+    takes_fp8: bool = False,
     weight_decay: bool | None = None,
 ) -> nn.Parameter:
     """Makes an fp32 parameter of zeros that joins this rank's slices of canonical tensors, with its info.
@@ -34,7 +35,7 @@ def sharded_parameter(
         shards: the slices along dim, by the canonical tensors' names below the module.
         init: fills a whole canonical tensor, given a generator.
         owned: see `ParameterInfo`.
-        matmul_only: see `ParameterInfo`.
+        matmul_only, takes_fp8: see `ParameterInfo`.
         weight_decay: whether AdamW decays the parameter. The default decays matrices and leaves vectors alone.
     """
     slices, local_start = [], 0
@@ -44,7 +45,7 @@ def sharded_parameter(
         local_start += part.held
     parameter = nn.Parameter(torch.zeros(*shape[:dim], local_start, *shape[dim + 1 :], dtype=torch.float32))
     decays = parameter.dim() > 1 if weight_decay is None else weight_decay
-    info = ParameterInfo(tuple(slices), owned=owned, matmul_only=matmul_only, weight_decay=decays)
+    info = ParameterInfo(tuple(slices), owned=owned, matmul_only=matmul_only, weight_decay=decays, takes_fp8=takes_fp8)
     attach_info(parameter, info)
     return parameter
 

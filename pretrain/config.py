@@ -44,6 +44,11 @@ class TrainSection(BaseModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Of activations and matrix products; weights, gradients, optimizer and losses are fp32"
     )
+    matmul_precision: Literal["fp8"] | None = Field(
+        None,
+        description="Of the large products of mixers and MLPs, forward and backward; fp8 takes a GPU that has it "
+        "(compute capability 8.9 or later) and pays from about 1B parameters on; null: train.precision",
+    )
     max_skipped_steps: int = Field(
         10,
         ge=0,
@@ -125,6 +130,11 @@ class RunConfig(BaseModel):
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError or ParallelError unless the run fits a number of processes."""
         check_world_size(self.parallel, world_size=world_size)
+        if self.train.matmul_precision == "fp8" and self.parallel.partitions(world_size):
+            raise ConfigError(
+                f"train.matmul_precision is 'fp8', which parallel.zero_stage {self.parallel.zero_stage} does not take: "
+                "set parallel.zero_stage=1, or train.matmul_precision=null"
+            )
         data_size = world_size // self.parallel.model_ranks
         for batch_samples in reversed(self.batch_schedule.sizes()):
             micro_batches = self.accumulation_steps(data_size=data_size, batch_samples=batch_samples)

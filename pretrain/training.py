@@ -3,22 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from sambalm.model.build import build_chunks, tied_copy
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.ops.registry import Kernels, build_kernels
+from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.execution import Executor, build_executor
 from sambalm.parallel.groups import World
+from sambalm.parallel.layers.fp8 import Fp8Store
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.zero.deepspeed_adapter import Engine
 from sambalm.parallel.zero.engine import zero_engine
 from sambalm.pretrain.checkpointing.format import Checkpoint
-from sambalm.pretrain.checkpointing.load import load_moments, load_weights
+from sambalm.pretrain.checkpointing.load import load_fp8_scales, load_moments, load_weights
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.precision import DTYPES
+
+FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def build_training(
     if checkpoint:
         load_moments(chunks, checkpoint.path, world=world)
     tied_weight = tied_copy(chunks)
+    fp8 = _fp8_store(chunks, world=world, checkpoint=checkpoint) if config.train.matmul_precision == "fp8" else None
     executor = build_executor(
         engine,
         chunks,
@@ -91,5 +97,25 @@ def build_training(
         clip_norm=config.optimizer.clip_norm,
         cuda_graphs=config.train.cuda_graphs,
         captures_documents=kernels.captures_documents,
+        fp8=fp8,
     )
     return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)
+
+
+def _fp8_store(chunks: Sequence[nn.Module], *, world: World, checkpoint: Checkpoint | None) -> Fp8Store:
+    """Returns the scales of products in FP8, as a checkpoint left them where it has some.
+
+    Raises:
+        ParallelError: the device has no FP8 products.
+    """
+    if world.device.type == "cuda" and (has := torch.cuda.get_device_capability(world.device)) < FP8_CAPABILITY:
+        raise ParallelError(
+            f"train.matmul_precision is 'fp8', which takes a GPU of compute capability 8.9 or later, and this one has "
+            f"{has[0]}.{has[1]}: set train.matmul_precision=null"
+        )
+    dimensions = ((world.replica_group, world.replica_size), (world.tensor.group, world.tensor.size))
+    groups = [group for group, size in dimensions if group and size > 1]
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    store = Fp8Store(parameters, groups=groups, device=world.device)
+    load_fp8_scales(chunks, checkpoint.state.get("fp8_scales", {}) if checkpoint else {})
+    return store

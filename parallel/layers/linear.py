@@ -1,18 +1,21 @@
-"""Matrix products with fp32 weights in the activations' precision, also of column-parallel layers."""
+"""Matrix products with fp32 weights in the activations' precision or in FP8, also of column-parallel layers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.zero.compute_weights import joined
-from sambalm.parallel.zero.parameter_info import find_info, info_of
+from sambalm.parallel.layers.fp8 import scales_of
+from sambalm.parallel.layers.fp8_linear import Fp8Linear, observed
+from sambalm.parallel.layers.product_weights import compute_weight, weight_gradient
+from sambalm.parallel.layers.sequence_messages import Gathered, Summed
+from sambalm.parallel.zero.parameter_info import info_of
 
 ALONE = TensorParallel()
 
@@ -58,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, *, tp: TensorParallel = ALONE) -> Tensor:
         tp: where the weight is this rank's rows of a column-parallel layer (arXiv 1909.08053, section 3); x's
             gradient is summed over the ranks, and scattered under sequence parallelism (arXiv 2205.05198).
     """
-    return _Linear.apply(x, [[weight.shape[0]]], tp, weight)[0]
+    return linear_parts(x, weight, sizes=[[weight.shape[0]]], tp=tp)[0]
 
 
 def linear_parts(
@@ -70,7 +73,14 @@ def linear_parts(
         weights: [out, in] each, taken as one below the other.
         sizes: for each weight the features of its parts.
     """
-    return _Linear.apply(x, sizes, tp, *weights)
+    scales = scales_of(weights, features=sum(chain(*sizes)), rows=x.numel() // x.shape[-1])
+    if scales is None:
+        return _Linear.apply(x, sizes, tp, *weights)
+    records = torch.is_grad_enabled()  # validation tells the next step nothing
+    if scales.store.is_new:
+        outputs = _Linear.apply(x, sizes, tp, *weights)
+        return observed(x, outputs, scales) if records else outputs
+    return Fp8Linear.apply(x, sizes, tp, scales, records, *weights)
 
 
 def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +96,10 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        weight = _compute_weight(weights, x.dtype)
+        weight = compute_weight(weights, x.dtype)
         ctx.save_for_backward(x, weight)
         ctx.weights, ctx.sizes, ctx.tp = weights, sizes, tp
-        y, features = F.linear(_Gathered(x, tp).wait(), weight), list(chain(*sizes))
+        y, features = F.linear(Gathered(x, tp).wait(), weight), list(chain(*sizes))
         return y.split(features, dim=-1) if len(features) > 1 else (y,)
 
     @staticmethod
@@ -97,62 +107,29 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """What ranks exchange is under way while this one computes, as in megatron-core's linear layer."""
         x, weight = ctx.saved_tensors
-        gathered = _Gathered(x, ctx.tp)
+        gathered = Gathered(x, ctx.tp)
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         features = [gradient.shape[1] for gradient in flat]
         grad_rows = x.new_empty(flat[0].shape[0], x.shape[-1])
         for number, (gradient, part) in enumerate(zip(flat, weight.split(features), strict=True)):
             torch.addmm(grad_rows, gradient, part, beta=min(number, 1), out=grad_rows)
         rows = gathered.wait().reshape(-1, x.shape[-1])
-        summed = _Summed(grad_rows, ctx.tp)
+        summed = Summed(grad_rows, ctx.tp)
         parts = iter(flat)
         grad_weights = [
-            _weight_gradient(weight, list(islice(parts, len(sizes))), rows)
+            weight_gradient(weight, partial(_add_products, list(islice(parts, len(sizes))), rows))
             for weight, sizes in zip(ctx.weights, ctx.sizes, strict=True)
         ]
         return summed.wait().view_as(x), None, None, *grad_weights
 
 
-class _Gathered:
-    """All ranks' sequence shards, joined along dimension 0, on their way under sequence parallelism; else x itself."""
-
-    def __init__(self, x: Tensor, tp: TensorParallel) -> None:
-        self.x, self.work = x, None
-        if tp.size > 1 and tp.sequence:
-            self.shard = x.contiguous()
-            self.x = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
-            self.work = dist.all_gather_into_tensor(self.x, self.shard, group=tp.group, async_op=True)
-
-    def wait(self) -> Tensor:
-        if self.work:
-            self.work.wait()
-        return self.x
-
-
-class _Summed:
-    """The sum of the ranks' rows on its way, or this rank's sequence shard of it under sequence parallelism."""
-
-    def __init__(self, rows: Tensor, tp: TensorParallel) -> None:
-        self.rows, self.sum, self.work = rows, rows, None
-        if tp.size > 1 and tp.sequence:
-            self.sum = rows.new_empty(rows.shape[0] // tp.size, rows.shape[1])
-            self.work = dist.reduce_scatter_tensor(self.sum, rows, group=tp.group, async_op=True)
-        elif tp.size > 1:
-            self.work = dist.all_reduce(rows, group=tp.group, async_op=True)
-
-    def wait(self) -> Tensor:
-        if self.work:
-            self.work.wait()
-        return self.sum
-
-
 class _LinearBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        compute_weight = _compute_weight((weight,), x.dtype)
-        ctx.save_for_backward(x, compute_weight)
+        converted = compute_weight((weight,), x.dtype)
+        ctx.save_for_backward(x, converted)
         ctx.weight = weight
-        return x.view_as(x), F.linear(x, compute_weight)
+        return x.view_as(x), F.linear(x, converted)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -160,41 +137,14 @@ class _LinearBeside(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         sums = grad_x.reshape(-1, x.shape[-1]).addmm_(gradient, weight)
-        return sums.view_as(x), _weight_gradient(ctx.weight, [gradient], x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        return sums.view_as(x), weight_gradient(ctx.weight, partial(_add_products, [gradient], rows))
 
 
-def _compute_weight(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """Returns [out, in] of all weights in dtype.
-
-    A weight whose copy nobody keeps is converted at each use, as is what is no parameter: keys' and values' weights
-    where several ranks hold them.
-    """
-    infos = [find_info(weight) for weight in weights]
-    keepers = [info.compute_weights if info else None for info in infos]
-    if keepers[0] and all(keepers):
-        return keepers[0].of(weights, dtype)
-    kept = zip(weights, keepers, strict=True)
-    return joined([keeper.of((weight,), dtype) if keeper else weight for weight, keeper in kept], dtype)
-
-
-def _weight_gradient(weight: Tensor, gradients: Sequence[Tensor], rows: Tensor) -> Tensor | None:
-    """Returns [out, in] in the weight's dtype; None where it has been added to the weight's own.
-
-    Args:
-        gradients: [tokens, features] of each part of the output.
-        rows: [tokens, in], what the weight was multiplied by.
-    """
-    info = find_info(weight)
-    own = weight.grad if info and info.fuses_accumulation else None
-    features = [gradient.shape[1] for gradient in gradients]
-    found = rows.new_empty(sum(features), rows.shape[1], dtype=weight.dtype) if own is None else own
-    beta = int(own is not None and info is not None and not info.is_overwritten)
-    for gradient, part in zip(gradients, found.split(features), strict=True):
+def _add_products(gradients: Sequence[Tensor], rows: Tensor, out: Tensor, beta: int) -> None:
+    """Writes beta * out and the gradient of each part's rows of a weight into out, [features of all parts, in]."""
+    for gradient, part in zip(gradients, out.split([gradient.shape[1] for gradient in gradients]), strict=True):
         _add_product(part, gradient.t(), rows, beta=beta)
-    if own is None or info is None:
-        return found
-    info.has_product, info.is_overwritten = True, False
-    return None
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: int) -> None:

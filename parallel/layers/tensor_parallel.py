@@ -61,7 +61,7 @@ class ColumnParallelLinear(nn.Module):
         self.tp = tp
         self.local_sizes = [part.held for part in parts.values()]
         shards = {f"{name}.weight": part for name, part in parts.items()}
-        self.weight = sharded_parameter((0, in_features), shards, init=init, matmul_only=True)
+        self.weight = sharded_parameter((0, in_features), shards, init=init, matmul_only=True, takes_fp8=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Takes [sequence, batch, in] to one [sequence, batch, this rank's features] for each part."""
@@ -74,7 +74,9 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: Shard, out_features: int, *, tp: TensorParallel, init: Init) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = sharded_parameter((out_features, 0), {"weight": in_features}, init=init, dim=1, matmul_only=True)
+        self.weight = sharded_parameter(
+            (out_features, 0), {"weight": in_features}, init=init, dim=1, matmul_only=True, takes_fp8=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes [sequence, batch, this rank's features] to [sequence (/ tp under sequence parallelism), batch, out]."""

@@ -6,10 +6,13 @@ docstring lists all that there is. `info_of` reads it. This file needs nothing b
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sambalm.parallel.layers.fp8 import ProductScales
 
 Init = Callable[[Tensor, torch.Generator], object]  # fills the tensor; nobody reads what it returns
 _ATTRIBUTE = "sambalm_info"
@@ -72,8 +75,8 @@ class WeightCopies(Protocol):
 class ParameterInfo:
     """Everything that the product attaches to a parameter.
 
-    A layer says the first four when it makes the parameter, and they stay. `build_executor` sets the next two, and each
-    step's backward the two after them. `zero_engine` sets the last.
+    A layer says the first five when it makes the parameter, and they stay. `build_executor` sets the next two and fp8,
+    and each step's backward the two between them. `zero_engine` sets the last.
 
     Attributes:
         slices: the rectangles of canonical tensors that the parameter holds, in the order in which it joins them.
@@ -82,11 +85,13 @@ class ParameterInfo:
         matmul_only: whether nothing reads the parameter but the matrix products of `layers.linear`, which take it in
             their own precision. ZeRO-1 then gathers it in that precision alone.
         weight_decay: whether AdamW decays it.
+        takes_fp8: whether the product that reads it is large enough for FP8, and may run in it.
         compute_weights: who keeps the parameter's copy in the precision of matrix products; None where products convert
             the parameter at each use.
         fuses_accumulation: whether matrix products add to `parameter.grad` themselves. Autograd then finds no gradient.
         has_product: whether a matrix product has ever added to `parameter.grad` so; True from the first backward on.
         is_overwritten: whether the next such product writes over what `parameter.grad` holds, instead of adding to it.
+        fp8: the scales of the product that reads it, where that runs in FP8.
         optimizer_state: AdamW's state of the parameter where this rank holds its only replica; None where DeepSpeed
             shares the state out over ranks.
     """
@@ -95,10 +100,12 @@ class ParameterInfo:
     owned: bool
     matmul_only: bool
     weight_decay: bool
+    takes_fp8: bool = False
     compute_weights: WeightCopies | None = None
     fuses_accumulation: bool = False
     has_product: bool = False
     is_overwritten: bool = False
+    fp8: "ProductScales | None" = None
     optimizer_state: dict[str, Tensor] | None = None
 
 

@@ -1,7 +1,7 @@
 """Finding the checkpoint that a run goes on from, and reading it on any layout."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sambalm.model.config import ModelConfig
 from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.groups import World
 from sambalm.parallel.zero.engine import MOMENTS, set_moment, whole_shape
-from sambalm.parallel.zero.parameter_info import CanonicalSlice
+from sambalm.parallel.zero.parameter_info import CanonicalSlice, info_of
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.checkpointing.format import Checkpoint
@@ -87,6 +87,14 @@ def load_moments(chunks: Sequence[nn.Module], path: Path, *, world: World) -> No
         _load(path, wanted, world=world)
         for parameter, whole in wholes.items():
             set_moment(parameter, key, whole.to(parameter.device))
+
+
+def load_fp8_scales(chunks: Sequence[nn.Module], scales: Mapping[str, list[float]]) -> None:
+    """Sets the scales of products in FP8, as `snapshot.fp8_scales` gave them; none where a run had none."""
+    for name, parameter, _ in all_slices(chunks):
+        product = info_of(parameter).fp8
+        if product and name in scales:
+            product.load(scales[name])
 
 
 def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]], *, world: World) -> None:

@@ -40,3 +40,13 @@ def _wholes(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     yield "model", whole_parameter(parameter)
     for key in MOMENTS:
         yield key, whole_moment(parameter, key)
+
+
+def fp8_scales(chunks: Sequence[nn.Module]) -> dict[str, list[float]]:
+    """Returns the scales of this rank's products in FP8, by the canonical name of their weights' first slice."""
+    found: dict[str, list[float]] = {}
+    for name, parameter, piece in all_slices(chunks):
+        scales = info_of(parameter).fp8
+        if scales and scales.state and piece is info_of(parameter).slices[0]:
+            found[name] = scales.state
+    return found

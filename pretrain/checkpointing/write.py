@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from sambalm.data_pipeline.files import sync
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing import format as files
-from sambalm.pretrain.checkpointing.snapshot import slices_to_save
+from sambalm.pretrain.checkpointing.snapshot import fp8_scales, slices_to_save
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import NotSavedError, RunInUseError
 
@@ -53,7 +53,10 @@ def save_checkpoint(
     names = _dealt_files(partial, world=world)
     together(lambda: found.update(files.checksums(partial, names)))
     gathered = world.all_gather_object(found)
-    together(lambda: _complete(partial, _state(config, step, samples=samples, data=data), gathered), ranks=[0])
+    state = _state(config, step, samples=samples, data=data)
+    if scales := functools.reduce(operator.or_, world.all_gather_object(fp8_scales(chunks))):
+        state["fp8_scales"] = scales
+    together(lambda: _complete(partial, state, gathered), ranks=[0])
     together(before_commit, ranks=[0])
     together(lambda: files.commit(partial, final), ranks=[0])
     return final
