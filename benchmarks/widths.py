@@ -69,9 +69,8 @@ def main() -> None:
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[31_999, 32_000, 32_001, 32_063, 32_064, 50_257])
     arguments = parser.parse_args()
     sizes = {"hidden_size": arguments.hidden_size, "tokens": arguments.tokens}
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {sizes['tokens']} tokens, hidden size {sizes['hidden_size']}, bf16"
-    )
+    device, tokens, hidden_size = torch.cuda.get_device_name(), arguments.tokens, arguments.hidden_size
+    print(f"{device}, torch {torch.__version__}; {tokens} tokens, hidden size {hidden_size}, bf16")
     print_rows("MLP width", arguments.widths, shard, lambda size: mlp_ms(size, **sizes))
     print_rows("vocabulary", arguments.vocabularies, equal_shard, lambda size: head_ms(size, **sizes))
 
