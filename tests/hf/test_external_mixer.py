@@ -104,6 +104,7 @@ def test_a_mixer_of_this_package_beyond_the_first_three_is_described_too(monkeyp
     assert model_config(hf_config(config)) == config
 
 
+@pytest.mark.slow
 def test_remote_code_needs_neither_package(folder, tmp_path):
     path = folder[0]
     tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))

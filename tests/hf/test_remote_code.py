@@ -19,6 +19,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 def test_the_folder_needs_no_package(exported, tmp_path):
     folder = exported[0]
     tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))

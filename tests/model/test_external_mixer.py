@@ -126,6 +126,7 @@ def test_it_is_planned():
     assert slow > fast
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
     values = changed(request.getfixturevalue("run_values"), model=MODEL, train={"micro_batch_size": 1})
     whole_run = train(values)

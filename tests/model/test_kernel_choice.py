@@ -128,13 +128,13 @@ def test_three_blocks_of_the_backward_fit_a_multiprocessor_of_an_h100():
     [
         (["cudnn", "flash_attn"], {}, "cudnn"),
         (["flash_attn"], {}, "flex"),
-        (["cudnn", "flash_attn"], {"resets": True}, "torch-flash"),
+        (["cudnn", "flash_attn"], {"resets": True}, "flex"),
         (["cudnn"], {"precision": "fp32"}, "torch"),
         (["cudnn"], {"precision": "fp32", "resets": True}, "torch"),
         ([], {"attention_calls": (attention_call(head_dim=8),)}, "torch-flash"),
         ([], {"attention_calls": (attention_call(head_dim=4),)}, "torch"),
         (["flash_attn"], {"resets": True, "attention_calls": (attention_call(head_dim=12),)}, "flash-attn"),
-        ([], {"resets": True, "attention_calls": (attention_call(head_dim=512),)}, "torch"),
+        ([], {"resets": True, "attention_calls": (attention_call(head_dim=12),)}, "torch"),
     ],
 )
 def test_auto_takes_the_attention_that_can_do_what_the_run_asks(gpu, installed, more, expected):

@@ -120,7 +120,7 @@ def variable_length_attention(q, k, v, *, window, documents):
         if queries.start < queries.stop:
             one = (t.transpose(0, 1).unsqueeze(0) for t in (q[queries], k[keys], v[keys]))
             outputs.append(window_attention(*one, window=window)[0].transpose(0, 1))
-    return torch.cat(outputs).unflatten(0, (documents.host_first_keys.shape[0], -1)).transpose(1, 2)
+    return torch.cat(outputs).unflatten(0, (documents.given_first_keys.shape[0], -1)).transpose(1, 2)
 
 
 @pytest.mark.parametrize(("queries", "keys_before"), [((0, 40), 0), ((7, 40), 7), ((6, 11), 2), ((30, 40), 30)])

@@ -57,9 +57,7 @@ LAYOUTS = {
 # Each dimension of a layout, each schedule and each setting of recomputation and ZeRO at least once.
 CORE = [
     "TP2+SP",
-    "TP4+SP, selective",
     "PP2xVPP2",
-    "PP4",
     "TP2xPP2xVPP2+SP, full",
     "CP2, selective",
     "CP4",

@@ -177,6 +177,7 @@ def test_steps_of_every_size_are_those_of_a_plain_loop(layout, ramp_values, plai
     assert [record["tokens"] for record in records] == np.cumsum([r["batch_tokens"] for r in records]).tolist()
 
 
+@pytest.mark.slow
 def test_an_engine_left_to_count_goes_wrong(ramp_values, plain):
     if not plain:
         (plain["found"],) = run_world(plain_loop, ramp_values, ranks=1)

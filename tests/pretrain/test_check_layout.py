@@ -39,7 +39,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         (2, {"tensor": 2, "sequence": True}, False),
         (2, {"context": 2}, True),
         (2, {"pipeline": 2}, False),
-        (2, {"zero_stage": 3, "recompute": "full"}, False),
+        pytest.param(2, {"zero_stage": 3, "recompute": "full"}, False, marks=pytest.mark.slow),
         pytest.param(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, True, marks=pytest.mark.long),
     ],
     ids=str,

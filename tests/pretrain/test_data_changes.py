@@ -13,6 +13,7 @@ import yaml
 
 from sambalm.data_pipeline.shards import ShardWriter
 from sambalm.pretrain.checkpointing.data_record import data_change
+from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, train
 
 
@@ -54,11 +55,16 @@ def flip(path: Path, byte: int) -> None:
 @pytest.mark.parametrize(
     ("inflict", "message"),
     [
-        (lambda path: os.truncate(path, 100), r"second\.bin has 100 bytes where its index says 4800"),
+        pytest.param(
+            lambda path: os.truncate(path, 100),
+            r"second\.bin has 100 bytes where its index says 4800",
+            marks=pytest.mark.slow,
+        ),
         (lambda path: path.unlink(), r"neither .*second\.json nor .*second\.bin with .*second\.idx exists"),
-        (
+        pytest.param(
             lambda path: flip(path, 801),
             r"second\.bin holds token id \d+ at byte 800, outside the 384 ids of model\.vocab",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["short", "missing", "out of vocabulary"],
@@ -93,6 +99,7 @@ def test_a_run_starts_on_the_index_that_was_made_ahead(blended_values, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".index_cache").iterdir()} == index
 
 
+@pytest.mark.slow
 def test_a_run_refuses_data_that_changed_since_its_checkpoint(blended_values, tmp_path):
     half = changed(blended_values, train={"steps": 3})
     train(half)
@@ -125,7 +132,9 @@ def test_held_out_losses_are_told_for_each_source(blended_values, tmp_path):
             assert not any(key.startswith("source_") for key in alone)
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(2, {}), (2, {"context": 2}), (2, {"pipeline": 2})])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), slow_except([(2, {})], [(2, {}), (2, {"context": 2}), (2, {"pipeline": 2})])
+)
 def test_each_source_s_loss_is_the_same_on_every_layout(ranks, parallel, blended_values, tmp_path):
     expected = train(changed(blended_values, run={"dir": str(tmp_path / "alone")}))[-1]
     assert train(changed(blended_values, parallel=parallel), ranks=ranks)[-1] == pytest.approx(expected, rel=1e-5)

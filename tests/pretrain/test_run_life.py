@@ -331,6 +331,7 @@ def test_a_crash_loop_without_progress_stops_by_itself(run_values, tmp_path):
     assert len(train(run_values)) == 6
 
 
+@pytest.mark.slow
 def test_an_attempt_records_what_it_started_from(run_values, tmp_path):
     environment = {"SAMBALM_ATTEMPT": "first", "WANDB_API_KEY": "not to be seen"}
     run = Run(run_values, tmp_path, ranks=1, environment=environment)

@@ -40,7 +40,7 @@ FEW_RANKS = [name for name, (ranks, _, _) in LAYOUTS.items() if ranks == 2]
 @pytest.mark.parametrize(
     "layout",
     [
-        *slow_except(["TP2", "DP2, ZeRO-1", "DP2, ZeRO-3"], FEW_RANKS),
+        *slow_except(["DP2, ZeRO-1"], FEW_RANKS),
         *(pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS if name not in FEW_RANKS),
     ],
 )

@@ -76,6 +76,7 @@ def test_every_node_is_measured_with_its_neighbours(tmp_path):
     assert all(0.001 < rate < 1000 for answer in answers for rate in filter(None, answer["pair_gb_per_s"]))
 
 
+@pytest.mark.slow
 def test_a_slow_link_is_found(tmp_path):
     check_links(tmp_path / "links", 2, MIN_PAIR_GB_PER_S="100000")
     problems = find_problems(tmp_path, ["n0", "n1"])

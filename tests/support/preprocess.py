@@ -1,5 +1,7 @@
 """Runs of `sambalm data preprocess` as processes of their own, which tests can kill."""
 
+import functools
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,10 @@ def start(inputs, tokenizer: Path, prefix: Path, *options: str) -> subprocess.Po
     for path in inputs:
         command += ["--input", str(path)]
     command += ["--tokenizer", str(tokenizer), "--output", str(prefix), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipe = subprocess.PIPE
+    # A shell lets what it runs in the background ignore interrupts, and so would the program.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=heeds)
 
 
 def run(inputs, tokenizer: Path, prefix: Path, *options: str) -> tuple[int, str, str]:
