@@ -150,17 +150,15 @@ def product(left: Tensor, right: Tensor, inverses: tuple[Tensor, Tensor], **opti
 
 
 def scales_of(weights: Sequence[Tensor], *, features: int, rows: int) -> ProductScales | None:
-    """Returns the scales of a product with weights taken as one; None where it does not run in FP8.
+    """Returns the scales of a product with weights taken as one, which the first has; None if it is not in FP8.
 
     Args:
         features: of its output.
         rows: of its input.
     """
-    infos = [find_info(weight) for weight in weights]
-    first = infos[0].fp8 if infos[0] else None
-    if first is None or not all(info and info.fp8 for info in infos):
-        return None
-    return None if any(size % ALIGNMENT for size in (features, rows, weights[0].shape[1])) else first
+    info = find_info(weights[0])
+    aligned = not any(size % ALIGNMENT for size in (features, rows, weights[0].shape[1]))
+    return info.fp8 if info and aligned else None
 
 
 def _largest_of(tensor: Tensor) -> Tensor:

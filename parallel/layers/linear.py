@@ -73,7 +73,8 @@ def linear_parts(
         weights: [out, in] each, taken as one below the other.
         sizes: for each weight the features of its parts.
     """
-    scales = scales_of(weights, features=sum(chain(*sizes)), rows=x.numel() // x.shape[-1])
+    rows = x.numel() // x.shape[-1] * (tp.size if tp.sequence else 1)
+    scales = scales_of(weights, features=sum(chain(*sizes)), rows=rows)
     if scales is None:
         return _Linear.apply(x, sizes, tp, *weights)
     records = torch.is_grad_enabled()  # validation tells the next step nothing

@@ -85,7 +85,7 @@ class ParameterInfo:
         matmul_only: whether nothing reads the parameter but the matrix products of `layers.linear`, which take it in
             their own precision. ZeRO-1 then gathers it in that precision alone.
         weight_decay: whether AdamW decays it.
-        takes_fp8: whether the product that reads it is large enough for FP8, and may run in it.
+        takes_fp8: whether the product that reads it, first of its weights, is large enough for FP8 and may run in it.
         compute_weights: who keeps the parameter's copy in the precision of matrix products; None where products convert
             the parameter at each use.
         fuses_accumulation: whether matrix products add to `parameter.grad` themselves. Autograd then finds no gradient.

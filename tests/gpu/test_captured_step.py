@@ -104,6 +104,14 @@ def test_graphs_take_other_documents_at_each_launch():
     compare_steps({}, "data.reset_at_document=true")
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs a CUDA device with FP8"
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_graphs_round_weights_anew_in_each_step(recompute):
+    compare_steps({"recompute": recompute}, "train.matmul_precision=fp8")
+
+
 def test_documents_whose_lengths_a_kernel_reads_on_the_host_are_launched_kernel_by_kernel():
     config = load_config(CONFIG, [*SETTINGS, "data.reset_at_document=true", "kernels.attention=torch-flash"])
     with start_world(config.parallel) as world:

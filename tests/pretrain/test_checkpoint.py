@@ -47,6 +47,23 @@ def test_a_stopped_run_goes_on_with_the_same_bits(ranks, parallel, run_values, t
         assert resumed == uninterrupted
 
 
+IN_FP8 = [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})]
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), slow_except(IN_FP8[:1], IN_FP8))
+def test_a_stopped_run_in_fp8_goes_on_with_the_same_bits(ranks, parallel, run_values, tmp_path):
+    """Its scales are in the checkpoint: without them a run would find others in a step that is not in FP8."""
+    train_section = {"steps": 4, "matmul_precision": "fp8"}
+    values = changed(run_values, checkpoint={"every_steps": 1}, parallel=parallel, train=train_section)
+    uninterrupted = train(values, ranks=ranks)
+    scales = newest_checkpoint(run_dir(values), warn=print).state["fp8_scales"]
+    assert len(scales) == 2 * len(values["model"]["pattern"])
+    resumed = stopped_after(values, 2, tmp_path / "resumed")
+    assert train(resumed, ranks=ranks) == uninterrupted
+    plain = changed(values, train={"matmul_precision": None}, run={"dir": str(tmp_path / "plain")})
+    assert train(plain, ranks=ranks) != uninterrupted
+
+
 def test_a_finished_run_does_nothing_more(run_values):
     records = train(run_values)
     saved = {path: path.stat().st_mtime_ns for path in run_dir(run_values).glob("checkpoints/*/*")}

@@ -35,9 +35,7 @@ class QKVProjection(nn.Module):
             (0, width), {"q.weight": share.query}, init=weights, matmul_only=True, takes_fp8=True
         )
         parts, alone = {"k.weight": share.kv, "v.weight": share.kv}, share.kv_copies == 1
-        self.key_value = sharded_parameter(
-            (0, width), parts, init=weights, owned=share.owns_kv, matmul_only=alone, takes_fp8=alone
-        )
+        self.key_value = sharded_parameter((0, width), parts, init=weights, owned=share.owns_kv, matmul_only=alone)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         key_value = copy_to_region(self.key_value, self.copies)
