@@ -37,6 +37,7 @@ PARTS = {
     "messages": r"(?i)nccl",
     "scan": r"scan_(forward|backward|combine)|selective_scan",
     "convolution": r"conv_(forward|backward)|causal_conv1d",
+    "rounding to FP8": r"_round_tile",
     "attention": r"flash|fmha|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK",
     "optimizer": r"adam|lpnorm|multi_tensor",

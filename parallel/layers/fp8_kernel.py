@@ -44,6 +44,7 @@ def round_part(
     part: Tensor, scale: Tensor, largest: Tensor | None, as_it_is: Tensor, transposed: Tensor, first: int
 ) -> None:
     """Writes a part of a matrix, which begins at a column of it; see `fp8_rounding.round_both_ways`."""
+    part = part if part.stride(1) == 1 else part.contiguous()
     rows, columns = part.shape
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
     _round_tile[grid](

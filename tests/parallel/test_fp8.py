@@ -196,7 +196,8 @@ def test_a_layout_takes_the_steps_of_one_process(name, one_process):
     ranks, parallel = LAYOUTS[name]
     for result in run_world(steps_on_rank, fp8_values(parallel), 6, ranks=ranks):
         assert result.losses[:2] == pytest.approx(one_process.losses[:2], rel=1e-4)
-        assert result.norms[:2] == pytest.approx(one_process.norms[:2], rel=1e-3)  # of the first step in FP8
+        # The second step is the first in FP8. Ranks round gradients of copies of a kv head apart, and then sum them.
+        assert result.norms[:2] == pytest.approx(one_process.norms[:2], rel=5e-3)
         assert result.losses == pytest.approx(one_process.losses, rel=2e-3)
         assert result.norms == pytest.approx(one_process.norms, rel=3e-2)
 
@@ -215,7 +216,7 @@ def gradients_are_scaled_by_inputs(monkeypatch):
 
 def test_known_mistakes_are_seen(one_process):
     (result,) = run_world(steps_on_rank, fp8_values({}), 6, gradients_are_scaled_by_inputs, ranks=1)
-    assert result.norms[1] != pytest.approx(one_process.norms[1], rel=1e-3)
+    assert result.norms[1] != pytest.approx(one_process.norms[1], rel=5e-3)
 
 
 def test_stages_of_zero_that_take_no_fp8_are_refused():
