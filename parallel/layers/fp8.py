@@ -50,7 +50,8 @@ class Fp8Store:
         infos = [info for info in map(info_of, parameters) if info.takes_fp8]
         shape = (len(infos), len(FORMATS))
         self.groups, self.is_new = groups, True  # until a step has found the largest numbers
-        self.largest, self.scales, self.inverses = (torch.zeros(shape, device=device) for _ in range(3))
+        # A number every 16 bytes, where cuBLAS looks for scales.
+        self.largest, self.scales, self.inverses = (torch.zeros(*shape, 4, device=device)[..., 0] for _ in range(3))
         self.weights: dict[int, Rounded] = {}
         self.renewed: set[int] | None = None  # while a step's first micro-batch rounds weights
         self.keeps = False
