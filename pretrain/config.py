@@ -46,8 +46,8 @@ class TrainSection(BaseModel):
     )
     matmul_precision: Literal["fp8"] | None = Field(
         None,
-        description="Of the large products of mixers and MLPs, forward and backward; fp8 takes a GPU that has it "
-        "(compute capability 8.9 or later) and pays from about 1B parameters on; null: train.precision",
+        description="Of the large products of mixers and MLPs, forward and backward; fp8 takes a GPU of compute "
+        "capability 8.9 or later and has not been timed yet; null: train.precision",
     )
     max_skipped_steps: int = Field(
         10,

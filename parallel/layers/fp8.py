@@ -11,7 +11,7 @@ largest number, and are rounded once a step. GPUs take both sides of an FP8 prod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -159,7 +159,7 @@ def scales_of(weights: Sequence[Tensor], *, features: int, rows: int) -> Product
     """
     info = find_info(weights[0])
     aligned = not any(size % ALIGNMENT for size in (features, rows, weights[0].shape[1]))
-    return info.fp8 if info and aligned else None
+    return cast(ProductScales | None, info.fp8) if info and aligned else None
 
 
 def _largest_of(tensor: Tensor) -> Tensor:

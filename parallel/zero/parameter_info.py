@@ -6,13 +6,10 @@ docstring lists all that there is. `info_of` reads it. This file needs nothing b
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sambalm.parallel.layers.fp8 import ProductScales
 
 Init = Callable[[Tensor, torch.Generator], object]  # fills the tensor; nobody reads what it returns
 _ATTRIBUTE = "sambalm_info"
@@ -71,6 +68,19 @@ class WeightCopies(Protocol):
         ...
 
 
+class Fp8Scales(Protocol):
+    """The scales of a product in FP8 (`layers.fp8.ProductScales`)."""
+
+    @property
+    def state(self) -> list[float]:
+        """What a run needs to go on with the same bits; empty before its first step."""
+        ...
+
+    def load(self, state: list[float]) -> None:
+        """Sets the scales as `state` gave them."""
+        ...
+
+
 @dataclass(eq=False)
 class ParameterInfo:
     """Everything that the product attaches to a parameter.
@@ -105,7 +115,7 @@ class ParameterInfo:
     fuses_accumulation: bool = False
     has_product: bool = False
     is_overwritten: bool = False
-    fp8: "ProductScales | None" = None
+    fp8: Fp8Scales | None = None
     optimizer_state: dict[str, Tensor] | None = None
 
 
