@@ -53,7 +53,7 @@ def cuda_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.gated_selective_scan` on a GPU: the same arguments and results, at most 64 states.
 
-    With 16-bit inputs the backward takes states rounded to bf16; everything else is computed in fp32.
+    With 16-bit inputs the backward takes states rounded to the inputs' precision; everything else is computed in fp32.
     Raises KernelError for more states.
     """
     channels, states = A.shape

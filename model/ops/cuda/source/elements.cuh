@@ -20,7 +20,7 @@ __device__ __forceinline__ float log2_fast(float x) { float y; asm("lg2.approx.f
 __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float across(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
-// Two floats as the halves of a word, and back; bfloat16 for states whatever the 16-bit inputs are.
+// Two floats as the halves of a word, and back.
 __device__ __forceinline__ uint32 pack_bf16(float low, float high) {
     uint32 word; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); return word;
 }
@@ -39,6 +39,16 @@ __device__ __forceinline__ uint32 pack(float low, float high) { return pack_bf16
 __device__ __forceinline__ float low(uint32 word) { return low_bf16(word); }
 __device__ __forceinline__ float high(uint32 word) { return high_bf16(word); }
 #endif
+
+// States that the backward takes, in the inputs' 16 bits: float16's rounding is an eighth of bfloat16's, which gradients
+// of float16 inputs would show. It holds no more than 65504.
+__device__ __forceinline__ uint32 pack_states(float low, float high) {
+#if INPUT == 2
+    low = fminf(fmaxf(low, -65504.f), 65504.f);
+    high = fminf(fmaxf(high, -65504.f), 65504.f);
+#endif
+    return pack(low, high);
+}
 
 __device__ __forceinline__ Eight load_eight(const Element* from, bool inside) {
     Eight x;

@@ -30,7 +30,7 @@ constexpr float FORGET = 1e30f;     // a step size so large that the state befor
 #if INPUT == 0
 struct States { float value[4 * CH]; };
 #else
-struct States { uint32 pair[2 * CH]; };  // bfloat16
+struct States { uint32 pair[2 * CH]; };
 #endif
 
 __device__ __forceinline__ States pack_states(const float (&h)[CH][4]) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ States pack_states(const float (&h)[CH][4]) {
             packed.value[4 * i + j] = h[i][j];
             packed.value[4 * i + j + 1] = h[i][j + 1];
 #else
-            packed.pair[2 * i + j / 2] = pack_bf16(h[i][j], h[i][j + 1]);
+            packed.pair[2 * i + j / 2] = pack_states(h[i][j], h[i][j + 1]);
 #endif
         }
     return packed;
@@ -58,8 +58,8 @@ __device__ __forceinline__ void unpack_states(const States& packed, float (&h)[C
             h[i][j] = packed.value[4 * i + j];
             h[i][j + 1] = packed.value[4 * i + j + 1];
 #else
-            h[i][j] = low_bf16(packed.pair[2 * i + j / 2]);
-            h[i][j + 1] = high_bf16(packed.pair[2 * i + j / 2]);
+            h[i][j] = low(packed.pair[2 * i + j / 2]);
+            h[i][j + 1] = high(packed.pair[2 * i + j / 2]);
 #endif
         }
 }
