@@ -21,8 +21,8 @@ from tests.support.parameters import described
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux, which compiles the kernels for the CPU")
 
-# Of 16-bit inputs the states are rounded to bf16 as well, and the smallest sizes sum few of them.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# Of 16-bit inputs the states are rounded to 16 bits as well, and the smallest sizes sum few of them.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 H100_MULTIPROCESSORS = 132
 
 
