@@ -30,15 +30,16 @@ def test_shards_hold_the_documents_in_order(tmp_path, tokenizer):
     texts = make_texts(30, seed=1)
     texts.insert(4, "")
     paths = [write_jsonl(tmp_path / "a.jsonl", texts[:20]), write_jsonl(tmp_path / "b.jsonl", texts[20:])]
+    expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
+    shard_tokens = sum(map(len, expected[:7]))  # which these documents fill to the last token
     calls = []
     summary = preprocess(
         paths,
         tokenizer=tokenizer.path,
         output_prefix=tmp_path / "out" / "data",
-        shard_tokens=500,
+        shard_tokens=shard_tokens,
         progress=lambda done, total: calls.append((done, total)),
     )
-    expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
     prefix = tmp_path / "out" / "data"
     assert _tokens(prefix) == expected
     assert (summary.documents, summary.skipped_documents) == (30, 1)
@@ -52,7 +53,7 @@ def test_shards_hold_the_documents_in_order(tmp_path, tokenizer):
     # A shard takes what fits and is closed by the first document that does not.
     packed = [0]
     for ids in expected:
-        if packed[-1] + len(ids) > 500:
+        if packed[-1] + len(ids) > shard_tokens:
             packed.append(0)
         packed[-1] += len(ids)
     assert [shard.tokens for shard in manifest.shards] == packed

@@ -120,10 +120,28 @@ def test_remote_code_needs_neither_package(folder, tmp_path):
     assert names == set(folder_code("MT*-")) > {"mixer_token_shift.py", "mixer_token_shift_ops.py"}
 
 
-def test_the_verification_finds_a_step_that_forgets(folder, documents, sentencepiece_model, monkeypatch):
+def forget_always(patch):
+    patch.setattr("toy_mixer.hf.carried_states", lambda cache, layer_idx: (None, None))
+
+
+def forget_at_single_tokens(patch):
+    from toy_mixer.hf import TokenShift
+
+    forward = TokenShift.forward
+
+    def forgetful_forward(self, hidden_states, context):
+        if hidden_states.shape[1] == 1:
+            context = context._replace(cache=None)
+        return forward(self, hidden_states, context)
+
+    patch.setattr(TokenShift, "forward", forgetful_forward)
+
+
+@pytest.mark.parametrize("forget", [forget_always, forget_at_single_tokens])
+def test_the_verification_finds_a_step_that_forgets(forget, folder, documents, sentencepiece_model, monkeypatch):
     path, state, config = folder
     verify_export(path, state, config, documents[:3], sentencepiece_model)
-    monkeypatch.setattr("toy_mixer.hf.carried_states", lambda cache, layer_idx: (None, None))
+    forget(monkeypatch)
     with pytest.raises(HFError, match="logits of the exported model differ"):
         verify_export(path, state, config, documents[:3], sentencepiece_model)
 

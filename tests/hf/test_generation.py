@@ -15,13 +15,14 @@ def model_of(pattern: str):
     return hf_model(config, RandomState(config))
 
 
+@pytest.mark.parametrize("length", [11, 3])  # more than a window's, and fewer, which fill no static cache
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_cache_changes_no_token(pattern):
+def test_the_cache_changes_no_token(pattern, length):
     model = model_of(pattern)
-    prompt = random_tokens(2, 11)
+    prompt = random_tokens(2, length)
     expected = model.generate(prompt, use_cache=False, **GREEDY)
-    assert expected.shape == (2, 26)
-    assert len(set(expected[0, 11:].tolist())) > 1, "a constant continuation proves nothing"
+    assert expected.shape == (2, length + 15)
+    assert len(set(expected[0, length:].tolist())) > 1, "a constant continuation proves nothing"
     for mode in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
         assert torch.equal(model.generate(prompt, **GREEDY, **mode), expected), mode
 

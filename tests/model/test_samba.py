@@ -53,6 +53,7 @@ def test_initial_weights_follow_the_paper():
     dt = torch.nn.functional.softplus(weights["layers.0.mixer.dt_proj.bias"])
     assert 1e-3 * 0.999 <= dt.min() < 2e-3
     assert 0.05 < dt.max() <= 0.1 * 1.001
+    assert dt.log().mean() == pytest.approx(math.log(1e-2), abs=0.2)  # half-way between their logarithms
     uniform = {
         "layers.0.mixer.in_proj.x.weight": 1 / math.sqrt(256),
         "layers.0.mixer.conv.weight": 0.5,

@@ -96,11 +96,13 @@ def test_what_the_optimizer_has_written_is_not_converted_again():
         assert torch.equal(pair, torch.cat(weights[:2]).bfloat16())
 
 
-@pytest.mark.parametrize("gap", [0, 3])
-def test_what_others_keep_is_taken_where_it_lies(gap):
+@pytest.mark.parametrize(("gap", "apart"), [(0, False), (3, False), (0, True)])
+def test_what_others_keep_is_taken_where_it_lies(gap, apart):
+    """In one memory, with a gap or without, and in two, where one starts at the place at which the other ends."""
     weights = [described(torch.nn.Parameter(torch.full((), torch.nan).expand(rows, 11))) for rows in (5, 4)]
     flat = torch.randn(9 * 11 + gap).bfloat16()
-    kept = flat[:55].view(5, 11), flat[55 + gap :].view(4, 11)
+    second = torch.randn_like(flat) if apart else flat
+    kept = flat[:55].view(5, 11), second[55 + gap :].view(4, 11)
     copies = ComputeWeights([])
     for weight, copy in zip(weights, kept, strict=True):
         copies.adopt(weight, copy)
@@ -109,6 +111,7 @@ def test_what_others_keep_is_taken_where_it_lies(gap):
         first, second = linear_parts(x, *weights, sizes=[[5], [4]])
         assert torch.equal(torch.cat((first, second), dim=-1), x @ torch.cat(kept).t())
         assert torch.equal(linear(x, weights[1]), x @ kept[1].t())
-        flat.add_(1)
+        for copy in kept:
+            copy.add_(1)
     both = copies.of(tuple(weights), torch.bfloat16)
-    assert (both.data_ptr() == flat.data_ptr()) == (gap == 0)
+    assert (both.data_ptr() == flat.data_ptr()) == (gap == 0 and not apart)

@@ -140,18 +140,23 @@ def order_on_rank(letter: str) -> tuple[list[str], list[str]]:
 
     events: list[str] = []
 
-    def recorded(kernel):
+    def recorded(kernel, event="kernel"):
         def run(*args, **kwargs):
-            events.append("kernel")
+            events.append(event)
             result = kernel(*args, **kwargs)
             output = result[0] if isinstance(result, tuple) else result
-            output.register_hook(lambda gradient: events.append("kernel"))
+            output.register_hook(lambda gradient: events.append(event))
             return result
 
         return run
 
     with start_world(ParallelConfig(context=2)) as world, pytest.MonkeyPatch.context() as monkeypatch:
-        kernels = replace(TORCH_KERNELS, conv=recorded(TORCH_KERNELS.conv), attention=recorded(TORCH_KERNELS.attention))
+        kernels = replace(
+            TORCH_KERNELS,
+            conv=recorded(TORCH_KERNELS.conv),
+            scan=recorded(TORCH_KERNELS.scan, "scan"),
+            attention=recorded(TORCH_KERNELS.attention),
+        )
         model = Samba(ModelConfig(pattern=letter, **MODEL), cp=world.context, kernels=kernels)
         initialize_parameters(model, seed=0)
         for name in ("post", "wait"):
@@ -171,7 +176,11 @@ def order_on_rank(letter: str) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("letter", ["M", "*"])
 def test_local_work_runs_while_messages_are_under_way(letter):
-    """The kernel call without neighbours' tokens lies between the exchange's beginning and its end."""
+    """The kernel call without neighbours' tokens lies between the exchange's beginning and its end.
+
+    The first rank and the last one scan once, from zero and from the state before.
+    """
+    scan = ["scan"] if letter == "M" else []
     for forward, backward in run_world(order_on_rank, letter, ranks=2):
-        assert forward == ["post", "kernel", "wait", "kernel"]
-        assert backward == ["kernel", "post", "kernel", "wait"]
+        assert forward == ["post", "kernel", "wait", "kernel", *scan]
+        assert backward == [*scan, "kernel", "post", "kernel", "wait"]

@@ -82,11 +82,18 @@ def weights_arrive_when_they_are_waited_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"zero_stage": 1}, {"zero_stage": 1, "recompute": "full"}, {"context": 2}], ids=str
+    ("ranks", "parallel", "model"),
+    [
+        (2, {"zero_stage": 1}, {}),
+        (2, {"zero_stage": 1, "recompute": "full"}, {}),
+        (2, {"context": 2}, {}),
+        (4, {"tensor": 2}, {"num_kv_heads": 1}),  # a module's queries and keys are in two buffers
+    ],
+    ids=str,
 )
-def test_no_weight_is_used_before_it_is_waited_for(parallel):
-    expected, values = one_process(), run_values(parallel=parallel)
-    for result in run_world(steps_on_rank, values, STEPS, weights_arrive_when_they_are_waited_for, ranks=2):
+def test_no_weight_is_used_before_it_is_waited_for(ranks, parallel, model):
+    expected, values = one_process(model), run_values(model=model, parallel=parallel)
+    for result in run_world(steps_on_rank, values, STEPS, weights_arrive_when_they_are_waited_for, ranks=ranks):
         assert result.losses == pytest.approx(expected.losses, rel=1e-5)
         assert result.norms == pytest.approx(expected.norms, rel=1e-5)
 

@@ -1,14 +1,18 @@
-"""Which layers each pipeline stage gets."""
+"""Which layers each pipeline stage gets, and how many micro-batches a schedule takes at a time."""
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import layer_flops
 from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.pipeline.schedule import PipelineSchedule
 from sambalm.parallel.pipeline.stages import balanced_stages
 
 SIZES = {"hidden_size": 64, "num_query_heads": 4, "num_kv_heads": 2, "mlp_size": 128, "window": 16}
@@ -79,3 +83,20 @@ def test_the_part_with_the_head_holds_fewer_layers():
     small, large = (parts_of({"pipeline": 2}, pattern="- x 12", vocab_size=size)[-1] for size in (8, 1600))
     assert len(small) == 6
     assert len(large) == 4  # the head costs as much as 4.2 layers
+
+
+@pytest.mark.parametrize(("count", "run"), [(1, 4), (3, 4), (4, 4), (5, 8)])
+def test_losses_of_any_number_of_micro_batches_take_whole_rounds_of_the_stages(count, run, monkeypatch):
+    rounds = []
+
+    def losses_of(schedule, micro_batches, **settings):
+        rounds.append(len(micro_batches))
+        return [batch.tokens.float() for batch in micro_batches]
+
+    monkeypatch.setattr(PipelineSchedule, "_run", losses_of)
+    schedule = object.__new__(PipelineSchedule)
+    schedule.world = SimpleNamespace(pipeline=SimpleNamespace(size=4), from_last_stage=lambda losses: losses)
+    tokens = [torch.full((1, 2), number) for number in range(count)]
+    found = schedule.losses([MicroBatch(each, each) for each in tokens])
+    assert [loss.tolist() for loss in found] == [each.tolist() for each in tokens]
+    assert rounds == [run]

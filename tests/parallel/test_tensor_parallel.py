@@ -22,7 +22,7 @@ from tests.support.worlds import run_world
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize("size", [8, 11, 64, 82, 2732, 8196, 9984])
+@pytest.mark.parametrize("size", [8, 11, 64, 82, 300, 2732, 8196, 9984])
 def test_shares_follow_one_another_and_fill_a_dimension(size, ranks):
     shares = [shard(size, TensorParallel(rank=rank, size=ranks)) for rank in range(ranks)]
     assert [share.start for share in shares] == list(np.cumsum([0] + [share.length for share in shares[:-1]]))

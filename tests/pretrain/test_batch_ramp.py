@@ -37,9 +37,11 @@ def test_sizes_grow_by_the_samples_consumed(ramp_values):
     schedule = parse_config(ramp_values, source="test").batch_schedule
     assert schedule.sizes() == [4, 8, 12, 16]
     longer = changed(ramp_values, train={"batch_ramp": RAMP | {"ramp_tokens": 1537}})
-    assert (schedule.ramp_samples, parse_config(longer, source="test").batch_schedule.ramp_samples) == (48, 49)
+    longer_schedule = parse_config(longer, source="test").batch_schedule
+    assert (schedule.ramp_samples, longer_schedule.ramp_samples) == (48, 49)
     # Each size below the last holds for a third of 48 samples, and until the step that goes beyond it ends.
     assert _sizes(schedule, 10) == [4, 4, 4, 4, 8, 8, 12, 12, 16, 16]
+    assert _sizes(longer_schedule, 10) == [4, 4, 4, 4, 4, 8, 8, 12, 12, 16]  # of 49 samples, rounded up
     random = np.random.RandomState(0)
     for _ in range(100):
         start, increment, stages, ramp = random.randint(1, 50, size=4).tolist()

@@ -6,13 +6,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from sambalm.data_pipeline.shards import ShardWriter
+from sambalm.data_pipeline.sources import open_sources
+from sambalm.parallel.groups import ContextParallel, Pipeline
 from sambalm.pretrain.checkpointing.data_record import data_change
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.validation import Validator
 from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, train
 
@@ -136,8 +142,27 @@ def test_held_out_losses_are_told_for_each_source(blended_values, tmp_path):
     ("ranks", "parallel"), slow_except([(2, {})], [(2, {}), (2, {"context": 2}), (2, {"pipeline": 2})])
 )
 def test_each_source_s_loss_is_the_same_on_every_layout(ranks, parallel, blended_values, tmp_path):
+    """Also where a rank has no samples left: of 28, and of 14 twice as long, it repeats the last one for nothing."""
     expected = train(changed(blended_values, run={"dir": str(tmp_path / "alone")}))[-1]
-    assert train(changed(blended_values, parallel=parallel), ranks=ranks)[-1] == pytest.approx(expected, rel=1e-5)
+    values = changed(blended_values, parallel=parallel, train={"micro_batch_size": 4})
+    assert train(values, ranks=ranks)[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_longer_sequences_are_validated_fewer_at_a_time(blended_values):
+    """As many tokens as in a micro-batch of the training, unless one sequence has more."""
+    values = changed(blended_values, train={"micro_batch_size": 4}, validation={"length_multiples": [1, 2, 8]})
+    config, shapes = parse_config(values, source="test"), set()
+
+    def losses(micro_batches):
+        shapes.update(tuple(batch.tokens.shape) for batch in micro_batches)
+        return [batch.tokens.float() for batch in micro_batches]
+
+    world = SimpleNamespace(
+        device=torch.device("cpu"), context=ContextParallel(), pipeline=Pipeline(), data_rank=0, data_size=1
+    )
+    world.sum_over_replicas = lambda sums: sums
+    Validator(config, open_sources(config.data), world=world).losses(SimpleNamespace(losses=losses))
+    assert shapes == {(4, 32), (2, 64), (1, 256)}
 
 
 RECORD = {
@@ -165,6 +190,7 @@ def other(*, source: int | None = None, **keys) -> dict:
         (other(source=1, content="z"), "the data under b has changed"),
         (other(source=0, validation_fraction=0.2), "the validation_fraction of a has changed from 0.1 to 0.2"),
         (other(source=0, weight=3.0), "the share of a in the samples has changed from 0.25 to 0.5"),
+        (other(source=0, weight=1.001), "the share of a in the samples has changed from 0.25 to 0.250187"),
     ],
 )
 def test_whatever_moves_samples_is_a_change(now, change):

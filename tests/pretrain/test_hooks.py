@@ -159,6 +159,10 @@ def test_the_last_step_is_validated_and_saved_whatever_is_asked_for(values):
     (events,) = run_world(events_on_rank, values, {1: "stop"}, True, ranks=1)
     last = [*step(1), *step(2, "NOTHING", metrics=LOSS, saves=True)]
     assert events == [*STARTS, ("launch", 1), ("launch", 2), *last, *ends(ExitCode.FINISHED)]
+    records = read_metrics(Path(values["run"]["dir"]))
+    assert [record["tokens"] for record in records] == [64, 128]
+    # Each step's own tokens over its own time.
+    assert [record["tokens_per_second"] * record["step_time_s"] for record in records] == pytest.approx([64, 64])
 
 
 def test_hooks_end_after_an_error_too(values):

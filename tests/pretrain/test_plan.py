@@ -24,6 +24,7 @@ from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
+from sambalm.pretrain.planner import communication
 from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
 from sambalm.pretrain.planner.hardware import (
     DEVICES,
@@ -33,10 +34,10 @@ from sambalm.pretrain.planner.hardware import (
     LINK_SHARE,
 )
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, KernelNames, planned_kernels
-from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.memory import chunks_in_flight, stage_memories
 from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import stage_chunks, stage_parameters
-from sambalm.pretrain.planner.time import exposed_s
+from sambalm.pretrain.planner.time import bandwidth, exposed_s
 from sambalm.pretrain.precision import DTYPES
 from tests.support.marks import slow_except
 from tests.support.plan_counters import HandedBytes, LiveBytes
@@ -270,6 +271,20 @@ def test_communication_is_what_a_real_step_hands_over(ranks, parallel):
         assert expected == pytest.approx(+counted, rel=0.01)
 
 
+def test_weights_that_zero_3_may_not_keep_are_gathered_again(monkeypatch):
+    """For the backward of each micro-batch: what is beyond DeepSpeed's limit of live parameters."""
+    config = config_of(parallel={"zero_stage": 3}, train={"global_batch_tokens": 12 * 192})  # 3 micro-batches
+    whole = stage_parameters(config, 0)
+
+    def gathered_bytes(max_live):
+        monkeypatch.setattr(communication, "MAX_LIVE_PARAMETERS", max_live)
+        (sent,) = [each for each in step_transfers(config, stage=0, world_size=2) if each.operation == "all-gather"]
+        return sent.handed_bytes
+
+    assert gathered_bytes(whole - 1000) - gathered_bytes(whole) == 3 * 1000 * 4 / 2  # half from this rank
+    assert gathered_bytes(whole) == gathered_bytes(10**9)
+
+
 OLD = KernelNames("mamba-ssm", "torch", "torch-flash", "torch", "torch")
 NEW = KernelNames("cuda", "causal-conv1d", "cudnn", "compiled", "compiled")
 EAGER, TP2_SP = "train.cuda_graphs=false", ("parallel.tensor=2", "parallel.sequence=true")
@@ -440,6 +455,30 @@ def test_the_slowest_stage_decides():
     assert times[1].compute_s > times[0].compute_s
     launched_s = times[0].compute_s + times[0].layout_s + times[0].idle_s
     assert times[0].bubble_s == pytest.approx(launched_s / 2)  # 2 stages, 2 micro-batches
+
+
+def test_a_stage_has_no_more_forwards_in_flight_than_micro_batches():
+    config = config_of(parallel={"pipeline": 4})  # 2 micro-batches
+    assert [len(chunks_in_flight(config, stage=stage, world_size=4)) for stage in range(4)] == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "rates"),
+    [
+        # 4 ranks of a node; 4 that are 4 apart, of which a node has two; 2 that are 16 apart.
+        ({"tensor": 4, "pipeline": 2}, 32, {"tensor": 450e9, "data": 2 * 50e9, "pipeline": 50e9}),
+        # 4 stages that are 4 apart: a node has two, each of which sends by its own adapter.
+        ({"pipeline": 4}, 16, {"pipeline": 50e9, "data": 450e9}),
+        ({"tensor": 2, "context": 4}, 8, {"tensor": 450e9, "context": 450e9, "data": 450e9}),
+    ],
+    ids=str,
+)
+def test_groups_beyond_a_node_send_through_the_adapters_of_their_members_there(parallel, world_size, rates):
+    config = config_of(parallel=parallel, train={"global_batch_tokens": 64 * 192}, tie_embeddings=False)
+    for transfer in (sent := step_transfers(config, stage=0, world_size=world_size)):
+        rate = bandwidth(config, transfer, world_size=world_size, hardware=DEVICES["h100"])
+        assert rate == rates[transfer.dimension], transfer
+    assert {transfer.dimension for transfer in sent} == rates.keys()
 
 
 def test_virtual_stages_divide_the_bubble():

@@ -356,8 +356,9 @@ def test_an_attempt_records_what_it_started_from(run_values, tmp_path):
     assert not (folder.parents[1] / "lease.json").exists()
 
 
-def test_leftovers_of_a_killed_save_are_removed(run_values):
+def test_leftovers_of_a_killed_save_or_removal_are_removed(run_values):
     run_dir = Path(run_values["run"]["dir"])
-    (run_dir / "checkpoints" / ".step_00000002.partial").mkdir(parents=True)
+    for leftover in ".step_00000001.removed", ".step_00000002.partial":
+        (run_dir / "checkpoints" / leftover).mkdir(parents=True)
     train(run_values)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
