@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from sambalm.parallel.zero.buckets import GradientBucket
 from sambalm.pretrain.batch_schedule import BatchSchedule
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.optimizer import OptimizerConfig
 from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, train
 from tests.support.worlds import run_world
@@ -177,6 +179,15 @@ def test_steps_of_every_size_are_those_of_a_plain_loop(layout, ramp_values, plai
     assert np.array(_losses_and_norms(records)) == pytest.approx(np.array(plain["found"]), rel=2e-5)
     assert [record["batch_tokens"] for record in records] == [128] * 4 + [256] * 2 + [384] * 2 + [512] * 2
     assert [record["tokens"] for record in records] == np.cumsum([r["batch_tokens"] for r in records]).tolist()
+
+
+def test_adamw_takes_every_number_of_the_config():
+    """Others than PyTorch's defaults, which the runs above partly share."""
+    optimizer = OptimizerConfig(peak_lr=0.3, beta1=0.8, beta2=0.7, eps=1e-4, weight_decay=0.2)
+    buckets = [GradientBucket((torch.nn.Parameter(torch.zeros(2)),), weight_decay=decays) for decays in (True, False)]
+    groups = optimizer.build(buckets, adamw=torch.optim.AdamW).param_groups
+    found = [(group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in groups]
+    assert found == [(0.3, (0.8, 0.7), 1e-4, decay) for decay in (0.2, 0.0)]
 
 
 @pytest.mark.slow
