@@ -322,6 +322,7 @@ def test_top_level_folders_are_the_agreed_ones():
     assert set(PRODUCT) <= top
 
 
+@pytest.mark.slow
 def test_a_rank_starts_without_the_compiler():
     """PyTorch's compiler takes as long to import as all else together; runs on the CPU never need it."""
     code = "import sys, sambalm.pretrain.trainer; assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"

@@ -73,6 +73,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer, 
     assert contents(prefix) == whole
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_in_one_line_and_goes_on(tmp_path, tokenizer, many, whole):
     prefix = tmp_path / "d"
     process = start([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS), "--workers", "2")

@@ -263,6 +263,7 @@ def test_on_unshared_file_systems_each_node_s_first_rank_does(tmp_path):
     assert len({tuple(contents) for _, contents, _ in results}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -49,7 +49,7 @@ def train_on_rank(values: dict) -> dict[str, timedelta]:
         {"zero_stage": 1},
         {"tensor": 2, "sequence": True},
         {"pipeline": 2, "virtual_pipeline": 2},
-        {"context": 2, "zero_stage": 3},
+        pytest.param({"context": 2, "zero_stage": 3}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -62,7 +62,6 @@ CORE = [
     "CP2, selective",
     "CP4",
     "CP2xTP2+SP",
-    "PP2xVPP2xCP2, full",
     "DP2, ZeRO-1, full",
     "DP2xTP2, ZeRO-3",
     "DP4, ZeRO-2",
@@ -86,7 +85,7 @@ SHORT = {"pattern": "M*-", "mlp_size": 4 * 23}
 
 
 @pytest.mark.parametrize("tensor", slow_except([2], [2, 4, 8]))
-@pytest.mark.parametrize("size", HEADS)
+@pytest.mark.parametrize("size", slow_except(["3.8B"], HEADS))
 def test_real_head_counts_and_an_odd_width_are_dealt_to_ranks(size, tensor):
     sequence = tensor != 4  # with and without
     _compare(tensor, {"tensor": tensor, "sequence": sequence}, SHORT | HEADS[size], steps=2)
@@ -95,7 +94,7 @@ def test_real_head_counts_and_an_odd_width_are_dealt_to_ranks(size, tensor):
 @pytest.mark.parametrize(
     "name",
     slow_except(
-        ["TP2+SP", "PP2xVPP2", "CP4", "DP4, ZeRO-2"],
+        ["TP2+SP", "PP2xVPP2", "CP4"],
         [
             "TP2+SP",
             "PP2",
@@ -180,7 +179,7 @@ def _compare(ranks: int, parallel: dict, model: dict, *, steps: int = STEPS, doc
 
 @pytest.mark.parametrize(
     "name",
-    slow_except(["TP2+SP", "CP4"], ["TP2", "TP2+SP", "TP4+SP", "PP2xVPP2", "CP4", "TP2xPP2+SP", "CP2xTP2+SP"]),
+    slow_except(["TP2+SP"], ["TP2", "TP2+SP", "TP4+SP", "PP2xVPP2", "CP4", "TP2xPP2+SP", "CP2xTP2+SP"]),
 )
 def test_in_bf16_layouts_differ_by_no_more_than_its_rounding(name):
     ranks, parallel, tied = LAYOUTS[name]

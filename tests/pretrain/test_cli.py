@@ -147,6 +147,7 @@ def test_bad_text_is_refused_by_file_and_line(name, refused, tokens, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_bad_line_costs_no_complete_shard(sambalm, tokens, tmp_path):
     text, prefix = tmp_path / "text.jsonl", tmp_path / "tokens"
     text.write_text(GOOD_LINE * 300_000 + "{}\n")  # more than is read at once

@@ -112,6 +112,7 @@ def run(long_values, tmp_path):
     run.end()
 
 
+@pytest.mark.slow
 def test_signals_to_single_ranks_save_on_all_at_the_same_step(run):
     """USR1 to one rank, to the other and to both saves and goes on; TERM, twice, to one rank makes all leave."""
     run.wait_for_step(2)
