@@ -22,7 +22,7 @@ def run_peers(output, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_our_models_run_and_a_second_run_reads_them(tmp_path):
     output = tmp_path / "results.jsonl"
     first = run_peers(output, "--models", "samba", "llama")
@@ -46,7 +46,7 @@ def test_our_models_run_and_a_second_run_reads_them(tmp_path):
     assert output.read_text().splitlines()[:-1] == lines
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cell_over_its_time_is_ended_and_the_mistake_of_a_config_is_one_sentence(tmp_path):
     output = tmp_path / "results.jsonl"
     ended = run_peers(output, "--models", "samba", "--limit-s", "0.5")

@@ -67,7 +67,8 @@ def _lines(seed: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "extension", slow_except(["jsonl.zst", "parquet"], ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+    "extension",
+    slow_except(["jsonl.zst", "parquet"], ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"], long=["jsonl", "jsonl.gz"]),
 )
 def test_pieces_of_any_size_and_start_hold_every_record_once(tmp_path, extension):
     for seed in range(4):

@@ -255,7 +255,7 @@ def test_on_a_shared_file_system_one_rank_makes_the_index(tmp_path):
     assert len(results[0][1]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_unshared_file_systems_each_node_s_first_rank_does(tmp_path):
     _nodes(tmp_path, 2)
     results = run_world(sources_on_rank, str(tmp_path), 2, ranks=4)

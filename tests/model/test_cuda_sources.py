@@ -32,7 +32,7 @@ def libraries(tmp_path_factory):
     return tmp_path_factory.mktemp("libraries")
 
 
-@pytest.fixture(params=slow_except([True], [True, False]), ids=["guarded-end", "guarded-start"])
+@pytest.fixture(params=slow_except([True], [True, False], long=[False]), ids=["guarded-end", "guarded-start"])
 def host(request, libraries, monkeypatch):
     """Kernels run on the CPU, into memory of NaNs: deterministic mode fills what torch.empty returns with them."""
     host = HostCuda(libraries, at_end=request.param)

@@ -50,7 +50,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(ranks, parallel, run_values, t
 IN_FP8 = [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})]
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), slow_except(IN_FP8[:1], IN_FP8))
+@pytest.mark.parametrize(("ranks", "parallel"), slow_except(IN_FP8[:1], IN_FP8, long=IN_FP8[1:2]))
 def test_a_stopped_run_in_fp8_goes_on_with_the_same_bits(ranks, parallel, run_values, tmp_path):
     """Its scales are in the checkpoint: without them a run would find others in a step that is not in FP8."""
     train_section = {"steps": 4, "matmul_precision": "fp8"}
@@ -83,7 +83,10 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", slow_except(["DP2 ZeRO-2 to TP2"], MOVES))
+FOUR_RANKS = [name for name, sides in MOVES.items() if min(ranks for ranks, _ in sides) == 4]
+
+
+@pytest.mark.parametrize("move", slow_except(["DP2 ZeRO-2 to TP2"], MOVES, long=FOUR_RANKS))
 def test_a_checkpoint_resumes_on_another_layout(move, run_values, tmp_path):
     (ranks, parallel), (other_ranks, other_parallel) = MOVES[move]
     # An MLP width that no two ranks share equally, and an untied head in half of the moves.
@@ -183,7 +186,7 @@ print(resident_mb("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reading_offline_takes_the_memory_of_one_tensor(run_values):
     large = {"hidden_size": 256, "mlp_size": 8192, "vocab_size": 4096}
     run = {"train": {"steps": 1}, "validation": {"length_multiples": [1], "tokens": 64}}

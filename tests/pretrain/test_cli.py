@@ -353,7 +353,7 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchruns_own_report_of_a_refusal_ends_with_the_sentence(run_values, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values))
     ended = subprocess.run(
@@ -365,7 +365,7 @@ def test_torchruns_own_report_of_a_refusal_ends_with_the_sentence(run_values, tm
     )
     assert ended.returncode != 0
     summary = ended.stderr.split("Root Cause")[1]
-    assert "which parallel.tensor 5 does not divide" in summary
+    assert "parallel.tensor is 5: " in summary
 
 
 def test_torchrun_trains_on_two_ranks(run_values, tmp_path):

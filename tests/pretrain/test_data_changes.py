@@ -85,7 +85,7 @@ def test_a_damaged_shard_ends_the_program_before_the_first_step(inflict, message
     assert not Path(blended_values["run"]["dir"]).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
     os.truncate(tmp_path / "second.bin", 100)
     result = program(blended_values, tmp_path, ranks=2)
@@ -94,7 +94,7 @@ def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
     assert not Path(blended_values["run"]["dir"]).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_starts_on_the_index_that_was_made_ahead(blended_values, tmp_path):
     result = program(blended_values, tmp_path, "data", "index")
     assert (result.returncode, result.stderr) == (0, "")

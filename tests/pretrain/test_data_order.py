@@ -77,6 +77,7 @@ def alone():
             (4, {"tensor": 2}),
             (2, {"context": 2}),
         ],
+        long=[(4, {"pipeline": 2}), (4, {"tensor": 2}), (2, {"context": 2})],
     ),
 )
 def test_the_order_of_samples_does_not_depend_on_the_layout(ranks, parallel, run_values, alone, tmp_path):
@@ -93,7 +94,11 @@ def test_the_order_of_samples_does_not_depend_on_the_layout(ranks, parallel, run
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    slow_except([], [(2, {"context": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "sequence": True})]),
+    slow_except(
+        [],
+        [(2, {"context": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "sequence": True})],
+        long=[(4, {"tensor": 2, "sequence": True})],
+    ),
 )
 def test_a_run_that_resets_at_documents_has_the_same_losses_on_every_layout(ranks, parallel, run_values, tmp_path):
     values = changed(run_values, data={"reset_at_document": True})
@@ -122,7 +127,7 @@ def blended_values(run_values, tmp_path) -> dict:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_stopped_after_any_step_goes_on_with_the_same_bits(blended_values, tmp_path):
     uninterrupted = train(blended_values)
     assert len({record["batch_tokens"] for record in uninterrupted}) == 3
@@ -150,14 +155,14 @@ def dies_within_a_step(values: dict, batches: int) -> None:
             run(parse_config(values, source="test"))
 
 
-@pytest.mark.parametrize("batches", slow_except([17], [1, 17, 31]))
+@pytest.mark.parametrize("batches", slow_except([17], [1, 17, 31], long=[1]))
 def test_a_run_that_dies_between_micro_batches_goes_on_with_the_same_bits(batches, blended_values, tmp_path):
     uninterrupted = train(changed(blended_values, run={"dir": str(tmp_path / "whole")}))
     run_world(dies_within_a_step, blended_values, batches, ranks=1)
     assert train(blended_values) == uninterrupted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_and_threads_that_change_on_the_way_read_the_same_samples(blended_values, tmp_path):
     """From one data-parallel rank to two, to four, and back to one, with other numbers of threads each."""
     alone = samples_by_step(blended_values, 1)
@@ -173,7 +178,7 @@ def test_ranks_and_threads_that_change_on_the_way_read_the_same_samples(blended_
             assert record == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_longer_run_only_adds_samples(blended_values, tmp_path):
     steps = samples_by_step(blended_values, 1)
     longer = changed(stopped_after(blended_values, 5, tmp_path / "longer"), train={"steps": 11})
@@ -193,7 +198,7 @@ def test_another_batch_goes_on_with_the_next_sample(blended_values, tmp_path):
     assert torch.equal(found[0], rows[:, consumed : consumed + 20])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_moved_data_is_the_same_data(blended_values, tmp_path):
     uninterrupted = train(blended_values)
     moved = stopped_after(blended_values, 4, tmp_path / "moved")

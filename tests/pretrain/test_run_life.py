@@ -191,7 +191,7 @@ def test_a_lease_that_was_lost_between_steps_commits_nothing(run_values):
     assert attempt.exit_code == ExitCode.RUN_IN_USE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):
     values = changed(long_values, optimizer={"peak_lr": 1e30}, train={"max_skipped_steps": 3})
     run = Run(values, tmp_path)
@@ -209,7 +209,7 @@ def test_a_run_whose_gradients_stay_infinite_ends(long_values, tmp_path):
     assert attempt.exit_code == ExitCode.DIVERGED
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_switches_in_the_run_folder_save_and_stop(run):
     run.wait_for_step(1)
     (run.dir / "save").touch()
@@ -225,7 +225,7 @@ def test_switches_in_the_run_folder_save_and_stop(run):
     assert "Traceback" not in run.text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_logs_the_same_as_one_that_was_not(run_values, tmp_path):
     """TERM to one rank in the middle, then a resume, validation included."""
     values = changed(run_values, train={"steps": 150}, parallel={"zero_stage": 1}, checkpoint={"every_steps": 1000})
@@ -332,7 +332,7 @@ def test_a_crash_loop_without_progress_stops_by_itself(run_values, tmp_path):
     assert len(train(run_values)) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_attempt_records_what_it_started_from(run_values, tmp_path):
     environment = {"SAMBALM_ATTEMPT": "first", "WANDB_API_KEY": "not to be seen"}
     run = Run(run_values, tmp_path, ranks=1, environment=environment)
