@@ -3,9 +3,9 @@
 Inputs and weights are e4m3, gradients e5m2 (arXiv 2209.05433), one scale a tensor. The scales of inputs and gradients
 come from the largest numbers of the step before, so that one pass over memory rounds a tensor and finds its largest;
 what has grown beyond a scale's reach becomes the largest number of the format. A new run's first step is in the
-activations' precision and only finds largest numbers. Weights have the scale of their own
-largest number, and are rounded once a step. GPUs take both sides of an FP8 product with the summed dimension innermost
-(cuBLASLt on Hopper), so each matrix is written twice, as it is and transposed: the second is what a backward needs.
+activations' precision and only finds largest numbers. Weights have the scale of their own largest number, and are
+rounded once a step. GPUs take both sides of an FP8 product with the summed dimension innermost (cuBLASLt on Hopper), so
+each matrix is written twice, as it is and transposed: the second is what a backward needs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
