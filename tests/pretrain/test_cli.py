@@ -289,7 +289,7 @@ def test_an_id_out_of_range_in_a_shard_with_a_manifest_is_refused_before_the_run
     refused("data", "index", config, f"data.train={patched_shard}", names=names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_id_out_of_range_in_a_shard_that_nobody_verified_ends_the_run(config, patched_shard):
     """The batch that holds it is refused: in one epoch, one of the steps."""
     size = ["train.global_batch_tokens=8192", "train.steps=200"]
