@@ -158,7 +158,7 @@ def foreseen(cell: dict, records: Sequence[dict]) -> dict | None:
 
 
 def micro_batch_tokens(cell: dict) -> int:
-    """Micro-batch sizes of whole sequences."""
+    """The tokens of a micro-batch, which holds whole sequences."""
     return max(1, cell["micro_batch_tokens"] // cell["length"]) * cell["length"]
 
 

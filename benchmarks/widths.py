@@ -21,17 +21,17 @@ from sambalm.parallel.shard import Position, Shard, equal_shard, shard
 REPEATS, RANKS = 20, (1, 2, 4)
 
 
-@cache
 def mlp_ms(width: int, *, hidden_size: int, tokens: int) -> float:
     """The products of gate and up, taken as one, and of down; forward, for the input's gradient and the weight's."""
     return _products_ms(2 * width, hidden_size, tokens=tokens) + _products_ms(hidden_size, width, tokens=tokens)
 
 
-@cache
 def head_ms(rows: int, *, hidden_size: int, tokens: int) -> float:
+    """The products of the head."""
     return _products_ms(rows, hidden_size, tokens=tokens)
 
 
+@cache
 def _products_ms(out_features: int, in_features: int, *, tokens: int) -> float:
     x, gradient, weight = (
         torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="*", default=list(range(8191, 8201)))
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[31_999, 32_000, 32_001, 32_063, 32_064, 50_257])
     arguments = parser.parse_args()
-    sizes = {"hidden_size": arguments.hidden_size, "tokens": arguments.tokens}
     device, tokens, hidden_size = torch.cuda.get_device_name(), arguments.tokens, arguments.hidden_size
     print(f"{device}, torch {torch.__version__}; {tokens} tokens, hidden size {hidden_size}, bf16")
-    print_rows("MLP width", arguments.widths, shard, lambda size: mlp_ms(size, **sizes))
-    print_rows("vocabulary", arguments.vocabularies, equal_shard, lambda size: head_ms(size, **sizes))
+    sizes = {"hidden_size": hidden_size, "tokens": tokens}
+    print_rows("MLP width", arguments.widths, shard, lambda width: mlp_ms(width, **sizes))
+    print_rows("vocabulary", arguments.vocabularies, equal_shard, lambda rows: head_ms(rows, **sizes))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class ParallelConfig(BaseModel):
 
     @property
     def model_chunks(self) -> int:
-        """Parts that the layers are cut into."""
+        """Chunks that the layers are cut into."""
         return self.pipeline * self.virtual_pipeline
 
 

@@ -324,7 +324,7 @@ def test_top_level_folders_are_the_agreed_ones():
 
 @pytest.mark.slow
 def test_a_rank_starts_without_the_compiler():
-    """PyTorch's compiler takes as long to import as all else together; runs on the CPU never need it."""
+    """PyTorch's compiler takes seconds to import, and runs on the CPU never need it."""
     code = "import sys, sambalm.pretrain.trainer; assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
     code += "; assert 'deepspeed.runtime.zero.muon.original_muon' in sys.modules"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -31,9 +31,8 @@ class AttentionDocuments:
     given_first_keys: Tensor  # int64 [batch, queries], on the CPU or the device
     keys: int
     device: torch.device
-    masks: dict[int, Any] = field(
-        default_factory=dict, init=False, compare=False
-    )  # by window, of a kernel that has some
+    # By window, of a kernel that makes masks of them.
+    masks: dict[int, Any] = field(default_factory=dict, init=False, compare=False)
 
     @cached_property
     def first_keys(self) -> Tensor:

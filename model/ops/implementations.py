@@ -4,7 +4,7 @@ The registry chooses a run's kernels by these limits and by what the device and 
 chooses a plan's by the limits alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,6 +123,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "elementwise": {"compiled": Implementation(is_compiled=True), "torch": _IN_TORCH},
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
+
+
+def reads_documents(chosen: Mapping[str, str]) -> bool:
+    """Whether the host reads each micro-batch's documents for any of the implementations, by operation and name."""
+    return any(IMPLEMENTATIONS[operation][name].reads_documents for operation, name in chosen.items())
 
 
 def choose(operation: str, asked: str, declines: Callable[[str], str | None]) -> str:

@@ -19,7 +19,7 @@ from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
 from sambalm.model.ops.cuda.scan_sizes import why_too_large
 from sambalm.model.ops.errors import DeclinedError
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
@@ -98,9 +98,7 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
     return Kernels(
         **kernels,
         names=tuple(f"{operation}={name}" for operation, name in chosen.items()),
-        captures_documents=not any(
-            IMPLEMENTATIONS[operation][name].reads_documents for operation, name in chosen.items()
-        ),
+        captures_documents=not reads_documents(chosen),
     )
 
 

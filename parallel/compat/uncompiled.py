@@ -1,6 +1,6 @@
 """Imports of packages that hand functions of their own to `torch.compile` as they are imported, without the compiler.
 
-None of those functions runs here. PyTorch's compiler alone takes as long to import as all else that a rank needs.
+None of those functions runs here, and PyTorch's compiler takes seconds to import.
 """
 
 from collections.abc import Callable, Iterator

@@ -50,8 +50,8 @@ class Fp8Store:
         infos = [info for info in map(info_of, parameters) if info.takes_fp8]
         shape = (len(infos), len(FORMATS))
         self.groups, self.is_new = groups, True  # until a step has found the largest numbers
-        # A number every 16 bytes, where cuBLAS looks for scales.
-        self.largest, self.scales, self.inverses = (torch.zeros(*shape, 4, device=device)[..., 0] for _ in range(3))
+        self.largest, self.scales = (torch.zeros(shape, device=device) for _ in range(2))
+        self.inverses = torch.zeros(*shape, 4, device=device)[..., 0]  # 16 bytes apart, where cuBLAS looks for them
         self.weights: dict[int, Rounded] = {}
         self.renewed: set[int] | None = None  # while a step's first micro-batch rounds weights
         self.keeps = False
@@ -150,16 +150,17 @@ def product(left: Tensor, right: Tensor, inverses: tuple[Tensor, Tensor], **opti
     return torch._scaled_mm(left, right.t(), *inverses, **options)
 
 
-def scales_of(weights: Sequence[Tensor], *, features: int, rows: int) -> ProductScales | None:
+def scales_of(weights: Sequence[Tensor], *, rows: int) -> ProductScales | None:
     """Returns the scales of a product with weights taken as one, which the first has; None if it is not in FP8.
 
     Args:
-        features: of its output.
         rows: of its input.
     """
     info = find_info(weights[0])
-    aligned = not any(size % ALIGNMENT for size in (features, rows, weights[0].shape[1]))
-    return cast(ProductScales | None, info.fp8) if info and aligned else None
+    if info is None or info.fp8 is None:
+        return None
+    sizes = (rows, weights[0].shape[1], sum(len(weight) for weight in weights))
+    return None if any(size % ALIGNMENT for size in sizes) else cast(ProductScales, info.fp8)
 
 
 def _largest_of(tensor: Tensor) -> Tensor:

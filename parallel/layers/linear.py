@@ -74,7 +74,7 @@ def linear_parts(
         sizes: for each weight the features of its parts.
     """
     rows = x.numel() // x.shape[-1] * (tp.size if tp.sequence else 1)
-    scales = scales_of(weights, features=sum(chain(*sizes)), rows=rows)
+    scales = scales_of(weights, rows=rows)
     if scales is None:
         return _Linear.apply(x, sizes, tp, *weights)
     records = torch.is_grad_enabled()  # validation tells the next step nothing

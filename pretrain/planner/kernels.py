@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.mixers.counts import KernelNames, Traffic
 from sambalm.model.ops.config import KernelConfig
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
 from sambalm.parallel.shard import Position
 from sambalm.pretrain.config import RunConfig
 
@@ -41,8 +41,8 @@ def planned_kernels(config: RunConfig) -> KernelNames:
 
 def are_captured(config: RunConfig, kernels: KernelNames) -> bool:
     """Whether a run's micro-batches could be CUDA graphs: the host may not have to read the documents of each."""
-    reads = any(IMPLEMENTATIONS[name][getattr(kernels, name)].reads_documents for name in KernelConfig.model_fields)
-    return config.train.cuda_graphs and not (config.data.reset_at_document and reads)
+    chosen = {operation: getattr(kernels, operation) for operation in KernelConfig.model_fields}
+    return config.train.cuda_graphs and not (config.data.reset_at_document and reads_documents(chosen))
 
 
 def _planned(operation: str, asked: str, requirements: KernelRequirements) -> str:

@@ -51,7 +51,7 @@ class Estimate:
 
     @property
     def training_s(self) -> float:
-        """In steps that count."""
+        """Seconds in steps whose work is kept."""
         return self.plan.config.train.steps * self.step_s
 
     @property

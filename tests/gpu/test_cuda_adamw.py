@@ -129,7 +129,7 @@ def test_gradients_with_other_strides():
 
 
 def test_a_step_hook_sets_the_scale():
-    """As parallel/zero/clipping.py clips."""
+    """Clipping sets it so (parallel/zero/clipping.py)."""
     weights = parameters(shift=0)
     ours, other, doubles = optimizers(weights)
     ours.register_step_pre_hook(lambda optimizer, *_: setattr(optimizer, "grad_scale", torch.full((), 3.0).cuda()))

@@ -19,21 +19,23 @@ pytestmark = pytest.mark.skipif(
 def test_a_matrix_is_rounded_as_on_the_cpu(rows, columns, dtype):
     torch.manual_seed(rows)
     whole = torch.randn(rows, sum(columns) + 8).to(torch.bfloat16) * 30
-    whole[0, 0], whole[-1, sum(columns) - 1] = math.nan, -1e9
-    parts = whole[:, : sum(columns)].split(columns, dim=1)  # with more between their rows
-    scale, largest = torch.tensor(2.0), torch.tensor(1.0)
-    expected = round_both_ways(parts, scale, largest=None, dtype=dtype)
+    whole[-1, sum(columns) - 1] = -1e9
+    matrix = whole[:, : sum(columns)]  # with more between its rows
+    scale, largest = torch.tensor(2.0), torch.tensor(1.0, device=DEVICE)
+    expected = round_both_ways(matrix.split(columns, dim=1), scale, largest=None, dtype=dtype)
     poisoned = tuple(torch.full(t.shape, 7.0, device=DEVICE).to(dtype) for t in expected)
-    on_gpu = [part.to(DEVICE) if len(parts) == 1 else whole.to(DEVICE)[:, : sum(columns)] for part in parts[:1]]
-    parts_there = on_gpu[0].split(columns, dim=1)
-    found = largest.to(DEVICE)
-    result = round_both_ways(parts_there, scale.to(DEVICE), largest=found, dtype=dtype, out=poisoned)
-    for here, there in zip(result, expected, strict=True):
-        bits = here.cpu().view(torch.uint8), there.view(torch.uint8)
-        assert (bits[0] == bits[1]).logical_or(there.float().isnan()).all()
-        assert torch.equal(here.float().isnan().cpu(), there.float().isnan())
-    finite = whole[:, : sum(columns)].float()
-    assert found.item() == finite[finite.isfinite()].abs().max().item() or found.isnan()
+    there = whole.to(DEVICE)[:, : sum(columns)].split(columns, dim=1)
+    result = round_both_ways(there, scale.to(DEVICE), largest=largest, dtype=dtype, out=poisoned)
+    for on_gpu, on_cpu in zip(result, expected, strict=True):
+        assert torch.equal(on_gpu.cpu().view(torch.uint8), on_cpu.view(torch.uint8))
+    assert largest.item() == matrix.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_nan_stays_nan(dtype):
+    values = torch.full((16, 16), math.nan, device=DEVICE, dtype=torch.bfloat16)
+    one = torch.ones((), device=DEVICE)
+    assert all(t.float().isnan().all() for t in round_both_ways([values], one, largest=None, dtype=dtype))
 
 
 def test_a_product_is_that_of_the_rounded_matrices():

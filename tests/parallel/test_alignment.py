@@ -51,7 +51,7 @@ def test_an_aligned_layout_trains_like_one_process_as_it_is(name):
 
 
 def aligned_with_numbers(monkeypatch):
-    """As if memory were left as it is found."""
+    """Holds other numbers than zeros behind a share, as memory that nobody has cleared would."""
     from sambalm.parallel import sharding
 
     every_share_is_aligned(monkeypatch)

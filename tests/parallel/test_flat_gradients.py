@@ -163,7 +163,7 @@ def test_buckets_are_full_and_named_by_their_lowest_layer(bucket_elements):
 
 @pytest.mark.parametrize("bucket_elements", [10_000, 20_000, 30_000])
 def test_ranks_with_uneven_shares_have_the_same_groups(bucket_elements):
-    """So that they send in one order."""
+    """Ranks whose groups differed would wait for each other's messages in another order."""
     ranks = [TensorParallel(rank, 4, copy_groups={2: None}) for rank in range(4)]
     models = [meta_model(tp, pattern="M-*- x 3", mlp_size=90, hidden_size=60, num_query_heads=10) for tp in ranks]
     assert len({sum(p.numel() for p in model.parameters()) for model in models}) > 1

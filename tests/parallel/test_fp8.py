@@ -107,6 +107,12 @@ def test_the_first_step_is_not_in_fp8_and_the_scales_come_from_it():
         assert store.inverses[0, kind] * store.scales[0, kind] == 1
 
 
+def test_ranks_send_and_cublas_takes_numbers_where_they_lie():
+    _, store = weights_in_fp8(32, 32, width=48)
+    assert store.largest.is_contiguous()  # NCCL sends nothing else
+    assert {store.inverses[n, kind].data_ptr() % 16 for n in range(2) for kind in (INPUTS, GRADIENTS)} == {0}
+
+
 def test_validation_tells_the_next_step_nothing():
     parameters, store = weights_in_fp8(32, width=48)
     x = torch.randn(16, 1, 48, requires_grad=True)
