@@ -47,7 +47,7 @@ class TrainSection(BaseModel):
     matmul_precision: Literal["fp8"] | None = Field(
         None,
         description="Of the large products of mixers and MLPs, forward and backward; fp8 takes a GPU of compute "
-        "capability 8.9 or later and has not been timed yet; null: train.precision",
+        "capability 8.9 or later; null: train.precision",
     )
     max_skipped_steps: int = Field(
         10,

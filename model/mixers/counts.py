@@ -38,6 +38,7 @@ class Parameter:
     shape: tuple[int, ...]
     in_product: bool = False  # whether a matrix product takes it, in the activations' dtype
     matmul_only: bool = False  # whether nothing else reads it
+    takes_fp8: bool = False  # whether that product may be in FP8
     weight_decay: bool | None = None  # whether AdamW decays it; None: a matrix, yes, and a vector, no
     padding: int = 0  # elements of the shape that are zeros (parallel/shard.py), which no count of parameters has
 
@@ -68,6 +69,7 @@ class Share:
     activation_bytes: int  # of one element
     recompute: Recompute
     kernels: KernelNames
+    fp8: bool = False  # whether products that may be are in FP8
 
     @property
     def part_tokens(self) -> int:

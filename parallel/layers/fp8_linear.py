@@ -49,7 +49,7 @@ class Fp8Linear(torch.autograd.Function):
         rows = gathered.reshape(-1, x.shape[-1])
         left = scales.round([rows], INPUTS, records=records)
         weight = scales.weight(partial(compute_weight, weights, x.dtype))
-        y = product(left.rows, weight.rows, (left.inverse, weight.inverse), out_dtype=x.dtype, use_fast_accum=True)
+        y = product(left.rows, weight.rows, (left.inverse, weight.inverse), out_dtype=x.dtype, use_fast_accum=False)
         # Half the bytes of x in bf16; under sequence parallelism the whole sequence of one layer after the other is
         # what the backward gathers again.
         kept = (x, x) if tp.sequence else (left.columns, left.inverse)

@@ -21,6 +21,7 @@ class Hardware:
     node_gpus: int
     node_bytes_per_s: float  # between devices of a node, each direction
     network_bytes_per_s: float  # between nodes, a device, each direction
+    has_fp8: bool = True
 
     @property
     def vector_rate(self) -> float:
@@ -49,6 +50,7 @@ def _scaled(
     multiprocessors: int,
     clock_ghz: float,
     node_bytes_per_s: float,
+    has_fp8: bool = True,
 ) -> Hardware:
     """The H100's measurements on another device: matrix rates by its peak, memory by the same share of its data sheet.
 
@@ -64,6 +66,7 @@ def _scaled(
         node_gpus=H100.node_gpus,
         node_bytes_per_s=node_bytes_per_s,
         network_bytes_per_s=H100.network_bytes_per_s,
+        has_fp8=has_fp8,
     )
 
 
@@ -86,6 +89,7 @@ DEVICES = {
         multiprocessors=108,
         clock_ghz=1.41,
         node_bytes_per_s=300e9,
+        has_fp8=False,
     ),
 }
 

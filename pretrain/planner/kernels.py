@@ -98,5 +98,10 @@ RESIDUAL = {
 LOSS = {"torch": Traffic(18, 26), "compiled": Traffic(4, 4, fused=True)}
 EMBEDDING = Traffic(14, 30)  # of a token's width: the lookup in fp32 and its cast; the gradient's and its scattering
 
+# Products in FP8 over those in bf16, and the rounding of an element of an input or a gradient, and of a weight, whose
+# largest number is sought before: from the profile of a step of 1.3B on one H200 (benchmarks/step.py --profile).
+FP8_SPEED = 1.94
+FP8_ROUNDING_S, FP8_WEIGHT_ROUNDING_S = 2.02e-12, 3.16e-12
+
 # Of a weight: the writing of its rounded copy, with reading it before, and a gradient's addition to one that is there.
 ROUNDED_BYTES, ROUNDING_BYTES, ACCUMULATION_BYTES = 2, 6, 12

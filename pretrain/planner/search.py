@@ -81,6 +81,11 @@ def find_plans(
         ConfigError: no layout is allowed, or none fits; the message says by how much.
     """
     limit_bytes = memory_gib * GIB * USABLE_SHARE
+    if config.train.matmul_precision == "fp8" and not hardware.has_fp8:
+        raise ConfigError(
+            f"train.matmul_precision is 'fp8', which no {hardware.name} has: set it to null, or plan for another"
+            " --device"
+        )
     planned_kernels(
         config.model_copy(update={"parallel": ParallelConfig()})
     )  # one that no layout runs is the user's mistake

@@ -23,6 +23,8 @@ class LocalSizes:
     small: int  # of them in tensors that ZeRO-3 never releases
     matrix: int  # elements of the weights that matrix products take, in the activations' dtype
     matmul_only: int  # of them in weights that nothing else reads
+    fp8: int  # of them in products that may be in FP8
+    fp8_features: int  # of inputs and outputs of these products
 
 
 @lru_cache(maxsize=256)
@@ -30,11 +32,14 @@ def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSize
     """Counts a mixer's parameters, and its norm's."""
     parameters = mixer(letter).parameters(model, tensor_ranks=tensor_ranks)
     sizes = [model.hidden_size, *(each.elements for each in parameters)]
+    in_fp8 = [each for each in parameters if each.takes_fp8]
     return LocalSizes(
         parameters=sum(sizes),
         small=sum(size for size in sizes if size < PERSISTENT_ELEMENTS),
         matrix=sum(each.elements for each in parameters if each.in_product),
         matmul_only=sum(each.elements for each in parameters if each.matmul_only),
+        fp8=sum(each.elements for each in in_fp8),
+        fp8_features=sum(sum(each.shape) for each in in_fp8),
     )
 
 
@@ -55,6 +60,7 @@ def share_of(config: RunConfig, kernels: KernelNames, *, recompute: Recompute | 
         activation_bytes=activation_bytes(config),
         recompute=recompute or parallel.recompute,
         kernels=kernels,
+        fp8=config.train.matmul_precision == "fp8",
     )
 
 

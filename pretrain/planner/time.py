@@ -30,6 +30,7 @@ from sambalm.pretrain.planner.memory import rounded_weights_stay
 from sambalm.pretrain.planner.scan import cuda_scan_s
 from sambalm.pretrain.planner.sizes import (
     Chunk,
+    LocalSizes,
     Stage,
     activation_bytes,
     embedding_rows,
@@ -211,7 +212,12 @@ def _rounding_s(config: RunConfig, stage: Stage, *, micro_batches: int, world_si
         moved_bytes = costs.ROUNDING_BYTES
     else:
         moved_bytes = costs.ROUNDED_BYTES  # with AdamW's kernel
-    return rounded * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
+    rounding_s = rounded * moved_bytes / (hardware.memory_bytes_per_s * assumed.FUSED_SHARE)
+    if config.train.matmul_precision is None:
+        return rounding_s
+    sizes = [(count, local_sizes(config.model, letter, config.parallel.tensor)) for letter, count in stage.letters]
+    to_fp8 = sum(count * size.fp8 for count, size in sizes)
+    return rounding_s + to_fp8 * costs.FP8_WEIGHT_ROUNDING_S / hardware.vector_rate
 
 
 def _deepspeed_s(config: RunConfig, stage: Stage, *, world_size: int, hardware: Hardware) -> tuple[float, float]:
@@ -272,7 +278,8 @@ class _Device:
         again = self.share.recompute == "full"
         inside = sum(self._kernel_s(kernel) for kernel in mixer(letter).kernels(self.model, self.share))
         residual_s = self._traffic_s(costs.RESIDUAL[self.share.kernels.norm], self._residual_elements, again=again)
-        return self._matrix_s(size.matrix, again=again) + inside + self._norm_s(again=again) + residual_s
+        products_s = self._matrix_s(size.matrix, again=again) - self._saved_by_fp8_s(size)
+        return products_s + inside + self._norm_s(again=again) + residual_s
 
     def _kernel_s(self, kernel: Kernel) -> float:
         match kernel:
@@ -298,6 +305,16 @@ class _Device:
         passes = 4 if again else 3
         flops = passes * 2.0 * weights * self.share.tokens
         return flops / (self.hardware.matrix_flops * self.hardware.matrix_efficiency)
+
+    def _saved_by_fp8_s(self, size: LocalSizes) -> float:
+        """Returns what products in FP8 take less, the rounding of their inputs and gradients included."""
+        share = self.share
+        if not share.fp8:
+            return 0.0
+        again = share.recompute == "full"
+        rounded = share.tokens * size.fp8_features * (1.5 if again or share.sequence_parallel else 1.0)
+        rounding_s = rounded * costs.FP8_ROUNDING_S / self.hardware.vector_rate
+        return self._matrix_s(size.fp8, again=again) * (1 - 1 / costs.FP8_SPEED) - rounding_s
 
     def _traffic_s(self, traffic: Traffic, elements: float, *, again: bool = False) -> float:
         moved = traffic.forward * (2 if again else 1) + traffic.backward

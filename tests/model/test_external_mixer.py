@@ -13,6 +13,7 @@ from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.parameters import count_parameters
 from sambalm.model.samba import Samba, Sublayer
 from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.check_layout import whole
 from sambalm.pretrain.config_docs import mixer_section
 from sambalm.pretrain.config_file import parse_config
@@ -92,8 +93,12 @@ def test_every_mixer_counts_the_parameters_that_its_layer_has(ranks):
         with torch.device("meta"):
             tp = TensorParallel(rank=0, size=ranks, copy_groups={copies: None})
             layer = Sublayer(one.letter, config, tp=tp, kernels=TORCH_KERNELS)
-        counted = {each.name: each.shape for each in one.parameters(config, tensor_ranks=ranks)}
-        assert counted == {name: tuple(value.shape) for name, value in layer.mixer.named_parameters()}
+        counts = one.parameters(config, tensor_ranks=ranks)
+        held = dict(layer.mixer.named_parameters())
+        assert {each.name: each.shape for each in counts} == {name: tuple(value.shape) for name, value in held.items()}
+        # Keys' and values' weights are in the product of the queries', which alone has the scales.
+        in_fp8 = [each.name for each in counts if each.takes_fp8 and not each.name.endswith("key_value")]
+        assert in_fp8 == [name for name, value in held.items() if info_of(value).takes_fp8]
         assert one.modules == sum(any(True for _ in module.parameters(recurse=False)) for module in layer.modules())
 
 

@@ -339,6 +339,24 @@ MEASURED = {
     "4 times 4 x 4096, H200": Measured(178_654, 21.1, NEW, ranks=1),
     "1.3B, 4 times 4 x 4096, H200": Measured(62_398, 51.2, NEW, ranks=1, config="samba_1.3b"),
     "3.8B, 4 x 4096, H200": Measured(22_339, 114.2, NEW, ranks=1, batch_tokens=16_384, config="samba_3.8b"),
+    **{
+        f"{name}, H200, {precision}": Measured(
+            tokens_per_s,
+            gib,
+            NEW,
+            ranks=1,
+            batch_tokens=16_384,
+            settings=(f"train.matmul_precision={precision}",),
+            config=name,
+        )
+        for name, gib, *speeds in (
+            ("samba_421m", 19.5, 174_126, 200_686),
+            ("samba_1.3b", 46.2, 61_723, 79_408),
+            ("samba_1.7b", 62.0, 47_391, 59_675),
+            ("samba_3.8b", 114.2, 22_045, 29_655),
+        )
+        for precision, tokens_per_s in zip(("null", "fp8"), speeds, strict=True)
+    },
     "DP4, ZeRO-1, H200": Measured(663_787, None, NEW, ranks=4, batch_tokens=131_072),
     "DP2 x TP2 + SP, H200": Measured(485_739, None, NEW, ranks=4, batch_tokens=131_072, settings=TP2_SP),
 }
@@ -353,6 +371,26 @@ def test_an_estimate_is_near_the_measured_step(name):
     assert plan.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.25)
     if run.peak_gib:
         assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["samba_421m", "samba_1.3b", "samba_1.7b", "samba_3.8b"])
+def test_fp8_is_expected_to_save_what_it_saved(name):
+    estimated, measured = [], []
+    for precision in ("null", "fp8"):
+        run = MEASURED[f"{name}, H200, {precision}"]
+        settings = ("train.global_batch_tokens=16384", "train.micro_batch_size=4", *run.settings)
+        config = load_config(CONFIGS / f"{name}.yaml", settings)
+        estimated.append(plan_of(config, world_size=1, hardware=DEVICES["h200"], kernels=NEW).tokens_per_s)
+        measured.append(run.tokens_per_s)
+    assert estimated[1] / estimated[0] == pytest.approx(measured[1] / measured[0], rel=0.03)
+
+
+def test_fp8_is_planned_where_it_runs():
+    config = load_config(CONFIGS / "samba_1.3b.yaml", ["train.matmul_precision=fp8"])
+    with pytest.raises(ConfigError, match="no a100 has"):
+        find_plans(config, world_size=8, memory_gib=80, hardware=DEVICES["a100"])
+    plans = find_plans(config, world_size=8, memory_gib=80, hardware=DEVICES["h100"])
+    assert {plan.config.parallel.zero_stage for plan in plans} == {1}
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])

@@ -129,11 +129,12 @@ class WindowAttention(Mixer):
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, heads = config.hidden_size, self._heads(config, tensor_ranks)
+        product = {"in_product": True, "takes_fp8": True}
         alone = heads.kv_copies == 1  # copies of a kv head are summed before they are multiplied
         return (
-            Parameter("qkv_proj.query", (heads.query.length, width), in_product=True, matmul_only=True),
-            Parameter("qkv_proj.key_value", (2 * heads.kv.length, width), in_product=True, matmul_only=alone),
-            Parameter("o_proj.weight", (width, heads.query.length), in_product=True, matmul_only=True),
+            Parameter("qkv_proj.query", (heads.query.length, width), **product, matmul_only=True),
+            Parameter("qkv_proj.key_value", (2 * heads.kv.length, width), **product, matmul_only=alone),
+            Parameter("o_proj.weight", (width, heads.query.length), **product, matmul_only=True),
         )
 
     def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:

@@ -113,7 +113,7 @@ class Mamba(Mixer):
         share = shard(config.inner_size, Position(tensor_ranks))
         channels, zeros, product = share.held, share.padding, {"in_product": True, "matmul_only": True}
         return (
-            Parameter("in_proj.weight", (2 * channels, width), **product, padding=2 * zeros * width),
+            Parameter("in_proj.weight", (2 * channels, width), **product, takes_fp8=True, padding=2 * zeros * width),
             Parameter("conv.weight", (channels, config.d_conv), padding=zeros * config.d_conv),
             Parameter("conv.bias", (channels,), padding=zeros),
             Parameter("x_proj.weight", (rank + 2 * states, channels), **product, padding=zeros * (rank + 2 * states)),
@@ -122,7 +122,7 @@ class Mamba(Mixer):
             # A rate, not a projection.
             Parameter("A_log", (channels, states), weight_decay=False, padding=zeros * states),
             Parameter("D", (channels,), padding=zeros),
-            Parameter("out_proj.weight", (width, channels), **product, padding=zeros * width),
+            Parameter("out_proj.weight", (width, channels), **product, takes_fp8=True, padding=zeros * width),
         )
 
     def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:

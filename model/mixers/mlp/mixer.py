@@ -67,7 +67,8 @@ class MLP(Mixer):
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, inner = config.hidden_size, self._inner(config, tensor_ranks)
-        held, zeros, product = inner.held, inner.padding * width, {"in_product": True, "matmul_only": True}
+        held, zeros = inner.held, inner.padding * width
+        product = {"in_product": True, "matmul_only": True, "takes_fp8": True}
         return (
             Parameter("gate_up_proj.weight", (2 * held, width), **product, padding=2 * zeros),
             Parameter("down_proj.weight", (width, held), **product, padding=zeros),

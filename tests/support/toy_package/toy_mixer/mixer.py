@@ -59,9 +59,9 @@ class TokenShift(Mixer):
     def parameters(self, config, *, tensor_ranks):
         width, channels = config.hidden_size, self._channels(config, tensor_ranks)
         return (
-            Parameter("in_proj.weight", (2 * channels, width), in_product=True, matmul_only=True),
+            Parameter("in_proj.weight", (2 * channels, width), in_product=True, matmul_only=True, takes_fp8=True),
             Parameter("mix.weight", (channels, 2)),
-            Parameter("out_proj.weight", (width, channels), in_product=True, matmul_only=True),
+            Parameter("out_proj.weight", (width, channels), in_product=True, matmul_only=True, takes_fp8=True),
         )
 
     def mixing_flops(self, config, *, sequence_tokens):
