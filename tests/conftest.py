@@ -60,7 +60,8 @@ def run_values(tokens, tmp_path) -> dict:
         "data": {"train": str(tokens), "sequence_length": 32, "validation_fraction": 0.2},
         "train": {"steps": 6, "global_batch_tokens": 256, "micro_batch_size": 2, "precision": "fp32"},
         "optimizer": {"peak_lr": 3e-3, "warmup_fraction": 0.2},
-        "validation": {"every_steps": 3, "tokens": 1100, "length_multiples": [1, 2]},
+        # 11 samples, and 5 of twice the length: no number of ranks shares either equally.
+        "validation": {"every_steps": 3, "tokens": 352, "length_multiples": [1, 2]},
         "checkpoint": {"every_steps": 3, "keep": 10},
         "parallel": {},
     }

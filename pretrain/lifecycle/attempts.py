@@ -103,7 +103,8 @@ def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_ste
     revision = _git(source, "rev-parse", "HEAD") if tracked else ""
     difference = _git(source, "diff", "HEAD") if revision else ""
     (folder / "config.yaml").write_text(config_yaml)
-    packages = {f"{d.metadata['Name']}=={d.version}" for d in distributions()}
+    about = (distribution.metadata for distribution in distributions())  # read and parsed each time it is asked for
+    packages = {f"{fields['Name']}=={fields['Version']}" for fields in about}
     (folder / "packages.txt").write_text("".join(f"{line}\n" for line in sorted(packages, key=str.lower)))
     shown = ((name, "(hidden)" if _SECRET.search(name) else value) for name, value in sorted(os.environ.items()))
     (folder / "environment.txt").write_text("".join(f"{name}={value}\n" for name, value in shown))

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from tests.support import program
 from tests.support.signals import restored_signals
 from tests.support.whole_runs import changed
 
@@ -294,7 +295,7 @@ def test_an_id_out_of_range_in_a_shard_that_nobody_verified_ends_the_run(config,
     """The batch that holds it is refused: in one epoch, one of the steps."""
     size = ["train.global_batch_tokens=8192", "train.steps=200"]
     arguments = ["train", config, f"data.train={patched_shard}", "data.verify=false", *size]
-    ended = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    ended = program.run(*arguments, variables={"COLUMNS": "200"})
     assert ended.returncode == 2, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
     assert "tokens_00000.bin holds token id 60000 at byte 10000 (in sample " in line

@@ -19,6 +19,7 @@ from sambalm.parallel.groups import ContextParallel, Pipeline
 from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.validation import Validator
+from tests.support import program
 from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, train
 
@@ -41,15 +42,11 @@ def blended_values(run_values, tmp_path) -> dict:
     return changed(run_values, data={"train": sources}, validation={"tokens": 10**6})
 
 
-def program(values: dict, tmp_path: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    """`sambalm WORDS CONFIG`, by default `train`, under torchrun where there are several ranks."""
+def sambalm(values: dict, tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
+    """`sambalm WORDS CONFIG`, by default `train`."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    command = ["-m", "sambalm.pretrain.cli", *(words or ["train"]), str(config)]
-    if ranks > 1:
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    return program.run(*(words or ["train"]), config, variables={"COLUMNS": "200"})
 
 
 def flip(path: Path, byte: int) -> None:
@@ -77,7 +74,7 @@ def flip(path: Path, byte: int) -> None:
 )
 def test_a_damaged_shard_ends_the_program_before_the_first_step(inflict, message, blended_values, tmp_path):
     inflict(tmp_path / "second.bin")
-    result = program(blended_values, tmp_path)
+    result = sambalm(blended_values, tmp_path)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert re.search(message, line)
@@ -87,8 +84,12 @@ def test_a_damaged_shard_ends_the_program_before_the_first_step(inflict, message
 
 @pytest.mark.long
 def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
+    """Under torchrun, which ends the ranks that wait for the one that met the damage."""
     os.truncate(tmp_path / "second.bin", 100)
-    result = program(blended_values, tmp_path, ranks=2)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(blended_values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", program.PROGRAM, "train"]
+    result = subprocess.run([*command, config], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     assert result.returncode != 0
     assert re.search(r"^error.*second\.bin has 100 bytes", result.stderr, re.MULTILINE)
     assert not Path(blended_values["run"]["dir"]).exists()
@@ -96,7 +97,7 @@ def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
 
 @pytest.mark.long
 def test_a_run_starts_on_the_index_that_was_made_ahead(blended_values, tmp_path):
-    result = program(blended_values, tmp_path, "data", "index")
+    result = sambalm(blended_values, tmp_path, "data", "index")
     assert (result.returncode, result.stderr) == (0, "")
     assert re.search(r"first .* 1 .* 1,920 .* 480 .* 50.00% .* 0.41", result.stdout)  # 24 of 59 samples
     index = {path: path.stat().st_mtime_ns for path in (tmp_path / ".index_cache").iterdir()}
@@ -111,7 +112,7 @@ def test_a_run_refuses_data_that_changed_since_its_checkpoint(blended_values, tm
     train(half)
     values = changed(blended_values, train={"steps": 4})
     write_source(tmp_path / "second", seed=7)
-    result = program(values, tmp_path)
+    result = sambalm(values, tmp_path)
     assert result.returncode == 2
     assert re.search(r"error: the data under .*second has changed since .*step_00000003 was saved: .*", result.stderr)
     assert "data.allow_changed=true" in result.stderr

@@ -21,47 +21,37 @@ from sambalm.pretrain.lifecycle.lease import Lease
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
 from sambalm.pretrain.reporting.metrics_file import read_metrics
+from tests.support import program
+from tests.support.program import Program, start_ranks, wait_until
 from tests.support.whole_runs import changed, train
 from tests.support.worlds import run_world
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+ENVIRONMENT = os.environ | {"COLUMNS": "200"}
 
 
 class Run:
     """A run of two real ranks, each a process of its own that a test can signal."""
 
-    def __init__(self, values: dict, folder: Path, *, ranks: int = 2, environment: dict | None = None) -> None:
+    def __init__(self, values: dict, folder: Path, *, ranks: int = 2) -> None:
         self.dir, self.ranks = Path(values["run"]["dir"]), ranks
-        self.config = folder / "run.yaml"
+        self.config, self.log = folder / "run.yaml", folder / "log"
         self.config.write_text(yaml.safe_dump(values))
-        self.folder, self.environment = folder, environment or {}
 
-    def start(self) -> list[subprocess.Popen]:
-        port = str(free_port())
-        common = ENVIRONMENT | self.environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        self.log = (self.folder / "log").open("a")
-        self.processes = [
-            subprocess.Popen(
-                [*PROGRAM, self.config],
-                env=common | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(rank)},
-                stdout=self.log,
-                stderr=self.log,
-            )
-            for rank in range(self.ranks)
-        ]
+    def start(self) -> list[Program]:
+        self.processes = start_ranks("train", self.config, ranks=self.ranks, log=self.log)
         return self.processes
 
-    def exit_codes(self, timeout_s: float = 120) -> list[int]:
+    def exit_codes(self) -> list[int]:
         try:
-            return [process.wait(timeout_s) for process in self.processes]
+            return [process.wait() for process in self.processes]
         finally:
             self.end()
 
     def end(self) -> None:
         for process in self.processes:
-            process.kill()
-            process.wait()
+            with process:
+                pass
 
     def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
         wait_until(lambda: len(self.steps()) >= step, timeout_s, self.text)
@@ -71,25 +61,10 @@ class Run:
         return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
     def text(self) -> str:
-        return (self.folder / "log").read_text()
+        return self.log.read_text()
 
     def saved_steps(self) -> list[int]:
         return [int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(self.dir)]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition, timeout_s, text=lambda: ""):
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, text()
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -248,20 +223,32 @@ def listens_to_term(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 2.0])
-def test_a_signal_before_the_first_step_leaves_at_once(delay_s, long_values, tmp_path):
-    """The other rank never comes, so the main thread waits in the rendezvous when TERM arrives."""
+def test_a_signal_during_the_slow_imports_leaves_at_once(long_values, tmp_path):
+    run = Run(long_values, tmp_path, ranks=1)
+    with subprocess.Popen([*PROGRAM, run.config], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            wait_until(lambda: listens_to_term(process.pid), 30)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == ExitCode.REQUEUE
+            assert process.stderr.read() == "SIGTERM before the first step: leaving for requeue\n"
+        finally:
+            process.kill()
+    assert not run.dir.exists()
+
+
+def test_a_signal_in_the_rendezvous_leaves_at_once(long_values, tmp_path):
+    """The other rank never comes."""
     run = Run(long_values, tmp_path)
-    _, other = run.start()
+    first, other = run.start()
     other.kill()
-    deadline_s = time.monotonic() + 30
-    while not listens_to_term(run.processes[0].pid) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    time.sleep(delay_s)
-    run.processes[0].send_signal(signal.SIGTERM)
+    wait_until(lambda: (run.dir / "attempts").exists() and listens_to_term(first.pid), 30, run.text)
+    time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
     start_s = time.monotonic()
-    assert run.exit_codes()[0] == ExitCode.REQUEUE
+    assert first.wait() == ExitCode.REQUEUE
     assert time.monotonic() - start_s < 5
+    run.end()
+    assert run.text() == "SIGTERM before the first step: leaving for requeue\n"
 
 
 @pytest.mark.slow
@@ -299,18 +286,17 @@ def test_a_lease_is_taken_over_without_a_beat_and_its_holder_finds_out(tmp_path,
     beating.check()
 
 
-CRASH = """
-import os, sys
-from sambalm.pretrain import trainer
-from sambalm.pretrain.config_file import load_config
-real = trainer.Trainer._launch_step
-def crash(self):
-    if self.step == int(sys.argv[2]):
-        os.kill(os.getpid(), 9)
-    return real(self)
-trainer.Trainer._launch_step = crash
-sys.exit(trainer.train(load_config(__import__("pathlib").Path(sys.argv[1]))))
-"""
+def crash_at_step_4():
+    from sambalm.pretrain import trainer
+
+    launch_step = trainer.Trainer._launch_step
+
+    def crash(self):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return launch_step(self)
+
+    trainer.Trainer._launch_step = crash
 
 
 @pytest.mark.slow
@@ -319,11 +305,10 @@ def test_a_crash_loop_without_progress_stops_by_itself(run_values, tmp_path):
     run = Run(run_values, tmp_path, ranks=1)
 
     def attempt():
-        script = [sys.executable, "-c", CRASH, str(run.config), "4"]
-        return subprocess.run(script, capture_output=True, text=True, env=ENVIRONMENT)
+        return program.run("train", run.config, before=crash_at_step_4)
 
     assert [attempt().returncode for _ in range(4)] == [-signal.SIGKILL] * 4
-    refused = subprocess.run([*PROGRAM, run.config], capture_output=True, text=True, env=ENVIRONMENT)
+    refused = program.run("train", run.config)
     assert refused.returncode == ExitCode.NO_PROGRESS
     assert "the last 3 attempts in" in refused.stderr
     assert "began at step 3" in refused.stderr
@@ -334,10 +319,11 @@ def test_a_crash_loop_without_progress_stops_by_itself(run_values, tmp_path):
 
 @pytest.mark.long
 def test_an_attempt_records_what_it_started_from(run_values, tmp_path):
-    environment = {"SAMBALM_ATTEMPT": "first", "WANDB_API_KEY": "not to be seen"}
-    run = Run(run_values, tmp_path, ranks=1, environment=environment)
-    run.start()
-    assert run.exit_codes() == [ExitCode.FINISHED]
+    """In a real process: the environment is what it was started with."""
+    run = Run(run_values, tmp_path, ranks=1)
+    environment = ENVIRONMENT | {"SAMBALM_ATTEMPT": "first", "WANDB_API_KEY": "not to be seen"}
+    ended = subprocess.run([*PROGRAM, run.config], env=environment, capture_output=True, text=True)
+    assert ended.returncode == ExitCode.FINISHED, ended.stderr
     folder = Path(run_values["run"]["dir"]) / "attempts" / "first"
     started = json.loads((folder / "attempt.json").read_text())
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.health import find_problems, pick
 from sambalm.slurm.outcome import describe_outcome
 from sambalm.slurm.status import run_status
+from tests.support import program
 from tests.support.whole_runs import train
 
 CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs", "slurm"))
@@ -48,22 +50,15 @@ def test_launchers_say_how_long_their_run_takes_by_plan(size):
 
 def check_links(folder, nodes, **limits):
     """A rank a node, each a process."""
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"} | limits
-    command = [sys.executable, "-m", "sambalm.slurm.health", "links", str(folder)]
-    processes = []
-    for rank in range(nodes):
-        own = {"RANK": str(rank), "GROUP_RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
-        own |= {"WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
-        processes.append(subprocess.Popen(command, env=common | own))
-    assert [process.wait(120) for process in processes] == [0] * nodes
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": program.free_port(), "LOCAL_RANK": "0"} | limits
+    common |= {"WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
+    with ExitStack() as ends:
+        processes = []
+        for rank in range(nodes):
+            own = {"RANK": str(rank), "GROUP_RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
+            started = program.start("links", folder, module="sambalm.slurm.health", variables=common | own)
+            processes.append(ends.enter_context(started))
+        assert [process.wait() for process in processes] == [0] * nodes
 
 
 @pytest.mark.slow

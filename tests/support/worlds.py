@@ -5,6 +5,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 # All that most ranks import. Each rank is a fork of one process that has it already; what is not there is left out.
@@ -26,6 +27,13 @@ PRELOAD = [
 ]
 
 
+def server_context() -> ForkServerContext:
+    """Makes processes that are forks of a server with all of PRELOAD, which is started with the first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def run_world(
     function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 120.0, port: int | None = None
 ) -> list[Any]:
@@ -37,8 +45,7 @@ def run_world(
     Args:
         port: where the function, instead of this one, lets the ranks meet: it makes the default process group itself.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = server_context()
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
