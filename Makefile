@@ -1,5 +1,6 @@
 # make demo   text to tokenizer to training to a Hugging Face model that speaks, in minutes on 2 cores
 # make test   lint, and the tests that show whether an installation works
+# make test-ci     these tests, and of the others what CI runs
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
@@ -13,7 +14,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-slurm compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-slurm compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -45,6 +46,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test: lint
 	$(PYTEST)
+
+test-ci: .venv/installed
+	$(PYTEST) -m "not long and not slurm"
 
 test-slow: .venv/installed
 	$(PYTEST) -m "(slow or long) and not slurm"

@@ -24,6 +24,8 @@ PRELOAD = [
     "megatron.core.models.backends",
     "megatron.core.transformer.multi_token_prediction",
     "megatron.core.transformer.transformer_block",
+    "sambalm.pretrain.cli",
+    "tests.support.frozen",  # the last
 ]
 
 
