@@ -93,6 +93,18 @@ def test_pieces_of_any_size_and_start_hold_every_record_once(tmp_path, extension
                 assert [record for piece in rest for record in piece.records(options)] == whole[number:]
 
 
+def test_lines_of_a_plain_file_lie_where_their_records_say(tmp_path):
+    lines = [b'{"text": "%d"}' % number for number in range(8, 12)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n \n".join(lines))
+    file, options = input_file(path), ReadOptions()
+    for piece_bytes in (3, 20, 100):
+        cut = list(pieces(file, options, piece_bytes=piece_bytes))
+        records = [record for piece in cut for record in piece.records(options)]
+        assert [path.read_bytes()[r.position :][: r.size_bytes].strip() for r in records] == lines
+        assert [record.text for record in records] == ["8", "9", "10", "11"]
+
+
 def test_plain_text_is_one_document_or_one_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("erste Zeile\r\n\nzweite é\n".encode())

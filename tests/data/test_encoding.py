@@ -163,6 +163,15 @@ def test_the_end_of_text_of_a_hugging_face_tokenizer(tmp_path, hf_path):
         load_tokenizer(path)
 
 
+def test_a_vocabulary_with_gaps_reaches_up_to_its_highest_id(tmp_path, hf_path):
+    content = json.loads(hf_path.read_bytes())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 450
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(path).vocab_size == 451
+
+
 def test_without_an_end_of_text_a_run_does_not_start(tmp_path, hf_path, corpus):
     content = json.loads(hf_path.read_bytes())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"]]

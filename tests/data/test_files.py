@@ -3,6 +3,7 @@ import pytest
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.files import atomic_write, sha256_file
 from tests.support.data import listing
+from tests.support.power_loss import assert_lasts, noted_operations
 
 
 def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):
@@ -21,6 +22,13 @@ def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):
         fail_half_way()
     assert path.read_bytes() == b"abc"
     assert listing(tmp_path) == ["deep", "deep/a.txt"]
+
+
+def test_a_written_file_survives_a_power_loss(tmp_path, monkeypatch):
+    calls = noted_operations(monkeypatch)
+    with atomic_write(tmp_path / "a.txt") as file:
+        file.write(b"abc")
+    assert_lasts(calls, tmp_path / "a.txt")
 
 
 def test_two_that_write_one_file_at_once_both_leave_it_whole(tmp_path):

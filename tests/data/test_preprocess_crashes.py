@@ -11,9 +11,11 @@ import pytest
 
 from sambalm.data_pipeline.files import sha256_file
 from sambalm.data_pipeline.preprocess import preprocess
-from sambalm.data_pipeline.shards import check_shard, read_manifest
+from sambalm.data_pipeline.progress import Position, ProgressLog, RunIdentity
+from sambalm.data_pipeline.shards import ShardEntry, check_shard, read_manifest
 from tests.support.data import make_texts, write_jsonl
 from tests.support.marks import slow_except
+from tests.support.power_loss import noted_operations
 from tests.support.preprocess import contents, run, start
 
 # Several to a piece of input, so that a part of one is on disk most of the time.
@@ -126,6 +128,18 @@ def stop_half_way(inputs, **options):
         preprocess(inputs, progress=stop_after, **options)
 
 
+def test_every_line_of_a_log_survives_a_power_loss(tmp_path, monkeypatch):
+    calls = noted_operations(monkeypatch)
+    identity = RunIdentity(tokenizer_sha256="", options={}, inputs_sha256="", parts=1)
+    log = ProgressLog(tmp_path / "d.progress", identity, overwrite=False)
+    assert calls == [("sync", str(log.path)), ("sync", str(tmp_path))]
+    shard = ShardEntry(name="d_00000", documents=1, tokens=1, bin_bytes=2, bin_sha256="", idx_sha256="")
+    log.commit(shard, Position(source=0, position=5, record=1))
+    log.finish([])
+    assert calls[2:] == [("sync", str(log.path))] * 2
+    log.close()
+
+
 def test_a_log_cut_in_a_line_counts_up_to_there(tmp_path, tokenizer, many, whole):
     prefix, options = tmp_path / "d", {"tokenizer": tokenizer.path, "shard_tokens": SHARD_TOKENS}
     stop_half_way([many], output_prefix=prefix, **options)
@@ -158,6 +172,7 @@ def test_a_run_does_not_go_on_with_another_ones_shards(tmp_path, tokenizer, many
     process = start([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS), "--workers", "1")
     while process.poll() is None and _committed(prefix) < 2:
         time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)  # it is not to end by itself while others start
     code, _, errors = run([many], tokenizer.path, prefix, "--shard-tokens", str(SHARD_TOKENS))
     assert code == 2
     assert "another process is writing" in errors

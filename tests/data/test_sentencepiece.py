@@ -61,10 +61,11 @@ def test_sample_is_bounded_and_depends_on_the_seed(corpus, tmp_path):
     assert len({whole, first, train("d", sample_characters=6000, seed=2)}) == 3
 
 
-def test_long_lines_are_learnt_from(tmp_path):
-    path = write_jsonl(tmp_path / "long.jsonl", ["stone harbour " * 3000])
-    tokenizer = train_tokenizer([path], vocab_size=285, output=tmp_path / "t.model")
-    assert len(tokenizer.encode("stone harbour")) == 2
+@pytest.mark.parametrize("words", ["stone harbour", "камень гавань", "𓀀𓀁 𓀂𓀃𓀄"])  # of 1, 2 and 4 bytes a character
+def test_long_lines_are_learnt_from(words, tmp_path):
+    path = write_jsonl(tmp_path / "long.jsonl", [f"{words} " * 3000])
+    tokenizer = train_tokenizer([path], vocab_size=270 if len(words) < 10 else 285, output=tmp_path / "t.model")
+    assert len(tokenizer.encode(words)) == 2
 
 
 @pytest.mark.parametrize(

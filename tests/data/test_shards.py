@@ -10,6 +10,7 @@ from sambalm.data_pipeline import shards
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shards import ShardWriter, check_shard, read_manifest, shard_prefixes
 from tests.support.data import listing, write_shard
+from tests.support.power_loss import assert_lasts, noted_operations
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32), (200_000, np.int32)])
@@ -52,6 +53,13 @@ def test_a_document_without_tokens_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"document 0 of .* has no tokens"):
         writer.add([])
     writer.discard()
+
+
+def test_a_committed_shard_survives_a_power_loss(tmp_path, monkeypatch):
+    calls = noted_operations(monkeypatch)
+    write_shard(tmp_path / "data", [[1, 2], [3]], vocab_size=100)
+    for extension in ("bin", "idx"):
+        assert_lasts(calls, tmp_path / f"data.{extension}")
 
 
 def test_nothing_appears_before_commit(tmp_path):

@@ -1,8 +1,10 @@
 """Exported folders: complete, verified, and absent when anything is wrong."""
 
 import json
+import os
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from sambalm.model.hf.generate import load_config, load_model
 from sambalm.model.hf.verify import verify_export
 from sambalm.pretrain.checkpointing.to_hf import new_hf_folder
 from tests.support.hf import RandomState, hf_model, tiny_config
+from tests.support.power_loss import assert_lasts, noted_operations
 
 FP32_LEAVES = ("A_log", "D", "dt_proj.bias")
 
@@ -206,6 +209,31 @@ def test_a_failed_export_keeps_the_folder_that_it_was_to_replace(export, tmp_pat
         export(OnceDifferent(config), config, overwrite=True)
     assert torch.equal(read_back(folder, "final_norm.weight"), state.read("final_norm.weight"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_folder_survives_a_power_loss(tmp_path, monkeypatch):
+    calls = noted_operations(monkeypatch)
+    with new_hf_folder(tmp_path / "out", overwrite=False) as folder:
+        (folder / "config.json").write_text("{}")
+    assert_lasts(calls, tmp_path / "out", parts=["config.json"])
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one_in_its_place(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").write_text('{"model_type": "samba", "is": "old"}')
+    rename = os.rename
+
+    def refuse(source, target):
+        if Path(source).suffix == ".tmp":
+            raise OSError("no more inodes")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(HFError, match="cannot write .*no more inodes"), new_hf_folder(output, overwrite=True):
+        pass
+    assert "old" in (output / "config.json").read_text()
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_folder_of_something_else_is_never_replaced(export, tmp_path):

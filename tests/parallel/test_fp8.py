@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sambalm.parallel.layers import fp8
 from sambalm.parallel.layers.fp8 import FORMATS, GRADIENTS, INPUTS, Fp8Store
@@ -111,6 +112,23 @@ def test_ranks_send_and_cublas_takes_numbers_where_they_lie():
     _, store = weights_in_fp8(32, 32, width=48)
     assert store.largest.is_contiguous()  # NCCL sends nothing else
     assert {store.inverses[n, kind].data_ptr() % 16 for n in range(2) for kind in (INPUTS, GRADIENTS)} == {0}
+
+
+def test_scales_are_those_of_the_largest_number_of_any_rank(monkeypatch):
+    _, store = weights_in_fp8(32, width=48)
+    store.groups = ["replicas", "tensor"]
+    others = {"replicas": torch.tensor([[3.0, 1.0]]), "tensor": torch.tensor([[1.0, 6.0]])}  # ranks of each, as if
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, *, group):
+        tensor.copy_(torch.maximum(tensor, others[group]) if op == dist.ReduceOp.MAX else tensor + others[group])
+
+    monkeypatch.setattr(fp8.dist, "all_reduce", all_reduce)
+    store.largest.copy_(torch.tensor([[2.0, 2.0]]))
+    store.finish_step()
+    for kind, largest in ((INPUTS, 3.0), (GRADIENTS, 6.0)):
+        scale = 2.0 ** math.floor(math.log2(torch.finfo(FORMATS[kind]).max / fp8.MARGIN / largest))
+        assert store.scales[0, kind] == scale
+    assert store.largest.max() == 0, "the step after next is to know nothing of this one"
 
 
 def test_validation_tells_the_next_step_nothing():

@@ -94,6 +94,8 @@ def agree_in_a_thread(rounds: int) -> tuple[list, list[float]]:
         thread.join()
         world.barrier()
         assert world.broadcast_object(f"of rank {world.rank}") == "of rank 0"
+        assert world.largest(1).item() == 1  # two ranks that are asked to save are not asked to leave
+        assert world.largest(world.rank).item() == 1
     return gathered, sums
 
 

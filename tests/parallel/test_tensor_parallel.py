@@ -48,9 +48,18 @@ def test_shares_of_a_vocabulary_are_held_alike_and_fill_it(size, ranks):
     assert all(share.held % 16 == 0 for share in shares if size >= 256 * ranks)
 
 
-def test_a_vocabulary_of_which_a_rank_would_hold_nothing_is_refused():
-    with pytest.raises(ValueError, match="9 cannot be cut over 8"):
-        equal_shard(9, TensorParallel(rank=0, size=8))
+@pytest.mark.parametrize(("size", "ranks"), [(9, 8), (6, 4)])  # three of 4 ranks would hold all 6
+def test_a_vocabulary_of_which_a_rank_would_hold_nothing_is_refused(size, ranks):
+    with pytest.raises(ValueError, match=f"{size} cannot be cut over {ranks}"):
+        equal_shard(size, TensorParallel(rank=0, size=ranks))
+
+
+def test_copies_of_a_slice_are_on_neighbouring_ranks():
+    group = object()
+    for rank, copy in enumerate((0, 1, 0, 1)):
+        held = TensorParallel(rank=rank, size=4, copy_groups={2: group}).copies(2)
+        assert (held.rank, held.size, held.group) == (copy, 2, group)
+    assert TensorParallel(rank=3, size=4).copies(1) == TensorParallel()
 
 
 HEADS = [(11, 1, 256), (12, 12, 128), (18, 18, 128), (32, 4, 64)]

@@ -6,20 +6,26 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from sambalm.pretrain.checkpointing.format import (
+    MANIFEST,
+    STATE,
     checkpoint_folder,
     checkpoint_folders,
+    commit,
     newest_checkpoint,
     open_checkpoint,
 )
+from sambalm.pretrain.checkpointing.write import _complete, remove_old_checkpoints
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from tests.support.marks import slow_except
+from tests.support.power_loss import assert_lasts, noted_operations
 from tests.support.whole_runs import changed, run_dir, stopped_after, train
 from tests.support.worlds import run_world
 
@@ -278,6 +284,28 @@ def train_with_a_full_disk(values):
         train(parse_config(values, source="test"))
     except CheckpointError as error:
         return str(error)
+
+
+def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
+    partial, final = tmp_path / ".step_00000001.partial", checkpoint_folder(tmp_path, 1)
+    final.mkdir(parents=True)  # of an earlier attempt
+    partial.mkdir()
+    calls = noted_operations(monkeypatch)
+    _complete(partial, {"step": 1}, [])
+    commit(partial, final)
+    assert_lasts(calls, final, parts=[STATE, MANIFEST])
+    assert open_checkpoint(final).step == 1
+
+
+def test_a_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    calls = noted_operations(monkeypatch)
+    remove_old_checkpoints(tmp_path, keep=2, world=SimpleNamespace(is_main=True))
+    assert checkpoint_folders(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (2, 3)]
+    removed = tmp_path / "checkpoints" / ".step_00000001.removed"
+    assert calls == [("rename", str(checkpoint_folder(tmp_path, 1)), str(removed))]
+    assert not removed.exists()
 
 
 def test_a_rank_that_cannot_write_commits_nothing_on_any(run_values):

@@ -36,8 +36,8 @@ from sambalm.pretrain.planner.hardware import (
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import chunks_in_flight, stage_memories
 from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
-from sambalm.pretrain.planner.sizes import stage_chunks, stage_parameters
-from sambalm.pretrain.planner.time import bandwidth, exposed_s
+from sambalm.pretrain.planner.sizes import distinct_stages, stage_chunks, stage_parameters
+from sambalm.pretrain.planner.time import bandwidth, exposed_s, least_step_s
 from sambalm.pretrain.precision import DTYPES
 from tests.support.marks import slow_except
 from tests.support.plan_counters import HandedBytes, LiveBytes
@@ -531,6 +531,18 @@ def test_virtual_stages_divide_the_bubble():
     for time, chunks in ((once, 1), (twice, 2)):
         launched_s = time.compute_s + time.layout_s + time.idle_s
         assert time.bubble_s == pytest.approx(launched_s / 2 / chunks)  # 2 stages, 2 micro-batches
+
+
+def test_a_step_takes_at_least_what_its_slowest_stage_computes_and_its_bubble():
+    def least_s(**parallel) -> float:
+        config = config_of(parallel=parallel, pattern="----")  # the last stage has two MLPs and the head either way
+        stages = distinct_stages(config).values()
+        kernels = planned_kernels(config)
+        return least_step_s(config, stages, world_size=2, hardware=DEVICES["h100"], kernels=kernels)
+
+    once_s = least_s(pipeline=2, pipeline_layers=[2, 2])
+    twice_s = least_s(pipeline=2, virtual_pipeline=2, pipeline_layers=[1, 1, 1, 1])
+    assert once_s / twice_s == pytest.approx((1 + 1 / 2) / (1 + 1 / 4))  # 2 stages, 2 micro-batches
 
 
 @pytest.mark.parametrize("parallel", [{}, {"zero_stage": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)

@@ -119,6 +119,13 @@ def test_a_crash_of_a_job_that_is_to_leave_is_requeued_too(tmp_path):
     assert "told to leave; requeueing" in job.log
 
 
+@pytest.mark.parametrize("links", [0, 1])
+def test_a_job_that_is_told_to_leave_while_nodes_are_checked_starts_no_ranks(links, tmp_path):
+    job = run_job(tmp_path, ["- 0"], is_told_early=True, links=links)
+    assert (job.exit_code, job.attempts, job.of("scontrol")) == (0, 0, [REQUEUED])
+    assert "told to leave; requeueing" in job.log
+
+
 def test_a_job_that_slurm_is_ending_is_left_to_slurm(tmp_path):
     job = run_job(tmp_path, ["- 75 asked to leave"], state="COMPLETING")
     assert (job.exit_code, job.of("scontrol")) == (ExitCode.REQUEUE, [])

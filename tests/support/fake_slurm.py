@@ -29,7 +29,9 @@ case "$*" in
     *"sambalm.slurm.health node "*)
         mkdir -p "$4"
         for node in $FAKE_GOOD; do echo '{"problem": null}' >"$4/$node.json"; done ;;
-    *"sambalm.slurm.health links"*) exit "$FAKE_LINKS" ;;
+    *"sambalm.slurm.health links"*)
+        [ -z "$FAKE_TOLD" ] || { kill -USR1 "$(cat "$FAKE_FOLDER/pid")"; sleep 0.3; }
+        exit "$FAKE_LINKS" ;;
     *"sambalm.slurm.health pick "*)
         [ -z "$FAKE_PYTHON" ] || exec "$FAKE_PYTHON" "$@"
         shift 5; echo "$*" | tr " " , ;;
@@ -86,6 +88,7 @@ def run_job(
     requeue: int = 0,
     links: int = 0,
     prepare: int = 0,
+    is_told_early: bool = False,
     **variables: str,
 ) -> Ended:
     """Runs a shipped job script to its end.
@@ -97,6 +100,7 @@ def run_job(
         real_python: whether the product's own programs pick nodes and read outcomes.
         state: of the job, by squeue. limit: run.max_attempts_without_progress.
         requeue, links, prepare: exit codes of `scontrol requeue`, of the check of links and of the config.
+        is_told_early: whether USR1 comes while nodes are checked.
     """
     tools, run_dir, calls = folder / "tools", folder / "run", folder / "calls"
     tools.mkdir(exist_ok=True)
@@ -122,6 +126,7 @@ def run_job(
         "FAKE_REQUEUE": str(requeue),
         "FAKE_LINKS": str(links),
         "FAKE_PREPARE": str(prepare),
+        "FAKE_TOLD": "1" if is_told_early else "",
     }
     command = [
         "bash",

@@ -1,0 +1,142 @@
+"""When micro-batches are captured and what each launch reads and writes, with a stand-in for CUDA graphs on the CPU.
+
+Whether a GPU captures what a step does is in tests/gpu/test_captured_step.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches, run_in_turn
+from sambalm.parallel.errors import ParallelError
+from sambalm.parallel.micro_batch import MicroBatch
+
+COUNTS = (1, 2, 3, 1, 3, 2, 1)  # micro-batches of each step
+
+
+class NotedOperations(TorchDispatchMode):
+    """Notes the operations of a capture and runs them again, on the same tensors, at each replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.before: list[tuple[Tensor, Tensor]] = []  # of what operations change in place
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.is_mutable:
+            self.before.append((args[0], args[0].clone()))
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Leaves tensors as they were: a capture computes nothing."""
+        for tensor, before in reversed(self.before):
+            tensor.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.calls:
+            result.copy_(function(*args, **kwargs))
+
+    def pool(self) -> None:
+        return None
+
+
+@contextmanager
+def noting(graph: NotedOperations, **_: Any) -> Iterator[None]:
+    with graph:
+        yield
+    graph.undo()
+
+
+@pytest.fixture(autouse=True)
+def cpu_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NotedOperations)
+    monkeypatch.setattr(torch.cuda, "graph", noting)
+
+
+class Model:
+    """A weight for each token, whose last micro-batch also halves the gradient, as a reduction would change it."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.arange(1.0, 9.0))
+        self.runs: list[tuple[bool, bool]] = []
+
+    def run(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
+        self.runs.append((is_first, is_last))
+        found = self.weight[batch.tokens] * batch.labels
+        loss = (found if batch.document_starts is None else found + batch.document_starts).square().mean()
+        (loss / micro_batches).backward()
+        if is_last:
+            self.weight.grad.mul_(0.5)
+        return loss.detach()
+
+
+def steps_of(count: int, *, packed: bool) -> list[MicroBatch]:
+    def drawn() -> Tensor:
+        return torch.randint(8, (1, 4))
+
+    return [MicroBatch(drawn(), drawn(), drawn() if packed else None) for _ in range(count)]
+
+
+def captured_and_not(*, last_differs: bool, documents: bool, packed: bool) -> CapturedMicroBatches:
+    """Compares losses and gradients of captured steps with those of steps run in turn; returns the captured."""
+    torch.manual_seed(0)
+    ours, plain = Model(), Model()
+    graphs = CapturedMicroBatches(ours.run, [ours.weight], last_differs=last_differs, documents=documents)
+    for count in COUNTS:
+        batches = steps_of(count, packed=packed)
+        ours.weight.grad = plain.weight.grad = None
+        expected = run_in_turn(plain.run, batches)
+        found = graphs.losses([MicroBatch(b.tokens.clone(), b.labels.clone(), b.document_starts) for b in batches])
+        assert [loss.item() for loss in found] == [loss.item() for loss in expected]
+        assert torch.equal(ours.weight.grad, plain.weight.grad)
+    uncaptured = sum(COUNTS[:UNCAPTURED_STEPS])
+    assert plain.runs[:uncaptured] == ours.runs[:uncaptured]
+    assert len(ours.runs) == uncaptured + len(graphs.captured) or not graphs.captured
+    return graphs
+
+
+def test_captured_steps_are_those_run_in_turn():
+    graphs = captured_and_not(last_differs=True, documents=True, packed=False)
+    assert set(graphs.captured) == {(True, True), (True, False), (False, False), (False, True)}
+    graphs.clear()
+    assert not graphs.captured
+
+
+def test_packed_documents_are_captured_where_no_kernel_reads_them_on_the_host():
+    assert captured_and_not(last_differs=True, documents=True, packed=True).captured
+    assert not captured_and_not(last_differs=True, documents=False, packed=True).captured
+
+
+def test_a_last_micro_batch_that_does_nothing_else_has_no_graph_of_its_own():
+    model = Model()
+
+    def run(batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
+        return model.run(batch, micro_batches, is_first=is_first, is_last=False)
+
+    graphs = CapturedMicroBatches(run, [model.weight], last_differs=False, documents=True)
+    for count in COUNTS:
+        model.weight.grad = None
+        graphs.losses(steps_of(count, packed=False))
+    assert set(graphs.captured) == {(True, False), (False, False)}
+
+
+def test_what_cannot_be_captured_is_one_sentence():
+    def run(batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
+        if isinstance(micro_batches, Tensor):
+            raise RuntimeError("operation not permitted\nwhen a stream is capturing")
+        return torch.zeros(())
+
+    graphs = CapturedMicroBatches(run, [], last_differs=False, documents=True)
+    for _ in range(UNCAPTURED_STEPS):
+        graphs.losses(steps_of(1, packed=False))
+    with pytest.raises(ParallelError, match=r"\(operation not permitted\): set train.cuda_graphs=false$"):
+        graphs.losses(steps_of(1, packed=False))
