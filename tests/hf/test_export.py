@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one_in_its_place(tmp_pat
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(HFError, match="cannot write .*no more inodes"), new_hf_folder(output, overwrite=True):
+    with pytest.raises(HFError, match=r"cannot write .*no more inodes"), new_hf_folder(output, overwrite=True):
         pass
     assert "old" in (output / "config.json").read_text()
     assert list(tmp_path.iterdir()) == [output]

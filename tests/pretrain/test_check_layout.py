@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,12 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from sambalm.model.build import chunk_layers
+from sambalm.parallel.shard import Shard
+from sambalm.parallel.sharding import sharded_parameter
+from sambalm.parallel.zero import engine
 from sambalm.pretrain import cli
 from sambalm.pretrain.check_layout import (
     LayoutCheck,
+    _first_gradients,
     check_layout,
     checked_config,
     compare_slices,
@@ -24,7 +31,7 @@ from sambalm.pretrain.check_layout import (
 )
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.local_ranks import RanksFailedError, run_ranks
+from sambalm.pretrain.local_ranks import Failure, RanksFailedError, _results, run_ranks
 from tests.parallel.test_layouts import copied_twice, copies_of_a_tied_embedding_are_not_summed
 from tests.support.layout_runs import one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world
@@ -228,3 +235,25 @@ def test_ranks_that_fail_are_a_sentence_and_are_ended(function, timeout_s, sente
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+@pytest.mark.parametrize("norm", [0.25, 2.0])  # shorter and longer than clip_norm
+def test_a_gradient_is_what_it_was_before_clipping(norm, monkeypatch):
+    config, gradient = parse_config(run_values(), source="test"), torch.tensor([0.5, -1.5])
+    model = nn.Module()
+    model.weight = sharded_parameter((0,), {"w": Shard(2, 0, 2)}, init=nn.init.zeros_)
+    factor = min(1.0, config.optimizer.clip_norm / norm)
+    moment = (1 - config.optimizer.beta1) * factor * gradient
+    monkeypatch.setattr(engine, "whole_moment", lambda parameter, key: moment)
+    ((_, _, found),) = _first_gradients([model], norm=norm, config=config)
+    np.testing.assert_allclose(found, gradient.numpy(), rtol=1e-6)
+
+
+def test_a_mistake_of_the_user_is_told_before_what_followed_from_it_or_came_first():
+    workers = []
+    for rank, is_users in enumerate((False, True)):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        theirs.send(Failure(rank, time_s=float(rank), message=f"of rank {rank}", details="", is_users=is_users))
+        workers.append((None, ours))
+    with pytest.raises(RanksFailedError, match=r"^of rank 1$"):
+        _results(workers, timeout_s=10, output=None)

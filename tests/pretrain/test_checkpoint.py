@@ -12,16 +12,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sambalm.pretrain.checkpointing import write
 from sambalm.pretrain.checkpointing.format import (
     MANIFEST,
     STATE,
+    Checkpoint,
     checkpoint_folder,
     checkpoint_folders,
     commit,
     newest_checkpoint,
     open_checkpoint,
 )
-from sambalm.pretrain.checkpointing.write import _complete, remove_old_checkpoints
+from sambalm.pretrain.checkpointing.to_hf import _facts
+from sambalm.pretrain.checkpointing.write import _complete, remove_old_checkpoints, save_checkpoint
+from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from tests.support.marks import slow_except
@@ -295,6 +299,25 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     commit(partial, final)
     assert_lasts(calls, final, parts=[STATE, MANIFEST])
     assert open_checkpoint(final).step == 1
+
+
+def test_a_checkpoint_has_the_scales_of_all_stages(run_values, monkeypatch):
+    config, ours, theirs = parse_config(run_values, source="test"), {"layers.0": [1.0, 2.0]}, {"layers.1": [4.0, 8.0]}
+    monkeypatch.setattr(write, "_write_tensors", lambda *args, **named: None)
+    monkeypatch.setattr(write, "fp8_scales", lambda chunks: ours)
+    world = SimpleNamespace(rank=0, size=2, is_main=True, broadcast_object=lambda value: value)
+    world.all_gather_object = lambda value: [value, theirs if value is ours else value]
+    folder = save_checkpoint([], config=config, world=world, step=1, samples=2, data={})
+    assert open_checkpoint(folder).state["fp8_scales"] == ours | theirs
+
+
+def test_a_model_card_tells_the_checkpoints_step(run_values):
+    config = parse_config(run_values, source="test")
+    run_dir(run_values).mkdir()
+    records = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    (run_dir(run_values) / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    facts = _facts(Checkpoint(Path(), {"step": 2, "samples": 4, "tokens": 128}), config)
+    assert (facts.step, facts.tokens_seen, facts.loss, facts.sequence_tokens) == (2, 128, 2.0, 32)
 
 
 def test_a_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):

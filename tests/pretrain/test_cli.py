@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
@@ -208,6 +209,17 @@ def test_a_wrong_tokenizer_is_refused(content, refused, tmp_path):
         *("data", "preprocess", "--input", tmp_path / "text.jsonl", "--tokenizer", model, "--output", tmp_path / "out"),
         names=[model, "does not exist" if content is None else "not a SentencePiece model"],
     )
+
+
+def test_generation_is_told_what_was_asked_for(monkeypatch):
+    from sambalm.pretrain import generation
+
+    told = {}
+    monkeypatch.setattr(generation, "generate_text", lambda folder, prompt, **named: told.update(named, prompt=prompt))
+    options = ["--prompt", "a b", "--max-new-tokens", "3", "--temperature", "0.5", "--top-p", "0.25", "--seed", "9"]
+    assert CliRunner().invoke(cli.app, ["generate", "folder", *options]).exit_code == 0
+    told.pop("write")
+    assert told == {"prompt": "a b", "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.25, "seed": 9}
 
 
 def test_existing_shards_are_not_replaced_unasked(refused, tokens, tmp_path):

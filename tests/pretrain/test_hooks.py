@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.launched_step import Moment
 from sambalm.pretrain.reporting.metrics import _drop_after
 from sambalm.pretrain.reporting.metrics_file import metrics_line, read_metrics
 from tests.support.whole_runs import changed
@@ -168,6 +169,23 @@ def test_the_last_step_is_validated_and_saved_whatever_is_asked_for(values):
 def test_hooks_end_after_an_error_too(values):
     (events,) = run_world(events_on_rank, values, {1: "error"}, False, ranks=1)
     assert events == [*STARTS, ("launch", 1), *step(1), *ends(None)]
+
+
+class At:
+    """Stands for a CUDA event, which counts milliseconds."""
+
+    def __init__(self, ms: float) -> None:
+        self.ms = ms
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: "At") -> float:
+        return end.ms - self.ms
+
+
+def test_a_step_s_time_is_the_device_s_where_there_is_one():
+    assert Moment(7.0, At(4000)).seconds_since(Moment(0.0, At(1500))) == 2.5
+    assert Moment(7.0, None).seconds_since(Moment(4.5, None)) == 2.5
 
 
 def test_metrics_are_read_as_they_were_written(tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +27,7 @@ from sambalm.pretrain.lifecycle.attempts import (
 )
 from sambalm.pretrain.lifecycle.hooks import is_due
 from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.run_folder import RunFolder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from tests.support.signals import restored_signals
 
@@ -112,6 +114,18 @@ def test_errors_with_an_exit_code_are_recorded(tmp_path):
     assert json.loads((tmp_path / "own" / "outcome.json").read_text())["reason"] == "no space"
 
 
+def test_no_rank_leaves_before_the_end_is_recorded(tmp_path):
+    written = []
+
+    def barrier() -> None:
+        written.append((tmp_path / "outcome.json").exists())
+
+    for is_main in (False, True):
+        world = SimpleNamespace(is_main=is_main, barrier=barrier)
+        RunFolder(tmp_path, check_lease=lambda: None).end(ExitCode.FINISHED, step=3, world=world)
+    assert written == [False, True]
+
+
 @pytest.fixture
 def identity(monkeypatch):
     """Lets the next lease be of a process that is told by these keys."""
@@ -121,6 +135,14 @@ def identity(monkeypatch):
         monkeypatch.setattr(lease_module, "_identity", lambda: real() | keys)
 
     return set_identity
+
+
+def test_a_process_is_gone_before_anybody_has_waited_for_it():
+    assert lease_module._process_start(os.getpid()).isdigit()
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert lease_module._process_start(process.pid) is None
+    assert lease_module._process_start(process.pid) is None
 
 
 FAR = {"host": "far", "pids": "another boot"}  # whose processes cannot be looked up from here
