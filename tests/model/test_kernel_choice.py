@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -21,13 +22,13 @@ from sambalm.model.ops.cuda.scan_sizes import backward_shared_bytes
 from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.errors import DeclinedError, KernelError
 from sambalm.model.ops.external import mamba_ssm_scan
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, AttentionCall, KernelRequirements
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, AttentionCall, KernelRequirements, reads_documents
 from sambalm.model.ops.reference.window_attention import window_attention
 from sambalm.model.ops.registry import build_kernels
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.pretrain.config_file import load_config
-from sambalm.pretrain.planner.kernels import planned_kernels
+from sambalm.pretrain.planner.kernels import are_captured, planned_kernels
 
 KIB = 1024
 H100, A100, RTX_4090 = (kib * KIB for kib in (227, 163, 99))  # shared memory that a block may have
@@ -321,3 +322,13 @@ def test_a_plan_refuses_a_kernel_that_the_run_would_refuse():
     with pytest.raises(KernelError, match=r"kernels.attention is 'cudnn', .* data.reset_at_document"):
         planned_kernels(load_config(CONFIGS / "samba_421m.yaml", settings))
     assert planned_kernels(load_config(CONFIGS / "samba_421m.yaml", settings[1:])).attention == "cudnn"
+
+
+def test_micro_batches_whose_documents_the_host_reads_are_not_captured():
+    names = {name for name in IMPLEMENTATIONS["attention"] if reads_documents({"attention": name})}
+    assert names == {"torch-flash", "flash-attn"}  # which take lengths (`AttentionDocuments.variable_lengths`)
+    for packed in (False, True):
+        config = load_config(CONFIGS / "samba_421m.yaml", [f"data.reset_at_document={str(packed).lower()}"])
+        for name in ("flex", *names):
+            kernels = replace(planned_kernels(config), attention=name)
+            assert are_captured(config, kernels) is not (packed and name in names)
