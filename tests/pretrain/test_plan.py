@@ -25,28 +25,19 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.planner import communication
-from sambalm.pretrain.planner import time as planner_time
 from sambalm.pretrain.planner.communication import ReducedGroup, reduced_groups, step_transfers
 from sambalm.pretrain.planner.hardware import (
     DEVICES,
     FUSED_SHARE,
-    H100,
     HOST_SUBLAYER_S,
     KERNEL_GAPS_S,
     LINK_SHARE,
 )
-from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, TORCH_ON_CPU, KernelNames, planned_kernels
+from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, KernelNames, planned_kernels
 from sambalm.pretrain.planner.memory import chunks_in_flight, stage_memories
-from sambalm.pretrain.planner.search import (
-    GIB,
-    USABLE_SHARE,
-    _parallel_sections,
-    describe_run,
-    find_plans,
-    plan_of,
-)
-from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stage_chunks, stage_parameters, stages_of
-from sambalm.pretrain.planner.time import bandwidth, exposed_s, least_step_s
+from sambalm.pretrain.planner.search import GIB, USABLE_SHARE, describe_run, find_plans, plan_of
+from sambalm.pretrain.planner.sizes import stage_chunks, stage_parameters
+from sambalm.pretrain.planner.time import bandwidth, exposed_s
 from sambalm.pretrain.precision import DTYPES
 from tests.support.marks import slow_except
 from tests.support.plan_counters import HandedBytes, LiveBytes
@@ -542,18 +533,6 @@ def test_virtual_stages_divide_the_bubble():
         assert time.bubble_s == pytest.approx(launched_s / 2 / chunks)  # 2 stages, 2 micro-batches
 
 
-def test_a_step_takes_at_least_what_its_slowest_stage_computes_and_its_bubble():
-    def least_s(**parallel) -> float:
-        config = config_of(parallel=parallel, pattern="----")  # the last stage has two MLPs and the head either way
-        stages = distinct_stages(config).values()
-        kernels = planned_kernels(config)
-        return least_step_s(config, stages, world_size=2, hardware=DEVICES["h100"], kernels=kernels)
-
-    once_s = least_s(pipeline=2, pipeline_layers=[2, 2])
-    twice_s = least_s(pipeline=2, virtual_pipeline=2, pipeline_layers=[1, 1, 1, 1])
-    assert once_s / twice_s == pytest.approx((1 + 1 / 2) / (1 + 1 / 4))  # 2 stages, 2 micro-batches
-
-
 @pytest.mark.parametrize("parallel", [{}, {"zero_stage": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
 def test_a_step_is_all_of_its_parts(parallel):
     time = plan_of(config_of(parallel=parallel), world_size=2, hardware=DEVICES["h100"]).time
@@ -592,41 +571,6 @@ def test_what_sequence_parallelism_gathers_has_a_buffer():
     assert whole.communication_bytes == 0
     for memory in (cut, whole):
         assert replace(memory, communication_bytes=memory.communication_bytes + 8).total_bytes == memory.total_bytes + 8
-
-
-def test_the_bucket_of_stages_2_and_3_holds_fp32():
-    for stage, elements in ((1, 0), (2, 500_000_000), (3, 500_000_000)):
-        config = config_of(parallel={"zero_stage": stage})
-        (memory,) = stage_memories(config, world_size=2, kernels=TORCH_ON_CPU)
-        assert memory.communication_bytes == 4 * elements
-
-
-def test_attention_runs_its_forward_again_where_it_keeps_nothing():
-    config = config_of()
-    kernels = replace(planned_kernels(config), attention="flex")  # 0.869 and 2.426 ms of the measured operations
-    for recompute, ms in (("none", 0.869 + 2.426), ("selective", 2 * 0.869 + 2.426), ("full", 2 * 0.869 + 2.426)):
-        share = share_of(config, kernels, recompute=recompute)
-        device = planner_time._Device(config.model, share, H100)
-        assert device._attention_s(ATTENTION_FLOP) == pytest.approx(ms * 1e-3)
-
-
-@pytest.mark.parametrize(("micro_batches", "added"), [(1, 0), (3, 2)])
-def test_zero_2_moves_each_micro_batchs_gradients_and_adds_all_but_the_first(micro_batches, added):
-    config = config_of(parallel={"zero_stage": 2}, train={"global_batch_tokens": 4 * 192 * micro_batches})
-    (stage,) = stages_of(config)
-    moved_s, _ = planner_time._deepspeed_s(config, stage, world_size=2, hardware=H100)
-    moved_bytes = stage.parameters * (16 * micro_batches + 12 * added / 2)  # ranks add up their halves
-    assert moved_s == pytest.approx(moved_bytes / (H100.memory_bytes_per_s * FUSED_SHARE))
-
-
-def test_multiprocessors_and_their_clock_scale_what_nothing_else_binds():
-    assert DEVICES["h200"].vector_rate == 1
-    assert DEVICES["a100"].vector_rate == pytest.approx(108 * 1.41 / (132 * 1.98))
-
-
-def test_tensor_parallel_ranks_are_searched_up_to_a_whole_node():
-    for node_gpus, tensors in ((2, {1, 2}), (8, {1, 2, 4, 8})):
-        assert {section["tensor"] for section in _parallel_sections(8, node_gpus=node_gpus)} == tensors
 
 
 def test_a_device_waits_between_kernels_or_for_the_host():

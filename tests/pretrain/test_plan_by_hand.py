@@ -1,0 +1,181 @@
+"""The planner's formulas on round numbers, each against the same reckoned by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from sambalm.model.mixers.counts import KernelNames, Scan, Traffic
+from sambalm.pretrain.planner import activations
+from sambalm.pretrain.planner import time as step
+from sambalm.pretrain.planner.communication import ReducedGroup, Transfer
+from sambalm.pretrain.planner.hardware import DEVICES, H100
+from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
+from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.search import _parallel_sections, plan_of
+from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
+from sambalm.pretrain.planner.table import _speed_table
+from tests.pretrain.test_plan import config_of
+
+PASS_BYTES_PER_S = 3.0e12 * 0.84  # of fused kernels on an H100
+
+
+def device_of(*, recompute: str = "none", hardware=H100, **kernels: str) -> step._Device:
+    config = config_of()
+    names = replace(planned_kernels(config), **kernels)
+    return step._Device(config.model, share_of(config, names, recompute=recompute), hardware)
+
+
+def test_a_step_takes_at_least_what_its_slowest_stage_computes_and_its_bubble():
+    def least_s(**parallel) -> float:
+        config = config_of(parallel=parallel, pattern="----")  # the last stage has two MLPs and the head either way
+        stages = distinct_stages(config).values()
+        return step.least_step_s(config, stages, world_size=2, hardware=H100, kernels=planned_kernels(config))
+
+    once_s = least_s(pipeline=2, pipeline_layers=[2, 2])
+    twice_s = least_s(pipeline=2, virtual_pipeline=2, pipeline_layers=[1, 1, 1, 1])
+    assert once_s / twice_s == pytest.approx((1 + 1 / 2) / (1 + 1 / 4))  # 2 stages, 2 micro-batches
+
+
+def test_the_bucket_of_stages_2_and_3_holds_fp32():
+    for stage, elements in ((1, 0), (2, 500_000_000), (3, 500_000_000)):
+        config = config_of(parallel={"zero_stage": stage})
+        (memory,) = stage_memories(config, world_size=2, kernels=TORCH_ON_CPU)
+        assert memory.communication_bytes == 4 * elements
+
+
+def test_stages_of_zero_hold_their_shares():
+    for stage, whole, shares in ((1, 2, 3), (2, 1, 4), (3, 1, 4)):  # of weights and gradients in fp32, and of the rest
+        config = config_of(parallel={"zero_stage": stage}, train={"precision": "fp32"})
+        (held,) = stages_of(config)
+        (memory,) = stage_memories(config, world_size=2, kernels=TORCH_ON_CPU)
+        if stage == 3:
+            shares += 1  # its own weights beside those that it has gathered
+        assert memory.state_bytes == held.parameters * 4 * (whole + shares / 2)
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_attention_and_scan_run_their_forward_again_where_they_keep_nothing(recompute, forwards):
+    device = device_of(recompute=recompute, attention="flex", scan="mamba-ssm")
+    # 0.869 and 2.426 ms of the measured operations; 3.741 and 6.593 ms of the measured elements.
+    assert device._attention_s(ATTENTION_FLOP) == pytest.approx((forwards * 0.869 + 2.426) * 1e-3)
+    scan = Scan(sequences=4, channels=5632, tokens=4096, states=16, scans=1)
+    assert scan.sequences * scan.channels * scan.tokens == KERNEL_ELEMENTS
+    assert device._scan_s(scan) == pytest.approx((forwards * 3.741 + 6.593) * 1e-3)
+    assert device._scan_s(replace(scan, scans=2)) == pytest.approx(2 * (forwards * 3.741 + 6.593) * 1e-3)
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_other_kernels_run_again_with_their_layer_alone(recompute, forwards):
+    device, again = device_of(recompute=recompute, conv="cuda"), recompute == "full"
+    assert device._conv_s(KERNEL_ELEMENTS) == pytest.approx((forwards * 0.181 + 0.351) * 1e-3)
+    elements = device.share.tokens * 1000
+    assert device._matrix_s(1000, again=again) == pytest.approx(2 * (forwards + 2) * elements / (989e12 * 0.73))
+    fused, single = Traffic(4, 6, fused=True), Traffic(4, 6)
+    assert device._traffic_s(fused, 1e9, again=again) == pytest.approx((4 * forwards + 6) * 1e9 / PASS_BYTES_PER_S)
+    assert device._traffic_s(single, 1e9, again=again) == pytest.approx((4 * forwards + 6) * 1e9 / 1.68e12)
+
+
+def test_the_scan_in_plain_pytorch_launches_kernels_for_each_token():
+    device = device_of(scan="torch")
+    scan = Scan(sequences=2, channels=128, tokens=192, states=16, scans=1)
+    moved_bytes = 20 * 4 * 2 * 128 * 192 * 16
+    assert device._scan_s(scan) == pytest.approx(192 * 50e-6 + moved_bytes / 3.0e12)
+
+
+def test_other_devices_scale_what_was_measured():
+    a100 = DEVICES["a100"]
+    assert DEVICES["h200"].vector_rate == 1
+    assert a100.vector_rate == pytest.approx(108 * 1.41 / (132 * 1.98))
+    assert a100.memory_bytes_per_s == pytest.approx(2.04e12 * 3.0 / 3.35)
+    old, new = device_of(hardware=a100, attention="flex", conv="cuda"), device_of(attention="flex", conv="cuda")
+    assert old._attention_s(1e12) / new._attention_s(1e12) == pytest.approx(989 / 312)
+    assert old._conv_s(1e9) / new._conv_s(1e9) == pytest.approx(3.35 / 2.04)
+    single = Traffic(4, 6)
+    assert new._traffic_s(single, 1e9) / old._traffic_s(single, 1e9) == pytest.approx(a100.vector_rate)
+
+
+@pytest.mark.parametrize(("micro_batches", "added"), [(1, 0), (3, 2)])
+def test_zero_2_moves_each_micro_batchs_gradients_and_adds_all_but_the_first(micro_batches, added):
+    config = config_of(parallel={"zero_stage": 2}, train={"global_batch_tokens": 4 * 192 * micro_batches})
+    (stage,) = stages_of(config)
+    moved_s, _ = step._deepspeed_s(config, stage, world_size=2, hardware=H100)
+    moved_bytes = stage.parameters * (16 * micro_batches + 12 * added / 2)  # ranks add up their halves
+    assert moved_s == pytest.approx(moved_bytes / PASS_BYTES_PER_S)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "bytes_a_parameter"),
+    [
+        (1, {}, 2),  # written by AdamW
+        (2, {"zero_stage": 2}, 6 * 2),  # read and written at each use: in 2 micro-batches
+        (1, {"recompute": "full"}, 6 * 2 * 2),  # and once more in each backward
+    ],
+    ids=str,
+)
+def test_weights_are_rounded_once_a_step_or_at_each_use(world_size, parallel, bytes_a_parameter):
+    config = config_of(parallel=parallel, train={"global_batch_tokens": 4 * 192 * world_size})
+    (stage,) = stages_of(config)
+    seconds = step._rounding_s(config, stage, micro_batches=2, world_size=world_size, hardware=H100)
+    assert seconds == pytest.approx(stage.parameters * bytes_a_parameter / PASS_BYTES_PER_S)
+
+
+def test_the_host_launches_sublayers_messages_and_modules_of_stage_3():
+    transfers = [Transfer("tensor", "all-reduce", 2, 1.0, 10), Transfer("data", "all-gather", 2, 1.0, 100)]
+
+    def host_s(**parallel) -> float:
+        config = config_of(parallel=parallel)
+        (stage,) = stages_of(config)
+        return step._host_s(config, stage, transfers, micro_batches=2, world_size=2, captured=True)
+
+    launches_s = 2 * 4 * 2.6e-3 + 10 * 0.33e-3  # 2 micro-batches of 4 sublayers, and messages within layers
+    assert host_s() == 0
+    assert host_s(zero_stage=2) == pytest.approx(launches_s)
+    modules = 2 + 7 + 3 + 3 + 3  # embedding, final norm, M-*-
+    assert host_s(zero_stage=3) == pytest.approx(launches_s + 2 * 2 * modules * 0.95e-3)
+    again_s = 2 * 4 * 4 / 3 * 2.6e-3 + 10 * 0.33e-3
+    assert host_s(zero_stage=3, recompute="full") == pytest.approx(again_s + 2 * 3 * modules * 0.95e-3)
+
+
+def test_what_a_ring_sends_of_what_a_rank_hands_over():
+    shares = {"all-reduce": 2 * 3 / 4, "reduce-scatter": 3 / 4, "all-gather": 3, "send": 1}
+    for operation, share in shares.items():
+        assert Transfer("data", operation, 4, 1000.0, messages=1).wire_bytes == pytest.approx(1000 * share)
+
+
+def test_gathered_weights_of_layers_are_half_as_long_as_their_gradients(monkeypatch):
+    groups = (ReducedGroup(60, True), ReducedGroup(40, False))  # of layers, and what the backward's end completes
+    monkeypatch.setattr(step, "reduced_groups", lambda config: groups)
+    sent_s = {("data", "reduce-scatter"): 10.0, ("data", "all-gather"): 7.0}
+    exposed_s = step._exposed_data_s(config_of(), sent_s, backward_s=100.0, forward_s=50.0)
+    assert exposed_s == pytest.approx(10.0 + 7.0)  # the layers' only group is complete at the end
+    monkeypatch.setattr(
+        step, "reduced_groups", lambda config: (ReducedGroup(30, True), ReducedGroup(30, True), groups[1])
+    )
+    exposed_s = step._exposed_data_s(config_of(), sent_s, backward_s=100.0, forward_s=50.0)
+    # All but the first group: 4 bytes an element of gradients, 2 of layers' weights and 4 of others'.
+    assert exposed_s == pytest.approx(10.0 * 70 / 100 + 7.0 * (60 + 160) / (60 + 60 + 160))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "elementwise", "bytes_a_logit"), [(1, "torch", 8), (1, "compiled", 2), (2, "compiled", 4)]
+)
+def test_the_loss_has_gradients_of_logits(ranks, elementwise, bytes_a_logit):
+    config = config_of(parallel={"tensor": ranks})
+    share = share_of(config, KernelNames("torch", "torch", "torch", "torch", elementwise))
+    expected = bytes_a_logit * 2 * 192 * 2048 // ranks  # 2 sequences, 2048 tokens of the vocabulary
+    assert activations._loss_gradient_bytes(config.model, share) == expected
+
+
+def test_tensor_parallel_ranks_are_searched_up_to_a_whole_node():
+    for node_gpus, tensors in ((2, {1, 2}), (8, {1, 2, 4, 8})):
+        assert {section["tensor"] for section in _parallel_sections(8, node_gpus=node_gpus)} == tensors
+
+
+def test_a_plan_is_shown_in_days_and_gigabytes():
+    plan = plan_of(config_of(train={"steps": 1000}), world_size=2, hardware=H100)
+    tokens_per_s = 4 * 192 / plan.time.total_s
+    assert plan.tokens_per_s == pytest.approx(tokens_per_s)
+    assert plan.days_to(3.2e12) == pytest.approx(3.2e12 / tokens_per_s / 86_400)
+    assert plan.run_days == pytest.approx(1000 * plan.time.total_s / 86_400)
+    table = _speed_table([replace(plan, wire_bytes=5e9)])
+    assert [list(column.cells) for column in table.columns][-2:] == [[f"{plan.days_to(3.2e12):.1f}"], ["5.0"]]
