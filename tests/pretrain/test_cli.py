@@ -1,5 +1,6 @@
 """The program as users meet it: help, each mistake in one line that leaves nothing behind, and the whole chain."""
 
+import importlib
 import json
 import os
 import shlex
@@ -14,8 +15,12 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from sambalm.data_pipeline.config import DataConfig, WeightedSource
+from sambalm.data_pipeline.parts import Part
 from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.planner.hardware import DEVICES
 from tests.support import program
 from tests.support.signals import restored_signals
 from tests.support.whole_runs import changed
@@ -211,17 +216,6 @@ def test_a_wrong_tokenizer_is_refused(content, refused, tmp_path):
     )
 
 
-def test_generation_is_told_what_was_asked_for(monkeypatch):
-    from sambalm.pretrain import generation
-
-    told = {}
-    monkeypatch.setattr(generation, "generate_text", lambda folder, prompt, **named: told.update(named, prompt=prompt))
-    options = ["--prompt", "a b", "--max-new-tokens", "3", "--temperature", "0.5", "--top-p", "0.25", "--seed", "9"]
-    assert CliRunner().invoke(cli.app, ["generate", "folder", *options]).exit_code == 0
-    told.pop("write")
-    assert told == {"prompt": "a b", "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.25, "seed": 9}
-
-
 def test_existing_shards_are_not_replaced_unasked(refused, tokens, tmp_path):
     for path in tokens.parent.glob("t*"):
         shutil.copy(path, tmp_path)
@@ -393,3 +387,111 @@ def test_torchrun_trains_on_two_ranks(run_values, tmp_path):
     assert records[-1]["loss"] < records[0]["loss"]
     assert {"validation_loss_32", "validation_loss_64"} <= set(records[-1])
     assert ended.stderr.count("step 6/6") == 1  # one rank speaks
+
+
+class Told(Exception):
+    """Ends a command at the call of what it is for, with the arguments of the call."""
+
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+# What does a command's work, the command line, and what the former is told by it.
+CALLS = [
+    (
+        "sambalm.data_pipeline.corpus.write_python_corpus",
+        ["data", "python-corpus", "c.jsonl", "--seed", "5"],
+        (Path("c.jsonl"),),
+        {"seed": 5},
+    ),
+    (
+        "sambalm.data_pipeline.tokenizer_training.train_tokenizer",
+        [*("data", "tokenizer", "--input", "a", "--vocab-size", "300", "--output", "t.model", "b"), "--text-key", "k"],
+        (["a", "b"],),
+        {"vocab_size": 300, "output": Path("t.model"), "text_key": "k"},
+    ),
+    (
+        "sambalm.data_pipeline.preprocess.preprocess",
+        [
+            *("data", "preprocess", "--input", "a", "--tokenizer", "t", "--output", "o", "--workers", "3", "b"),
+            *("--shard-tokens", "7", "--part", "2/5", "--on-error", "skip", "--text-key", "k", "--no-eos"),
+            *("--text-documents", "line", "--eos-token", "E", "--special-tokens", "--overwrite"),
+        ],
+        (["a", "b"],),
+        {
+            "tokenizer": Path("t"),
+            "output_prefix": Path("o"),
+            "part": Part(2, 5),
+            "overwrite": True,
+            "workers": 3,
+            "shard_tokens": 7,
+            "text_key": "k",
+            "text_documents": "line",
+            "append_eos": False,
+            "eos_token": "E",
+            "special_tokens": True,
+            "on_error": "skip",
+        },
+    ),
+    (
+        "sambalm.data_pipeline.verify.verify",
+        ["data", "verify", "p", "--vocab-size", "300", "--workers", "3"],
+        (Path("p"),),
+        {"vocab_size": 300, "workers": 3},
+    ),
+    (
+        "sambalm.data_pipeline.blend.blend_draws",
+        ["data", "blend", "a=3", "--tokens", "2e9", "--validation-fraction", "0.25"],
+        (DataConfig(train=[WeightedSource(prefix="a", weight=3)], sequence_length=1, validation_fraction=0.25),),
+        {"tokens": 2_000_000_000},
+    ),
+    (
+        "sambalm.pretrain.checkpointing.to_hf.checkpoint_to_hf",
+        [*("convert", "to-hf", "run", "out", "--precision", "bf16", "--documents", "*.jsonl"), "--tokenizer", "t"],
+        (Path("run"), Path("out")),
+        {"precision": "bf16", "documents": "*.jsonl", "tokenizer": Path("t"), "overwrite": False},
+    ),
+    (
+        "sambalm.pretrain.generation.generate_text",
+        [
+            *("generate", "folder", "--prompt", "a b", "--max-new-tokens", "3"),
+            *("--temperature", "0.5", "--top-p", "0.25", "--seed", "9"),
+        ],
+        (Path("folder"), "a b"),
+        {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.25, "seed": 9},
+    ),
+    (
+        "sambalm.pretrain.planner.search.find_plans",
+        ["plan", DEMO, "--gpus", "4", "--gpu-memory-gib", "40", "--device", "a100", "--top", "3", "run.seed=5"],
+        (load_config(DEMO, ["run.seed=5"]),),
+        {"world_size": 4, "memory_gib": 40.0, "hardware": DEVICES["a100"], "top": 3},
+    ),
+    (
+        "sambalm.pretrain.check_layout.check_layout",
+        [
+            *("check-layout", DEMO, "--world-size", "2", "--no-shrink", "--steps", "3", "--tolerance", "0.5"),
+            *("--seed", "4", "--timeout-s", "60", "run.seed=5"),
+        ],
+        (load_config(DEMO, ["run.seed=5"]),),
+        {"world_size": 2, "steps": 3, "seed": 4, "shrink": False, "tolerance": 0.5, "timeout_s": 60.0},
+    ),
+    (
+        "sambalm.slurm.submit.training_job",
+        [
+            *("slurm", "submit", DEMO, "--nodes", "4", "--spares", "2", "--gpus-per-node", "6", "--script", "s"),
+            "run.seed=5",
+        ],
+        (DEMO,),
+        {"nodes": 4, "spares": 2, "gpus_per_node": 6, "script": Path("s"), "overrides": ["run.seed=5"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "words", "arguments", "named"), CALLS, ids=[call[1][0] for call in CALLS])
+def test_a_command_tells_what_it_was_told(function, words, arguments, named, monkeypatch):
+    def tell(*args, **kwargs):
+        raise Told(args, {name: value for name, value in kwargs.items() if name not in ("progress", "write")})
+
+    module, _, name = function.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, tell)
+    error = CliRunner().invoke(cli.app, list(map(str, words))).exception
+    assert isinstance(error, Told), error
+    assert error.args == (arguments, named)

@@ -82,8 +82,11 @@ def test_attempts_are_told_oldest_first_with_the_first_outcome(tmp_path, monkeyp
     write_outcome(folder.parent / "c", exit_code=ExitCode.DIVERGED, step=4, reason="the first")
     write_outcome(folder.parent / "c", exit_code=ExitCode.NOT_SAVED, step=5, reason="what followed from it")
     (tmp_path / "attempts" / "none").mkdir()  # of a job that has not come as far
-    records = read_attempts(tmp_path)
-    assert [record.path.name for record in records] == ["b", "c", "a"]
+    glob = Path.glob
+    for backwards in (False, True):  # whatever the order in which a file system lists them
+        monkeypatch.setattr(Path, "glob", lambda path, pattern, b=backwards: sorted(glob(path, pattern), reverse=b))
+        records = read_attempts(tmp_path)
+        assert [record.path.name for record in records] == ["b", "c", "a"]
     assert [record.start_step for record in records] == [0, 3, 6]
     assert [(record.exit_code, record.step, record.reason) for record in records] == [
         (None, None, None),
