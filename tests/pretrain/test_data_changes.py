@@ -18,6 +18,7 @@ from sambalm.data_pipeline.sources import open_sources
 from sambalm.parallel.groups import ContextParallel, Pipeline
 from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.reporting.data_index import index_data
 from sambalm.pretrain.validation import Validator
 from tests.support import program
 from tests.support.marks import slow_except
@@ -93,6 +94,17 @@ def test_several_ranks_end_with_the_same_sentence(blended_values, tmp_path):
     assert result.returncode != 0
     assert re.search(r"^error.*second\.bin has 100 bytes", result.stderr, re.MULTILINE)
     assert not Path(blended_values["run"]["dir"]).exists()
+
+
+def test_the_index_tells_what_a_run_draws(blended_values, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    told = []
+    index_data(parse_config(blended_values, source="test"), progress=lambda *done: told.append(done))
+    assert told == [(1, 1), (1, 1)]  # a shard of each source
+    for name in ("first", "second"):  # 24 of 59 samples
+        assert re.search(rf"{name} +│ +1 │ +1,920 │ +480 │ 50.00% │ +0.41 │", capsys.readouterr().out), name
+        index_data(parse_config(blended_values, source="test"), progress=lambda *done: told.append(done))
+    assert len(told) == 2  # found again
 
 
 @pytest.mark.long
