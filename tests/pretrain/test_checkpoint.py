@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing import write
 from sambalm.pretrain.checkpointing.format import (
     MANIFEST,
@@ -19,6 +21,7 @@ from sambalm.pretrain.checkpointing.format import (
     Checkpoint,
     checkpoint_folder,
     checkpoint_folders,
+    checksums,
     commit,
     newest_checkpoint,
     open_checkpoint,
@@ -299,6 +302,12 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     commit(partial, final)
     assert_lasts(calls, final, parts=[STATE, MANIFEST])
     assert open_checkpoint(final).step == 1
+
+
+def test_a_checksum_is_that_of_all_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 4)
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert checksums(tmp_path, ["a"]) == {"a": {"bytes": 10, "crc32": zlib.crc32(b"0123456789")}}
 
 
 def test_a_checkpoint_has_the_scales_of_all_stages(run_values, monkeypatch):

@@ -495,3 +495,14 @@ def test_a_command_tells_what_it_was_told(function, words, arguments, named, mon
     error = CliRunner().invoke(cli.app, list(map(str, words))).exception
     assert isinstance(error, Told), error
     assert error.args == (arguments, named)
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(None, "error: use another\n"), ("0", "error: use another\n"), ("1", "")])
+def test_an_error_is_told_once_and_to_torchrun(rank, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    cli._print_error(ValueError("use another"))
+    assert capsys.readouterr().err == shown
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "use another"
