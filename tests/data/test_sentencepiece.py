@@ -3,7 +3,7 @@ import pytest
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
-from sambalm.data_pipeline.tokenizer_training import _sample, train_tokenizer
+from sambalm.data_pipeline.tokenizer_training import _LINE_CHARACTERS, _sample, train_tokenizer
 from tests.support.data import VOCAB_SIZE, listing, write_jsonl
 
 
@@ -63,7 +63,7 @@ def test_sample_is_bounded_and_depends_on_the_seed(corpus, tmp_path):
 
 @pytest.mark.parametrize("words", ["stone harbour", "камень гавань", "𓀀𓀁 𓀂𓀃𓀄"])  # of 1, 2 and 4 bytes a character
 def test_long_lines_are_learnt_from(words, tmp_path):
-    path = write_jsonl(tmp_path / "long.jsonl", [f"{words} " * 3000])
+    path = write_jsonl(tmp_path / "long.jsonl", [(f"{words} " * 3000)[: 4 * _LINE_CHARACTERS]])  # no shorter line
     tokenizer = train_tokenizer([path], vocab_size=270 if len(words) < 10 else 285, output=tmp_path / "t.model")
     assert len(tokenizer.encode(words)) == 2
 

@@ -16,7 +16,7 @@ from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches,
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.micro_batch import MicroBatch
 
-COUNTS = (1, 2, 3, 1, 3, 2, 1)  # micro-batches of each step
+COUNTS = (1, 2, 4, 1, 3, 4, 1)  # micro-batches of each step
 
 
 class NotedOperations(TorchDispatchMode):

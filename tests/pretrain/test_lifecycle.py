@@ -15,6 +15,7 @@ import pytest
 
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_step, remove_leftovers
 from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RunInUseError
+from sambalm.pretrain.lifecycle import attempts as attempts_module
 from sambalm.pretrain.lifecycle import lease as lease_module
 from sambalm.pretrain.lifecycle.attempts import (
     AttemptRecord,
@@ -94,6 +95,26 @@ def test_attempts_are_told_oldest_first_with_the_first_outcome(tmp_path, monkeyp
         (None, None, None),
     ]
     assert not list(tmp_path.glob("attempts/*/.*"))  # drafts
+
+
+@pytest.mark.parametrize(
+    ("tracked", "difference", "revision", "is_changed"),
+    [("yes", "", "abc", False), ("yes", "+ a line", "abc", True), ("", "+ a line", None, False)],
+    ids=["clean", "changed", "within another project"],
+)
+def test_a_snapshot_tells_the_revision_and_what_it_lacks(
+    tracked, difference, revision, is_changed, monkeypatch, tmp_path
+):
+    answers = {"ls-files": tracked, "rev-parse": "abc\n", "diff": difference}
+    monkeypatch.setattr(attempts_module, "_git", lambda folder, command, *_: answers[command])
+    monkeypatch.setenv("SOME_API_KEY", "hunter2")
+    monkeypatch.setenv("SOME_PLACE", "here")
+    write_snapshot(tmp_path, config_yaml="x: 1\n", world_size=2, start_step=3)
+    values = json.loads((tmp_path / "attempt.json").read_text())
+    assert (values["revision"], values["changed"]) == (revision, is_changed)
+    assert (tmp_path / "code.diff").exists() is is_changed
+    environment = (tmp_path / "environment.txt").read_text().splitlines()
+    assert {"SOME_API_KEY=(hidden)", "SOME_PLACE=here"} <= set(environment)
 
 
 def test_an_attempt_has_the_launchers_name(monkeypatch):
