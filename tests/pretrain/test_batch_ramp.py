@@ -44,6 +44,8 @@ def test_sizes_grow_by_the_samples_consumed(ramp_values):
     # Each size below the last holds for a third of 48 samples, and until the step that goes beyond it ends.
     assert _sizes(schedule, 10) == [4, 4, 4, 4, 8, 8, 12, 12, 16, 16]
     assert _sizes(longer_schedule, 10) == [4, 4, 4, 4, 4, 8, 8, 12, 12, 16]  # of 49 samples, rounded up
+    ten_steps = parse_config(changed(ramp_values, train={"steps": 10}), source="test")
+    assert ten_steps.run_tokens == (4 * 4 + 2 * 8 + 2 * 12 + 2 * 16) * 32
     random = np.random.RandomState(0)
     for _ in range(100):
         start, increment, stages, ramp = random.randint(1, 50, size=4).tolist()

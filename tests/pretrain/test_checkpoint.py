@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing import write
@@ -302,6 +304,19 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     commit(partial, final)
     assert_lasts(calls, final, parts=[STATE, MANIFEST])
     assert open_checkpoint(final).step == 1
+
+
+def test_a_tensor_reaches_to_the_end_of_its_farthest_slice(tmp_path):
+    whole = torch.arange(15.0).view(3, 5)
+    for number, (rows, columns) in enumerate(
+        ((slice(0, 1), slice(0, 5)), (slice(1, 3), slice(0, 2)), (slice(1, 3), slice(2, 5)))
+    ):
+        placement = {"model.w": {SAVED_OFFSETS_KEY: [rows.start, columns.start]}}
+        tensors, path = {"model.w": whole[rows, columns].contiguous()}, tmp_path / f"shard-{number}.safetensors"
+        save_file(tensors, path, metadata={CUSTOM_METADATA_KEY: json.dumps(placement)})
+    checkpoint = Checkpoint(tmp_path, {})
+    assert checkpoint.shapes() == {"w": (3, 5)}
+    assert torch.equal(checkpoint.read("w"), whole)
 
 
 def test_a_checksum_is_that_of_all_blocks(tmp_path, monkeypatch):

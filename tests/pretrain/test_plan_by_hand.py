@@ -10,7 +10,7 @@ from sambalm.pretrain.planner import time as step
 from sambalm.pretrain.planner.communication import ReducedGroup, Transfer
 from sambalm.pretrain.planner.hardware import DEVICES, H100
 from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
-from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.memory import RankMemory, stage_memories
 from sambalm.pretrain.planner.search import _parallel_sections, plan_of
 from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
 from sambalm.pretrain.planner.table import _speed_table
@@ -51,6 +51,16 @@ def test_stages_of_zero_hold_their_shares():
         if stage == 3:
             shares += 1  # its own weights beside those that it has gathered
         assert memory.state_bytes == held.parameters * 4 * (whole + shares / 2)
+
+
+def test_what_comes_late_takes_the_place_of_activations_that_have_gone():
+    standing = {"weights_bytes": 8, "rounded_bytes": 4, "gradients_bytes": 8, "optimizer_bytes": 16}
+    memory = RankMemory(
+        **standing, saved_by_kind={"mlp": 20, "ends": 5}, workspace_bytes=7, communication_bytes=3, late_bytes=0
+    )
+    assert (memory.state_bytes, memory.total_bytes) == (36, 36 + 3 + 25 + 7)
+    assert replace(memory, late_bytes=10).total_bytes == 36 + 3 + 25 + 7 - 10
+    assert replace(memory, late_bytes=40).total_bytes == 36 + 3  # in the end all of it stands
 
 
 @pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("selective", 2), ("full", 2)])
