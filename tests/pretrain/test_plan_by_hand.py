@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 
 from sambalm.model.mixers.counts import KernelNames, Scan, Traffic
-from sambalm.pretrain.planner import activations
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.planner import activations, search
 from sambalm.pretrain.planner import time as step
 from sambalm.pretrain.planner.communication import ReducedGroup, Transfer
 from sambalm.pretrain.planner.hardware import DEVICES, H100
 from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import RankMemory, stage_memories
-from sambalm.pretrain.planner.search import _parallel_sections, plan_of
+from sambalm.pretrain.planner.search import _parallel_sections, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
 from sambalm.pretrain.planner.table import _speed_table
 from tests.pretrain.test_plan import config_of
@@ -179,6 +180,14 @@ def test_the_loss_has_gradients_of_logits(ranks, elementwise, bytes_a_logit):
 def test_tensor_parallel_ranks_are_searched_up_to_a_whole_node():
     for node_gpus, tensors in ((2, {1, 2}), (8, {1, 2, 4, 8})):
         assert {section["tensor"] for section in _parallel_sections(8, node_gpus=node_gpus)} == tensors
+
+
+def test_nine_tenths_of_the_memory_are_planned_with(monkeypatch):
+    monkeypatch.setattr(search, "needed_bytes", lambda *_, **named: 900 * 2**20)
+    settings = {"world_size": 1, "hardware": H100}
+    assert find_plans(config_of(), memory_gib=1000 / 1024, **settings)
+    with pytest.raises(ConfigError, match=r"takes 0\.9 GiB a rank"):
+        find_plans(config_of(), memory_gib=999 / 1024, **settings)
 
 
 def test_a_plan_is_shown_in_days_and_gigabytes():
