@@ -1,6 +1,7 @@
 import json
 import posix
 
+from sambalm.data_pipeline import corpus as corpus_module
 from sambalm.data_pipeline import corpus as module
 from sambalm.data_pipeline.corpus import write_python_corpus
 
@@ -37,3 +38,13 @@ def test_skipped_directories(tmp_path):
         (tmp_path / name).write_text("" if name == "empty.py" else "x = 1\n")
     (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n")
     assert [source for source, _ in module._library_sources(tmp_path)] == ["stdlib/kept.py"]
+
+
+def test_the_order_of_a_corpus_is_not_that_of_the_file_system(tmp_path, monkeypatch):
+    texts = [(f"stdlib/{number}.py", f"x = {number}") for number in range(9)]
+    written = []
+    for listed in (texts, texts[::-1]):
+        monkeypatch.setattr(corpus_module, "_python_texts", lambda listed=listed: iter(listed))
+        write_python_corpus(tmp_path / "c.jsonl")
+        written.append((tmp_path / "c.jsonl").read_bytes())
+    assert written[0] == written[1]

@@ -14,8 +14,8 @@ from pyarrow import parquet
 from sambalm.data_pipeline import preprocess as module
 from sambalm.data_pipeline.documents import ReadOptions
 from sambalm.data_pipeline.errors import DataError
-from sambalm.data_pipeline.inputs import expand_inputs
-from sambalm.data_pipeline.parts import Part, part_spans
+from sambalm.data_pipeline.inputs import InputFile, expand_inputs
+from sambalm.data_pipeline.parts import Part, Span, part_spans
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard, read_manifest
 from tests.support.data import listing, make_texts, write_jsonl
@@ -160,3 +160,9 @@ def test_an_object_store_gives_the_same_shards(tmp_path, tokenizer, corpus):
     local, store, url = (_documents_in_name_order(tmp_path / name) for name in ("local", "store", "url"))
     assert local == store == url
     assert read_manifest(tmp_path / "store" / "d").sources[0].path == "memory:///bucket/a.jsonl"
+
+
+def test_a_file_that_cannot_be_split_is_the_parts_in_which_it_begins():
+    files = [InputFile(f"{size}.jsonl.gz", size, "", "jsonl", "gzip") for size in (10, 20)]  # the second at a border
+    spans = [list(part_spans(files, ReadOptions(), Part(number, 3))) for number in range(3)]
+    assert spans == [[Span(0, 0, None)], [Span(1, 0, None)], []]
