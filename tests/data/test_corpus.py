@@ -1,7 +1,6 @@
 import json
 import posix
 
-from sambalm.data_pipeline import corpus as corpus_module
 from sambalm.data_pipeline import corpus as module
 from sambalm.data_pipeline.corpus import write_python_corpus
 
@@ -44,7 +43,7 @@ def test_the_order_of_a_corpus_is_not_that_of_the_file_system(tmp_path, monkeypa
     texts = [(f"stdlib/{number}.py", f"x = {number}") for number in range(9)]
     written = []
     for listed in (texts, texts[::-1]):
-        monkeypatch.setattr(corpus_module, "_python_texts", lambda listed=listed: iter(listed))
+        monkeypatch.setattr(module, "_python_texts", lambda listed=listed: iter(listed))
         write_python_corpus(tmp_path / "c.jsonl")
         written.append((tmp_path / "c.jsonl").read_bytes())
     assert written[0] == written[1]
