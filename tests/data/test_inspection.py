@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.inspection import Inspector
 from sambalm.data_pipeline.preprocess import preprocess
+from sambalm.data_pipeline.shards import check_shard
 from sambalm.data_pipeline.sources import open_sources
 from tests.support.data import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
@@ -62,6 +64,10 @@ def test_documents_are_counted_over_all_shards(prefix, texts):
         assert head.startswith(f"--- document {number}: document ")
         assert "\n".join(lines[:-1]) == kept[number]
         assert lines[-1] == "--- end-of-text"
+        shard, count, byte = re.search(r"of (\S+), ([\d,]+) tokens from byte (\d+)$", head).groups()
+        dtype, count = check_shard(shard).dtype, int(count.replace(",", ""))
+        ids = np.fromfile(f"{shard}.bin", dtype=dtype, offset=int(byte), count=count)
+        assert inspector.text(ids) == kept[number]
     assert "of " + str(prefix) + "_00000," not in inspector.document(40).split("\n")[0]
     with pytest.raises(DataError, match=r"has no document 41: its 41 documents are numbered from 0"):
         inspector.document(41)
