@@ -67,10 +67,10 @@ class _SelectiveScan(torch.autograd.Function):
         initial_state: Tensor,
         resets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        chunk_tokens = _chunk_tokens(u, d_state=A.shape[1])
-        u, dt, B, C = (_time_first(t) for t in (u, dt, B, C))
-        resets = None if resets is None else _time_first(resets)
-        chunks = _Chunks(u, A, tokens=chunk_tokens)
+        ctx.chunk_tokens = _chunk_tokens(u, d_state=A.shape[1])
+        inputs = (u, dt, B, C, resets)
+        u, dt, B, C, resets = map(_time_first, inputs)
+        chunks = _Chunks(u, A, tokens=ctx.chunk_tokens)
         state = initial_state.transpose(1, 2).contiguous()
         y = torch.empty_like(u)
         border_states = []
@@ -79,15 +79,16 @@ class _SelectiveScan(torch.autograd.Function):
             _, states = chunks.states(state, u[span], dt[span], B[span], resets=_part(resets, span))
             torch.matmul(C[span].unsqueeze(-2), states, out=y[span].unsqueeze(-2))
             state = states[-1].clone()  # the next chunk overwrites it
-        ctx.save_for_backward(u, dt, A, B, C, resets, *border_states)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.save_for_backward(*inputs, A, *border_states)
         return y.transpose(0, 1), state.transpose(1, 2).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, resets, *border_states = ctx.saved_tensors
-        grad_y, decay_rates = _time_first(grad_y), A.t().contiguous()
+        *inputs, A = ctx.saved_tensors[:6]
+        border_states = ctx.saved_tensors[6:]
+        u, dt, B, C, resets, grad_y = map(_time_first, (*inputs, grad_y))
+        decay_rates = A.t().contiguous()
         chunks = _Chunks(u, A, tokens=ctx.chunk_tokens)
         grads_buffer = chunks.buffer()
         grad_u, grad_dt, grad_B, grad_C = (torch.empty_like(t) for t in (u, dt, B, C))
@@ -167,8 +168,8 @@ def _chunk_tokens(u: Tensor, *, d_state: int) -> int:
     return max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[u.device.type] // elements_per_token))
 
 
-def _time_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous()
+def _time_first(x: Any) -> Any:
+    return None if x is None else x.transpose(0, 1).contiguous()
 
 
 def _part(resets: Tensor | None, span: slice) -> Tensor | None:
