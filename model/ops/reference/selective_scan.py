@@ -101,23 +101,22 @@ class _SelectiveScan(torch.autograd.Function):
             _sum_over_channels(states, grad_y_c, out=grad_C[span])
 
             grads = torch.mul(C[span].unsqueeze(-1), grad_y_c.unsqueeze(-2), out=grads_buffer[: len(u_c)])
-            grads[-1] += grad_state
-            # Decays turn into what reaches the states before each token.
+            # Decays turn into what reaches the state before each token, which is the gradient at that token's decay.
             before = decay
-            for t in range(len(grads) - 1, 0, -1):
-                grads[t - 1] += before[t].mul_(grads[t])
-            grad_state = before[0].mul_(grads[0]).clone()
+            for grad, before_token in zip(reversed(grads.unbind()), reversed(before.unbind()), strict=True):
+                grad_state = before_token.mul_(grad.add_(grad_state))
+            grad_state = grad_state.clone()  # the next lines overwrite it
 
             dt_u = dt_c * u_c
             _sum_over_channels(grads, dt_u, out=grad_B[span])
             grad_input = torch.matmul(B_c.unsqueeze(-2), grads).squeeze(-2)  # of dt * u
             torch.mul(grad_input, dt_c, out=grad_u[span])
 
-            before[0] *= border_state  # and now into the gradient of dt * A
-            before[1:] *= states[:-1]
+            before[0].mul_(border_state)  # and now into the gradient of dt * A
+            before[1:].mul_(states[:-1])
             # Products and sums, not einsum: its batched matrix products of width one are 15 times slower here.
             grad_decay_rates += torch.mul(before, dt_c.unsqueeze(-2), out=grads).sum((0, 1))
-            before *= decay_rates
+            before.mul_(decay_rates)
             torch.sum(before, -2, out=grad_dt[span]).addcmul_(grad_input, u_c)
         grads_batch_first = (t.transpose(0, 1) for t in (grad_u, grad_dt))
         return (
@@ -140,7 +139,7 @@ class _Chunks:
         """
         self.length, self.tokens = len(u), min(tokens, len(u))
         self.like, self.shape = u, (self.tokens, u.shape[1], A.shape[1], u.shape[2])
-        self.decay_exponents = A.t() * math.log2(math.e)  # exp2 takes half of exp's time on a CPU
+        self.decay_exponents = A.t().contiguous() * math.log2(math.e)  # exp2 takes half of exp's time on a CPU
         self.decay, self.inputs = self.buffer(), self.buffer()
 
     def buffer(self) -> Tensor:
