@@ -13,6 +13,7 @@ from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.rms_norm import add_rms_norm, rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan, selective_scan
 from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables, window_attention
+from sambalm.parallel.layers.recompute import recomputed
 
 
 def relative(actual, expected):
@@ -117,6 +118,18 @@ def test_scan_of_documents_from_a_state_equals_the_loop(chunk_tokens, time_first
 
     inputs = scan_inputs(batch, length, channels, states)
     check(scan, lambda *t: loop_scan_of_documents(*t, resets), inputs, tolerance=1e-5)
+
+
+def test_recomputed_scan_and_conv_give_the_same_gradients():
+    inputs = leaves(*scan_inputs(2, 9, 5, 4), torch.randn(5, 4), torch.randn(5), dtype=torch.float32)
+
+    def scan_of_conv(u, dt, A, B, C, state, weight, bias):
+        y, final = selective_scan(causal_conv_silu(u, weight, bias), dt, A, B, C, state)
+        return y.sum() + final.sum()
+
+    expected = torch.autograd.grad(scan_of_conv(*inputs), inputs)
+    actual = torch.autograd.grad(recomputed(scan_of_conv, *inputs), inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_scan_keeps_only_border_states_for_the_backward():

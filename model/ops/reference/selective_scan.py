@@ -85,9 +85,8 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, A = ctx.saved_tensors[:6]
-        border_states = ctx.saved_tensors[6:]
-        u, dt, B, C, resets, grad_y = map(_time_first, (*inputs, grad_y))
+        u, dt, B, C, resets, A, *border_states = ctx.saved_tensors  # once: recomputation unpacks them a single time
+        u, dt, B, C, resets, grad_y = map(_time_first, (u, dt, B, C, resets, grad_y))
         decay_rates = A.t().contiguous()
         chunks = _Chunks(u, A, tokens=ctx.chunk_tokens)
         grads_buffer = chunks.buffer()
