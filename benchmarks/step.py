@@ -1,4 +1,4 @@
-"""Trains a config for a few steps on random tokens and prints its speed, and with --profile where a step's time goes.
+"""Trains a config for a few steps on random tokens and prints its speed and CPU time, or --profile: a step's parts.
 
     python benchmarks/step.py configs/samba_1.3b.yaml train.global_batch_tokens=16384 train.micro_batch_size=4
     python benchmarks/step.py configs/samba_1.3b.yaml --profile train.global_batch_tokens=16384 train.micro_batch_size=4
@@ -90,21 +90,32 @@ def measure(arguments: argparse.Namespace, overrides: list[str]) -> str:
         metrics, errors = Path(folder) / "run/metrics.jsonl", Path(folder) / "errors"
         with errors.open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
-        records = []
+        records, cpu_marks = [], {}  # CPU seconds of all ranks since their start, by steps done
         while len(records) < arguments.steps:
             if process.poll():
                 return f"| failed: {last_error(errors.read_text())[:90]} | | | | "
             time.sleep(0.2)
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
             records = [json.loads(line) for line in lines[: arguments.steps] if line.endswith("\n")]
+            if len(records) >= arguments.steps // 2:
+                cpu_marks.setdefault(len(records), cpu_seconds(process))
         stop(process)
     steady, last = records[len(records) // 2 :], records[-1]
     speeds = [record["tokens_per_second"] for record in steady]
     mfu = statistics.median(record.get("mfu", 0) for record in steady)
+    (first, before_s), (end, after_s) = min(cpu_marks.items()), max(cpu_marks.items())
+    cpu_s = f"{(after_s - before_s) / (end - first):.3f}" if end > first else ""
     return (
         f"| {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {mfu:.1%} "
-        f"| {last.get('peak_memory_bytes', 0) / 2**30:.1f} | {last['loss']:.4f}"
+        f"| {last.get('peak_memory_bytes', 0) / 2**30:.1f} | {cpu_s} | {last['loss']:.4f}"
     )
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """CPU time of a process and those that it started, the system's part included."""
+    root = psutil.Process(process.pid)
+    times = [each.cpu_times() for each in (root, *root.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 def last_error(log: str) -> str:
@@ -218,8 +229,8 @@ def main() -> None:
             print(f"\n{variant}")
             profile(arguments, [*overrides, *variant.split()])
         return
-    print("\n| settings | tokens/s | lowest to highest | MFU | peak GiB | last loss |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("\n| settings | tokens/s | lowest to highest | MFU | peak GiB | CPU s a step | last loss |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for variant in variants:
         print(f"| {variant or 'as it is'} {measure(arguments, [*overrides, *variant.split()])} |")
 

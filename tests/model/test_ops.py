@@ -13,6 +13,7 @@ from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.rms_norm import add_rms_norm, rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan, selective_scan
 from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables, window_attention
+from sambalm.parallel.layers.recompute import recomputed
 
 
 def relative(actual, expected):
@@ -91,6 +92,46 @@ def test_scan_in_two_pieces_equals_one():
     torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
 
 
+def loop_scan_of_documents(u, dt, A, B, C, state, resets):
+    outputs = []
+    for t in range(u.shape[1]):
+        state = torch.where(resets[:, t, None, None], 0, state)
+        y, state = loop_scan(u[:, t : t + 1], dt[:, t : t + 1], A, B[:, t : t + 1], C[:, t : t + 1], state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 37])
+@pytest.mark.parametrize("time_first", [False, True])
+def test_scan_of_documents_from_a_state_equals_the_loop(chunk_tokens, time_first, monkeypatch):
+    """Chunks that do not divide the length, resets at their borders and elsewhere, states carried in and out."""
+    batch, length, channels, states = 3, 37, 7, 5
+    monkeypatch.setattr(scan_module, "CHUNK_ELEMENTS", {"cpu": chunk_tokens * batch * channels * states})
+    resets = torch.rand(batch, length) < 0.15
+    resets[0, 0] = resets[1, 4] = True
+    resets[1, 0] = resets[2] = False
+
+    def scan(u, dt, A, B, C, state):
+        if time_first:
+            u, dt, B, C = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (u, dt, B, C))
+        return selective_scan(u, dt, A, B, C, state, resets=resets)
+
+    inputs = scan_inputs(batch, length, channels, states)
+    check(scan, lambda *t: loop_scan_of_documents(*t, resets), inputs, tolerance=1e-5)
+
+
+def test_recomputed_scan_and_conv_give_the_same_gradients():
+    inputs = leaves(*scan_inputs(2, 9, 5, 4), torch.randn(5, 4), torch.randn(5), dtype=torch.float32)
+
+    def scan_of_conv(u, dt, A, B, C, state, weight, bias):
+        y, final = selective_scan(causal_conv_silu(u, weight, bias), dt, A, B, C, state)
+        return y.sum() + final.sum()
+
+    expected = torch.autograd.grad(scan_of_conv(*inputs), inputs)
+    actual = torch.autograd.grad(recomputed(scan_of_conv, *inputs), inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def test_scan_keeps_only_border_states_for_the_backward():
     u, dt, A, B, C, state = leaves(*scan_inputs(1, 2048, 64, 16), dtype=torch.float32)
     saved_bytes = 0
@@ -142,6 +183,36 @@ def test_conv_equals_the_definition(length, taps):
 
     inputs = (torch.randn(2, length, 5), torch.randn(5, taps), torch.randn(5), torch.randn(2, taps - 1, 5))
     check(lambda *t: [causal_conv_silu(*t)], reference, inputs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 23])
+def test_conv_of_documents_from_a_state_equals_the_definition(length):
+    batch, taps, channels = 3, 4, 5
+    resets = torch.rand(batch, length) < 0.2
+    resets[0, 0], resets[1, 0] = True, False
+
+    def reference(x, weight, bias, state):
+        padded, outputs = torch.cat((state, x), 1), []
+        for t in range(length):
+            output = bias
+            for back in range(taps):
+                cut = resets[:, max(0, t - back + 1) : t + 1].any(1) if back else torch.zeros(batch, dtype=torch.bool)
+                seen = torch.where(cut[:, None], 0, padded[:, taps - 1 + t - back])
+                output = output + seen * weight[:, taps - 1 - back]
+            outputs.append(F.silu(output))
+        return [torch.stack(outputs, 1)]
+
+    inputs = (torch.randn(batch, length, channels), torch.randn(channels, taps), torch.randn(channels))
+    state = torch.randn(batch, taps - 1, channels)
+    check(lambda *t: [causal_conv_silu(*t, resets=resets)], reference, (*inputs, state), tolerance=1e-5)
+
+
+def test_conv_of_one_token_leaves_its_arguments_as_they_are():
+    """Where a copy of the bias for every token has the bias's own shape."""
+    inputs = [torch.randn(1, 1, 5), torch.randn(5, 4), torch.randn(5)]
+    before = [t.clone() for t in inputs]
+    causal_conv_silu(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 def dense_attention(q, k, v, *, window):

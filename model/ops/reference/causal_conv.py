@@ -1,5 +1,8 @@
 """Mamba's causal depthwise convolution with its SiLU, in plain PyTorch."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,19 +27,60 @@ def causal_conv_silu(
     Returns:
         [batch, length, channels] in x's dtype.
     """
-    batch, length, channels = x.shape
-    taps = weight.shape[1]
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if initial_state is None:
-        initial_state = x.new_zeros(batch, taps - 1, channels)
-    padded = torch.cat((initial_state.to(x.dtype), x), dim=1)
-    # A sum of shifted products: on a CPU, with channels innermost, twice as fast as a grouped conv1d.
-    weight, output = weight.to(x.dtype), bias.to(x.dtype)
-    for tap in range(taps):
-        seen = padded[:, tap : tap + length]
+        return _CausalConvSiLU.apply(x, weight, bias, resets)
+    reach = initial_state.shape[1]
+    whole = torch.cat((initial_state.to(x.dtype), x), dim=1)
+    return _CausalConvSiLU.apply(whole, weight, bias, None if resets is None else F.pad(resets, (reach, 0)))[:, reach:]
+
+
+class _CausalConvSiLU(torch.autograd.Function):
+    """A sum of shifted products: on a CPU, with channels innermost, twice as fast as a grouped conv1d.
+
+    Inside, time comes first, so that a shift is a slice of memory without gaps. Autograd would make of each slice's
+    gradient a tensor of zeros of the whole length, and then add those up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, resets: Tensor | None) -> Tensor:
+        x_LBD = _time_first(x)
+        sums = bias.expand_as(x_LBD).clone(memory_format=torch.contiguous_format)
+        for tap, span, seen in _seen(x_LBD, weight, resets):
+            sums[span].addcmul_(seen, weight[:, tap])
+        ctx.save_for_backward(x, weight, resets, sums)
+        return F.silu(sums).transpose(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, resets, sums = ctx.saved_tensors
+        x_LBD = _time_first(x)
+        grad_sums = torch.ops.aten.silu_backward(_time_first(grad_output), sums)
+        grad_x, grad_weight = torch.zeros_like(x_LBD), torch.zeros_like(weight)
+        for tap, span, seen in _seen(x_LBD, weight, resets):
+            grad_seen = grad_sums[span]
+            grad_weight[:, tap] = (grad_seen * seen).sum((0, 1))
+            if resets is not None:
+                back = span.start
+                grad_seen = grad_seen.masked_fill(_resets_within(resets, back).t()[span].unsqueeze(-1), 0)
+            grad_x[: len(seen)].addcmul_(grad_seen, weight[:, tap])
+        return grad_x.transpose(0, 1), grad_weight, grad_sums.sum((0, 1)), None
+
+
+def _time_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
+
+
+def _seen(x_LBD: Tensor, weight: Tensor, resets: Tensor | None) -> Iterator[tuple[int, slice, Tensor]]:
+    """Each tap, the outputs that see something through it, and what each of those sees."""
+    length, taps = len(x_LBD), weight.shape[1]
+    for tap in range(max(0, taps - length), taps):
+        back = taps - 1 - tap
+        span, seen = slice(back, length), x_LBD[: length - back]
         if resets is not None:
-            seen = seen.masked_fill(_resets_within(resets, taps - 1 - tap).unsqueeze(-1), 0)
-        output = torch.addcmul(output, seen, weight[:, tap])
-    return F.silu(output)
+            seen = seen.masked_fill(_resets_within(resets, back).t()[span].unsqueeze(-1), 0)
+        yield tap, span, seen
 
 
 def _resets_within(resets: Tensor, tokens: int) -> Tensor:
