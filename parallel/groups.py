@@ -5,8 +5,8 @@ No other file asks megatron-core's `parallel_state`, but for DeepSpeed's adapter
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -73,6 +73,7 @@ class World:
     device: torch.device
     timeout: timedelta  # how long an operation of any group waits for the other ranks
     host_group: ProcessGroup  # all ranks, over the hosts' network (gloo): what hosts agree on, without the device
+    save_group: ProcessGroup  # the same for the thread that writes checkpoints, and for nothing else
     model_group: ProcessGroup  # ranks that hold one copy of the weights between them: tensor and pipeline dimension
     tensor: TensorParallel
     context: ContextParallel
@@ -95,9 +96,16 @@ class World:
         dist.all_reduce(value, group=self.replica_group)
         return value
 
-    def largest(self, number: int) -> torch.Tensor:
-        """The largest of all ranks' numbers, int64 [] on the device; the host waits only once it reads it."""
-        value = torch.full((), number, dtype=torch.int64, device=self.device)
+    @property
+    def of_save_thread(self) -> "World":
+        """The same world for the thread that writes checkpoints: its host group is `save_group`."""
+        return replace(self, host_group=self.save_group)
+
+    def largest(self, numbers: Sequence[int]) -> torch.Tensor:
+        """The largest of all ranks' of each number, int64 [numbers] on the device; the host waits once it reads it."""
+        value = torch.tensor(numbers, dtype=torch.int64)
+        if self.device.type == "cuda":
+            value = value.pin_memory().to(self.device, non_blocking=True)
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
@@ -185,6 +193,7 @@ def _world(config: ParallelConfig, device: torch.device, *, copies: int, timeout
         device=device,
         timeout=timeout,
         host_group=dist.new_group(backend="gloo", timeout=timeout, group_desc="HOST_GROUP"),
+        save_group=dist.new_group(backend="gloo", timeout=timeout, group_desc="SAVE_GROUP"),
         model_group=parallel_state.get_model_parallel_group(),
         tensor=TensorParallel(
             rank=tensor_rank,

@@ -80,6 +80,14 @@ class CheckpointSection(BaseModel):
 
     every_steps: int = Field(1000, gt=0, description="Steps between checkpoints; one more follows the last step")
     keep: int = Field(2, gt=0, description="Newest checkpoints to keep; older ones are removed after a save")
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait",
+        description="What a save does that is due while the one before is still being written: wait for it, or leave "
+        "its turn out; a save that is asked for waits",
+    )
+    max_failed_saves: int = Field(
+        3, gt=0, description="Saves in a row that fail, as on a full disk, before the run ends; it goes on after fewer"
+    )
 
 
 def _check_version(version: int) -> int:

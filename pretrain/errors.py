@@ -102,6 +102,10 @@ class NotSavedError(CheckpointError):
     exit_code = ExitCode.NOT_SAVED
 
 
+class SaveBrokenError(NotSavedError):
+    """Ranks lost each other while they wrote a checkpoint, which is not committed."""
+
+
 class NoProgressError(Exception):
     """Attempt after attempt began at the same step."""
 

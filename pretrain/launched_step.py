@@ -54,7 +54,7 @@ class LaunchedStep:
     lr: float
     start: Moment
     end: Moment
-    values: Tensor  # loss, gradient norm and request, fp64 [3] on the host, at the step's end
+    values: Tensor  # loss, gradient norm and what ranks agreed on, fp64 [2 + agreed] on the host, at the step's end
 
     @classmethod
     def launch(
@@ -67,16 +67,17 @@ class LaunchedStep:
         start: Moment,
         loss: Tensor,
         norm: Tensor,
-        request: Tensor,
+        agreed: Tensor,
     ) -> Self:
         """
         Args:
             start: when the device was through with what came before the step.
-            loss, norm, request: [] on the device.
+            loss, norm: [] on the device.
+            agreed: what the run is asked for and the hooks' votes, the largest of all ranks; [1 + hooks] on the device.
         """
-        found = torch.stack([loss.double(), norm.double(), request.double()])
+        found = torch.cat([loss.double().view(1), norm.double().view(1), agreed.double()])
         if found.is_cuda:
-            found = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
+            found = torch.empty(found.shape, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
         end = Moment.after_all(loss.device)
         return cls(number, tokens, batch_tokens, lr, start=start, end=end, values=found)
 
@@ -88,7 +89,7 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Waits for the device."""
         step_time_s = self.end.seconds_since(self.start)
-        loss, norm, _ = self.values.tolist()
+        loss, norm, *_ = self.values.tolist()
         return StepResult(
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
@@ -100,6 +101,13 @@ class LaunchedStep:
 
     def request(self) -> Request:
         """What any rank was asked for before the step's end. Waits for the device."""
+        return Request(self._agreed()[0])
+
+    def votes(self) -> list[int]:
+        """The largest of all ranks' votes, by hook. Waits for the device."""
+        return self._agreed()[1:]
+
+    def _agreed(self) -> list[int]:
         if self.end.event:
             self.end.event.synchronize()
-        return Request(int(self.values[2]))
+        return [int(value) for value in self.values[2:].tolist()]

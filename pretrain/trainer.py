@@ -23,7 +23,7 @@ from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
-from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
+from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
@@ -87,11 +87,15 @@ class Trainer:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world = self.config, self.world
         hooks: list[Hook] = []
+        checkpointer = Checkpointer(
+            config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks
+        )
         hooks += [
+            SaveOutcomes(checkpointer),
             Validator(config, sources, world=world),
             RunReport(config, world=world, done_steps=self.step),
             SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main),
-            Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks),
+            checkpointer,
         ]
         return hooks
 
@@ -132,7 +136,8 @@ class Trainer:
 
     def _finish(self, step: LaunchedStep, request: Request = Request.NOTHING) -> None:
         """Tells the hooks of a step. Waits for the device."""
-        finished = FinishedStep(number=step.number, result=step.result(), request=request)
+        votes = dict(zip(self.hooks, step.votes(), strict=True))
+        finished = FinishedStep(number=step.number, result=step.result(), request=request, votes=votes)
         for hook in self.hooks:
             hook.after_step(finished)
 
@@ -159,7 +164,7 @@ class Trainer:
             start=start,
             loss=mean_loss,
             norm=gradient_norm(self.training.engine),
-            request=self.world.largest(self._asked()),
+            agreed=self.world.largest([self._asked(), *(hook.vote() for hook in self.hooks)]),
         )
 
     def _asked(self) -> Request:

@@ -148,6 +148,37 @@ def gathered_state(parameter: nn.Parameter, key: str) -> Tensor:
     return deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
 
 
+def held_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Returns where this rank's share of a flattened parameter begins and its elements, without the padding.
+
+    Stages 1 and 2 know no share of a parameter that this rank steps nothing of (utils/tensor_fragment.py). Stage 3
+    shares out every parameter evenly, rounded up (runtime/zero/partition_parameters.py).
+    """
+    sharded: Any = parameter
+    if not hasattr(parameter, "ds_id"):
+        mapping = sharded._hp_mapping
+        return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
+    length, elements = sharded.ds_tensor.ds_numel, whole_shape(parameter).numel()
+    start = min(elements, MegatronUnit.get_data_parallel_rank() * length)
+    return start, min(length, elements - start)
+
+
+def held_weight(parameter: nn.Parameter) -> Tensor:
+    """Returns this rank's share of an fp32 parameter as AdamW steps it, [at least the elements of `held_range`]."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.utils.safe_get_local_fp32_param(parameter)
+    mapped: Any = parameter
+    return mapped._hp_mapping.get_hp_fragment()
+
+
+def held_state(parameter: nn.Parameter, key: str) -> Tensor:
+    """Returns this rank's share of an entry of AdamW's state, as `held_weight` does."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.utils.safe_get_local_optimizer_state(parameter, key)
+    mapped: Any = parameter
+    return mapped._hp_mapping.get_hp_fragment(key)
+
+
 def scatter_state(parameter: nn.Parameter, key: str, value: Tensor) -> None:
     """Stores this rank's share of a whole entry of AdamW's state, which has the whole parameter's shape."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3 (runtime/zero/partition_parameters.py)

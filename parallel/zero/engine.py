@@ -16,6 +16,7 @@ from sambalm.parallel.zero.deepspeed_adapter import Engine
 from sambalm.parallel.zero.parameter_info import info_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
+WEIGHT = "model"  # what checkpoints call the weight itself beside the moments
 
 
 def zero_engine(
@@ -97,6 +98,30 @@ def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
     """Returns one of MOMENTS for a parameter of this tensor-parallel rank, gathered likewise. Collective."""
     state = info_of(parameter).optimizer_state
     return deepspeed.gathered_state(parameter, key) if state is None else state[key]
+
+
+def held_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Returns where the part of a flattened parameter begins that this rank alone of its replicas steps; its elements."""
+    if info_of(parameter).optimizer_state is not None:
+        return 0, parameter.numel()
+    return deepspeed.held_range(parameter)
+
+
+def held_tensors(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Returns the weight and MOMENTS of this rank's `held_range`, fp32 [elements], as AdamW steps them.
+
+    They are views, of what the next step changes. The weight is named `WEIGHT`.
+    """
+    _, elements = held_range(parameter)
+    if not elements:
+        return {}
+    state = info_of(parameter).optimizer_state
+    if state is not None:
+        tensors = {WEIGHT: parameter.detach()} | {key: state[key] for key in MOMENTS}
+    else:
+        tensors = {WEIGHT: deepspeed.held_weight(parameter)}
+        tensors |= {key: deepspeed.held_state(parameter, key) for key in MOMENTS}
+    return {key: tensor.detach().view(-1)[:elements] for key, tensor in tensors.items()}
 
 
 def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:

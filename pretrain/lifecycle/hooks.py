@@ -6,9 +6,11 @@ into the list. A guard belongs before the checkpointer, so that it can end a run
 to the metrics of a step belongs before the report, which writes them.
 
 Every rank has the same hooks and calls them at the same points, so every method may communicate, on all ranks alike. A
-thread of a hook communicates over `World.host_group` alone, and no other thread uses that group meanwhile.
+thread of a hook communicates over a group of its own, which no other thread uses: see `World.save_group`. What it has to
+tell the main threads of all ranks goes through `vote`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,7 @@ class FinishedStep:
     number: int  # from 1
     result: StepResult
     request: Request  # what the run is asked for
+    votes: Mapping["Hook", int] = field(default_factory=dict)  # of each hook, the largest of all ranks' `vote`
     metrics: dict[str, float] = field(default_factory=dict)  # by name: hooks add theirs, and later hooks read them
 
 
@@ -41,6 +44,13 @@ class Hook:
         Args:
             training: what is trained, as it was initialised or loaded.
         """
+
+    def vote(self) -> int:
+        """Returns a number of this rank's, at the launch of each step; `FinishedStep.votes` has all ranks' largest.
+
+        It travels with what the run is asked for, so it costs no message. Nothing else may communicate here.
+        """
+        return 0
 
     def acts_on(self, step: int) -> bool:
         """Says whether `after_step` needs the weights as a step leaves them; called before the next step is launched.
