@@ -31,8 +31,8 @@ class Rectangle:
 def rectangles(shape: tuple[int, ...], *, start: int, stop: int) -> list[Rectangle]:
     """Returns the rectangles that make up elements `start` to `stop` of a flattened tensor, in their order.
 
-    Of a matrix there are three at most: the end of a row, whole rows, and the beginning of a row. Each further dimension
-    that is longer than one may add two.
+    Of a matrix there are three at most: the end of a row, whole rows, and the beginning of a row. Each further
+    dimension that is longer than one may add two.
     """
     if start >= stop:
         return []

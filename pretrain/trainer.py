@@ -87,9 +87,7 @@ class Trainer:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world = self.config, self.world
         hooks: list[Hook] = []
-        checkpointer = Checkpointer(
-            config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks
-        )
+        checkpointer = Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks)
         hooks += [
             SaveOutcomes(checkpointer),
             Validator(config, sources, world=world),

@@ -101,7 +101,7 @@ def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def held_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """Returns where the part of a flattened parameter begins that this rank alone of its replicas steps; its elements."""
+    """Returns where the part of a flattened parameter begins that only this rank of its replicas steps, and its size."""
     if info_of(parameter).optimizer_state is not None:
         return 0, parameter.numel()
     return deepspeed.held_range(parameter)

@@ -45,9 +45,7 @@ class CanonicalSlice:
         """Returns a view of this slice in a tensor of the parameter's shape."""
         return tensor.narrow(self.dim, self.local_start, self.length)
 
-    def intersection(
-        self, offsets: tuple[int, ...], sizes: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], int, int] | None:
+    def intersection(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int, int] | None:
         """Returns what this slice and a rectangle of the parameter have in common; None: nothing.
 
         Returns:

@@ -1,7 +1,7 @@
 """A rank's files of a checkpoint: safetensors, with the checksum computed of what is written, while it is written.
 
-A file holds one rectangle of a tensor, by the tensor's name; where the rectangle lies is in the file's metadata. That is
-what torch.distributed.checkpoint's safetensors storage writes and reads. A rank that holds several rectangles of a
+A file holds one rectangle of a tensor, by the tensor's name; where the rectangle lies is in the file's metadata. That
+is what torch.distributed.checkpoint's safetensors storage writes and reads. A rank that holds several rectangles of a
 tensor, as under ZeRO, spreads them over several files.
 """
 

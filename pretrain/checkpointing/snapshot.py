@@ -92,7 +92,7 @@ def _held(chunks: Sequence[nn.Module]) -> Iterator[tuple[nn.Parameter, Tensor]]:
 
 
 def _slices(chunks: Sequence[nn.Module], copies: dict[nn.Parameter, list[Tensor]]) -> Iterator[SavedSlice]:
-    """Yields the rectangles of canonical tensors in copies of `_held`; what lies between canonical tensors is left out."""
+    """Yields the rectangles of canonical tensors in copies of `_held`; zeros that align a parameter are left out."""
     for name, parameter, piece in all_slices(chunks):
         if parameter not in copies:
             continue

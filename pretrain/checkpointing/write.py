@@ -1,8 +1,8 @@
 """Saving a run together: every rank writes its share in a thread, and all commit or none.
 
-Training waits only while each rank copies its share to host memory (`snapshot.py`). Tensors, checksums, manifest and the
-rename that commits are the thread's, which agrees with those of other ranks over `World.save_group` and uses no other
-group. One save at a time is under way.
+Training waits only while each rank copies its share to host memory (`snapshot.py`). Tensors, checksums, manifest and
+the rename that commits are the thread's, which agrees with those of other ranks over `World.save_group` and uses no
+other group. One save at a time is under way.
 """
 
 import functools

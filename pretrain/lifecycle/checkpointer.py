@@ -4,7 +4,6 @@ A save goes on while the run trains (`checkpointing/write.py`). Its outcome is t
 rank: each rank says with every step whether its thread is through, and the slowest one counts.
 """
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from sambalm.pretrain.training import Training
 DRAIN_AFTER_ERROR_S = 60.0
 # Of a record in metrics.jsonl, of the step at whose end a save's outcome was taken.
 SAVED_STEP, SAVED_BYTES = "checkpoint_step", "checkpoint_bytes"
-SAVE_S, SAVE_STALL_S = "checkpoint_s", "checkpoint_stall_s"  # from the copy to the commit, and of it in the way of steps
+SAVE_S, SAVE_STALL_S = "checkpoint_s", "checkpoint_stall_s"  # to the commit; what of it training waited for
 FAILED_SAVES, SKIPPED_SAVES = "checkpoint_failures", "checkpoint_skips"  # of this attempt so far
 
 

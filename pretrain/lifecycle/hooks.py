@@ -6,8 +6,8 @@ into the list. A guard belongs before the checkpointer, so that it can end a run
 to the metrics of a step belongs before the report, which writes them.
 
 Every rank has the same hooks and calls them at the same points, so every method may communicate, on all ranks alike. A
-thread of a hook communicates over a group of its own, which no other thread uses: see `World.save_group`. What it has to
-tell the main threads of all ranks goes through `vote`.
+thread of a hook communicates over a group of its own, which no other thread uses: see `World.save_group`. What it has
+to tell the main threads of all ranks goes through `vote`.
 """
 
 from collections.abc import Mapping

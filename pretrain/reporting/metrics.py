@@ -1,7 +1,9 @@
 """What a run reports: metrics.jsonl, TensorBoard, the loss plot and the progress bar."""
 
+import json
 import os
 import resource
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from sambalm.model.flops import flops_per_token, peak_flops
 from sambalm.parallel.groups import World
@@ -18,7 +19,9 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, read_metrics
+from sambalm.pretrain.reporting.tensorboard import TensorBoardFile
 from sambalm.pretrain.training import Training
 from sambalm.pretrain.validation import LOSS_AT
 
@@ -42,10 +45,10 @@ class RunReport(Hook):
     def on_start(self, training: Training) -> None:
         if self._main:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            (self._run_dir / "config.yaml").write_text(dump_config(self._config))
+            _write_config(self._config, self._run_dir / "config.yaml")
             _drop_after(self._run_dir, self._done_steps)
-            self._file = (self._run_dir / METRICS).open("a", buffering=1)
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._done_steps + 1)
+            self._file = AppendedFile(self._run_dir / METRICS)
+            self._board = TensorBoardFile(self._run_dir / "tensorboard", first_step=self._done_steps + 1)
             self._progress = StepProgress(steps=self._config.train.steps, done_steps=self._done_steps)
             self._progress.start()
 
@@ -72,18 +75,33 @@ class RunReport(Hook):
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # of this rank, since the start
         if self._peak_tokens_per_second:
             record["mfu"] = tokens_per_second / self._peak_tokens_per_second
-        self._file.write(metrics_line(record))
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step.number)
+        self._file.append(metrics_line(record).encode())
+        self._board.add_scalars({name: value for name, value in record.items() if name != "step"}, step=step.number)
         self._progress.step(record)
 
 
+def _write_config(config: RunConfig, path: Path) -> None:
+    """Writes the configuration for whoever reads the folder; a disk that takes nothing does not end the run."""
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        draft.write_text(dump_config(config))
+        os.replace(draft, path)
+    except OSError as error:
+        print(f"warning: {path} cannot be written, and the run goes on: {error.strerror}", file=sys.stderr)
+
+
 def _drop_after(run_dir: Path, step: int) -> None:
-    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
-    partial = run_dir / f".{METRICS}.partial"
-    partial.write_text("".join(map(metrics_line, kept)))
-    os.replace(partial, run_dir / METRICS)
+    """Cuts metrics.jsonl off where a later step's line, or half a line, begins. It takes no room on the disk."""
+    path, end = run_dir / METRICS, 0
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    if end < path.stat().st_size:
+        os.truncate(path, end)
 
 
 class StepProgress:

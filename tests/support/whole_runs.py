@@ -43,9 +43,7 @@ def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:
 
 def without_measured(record: dict[str, float]) -> dict[str, float]:
     """What two runs of the same values have alike in a record of metrics.jsonl."""
-    return {
-        name: value for name, value in record.items() if name not in MEASURED and not name.startswith(OF_SAVES)
-    }
+    return {name: value for name, value in record.items() if name not in MEASURED and not name.startswith(OF_SAVES)}
 
 
 def _train_on_rank(values: dict) -> None:
