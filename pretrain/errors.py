@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
@@ -57,6 +57,12 @@ EXIT_CODES = {
 def print_error(error: Exception) -> None:
     """Prints the sentence of an error for its user."""
     print(f"error: {error}", file=sys.stderr)
+
+
+def print_warning(sentence: str) -> None:
+    """Tells the user of something that the run goes on after, also where the log is on a full disk."""
+    with suppress(OSError):
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextmanager

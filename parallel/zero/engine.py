@@ -101,7 +101,7 @@ def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def held_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """Returns where the part of a flattened parameter begins that only this rank of its replicas steps, and its size."""
+    """Returns start and length of the part of a flattened parameter that only this rank of its replicas steps."""
     if info_of(parameter).optimizer_state is not None:
         return 0, parameter.numel()
     return deepspeed.held_range(parameter)

@@ -8,7 +8,6 @@ other group. One save at a time is under way.
 import functools
 import operator
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice, Snapshot, fp8_scales
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import NotSavedError, RunInUseError, SaveBrokenError
+from sambalm.pretrain.errors import NotSavedError, RunInUseError, SaveBrokenError, print_warning
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
 _REASON_CHARACTERS = 400
@@ -195,11 +194,11 @@ class CheckpointWriter:
         except OSError as error:
             if partial.exists():
                 raise
-            _warn(f"{final} is complete, but a power loss may undo it: {error}")
+            print_warning(f"{final} is complete, but a power loss may undo it: {error}")
         try:
             remove_old_checkpoints(self._run_dir, keep=self._config.checkpoint.keep)
         except OSError as error:
-            _warn(f"an old checkpoint could not be removed: {error}")
+            print_warning(f"an old checkpoint could not be removed: {error}")
 
     def _together(
         self, action: Callable[[], Any], *, step: int, partial: Path, ranks: Sequence[int] | None = None
@@ -255,10 +254,6 @@ def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     named = text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
     return named[:_REASON_CHARACTERS]
-
-
-def _warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _make_empty(partial: Path) -> None:

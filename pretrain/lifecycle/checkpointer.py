@@ -4,7 +4,6 @@ A save goes on while the run trains (`checkpointing/write.py`). Its outcome is t
 rank: each rank says with every step whether its thread is through, and the slowest one counts.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -13,7 +12,7 @@ from typing import Any
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.write import CheckpointWriter, SavedCheckpoint
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode, NotSavedError, RunInUseError, SaveBrokenError
+from sambalm.pretrain.errors import ExitCode, NotSavedError, RunInUseError, SaveBrokenError, print_warning
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
@@ -154,7 +153,7 @@ class Checkpointer(Hook):
 
     def _warn(self, sentence: str) -> None:
         if self.is_main:
-            print(f"warning: {sentence}", file=sys.stderr)
+            print_warning(sentence)
 
 
 class SaveOutcomes(Hook):

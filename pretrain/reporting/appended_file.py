@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-import sys
 from collections import deque
 from pathlib import Path
+
+from sambalm.pretrain.errors import print_warning
 
 _WAITING_BYTES = 1 << 24
 
@@ -28,9 +29,7 @@ class AppendedFile:
             self._write(b"".join(self._waiting))
         except OSError as error:
             if not self._fails:
-                print(
-                    f"warning: {self._path} cannot be written, and the run goes on: {error.strerror}", file=sys.stderr
-                )
+                print_warning(f"{self._path} cannot be written, and the run goes on: {error.strerror}")
             self._fails = True
         else:
             self._fails = False

@@ -3,8 +3,8 @@
 import json
 import os
 import resource
-import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sambalm.model.flops import flops_per_token, peak_flops
 from sambalm.parallel.groups import World
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_warning
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, read_metrics
@@ -87,7 +87,7 @@ def _write_config(config: RunConfig, path: Path) -> None:
         draft.write_text(dump_config(config))
         os.replace(draft, path)
     except OSError as error:
-        print(f"warning: {path} cannot be written, and the run goes on: {error.strerror}", file=sys.stderr)
+        print_warning(f"{path} cannot be written, and the run goes on: {error.strerror}")
 
 
 def _drop_after(run_dir: Path, step: int) -> None:
@@ -131,11 +131,12 @@ class StepProgress:
         overdue = now_s - self._last_line_s > PLAIN_LINE_EVERY_S or record["step"] == self._steps
         if overdue and not self._console.is_terminal:
             self._last_line_s = now_s
-            self._console.print(
-                f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s",
-                highlight=False,
-            )
+            with suppress(OSError):  # a log on a full disk
+                self._console.print(
+                    f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}  "
+                    f"{record['tokens_per_second']:,.0f} tokens/s",
+                    highlight=False,
+                )
 
 
 def plot_losses(run_dir: Path, path: Path, *, baselines: dict[str, float]) -> None:
