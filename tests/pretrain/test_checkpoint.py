@@ -300,7 +300,7 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     final.mkdir(parents=True)  # of an earlier attempt
     partial.mkdir()
     calls = noted_operations(monkeypatch)
-    _complete(partial, {"step": 1}, [])
+    _complete(partial, {"step": 1}, {})
     commit(partial, final)
     assert_lasts(calls, final, parts=[STATE, MANIFEST])
     assert open_checkpoint(final).step == 1
@@ -327,10 +327,15 @@ def test_a_checksum_is_that_of_all_blocks(tmp_path, monkeypatch):
 
 def test_a_checkpoint_has_the_scales_of_all_stages(run_values, monkeypatch):
     config, ours, theirs = parse_config(run_values, source="test"), {"layers.0": [1.0, 2.0]}, {"layers.1": [4.0, 8.0]}
-    monkeypatch.setattr(write, "_write_tensors", lambda *args, **named: None)
     monkeypatch.setattr(write, "fp8_scales", lambda chunks: ours)
     world = SimpleNamespace(rank=0, size=2, is_main=True, broadcast_object=lambda value: value)
-    world.all_gather_object = lambda value: [value, theirs if value is ours else value]
+    world.of_save_thread = world
+
+    def gather(answer):
+        value, failure = answer
+        return [answer, (({}, theirs) if value == ({}, ours) else value, failure)]
+
+    world.all_gather_object = gather
     folder = save_checkpoint([], config=config, world=world, step=1, samples=2, data={})
     assert open_checkpoint(folder).state["fp8_scales"] == ours | theirs
 
@@ -348,7 +353,7 @@ def test_a_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
     calls = noted_operations(monkeypatch)
-    remove_old_checkpoints(tmp_path, keep=2, world=SimpleNamespace(is_main=True))
+    remove_old_checkpoints(tmp_path, keep=2)
     assert checkpoint_folders(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (2, 3)]
     removed = tmp_path / "checkpoints" / ".step_00000001.removed"
     assert calls == [("rename", str(checkpoint_folder(tmp_path, 1)), str(removed))]

@@ -98,37 +98,40 @@ def slow(monkeypatch, seconds=SLOW_S):
     monkeypatch.setattr(write, "write_shards", write_late)
 
 
-def train_slowly(values, seconds):
-    """Trains while each save takes some time; returns the steps at whose launch a save was under way, and the time."""
-    from sambalm.pretrain import trainer
+def train_past_saves(values, seen_steps):
+    """Trains while the save of each step ends only once metrics.jsonl has a later one; others end at once."""
     from sambalm.pretrain.config_file import parse_config
-    from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
+    from sambalm.pretrain.trainer import train
 
-    busy = []
-    vote = Checkpointer.vote
+    start, write_shards = write.CheckpointWriter.start, write.write_shards
+    saved: list[int] = []
 
-    def vote_and_note(self):
-        busy.append(bool(found := vote(self)))
-        return found
+    def start_and_note(self, chunks, *, step, samples):
+        saved.append(step)
+        start(self, chunks, step=step, samples=samples)
+
+    def write_late(*args, **named):
+        later = seen_steps.get(saved[-1], 0)
+        program.wait_until(lambda: len(read_metrics(run_dir(values))) >= later, 60)
+        return write_shards(*args, **named)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        slow(monkeypatch, seconds)
-        monkeypatch.setattr(Checkpointer, "vote", vote_and_note)
-        start_s = time.monotonic()
-        trainer.train(parse_config(values, source="test"))
-        return busy, time.monotonic() - start_s
+        monkeypatch.setattr(write.CheckpointWriter, "start", start_and_note)
+        monkeypatch.setattr(write, "write_shards", write_late)
+        train(parse_config(values, source="test"))
 
 
 def test_a_run_trains_while_it_saves(run_values, tmp_path):
+    """With the bits of a run whose saves are over at once, in its losses and in each checkpoint."""
     values = changed(run_values, parallel={"zero_stage": 1}, train={"steps": 8}, checkpoint={"every_steps": 2})
-    expected = train(changed(values, run={"dir": str(tmp_path / "clean")}), ranks=2)
-    for busy, _ in run_world(train_slowly, values, SLOW_S, ranks=2):
-        assert busy == [False, False, *[True, True] * 3]  # the next turn waits
+    clean = changed(values, run={"dir": str(tmp_path / "clean")})
+    expected = train(clean, ranks=2)
+    run_world(train_past_saves, values, {2: 3, 4: 5, 6: 7}, ranks=2)  # the next turn waits for the save before
     records = read_metrics(run_dir(values))
     assert [without_measured(record) for record in records] == expected
+    assert next(record["checkpoint_step"] for record in records if "checkpoint_step" in record) == 2
     assert [open_checkpoint(folder).step for folder in checkpoint_folders(run_dir(values))] == [2, 4, 6, 8]
-    waited = changed(values, run={"dir": str(tmp_path / "clean")})
-    for slowly, at_once in zip(*(checkpoint_folders(run_dir(v)) for v in (values, waited)), strict=True):
+    for slowly, at_once in zip(*(checkpoint_folders(run_dir(v)) for v in (values, clean)), strict=True):
         for file in slowly.glob("*.safetensors"):
             assert file.read_bytes() == (at_once / file.name).read_bytes()
 
@@ -136,7 +139,7 @@ def test_a_run_trains_while_it_saves(run_values, tmp_path):
 def test_a_turn_is_skipped_where_the_config_says_so(run_values):
     section = {"every_steps": 2, "when_busy": "skip"}
     values = changed(run_values, parallel={"zero_stage": 1}, train={"steps": 9}, checkpoint=section)
-    run_world(train_slowly, values, 4 * SLOW_S, ranks=2)
+    run_world(train_past_saves, values, {2: 8}, ranks=2)
     assert [open_checkpoint(folder).step for folder in checkpoint_folders(run_dir(values))] == [2, 9]
     skips = [record["checkpoint_skips"] for record in read_metrics(run_dir(values)) if "checkpoint_skips" in record]
     assert skips == [1, 2, 3]
