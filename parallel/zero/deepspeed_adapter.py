@@ -179,28 +179,6 @@ def held_state(parameter: nn.Parameter, key: str) -> Tensor:
     return mapped._hp_mapping.get_hp_fragment(key)
 
 
-def scatter_state(parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Stores this rank's share of a whole entry of AdamW's state, which has the whole parameter's shape."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3 (runtime/zero/partition_parameters.py)
-        deepspeed.utils.safe_set_local_optimizer_state(parameter, _stage3_share(parameter, value), key)
-    else:
-        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
-
-
-def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """Returns this rank's share of a flattened tensor, padded as ZeRO-3 pads it.
-
-    DeepSpeed's setter of whole tensors fails where the elements do not divide by the ranks. The share's length is in
-    runtime/zero/partition_parameters.py.
-    """
-    sharded: Any = parameter
-    length = sharded.ds_tensor.ds_numel
-    padded = value.new_zeros(length * MegatronUnit.get_data_parallel_world_size())
-    padded[: value.numel()] = value.flatten()
-    start = MegatronUnit.get_data_parallel_rank() * length
-    return padded[start : start + length]
-
-
 @dataclass(frozen=True)
 class FlatGroup:
     """How ZeRO-1 lays a parameter group out: one parameter after the other in a flat buffer, padded to equal shares.

@@ -31,9 +31,9 @@ def zero_engine(
 ) -> Engine:
     """Puts this rank's model chunks, whose weights are already set, under ZeRO. Collective.
 
-    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
-    gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds;
-    `FlatGradients` reduces those of stage 1, and `Clipping` shortens them. Elsewhere
+    The optimizer is as after done_steps steps, with zero moments; `held_tensors` are where to fill them. Where ranks
+    keep weights and gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it
+    finds; `FlatGradients` reduces those of stage 1, and `Clipping` shortens them. Elsewhere
     (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
     and step() for each micro-batch.
 
@@ -122,15 +122,6 @@ def held_tensors(parameter: nn.Parameter) -> dict[str, Tensor]:
         tensors = {WEIGHT: deepspeed.held_weight(parameter)}
         tensors |= {key: deepspeed.held_state(parameter, key) for key in MOMENTS}
     return {key: tensor.detach().view(-1)[:elements] for key, tensor in tensors.items()}
-
-
-def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Stores this rank's share of a whole moment, which has the shape `whole_shape(parameter)`."""
-    state = info_of(parameter).optimizer_state
-    if state is None:
-        deepspeed.scatter_state(parameter, key, value)
-    else:
-        state[key].copy_(value)
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

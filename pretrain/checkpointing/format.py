@@ -67,6 +67,10 @@ class Checkpoint:
                 whole[region] = file.get_tensor(stored_name)
         return whole
 
+    def stored(self) -> dict[str, list[StoredSlice]]:
+        """Where each tensor is stored, by its name with its kind before it."""
+        return self._slices
+
     def _shape(self, stored_name: str) -> tuple[int, ...]:
         ends = ([o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in self._slices[stored_name])
         return tuple(max(dim) for dim in zip(*ends, strict=True))

@@ -4,13 +4,14 @@ Nothing is gathered: ranks that hold the same weights each step a share of them 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sambalm.parallel.rectangles import rectangles
+from sambalm.parallel.rectangles import Rectangle, rectangles
 from sambalm.parallel.sharding import canonical_slices
 from sambalm.parallel.zero.engine import held_range, held_tensors, whole_shape
 from sambalm.parallel.zero.parameter_info import CanonicalSlice, info_of
@@ -91,22 +92,36 @@ def _held(chunks: Sequence[nn.Module]) -> Iterator[tuple[nn.Parameter, Tensor]]:
             yield from ((parameter, tensor) for tensor in held_tensors(parameter).values())
 
 
+def held_slices(
+    parameter: nn.Parameter, piece: CanonicalSlice
+) -> Iterator[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]]:
+    """Yields the rectangles of a canonical tensor that this rank steps of a parameter's slice.
+
+    Returns:
+        Where the rectangle begins in the canonical tensor, and what makes a view of it, in its shape, of one of
+        `held_tensors` or a copy.
+    """
+    first, elements = held_range(parameter)
+    for rectangle in rectangles(tuple(whole_shape(parameter)), start=first, stop=first + elements):
+        common = piece.intersection(rectangle.offsets, rectangle.sizes)
+        if common:
+            offsets, at, length = common
+            yield offsets, partial(_view, rectangle, first=first, narrowed=(piece.dim, at, length))
+
+
+def _view(rectangle: Rectangle, held: Tensor, *, first: int, narrowed: tuple[int, int, int]) -> Tensor:
+    begin = rectangle.start - first
+    return held[begin : begin + rectangle.elements].view(rectangle.sizes).narrow(*narrowed)
+
+
 def _slices(chunks: Sequence[nn.Module], copies: dict[nn.Parameter, list[Tensor]]) -> Iterator[SavedSlice]:
     """Yields the rectangles of canonical tensors in copies of `_held`; zeros that align a parameter are left out."""
     for name, parameter, piece in all_slices(chunks):
-        if parameter not in copies:
-            continue
-        first, elements = held_range(parameter)
-        kinds = list(held_tensors(parameter))
-        for rectangle in rectangles(tuple(whole_shape(parameter)), start=first, stop=first + elements):
-            common = piece.intersection(rectangle.offsets, rectangle.sizes)
-            if common is None:
-                continue
-            offsets, at, length = common
-            for kind, copy in zip(kinds, copies[parameter], strict=True):
-                begin = rectangle.start - first
-                whole = copy[begin : begin + rectangle.elements].view(rectangle.sizes)
-                yield SavedSlice(f"{kind}.{name}", offsets, whole.narrow(piece.dim, at, length))
+        if parameter in copies:
+            kinds = list(held_tensors(parameter))
+            for offsets, part in held_slices(parameter, piece):
+                for kind, copy in zip(kinds, copies[parameter], strict=True):
+                    yield SavedSlice(f"{kind}.{name}", offsets, part(copy))
 
 
 def fp8_scales(chunks: Sequence[nn.Module]) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 """Saves that go on while a run trains: what they cost it, what a slow or failing disk does, and how a run leaves."""
 
+import collections
 import contextlib
 import errno
 import itertools
@@ -326,3 +327,51 @@ def test_reports_that_cannot_be_written_end_no_run(run_values):
     board = EventAccumulator(str(run_dir(values) / "tensorboard"))
     board.Reload()
     assert [scalar.step for scalar in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def read_bytes_on_rank(values):
+    """Takes the newest checkpoint over; returns the bytes that this rank reads, by kind."""
+    from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.checkpointing import read
+    from sambalm.pretrain.checkpointing.load import find_resume_point
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.training import build_training
+
+    config, counts = parse_config(values, source="test"), collections.Counter()
+    real = read._read_region
+
+    def count(file, name, region):
+        tensor = real(file, name, region)
+        counts[name.partition(".")[0]] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with pytest.MonkeyPatch.context() as monkeypatch, start_world(config.parallel) as world:
+        monkeypatch.setattr(read, "_read_region", count)
+        build_training(config, world=world, checkpoint=find_resume_point(config, world=world))
+    return counts
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_replicas_read_a_checkpoint_once_between_them(stage, run_values):
+    values = changed(run_values, parallel={"zero_stage": stage}, train={"steps": 1}, checkpoint={"every_steps": 9})
+    train(values, ranks=2)
+    checkpoint = newest_checkpoint(run_dir(values), warn=pytest.fail)
+    elements = sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values())
+    counts = run_world(read_bytes_on_rank, values, ranks=2)
+    for kind in ("model", "exp_avg", "exp_avg_sq"):
+        assert sum(count[kind] for count in counts) == 4 * elements
+        assert min(count[kind] for count in counts) > 0.4 * 4 * elements
+
+
+def test_a_tensor_that_no_file_holds_whole_is_refused_on_all_ranks(run_values):
+    values = changed(run_values, parallel={"zero_stage": 1}, train={"steps": 1})
+    train(values, ranks=2)
+    (folder,) = checkpoint_folders(run_dir(values))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["shard-00002-0.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "shard-00002-0.safetensors").unlink()
+    with pytest.raises(
+        AssertionError, match=r"CheckpointError: a checkpoint cannot be read: rank 0: no file holds all"
+    ):
+        train(changed(values, train={"steps": 2}), ranks=2)
