@@ -48,6 +48,15 @@ def test_logits_are_those_of_the_papers_formulas_and_of_the_training_model(chang
     assert largest_difference(logits, trained) < 1e-5
 
 
+@pytest.mark.parametrize("first", [10**6, 16_777_217, 10**9 - 30])
+def test_logits_depend_on_no_absolute_position(first):
+    model = model_of("*-*-")
+    tokens = random_tokens(2, 30)
+    with torch.no_grad():
+        far = model(tokens, position_ids=torch.arange(first, first + 30)[None]).logits
+        assert largest_difference(far, model(tokens).logits) < 2e-5
+
+
 @pytest.mark.parametrize("change", [{"window": 9}, {"rope_base": 9000.0}, {"norm_eps": 1e-3}])
 def test_the_reference_tells_small_changes_of_the_model(change):
     config = tiny_config()

@@ -76,10 +76,16 @@ def window_mask(query_positions: Tensor, key_positions: Tensor, *, window: int) 
 
 
 def rotary_tables(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embedding, fp32, [*positions.shape, head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.to(torch.float32).unsqueeze(-1) / base**exponents
-    return angles.cos(), angles.sin()
+    """Cosines and sines of rotary position embedding, fp32, [*positions.shape, head_dim / 2].
+
+    Angles are fp64, exact to fp32's rounding for positions up to 1e9. In fp32 neighbours beyond 16,777,216 would have
+    one angle. Apple's GPUs lack fp64, so the CPU makes the tables for them.
+    """
+    device = positions.device
+    places = positions.cpu() if device.type == "mps" else positions
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=places.device) / head_dim
+    angles = places.to(torch.float64).unsqueeze(-1) / base**exponents
+    return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
