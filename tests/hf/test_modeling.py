@@ -8,6 +8,8 @@ from sambalm.model.hf import modeling_samba
 from sambalm.model.hf.layers import carried_states
 from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config
+from sambalm.model.mixers.attention import hf as attention_hf
+from sambalm.model.ops.reference.window_attention import window_attention
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.hf_reference import reference_logits
 
@@ -149,11 +151,13 @@ def test_padding_in_a_later_turn_changes_nothing(pattern):
 
 def test_without_padding_no_mask_is_built(monkeypatch):
     model = model_of()
+    masked = []
 
-    def refuse(**_):
-        raise AssertionError("a mask was built")
+    def noted(*args, real_keys=None, **options):
+        masked.append(real_keys is not None)
+        return window_attention(*args, real_keys=real_keys, **options)
 
-    monkeypatch.setattr(modeling_samba, "create_sliding_window_causal_mask", refuse)
+    monkeypatch.setattr(attention_hf, "window_attention", noted)
     tokens = random_tokens(1, 40)
     cache = new_cache(model.config)
     for piece in tokens.split([20, 1, 19], dim=1):
@@ -161,8 +165,22 @@ def test_without_padding_no_mask_is_built(monkeypatch):
     long_gone = torch.ones(1, 41)
     long_gone[0, :30] = 0
     model(tokens[:, :1], attention_mask=long_gone, past_key_values=cache)  # the padding is out of the window's reach
-    with pytest.raises(AssertionError, match="a mask was built"):
-        model(tokens[:, :2], attention_mask=torch.tensor([[0, 1]]))
+    assert masked == [False] * 8
+    model(tokens[:, :2], attention_mask=torch.tensor([[0, 1]]))
+    assert masked[8:] == [True] * 2
+
+
+def test_padding_costs_no_square_of_the_length(monkeypatch):
+    def refuse(**_):
+        raise AssertionError("a mask over all pairs was built")
+
+    monkeypatch.setattr(modeling_samba, "create_sliding_window_causal_mask", refuse)
+    tokens, mask = padded([random_tokens(1, 300)[0], random_tokens(1, 100)[0]], length=300, side="left")
+    model = model_of()
+    logits = model(tokens, attention_mask=mask).logits
+    assert largest_difference(logits[1, 200:], model(tokens[1:, 200:]).logits[0]) < 1e-5
+    with pytest.raises(AssertionError, match="over all pairs"):
+        model(tokens, attention_mask=mask, output_attentions=True)
 
 
 def test_a_ready_4d_mask_is_taken_as_it_is():
