@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -36,6 +37,9 @@ from .layers import (
     SequenceContext,
 )
 from .mixers import fp32_tensors, layer_class
+
+logger = logging.get_logger(__name__)
+
 
 class AttentionFreeCache(DynamicCache):
     """The cache of a model without attention, whose layers do not know how many tokens they have seen."""
@@ -80,8 +84,8 @@ class SambaPreTrainedModel(PreTrainedModel):
     config_class = SambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("SambaBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["SambaBlock"]  # noqa: RUF012 - transformers and its tests know lists
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _is_stateful = True
@@ -163,7 +167,8 @@ class SambaModel(SambaPreTrainedModel):
             past_key_values: the cache to continue from and to update, DynamicCache(config=...) or StaticCache.
 
         Returns:
-            last_hidden_state [B, S, width], and the cache if one was given or use_cache is true. Packed rows have none.
+            last_hidden_state [B, S, width], and the cache if one was given or use_cache is true. Packed rows have none,
+            nor has training with gradient checkpointing.
 
         Raises:
             ValueError: not exactly one input was given, or packed rows with a cache, or to a mixer that cannot tell
@@ -172,6 +177,9 @@ class SambaModel(SambaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once("The cache is set aside: gradient checkpointing would run layers on it a second time.")
+            use_cache, past_key_values = False, None
         mask, length = attention_mask, x.shape[1]
         real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else None
         padding = None if real is None or _is_known(real.all()) else Padding.of(real)

@@ -224,14 +224,20 @@ def test_logits_to_keep_and_loss():
     assert outputs.loss.item() == pytest.approx(losses[counted].mean().item(), abs=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("cache", ["none", "asked for", "given"])
+def test_gradient_checkpointing_gives_the_same_gradients(cache):
     tokens = random_tokens(2, 12)
     gradients = []
     for checkpointing in (False, True):
         model = model_of().train()
+        options = {"use_cache": False}
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(tokens, labels=tokens).loss.backward()
+            given = {"use_cache": True, "past_key_values": new_cache(model.config)}
+            options = {"none": options, "asked for": {"use_cache": True}, "given": given}[cache]
+        outputs = model(tokens, labels=tokens, **options)
+        assert outputs.past_key_values is None
+        outputs.loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
