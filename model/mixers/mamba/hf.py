@@ -121,7 +121,7 @@ class SambaMamba(SambaLayer):
 
     def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """Returns the convolution's output [B, S, D] and its last real inputs [B, conv_kernel - 1, D]."""
-        count, resets = self.conv1d.kernel_size[0] - 1, context.resets
+        count, resets = self.config.conv_kernel - 1, context.resets
         if state_BDT is None:
             state_BTD = x_BSD.new_zeros(x_BSD.shape[0], count, x_BSD.shape[2])
         else:
