@@ -180,24 +180,29 @@ class SambaModel(SambaPreTrainedModel):
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
             logger.warning_once("The cache is set aside: gradient checkpointing would run layers on it a second time.")
             use_cache, past_key_values = False, None
-        mask, length = attention_mask, x.shape[1]
-        real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else None
-        padding = None if real is None or _is_known(real.all()) else Padding.of(real)
+        padding = self._padding(attention_mask, length=x.shape[1])
         documents = self._documents(position_ids, padding)
         if past_key_values is not None and documents and not torch.compiler.is_compiling():
             raise ValueError("position_ids start again within a row: packed documents are read without a cache")
         if use_cache and past_key_values is None and not documents:
             past_key_values = new_cache(self.config)
-        context = SequenceContext(past_key_values, padding, None, None, documents)
-        if has_attention(self.config):
-            context = self._attention_context(
-                context, x, mask, position_ids, output_attentions=kwargs.get("output_attentions")
-            )
+        context = self.sequence_context(
+            SequenceContext(past_key_values, padding, None, None, documents),
+            x,
+            mask=attention_mask,
+            positions=position_ids,
+            output_attentions=kwargs.get("output_attentions"),
+        )
         for layer in self.layers:
             x = layer(x, context)
         if isinstance(past_key_values, AttentionFreeCache):
             past_key_values.seen_tokens += x.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x), past_key_values=past_key_values)
+
+    @staticmethod
+    def _padding(mask: Tensor | None, *, length: int) -> Padding | None:
+        real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else None
+        return None if real is None or _is_known(real.all()) else Padding.of(real)
 
     def _documents(self, positions: Tensor | None, padding: Padding | None) -> PackedDocuments | None:
         """Returns the documents of packed rows; for a compiler, which sees no positions, rows always are such."""
@@ -216,16 +221,18 @@ class SambaModel(SambaPreTrainedModel):
             )
         return documents
 
-    def _attention_context(
+    def sequence_context(
         self,
         context: SequenceContext,
         x: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
         *,
-        output_attentions: bool | None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> SequenceContext:
-        """Returns the context with what the attention needs."""
+        """Returns the context with what the attention needs of the tokens; the other arguments are as forward's."""
+        if not has_attention(self.config):
+            return context
         config, cache = self.config, context.cache
         if positions is None:
             positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
