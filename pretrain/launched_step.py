@@ -20,6 +20,7 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     step_time_s: float
+    skipped: bool  # whether the optimizer left weights and moments as they were
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LaunchedStep:
     lr: float
     start: Moment
     end: Moment
-    values: Tensor  # loss, gradient norm and request, fp64 [3] on the host, at the step's end
+    values: Tensor  # loss, gradient norm, request and whether skipped, fp64 [4] on the host, at the step's end
 
     @classmethod
     def launch(
@@ -68,15 +69,16 @@ class LaunchedStep:
         loss: Tensor,
         norm: Tensor,
         request: Tensor,
+        skipped: Tensor,
     ) -> Self:
         """
         Args:
             start: when the device was through with what came before the step.
-            loss, norm, request: [] on the device.
+            loss, norm, request, skipped: [] on the device.
         """
-        found = torch.stack([loss.double(), norm.double(), request.double()])
+        found = torch.stack([loss.double(), norm.double(), request.double(), skipped.double()])
         if found.is_cuda:
-            found = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
+            found = torch.empty(4, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
         end = Moment.after_all(loss.device)
         return cls(number, tokens, batch_tokens, lr, start=start, end=end, values=found)
 
@@ -88,7 +90,7 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Waits for the device."""
         step_time_s = self.end.seconds_since(self.start)
-        loss, norm, _ = self.values.tolist()
+        loss, norm, _, skipped = self.values.tolist()
         return StepResult(
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
@@ -96,6 +98,7 @@ class LaunchedStep:
             grad_norm=norm,
             lr=self.lr,
             step_time_s=step_time_s,
+            skipped=bool(skipped),
         )
 
     def request(self) -> Request:

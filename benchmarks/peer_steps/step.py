@@ -195,6 +195,7 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
             loss=loss,
             norm=norm,
             request=torch.zeros((), device=device),
+            skipped=torch.zeros((), device=device),
         )
 
     for number in range(2):

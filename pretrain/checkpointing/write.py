@@ -4,7 +4,7 @@ import functools
 import operator
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def save_checkpoint(
     step: int,
     samples: int,
     data: dict[str, Any],
+    hooks: Mapping[str, Any] | None = None,
     before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
@@ -38,6 +39,7 @@ def save_checkpoint(
     Args:
         samples: training samples consumed so far.
         data: what `data_record` says of the run's data.
+        hooks: states of the run's hooks by their names.
         before_commit: called on the main rank once all is written; an error of it commits nothing.
 
     Raises:
@@ -53,7 +55,7 @@ def save_checkpoint(
     names = _dealt_files(partial, world=world)
     together(lambda: found.update(files.checksums(partial, names)))
     gathered = world.all_gather_object(found)
-    state = _state(config, step, samples=samples, data=data)
+    state = _state(config, step, samples=samples, data=data) | {"hooks": dict(hooks or {})}
     if scales := functools.reduce(operator.or_, world.all_gather_object(fp8_scales(chunks))):
         state["fp8_scales"] = scales
     together(lambda: _complete(partial, state, gathered), ranks=[0])

@@ -1,5 +1,6 @@
 """When a run saves: every so many steps, after the last one, and when it is asked to."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.write import remove_old_checkpoints, save_checkpoint
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
+from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
 
@@ -17,6 +20,7 @@ class Checkpointer(Hook):
     Args:
         data: what `data_record` says of the run's data.
         check_lease: raises RunInUseError when another process has taken the run's folder over.
+        guards: say whether a state may be saved.
         hooks: those of the run, which hear of each save in their order.
     """
 
@@ -27,23 +31,35 @@ class Checkpointer(Hook):
         world: World,
         data: dict[str, Any],
         check_lease: Callable[[], None],
+        guards: Guards,
         hooks: Sequence[Hook],
     ) -> None:
         self.config, self.world, self.data, self.check_lease, self.hooks = config, world, data, check_lease, hooks
+        self.guards, self.is_owed = guards, False
 
     def on_start(self, training: Training) -> None:
         self.parts = training.chunks
 
     def acts_on(self, step: int) -> bool:
-        return is_due(step, every_steps=self.config.checkpoint.every_steps, last_step=self.config.train.steps)
+        return self.is_owed or is_due(
+            step, every_steps=self.config.checkpoint.every_steps, last_step=self.config.train.steps
+        )
 
     def after_step(self, step: FinishedStep) -> None:
-        """Saves where it is due or asked for.
+        """Saves where it is due or asked for, or was and the state was not fit.
 
         Raises:
             NotSavedError, RunInUseError: on every rank.
+            RollBack, DivergedError: see `Guards.unfit_to_save`.
         """
         if not (step.request or self.acts_on(step.number)):
+            return
+        ends = step.request > Request.SAVE or step.number == self.config.train.steps
+        reason = self.guards.unfit_to_save(ends=ends)
+        self.is_owed = reason is not None
+        if reason:
+            if self.world.is_main:
+                print(f"step {step.number} is not saved, since {reason}: the next one may be", file=sys.stderr)
             return
         for hook in self.hooks:
             hook.before_save(step.number)
@@ -54,6 +70,7 @@ class Checkpointer(Hook):
             step=step.number,
             samples=step.result.tokens // self.config.data.sequence_length,
             data=self.data,
+            hooks={hook.name: hook.state() for hook in self.hooks if hook.name},
             before_commit=self.check_lease,
         )
         remove_old_checkpoints(Path(self.config.run.dir), keep=self.config.checkpoint.keep, world=self.world)
