@@ -18,7 +18,7 @@ from sambalm.parallel.zero.buckets import GradientBucket
 from sambalm.parallel.zero.clipping import clip_before_steps, guard_own_steps
 from sambalm.parallel.zero.compute_weights import ComputeWeights
 from sambalm.parallel.zero.deepspeed_adapter import Engine
-from sambalm.parallel.zero.engine import set_accumulation
+from sambalm.parallel.zero.engine import held_tensors, set_accumulation
 from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.step_guard import StepGuard
 from sambalm.parallel.zero.weights import FlatWeights
@@ -28,9 +28,11 @@ class Executor(Protocol):
     """How a rank takes its part in a step. Every method but `close` is collective.
 
     Attributes:
+        engine: holds the weights and the optimizer.
         guard: decides whether the optimizer takes a step, and has the step's mean loss over all ranks.
     """
 
+    engine: Engine
     guard: StepGuard
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -42,6 +44,19 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends what the process groups would wait for when they are destroyed; by default there is nothing."""
         return
+
+    def release(self) -> None:
+        """Frees the memory of weights, gradients and optimizer. The executor and its model are of no use afterwards.
+
+        Under ZeRO-1 DeepSpeed ties parameters into a cycle that Python's collector does not see, so that they live on.
+        """
+        self.close()
+        for tensor in (*held_tensors(self.engine), *self.buffers()):
+            tensor.untyped_storage().resize_(0)
+
+    def buffers(self) -> list[Tensor]:
+        """Returns what the executor has made besides the engine's tensors; by default there is nothing."""
+        return []
 
 
 @contextmanager
@@ -111,6 +126,9 @@ class AccumulatingExecutor(Executor):
     def close(self) -> None:
         if self.graphs:
             self.graphs.clear()
+
+    def buffers(self) -> list[Tensor]:
+        return _step_buffers(self.gradients, self.weights, self.compute_weights)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
@@ -216,6 +234,16 @@ class PipelinedExecutor(Executor):
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         with evaluating(self.engine):
             return self.schedule.losses(micro_batches)
+
+    def buffers(self) -> list[Tensor]:
+        return _step_buffers(self.gradients, self.weights, self.compute_weights)
+
+
+def _step_buffers(
+    gradients: FlatGradients | None, weights: FlatWeights | None, compute_weights: ComputeWeights
+) -> list[Tensor]:
+    flat = [*(gradients.buffers if gradients else ()), *(weights.buffers if weights else ())]
+    return [*flat, *compute_weights.copies.values()]
 
 
 def build_executor(

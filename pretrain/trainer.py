@@ -62,6 +62,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
             except RollBack as found:
                 rollback = found.with_traceback(None)  # which would hold on to the model
             set_newer_checkpoints_aside(Path(config.run.dir), rollback, world=world)
+            trainer.training.executor.release()
             del trainer
             _free_memory()
         folder.end(exit_code, step=trainer.step, world=world)
@@ -69,7 +70,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
 
 
 def _free_memory() -> None:
-    """Frees what a trainer that is no longer used held of the device: a run builds its model anew to go back."""
+    """Gives the device back what a trainer that is no longer used held: a run builds its model anew to go back."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -125,6 +125,14 @@ def optimizer_is_finite(engine: Engine) -> bool:
     return bool(torch.stack(list(largest)).isfinite().all())
 
 
+def held_tensors(engine: Engine) -> list[Tensor]:
+    """Returns what this rank holds of weights, gradients and AdamW's state, apart from buffers that others made."""
+    parameters = list(engine.module.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held, state = deepspeed.stepped_tensors(engine), deepspeed.adamw(engine).state
+    return [*parameters, *gradients, *held, *(state[tensor][key] for tensor in held for key in MOMENTS)]
+
+
 def gradient_norm(engine: Engine) -> Tensor:
     """Returns the norm of the whole model's gradient before clipping, of the step just taken; fp32 [] on any device."""
     return torch.as_tensor(engine.get_global_grad_norm())

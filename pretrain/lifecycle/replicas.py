@@ -20,8 +20,8 @@ class ReplicaCheck(Hook):
 
     The weights are compared as a step's forwards and backwards have read them, before the optimizer changes them: under
     ZeRO-1 and ZeRO-2 each step then brings all copies anew from one rank's. The answer comes with the step's results,
-    so that the host waits only once there is a difference. Checked are steps that are due for a checkpoint, so that what
-    differs is not saved; the step after every n-th, which vouches for a checkpoint of the n-th; an attempt's first.
+    so that the host waits only once there is a difference. Checked are steps that are due for a checkpoint, so
+    that what differs is not saved; the step after every n-th, which vouches for a checkpoint of the n-th; the first.
 
     Args:
         rollbacks: takes the run back where `checks.on_difference` says so.
