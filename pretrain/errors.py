@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     STOPPED = 78
     RUN_IN_USE = 79
     DIVERGED = 80
+    REPLICAS_DIFFER = 82
     INTERRUPTED = 130
 
 
@@ -49,7 +50,13 @@ EXIT_CODES = {
     ExitCode.CHECKPOINTS_DAMAGED: Meaning("every checkpoint is damaged: never a silent fresh start", Launchers.END),
     ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
     ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
-    ExitCode.DIVERGED: Meaning("gradients were not finite, step after step", Launchers.END),
+    ExitCode.DIVERGED: Meaning(
+        "too many steps were skipped, and going back to a checkpoint did not help or could not", Launchers.END
+    ),
+    ExitCode.REPLICAS_DIFFER: Meaning(
+        "ranks that hold the same weights hold different ones: look at the hardware of the rank that it names",
+        Launchers.END,
+    ),
     ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard", Launchers.END),
 }
 
@@ -125,9 +132,15 @@ class StoppedError(Exception):
 
 
 class DivergedError(Exception):
-    """Gradients were not finite, step after step."""
+    """Too many steps were skipped, or weights are not finite, and no checkpoint is left to go back to."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class ReplicasDifferError(Exception):
+    """Ranks that should hold the same weights hold different ones."""
+
+    exit_code = ExitCode.REPLICAS_DIFFER
 
 
 class RunInUseError(Exception):

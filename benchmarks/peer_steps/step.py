@@ -194,6 +194,7 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
             start=start,
             loss=loss,
             norm=norm,
+            skipped=torch.zeros((), device=device),
             agreed=torch.zeros(1, device=device),
         )
 

@@ -111,6 +111,28 @@ def report_norm(optimizer: Any, norm: Tensor) -> None:
     optimizer._global_grad_norm = norm
 
 
+def before_own_steps(engine: Engine, call: Callable[[Optimizer, Tensor], None]) -> Optimizer:
+    """Has a function called before AdamW's steps under ZeRO-2 and ZeRO-3, which clip by DeepSpeed's own norm.
+
+    Both (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py) know the norm before AdamW steps the first shares.
+
+    Args:
+        call: receives AdamW and the norm of the whole gradient before clipping, [].
+
+    Returns:
+        AdamW.
+    """
+    zero: Any = engine.optimizer
+    stepped = adamw(engine)
+    stepped.register_step_pre_hook(lambda *_: call(stepped, torch.as_tensor(zero._global_grad_norm)))
+    return stepped
+
+
+def adamw(engine: Engine) -> Optimizer:
+    """Returns the optimizer that steps `stepped_tensors`, which ZeRO wraps."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
 def stepped_tensors(engine: Engine) -> list[Tensor]:
     """Returns the fp32 tensors that AdamW steps on this rank: whole parameters, or flat shares under ZeRO.
 
@@ -136,6 +158,14 @@ def link_optimizer_state(engine: Engine) -> None:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Returns the shape of a parameter, which ZeRO-3 empties between uses (runtime/zero/partition_parameters.py)."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def own_share(parameter: nn.Parameter) -> Tensor | None:
+    """Returns this rank's flat share of a parameter that ZeRO-3 has taken apart (runtime/zero/partition_parameters.py).
+
+    None under the other stages. Shares of the last ranks are padded to equal lengths.
+    """
+    return getattr(parameter, "ds_tensor", None)
 
 
 def gathered_weight(parameter: nn.Parameter) -> Tensor:

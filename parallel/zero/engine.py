@@ -129,6 +129,26 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return deepspeed.whole_shape(parameter)
 
 
+def optimizer_is_finite(engine: Engine) -> bool:
+    """Says whether all fp32 weights and moments that AdamW steps on this rank are finite. Waits for the device.
+
+    All ranks' together are the whole state. It is read once and not copied.
+    """
+    optimizer = deepspeed.adamw(engine)
+    held = deepspeed.stepped_tensors(engine)
+    tensors = [*held, *(optimizer.state[tensor][key] for tensor in held for key in MOMENTS)]
+    largest = torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.numel()], torch.inf)
+    return bool(torch.stack(list(largest)).isfinite().all())
+
+
+def tensors_of_run(engine: Engine) -> list[Tensor]:
+    """Returns what this rank holds of weights, gradients and AdamW's state, apart from buffers that others made."""
+    parameters = list(engine.module.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held, state = deepspeed.stepped_tensors(engine), deepspeed.adamw(engine).state
+    return [*parameters, *gradients, *held, *(state[tensor][key] for tensor in held for key in MOMENTS)]
+
+
 def gradient_norm(engine: Engine) -> Tensor:
     """Returns the norm of the whole model's gradient before clipping, of the step just taken; fp32 [] on any device."""
     return torch.as_tensor(engine.get_global_grad_norm())

@@ -78,6 +78,10 @@ class WeightCopies(Protocol):
         """Returns [out, in] of all weights, one below the other."""
         ...
 
+    def adopted_copy(self, weight: Tensor) -> Tensor | None:
+        """Returns the copy of a weight that is whole in no other precision; None for other weights."""
+        ...
+
     def to_write(self, weight: Tensor) -> Tensor | None:
         """Returns the copy that an optimizer writes with the weight; None where there is none or several."""
         ...

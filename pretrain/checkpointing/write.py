@@ -10,7 +10,7 @@ import operator
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,6 +53,7 @@ class _Copied:
 
     step: int
     samples: int
+    hooks: Mapping[str, Any]
     slices: Sequence[SavedSlice]
     fp8_scales: dict[str, list[float]]
     failure: Exception | None
@@ -89,13 +90,16 @@ class CheckpointWriter:
         """
         self._snapshot.reserve(chunks)
 
-    def start(self, chunks: Sequence[nn.Module], *, step: int, samples: int) -> None:
+    def start(
+        self, chunks: Sequence[nn.Module], *, step: int, samples: int, hooks: Mapping[str, Any] | None = None
+    ) -> None:
         """Begins a save of the state after a step; returns once the state is copied. No other may be under way.
 
         Every rank calls this after the same step. What goes wrong on any of them is in `result` on all.
 
         Args:
             samples: training samples consumed so far.
+            hooks: states of the run's hooks by their names.
         """
         if self._save:
             raise RuntimeError("a save is under way: take its result first")
@@ -106,7 +110,7 @@ class CheckpointWriter:
             slices, scales = self._snapshot.take(chunks), fp8_scales(chunks)
         except (RuntimeError, MemoryError) as error:
             failure = error  # which the other ranks hear of when they begin to write
-        copied = _Copied(step, samples, slices, scales, failure, started_s)
+        copied = _Copied(step, samples, dict(hooks or {}), slices, scales, failure, started_s)
         self._save = Future()
         threading.Thread(target=self._run, args=(self._save, copied), name="save", daemon=True).start()
 
@@ -185,6 +189,7 @@ class CheckpointWriter:
             "data": self._data,
             "config": self._config.model_dump(),
             "versions": {package: version(package) for package in PACKAGES},
+            "hooks": copied.hooks,
         }
         return state | ({"fp8_scales": fp8_scales} if fp8_scales else {})
 
@@ -235,14 +240,20 @@ def save_checkpoint(
     step: int,
     samples: int,
     data: dict[str, Any],
+    hooks: Mapping[str, Any] | None = None,
 ) -> Path:
     """Saves the run's state after a step, and waits until it is committed. Collective.
+
+    Args:
+        samples: training samples consumed so far.
+        data: what `data_record` says of the run's data.
+        hooks: states of the run's hooks by their names.
 
     Raises:
         NotSavedError: on every rank, when any rank failed to write; nothing is left.
     """
     writer = CheckpointWriter(config, world=world, data=data)
-    writer.start(chunks, step=step, samples=samples)
+    writer.start(chunks, step=step, samples=samples, hooks=hooks)
     try:
         return writer.result().folder
     finally:

@@ -13,6 +13,7 @@ from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.write import CheckpointWriter, SavedCheckpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode, NotSavedError, RunInUseError, SaveBrokenError, print_warning
+from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
@@ -38,6 +39,7 @@ class Checkpointer(Hook):
     Args:
         data: what `data_record` says of the run's data.
         check_lease: raises RunInUseError when another process has taken the run's folder over.
+        guards: say whether a state may be saved.
         hooks: those of the run, which hear of each save in their order.
     """
 
@@ -48,12 +50,14 @@ class Checkpointer(Hook):
         world: World,
         data: dict[str, Any],
         check_lease: Callable[[], None],
+        guards: Guards,
         hooks: Sequence[Hook],
     ) -> None:
-        self.config, self.hooks, self.is_main = config, hooks, world.is_main
+        self.config, self.guards, self.hooks, self.is_main = config, guards, hooks, world.is_main
         self.writer = CheckpointWriter(config, world=world, data=data, before_commit=check_lease)
         self.failed = self.failed_in_a_row = self.skipped = 0
         self.stall_s = 0.0
+        self.is_owed = False  # whether a save was due and the state was not fit
         self.metrics: dict[str, float] = {}  # of the next record
 
     def on_start(self, training: Training) -> None:
@@ -67,7 +71,9 @@ class Checkpointer(Hook):
         return SaveState.DONE if self.writer.is_done else SaveState.UNDER_WAY
 
     def acts_on(self, step: int) -> bool:
-        return is_due(step, every_steps=self.config.checkpoint.every_steps, last_step=self.config.train.steps)
+        return self.is_owed or is_due(
+            step, every_steps=self.config.checkpoint.every_steps, last_step=self.config.train.steps
+        )
 
     def settle(self, step: FinishedStep) -> None:
         """Takes the outcome of a save that is over on all ranks, and adds it to the step's metrics.
@@ -84,15 +90,21 @@ class Checkpointer(Hook):
         self.metrics = {}
 
     def after_step(self, step: FinishedStep) -> None:
-        """Begins a save where it is due or asked for, and waits for its end where the run leaves.
+        """Begins a save where it is due or asked for, or was and the state was not fit; waits where the run leaves.
 
         Raises:
             NotSavedError: on every rank, when the run leaves and could not be saved, or after too many failed saves.
             RunInUseError: on every rank.
+            RollBack, DivergedError: see `Guards.unfit_to_save`.
         """
         if not (step.request or self.acts_on(step.number)):
             return
         leaves = step.number == self.config.train.steps or step.request > Request.SAVE
+        reason = self.guards.unfit_to_save(ends=leaves)
+        self.is_owed = reason is not None
+        if reason:
+            self._warn(f"step {step.number} is not saved, since {reason}: the next one may be")
+            return
         if self.writer.under_way and not leaves and not step.request and self.config.checkpoint.when_busy == "skip":
             self.skipped += 1
             self.metrics[SKIPPED_SAVES] = self.skipped
@@ -104,7 +116,8 @@ class Checkpointer(Hook):
         for hook in self.hooks:
             hook.before_save(step.number)
         samples = step.result.tokens // self.config.data.sequence_length
-        self.writer.start(self.parts, step=step.number, samples=samples)
+        states = {hook.name: hook.state() for hook in self.hooks if hook.name}
+        self.writer.start(self.parts, step=step.number, samples=samples, hooks=states)
         self.stall_s = time.perf_counter() - started_s
         if leaves:
             self._tell(self.writer.result())
