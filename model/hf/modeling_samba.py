@@ -263,7 +263,7 @@ def _within_documents(documents: PackedDocuments) -> Callable[[Tensor, Tensor, T
     numbers = documents.numbers
 
     def is_of_one_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row = row if len(numbers) > 1 else 0
+        row = row if len(numbers) > 1 else torch.zeros_like(row)
         return numbers[row, query] == numbers[row, key]
 
     return is_of_one_document

@@ -15,7 +15,9 @@ MIN_BLOCK_QUERIES = 64
 class DocumentKeys(Protocol):
     """Which keys are of a query's document."""
 
-    first_keys: Tensor  # int64 [batch, queries]: index of the first one
+    @property
+    def first_keys(self) -> Tensor:
+        """The index of the first one, int64 [batch, queries]."""
 
 
 def window_attention(
