@@ -73,7 +73,7 @@ def _blocks(slices: Sequence[SavedSlice]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little") + header
     for piece in slices:
         for part in _contiguous(piece.tensor):
-            yield memoryview(part.view(-1).numpy()).cast("B")
+            yield part.view(-1).numpy().data.cast("B")
 
 
 def _header(slices: Sequence[SavedSlice]) -> bytes:

@@ -208,7 +208,8 @@ class CheckpointWriter:
         Returns:
             What the action returned, by rank.
         """
-        value, failure = None, None
+        value: Any = None
+        failure: RunInUseError | str | None = None
         if ranks is None or self._world.rank in ranks:
             try:
                 value = action()
