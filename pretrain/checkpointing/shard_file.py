@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import (
     CUSTOM_METADATA_KEY,
@@ -74,7 +73,7 @@ def _blocks(slices: Sequence[SavedSlice]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little") + header
     for piece in slices:
         for part in _contiguous(piece.tensor):
-            yield part.view(-1).numpy().view(np.uint8).data
+            yield part.view(-1).numpy().data.cast("B")
 
 
 def _header(slices: Sequence[SavedSlice]) -> bytes:

@@ -74,8 +74,7 @@ class Snapshot:
     def take(self, chunks: Sequence[nn.Module]) -> list[SavedSlice]:
         """Copies what this rank saves, and waits for the copy. The slices lie in this memory until the next call."""
         self.reserve(chunks)
-        start = 0
-        copies: dict[nn.Parameter, list[Tensor]] = {}
+        start, copies = 0, dict[nn.Parameter, list[Tensor]]()
         for parameter, tensor in _held(chunks):
             copy = self._memory[start : start + tensor.numel()]
             copy.copy_(tensor, non_blocking=self._is_locked)
