@@ -99,3 +99,18 @@ def test_lora_learns_on_dt_proj_and_conv1d():
     for name, parameter in adapted.named_parameters():
         assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
     assert largest_difference(adapted(tokens).logits, expected) > 1e-4
+
+
+def test_trainer_trains_evaluates_and_predicts(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+    model = model_of("M-*-")
+    rows = [{"input_ids": random_tokens(1, length, seed=length)[0].tolist()} for length in (20, 7, 13, 9)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(model, arguments, DataCollatorWithFlattening(), train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before

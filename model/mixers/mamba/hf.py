@@ -35,7 +35,7 @@ class CausalConv1d(nn.Conv1d):
         Args:
             resets: bool [B, S + kernel_size - 1], True for tokens that do not see what is before them.
         """
-        if self.groups != self.in_channels:  # an adapter's factor, made of this class
+        if self.groups != self.in_channels or self.bias is None:  # an adapter's factor, made of this class
             return super().forward(x)
         y_BSD = causal_conv(x.transpose(1, 2), self.weight.squeeze(1), self.bias, resets=resets)
         return y_BSD[:, self.kernel_size[0] - 1 :].transpose(1, 2)
