@@ -182,9 +182,10 @@ class SambaModel(SambaPreTrainedModel):
             use_cache, past_key_values = False, None
         padding = self._padding(attention_mask, length=x.shape[1])
         documents = self._documents(position_ids, padding)
-        if past_key_values is not None and documents and not torch.compiler.is_compiling():
+        are_packed = documents is not None and not torch.compiler.is_compiling()
+        if past_key_values is not None and are_packed:
             raise ValueError("position_ids start again within a row: packed documents are read without a cache")
-        if use_cache and past_key_values is None and not documents:
+        if use_cache and past_key_values is None and not are_packed:
             past_key_values = new_cache(self.config)
         context = self.sequence_context(
             SequenceContext(past_key_values, padding, None, None, documents),
