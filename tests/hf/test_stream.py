@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sambalm.model.hf import HFError, Stream, stream as stream_file
+from sambalm.model.hf import HFError, Stream
+from sambalm.model.hf import stream as stream_file
 from sambalm.model.hf.generate import model_of_state
 from tests.hf.test_modeling import PATTERNS
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config
@@ -63,7 +64,7 @@ def test_a_saved_state_goes_on_with_the_same_bits(pattern, dtype, tmp_path):
 def test_a_state_of_another_model_is_refused(tmp_path):
     state, model = tmp_path / "state", model_of("M-*-")
     stream = Stream(model)
-    with pytest.raises(HFError, match="nothing to save in .*state: no token has been read"):
+    with pytest.raises(HFError, match=r"nothing to save in .*state: no token has been read"):
         stream.save(state)
     stream.read(random_tokens(1, 4))
     stream.save(state)
@@ -75,7 +76,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     for name in ("text", "nothing", "folder"):
         with pytest.raises(HFError, match=f"the state .*{name} cannot be read"):
             Stream.load(model, tmp_path / name)
-    with pytest.raises(HFError, match="cannot be written to .*nowhere"):
+    with pytest.raises(HFError, match=r"cannot be written to .*nowhere"):
         stream.save(tmp_path / "nowhere" / "state")
 
 
