@@ -135,7 +135,7 @@ def _checkpoint_source(path: Path, *, device: torch.device, dtype: torch.dtype, 
     encode, new_text, eos_id = _training_tokenizer(file)
     manifest = None if tokenizer else read_manifest(config.data.prefixes[0])
     if manifest is not None:
-        eos_id = manifest.eos_id  # which may be another than the tokenizer's own
+        eos_id = manifest.tokenizer.eos_id  # which may be another than the tokenizer's own
     model = model_of_state(checkpoint, config.model, dtype=dtype).to(device)
     return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []))
 
