@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from sambalm.pretrain.cli import check, convert, data, plan, slurm, train
+from sambalm.pretrain.cli import check, convert, data, generate, plan, slurm, train
 
 app = typer.Typer(
     name="sambalm",
@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for commands in (data.commands, train.commands, check.commands, plan.commands, convert.commands, slurm.commands):
+GROUPS = (data, train, check, plan, convert, generate, slurm)
+for commands in (group.commands for group in GROUPS):
     app.add_typer(commands)
 
 

@@ -107,9 +107,9 @@ def train_past_saves(values, seen_steps):
     start, write_shards = write.CheckpointWriter.start, write.write_shards
     saved: list[int] = []
 
-    def start_and_note(self, chunks, *, step, samples):
+    def start_and_note(self, chunks, *, step, **named):
         saved.append(step)
-        start(self, chunks, step=step, samples=samples)
+        start(self, chunks, step=step, **named)
 
     def write_late(*args, **named):
         later = seen_steps.get(saved[-1], 0)
