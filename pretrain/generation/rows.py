@@ -99,6 +99,8 @@ class Generation:
         """
         began_s = time.perf_counter()
         while True:
+            if self.stream.logits is None:
+                raise RuntimeError("the stream has read nothing: read a prompt first")
             ids = self.sampler(self.stream.logits)
             self._unread = ids
             for number, (row, token_id) in enumerate(zip(self.rows, ids.tolist(), strict=True)):
