@@ -25,6 +25,8 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.lifecycle.ledger_marks import LedgerMarks
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
@@ -85,12 +87,13 @@ class Trainer:
 
     def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
-        config, world = self.config, self.world
+        config, world, ledger = self.config, self.world, self.folder.ledger
         hooks: list[Hook] = []
         hooks += [
             Validator(config, sources, world=world),
             RunReport(config, world=world, done_steps=self.step),
-            SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main),
+            SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main, ledger=ledger),
+            LedgerMarks(ledger, done_steps=self.step),
             Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks),
         ]
         return hooks
@@ -134,7 +137,8 @@ class Trainer:
         """Tells the hooks of a step. Waits for the device."""
         finished = FinishedStep(number=step.number, result=step.result(), request=request)
         for hook in self.hooks:
-            hook.after_step(finished)
+            with self.folder.ledger.section(hook.section):
+                hook.after_step(finished)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""
@@ -169,4 +173,7 @@ class Trainer:
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
-        return self.loader.next_micro_batch().on_rank(self.world)
+        # A wait beside a device that is still at work costs nothing.
+        with self.folder.ledger.section(Section.DATA_WAIT, unless=self.world.device_is_busy):
+            batch = self.loader.next_micro_batch()
+        return batch.on_rank(self.world)

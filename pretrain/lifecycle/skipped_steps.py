@@ -5,6 +5,7 @@ import sys
 
 from sambalm.pretrain.errors import DivergedError
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.ledger import Ledger
 
 
 class SkippedSteps(Hook):
@@ -13,10 +14,11 @@ class SkippedSteps(Hook):
     Args:
         limit: how many may follow each other.
         speaks: whether this rank tells the user.
+        ledger: counts the time of such a step as skipped.
     """
 
-    def __init__(self, limit: int, *, speaks: bool) -> None:
-        self.limit, self.speaks, self.in_a_row = limit, speaks, 0
+    def __init__(self, limit: int, *, speaks: bool, ledger: Ledger) -> None:
+        self.limit, self.speaks, self.ledger, self.in_a_row = limit, speaks, ledger, 0
 
     def after_step(self, step: FinishedStep) -> None:
         """
@@ -28,6 +30,7 @@ class SkippedSteps(Hook):
             self.in_a_row = 0
             return
         self.in_a_row += 1
+        self.ledger.skip()
         if self.speaks:
             print(f"step {step.number}: the gradient's norm is {norm}, so the optimizer skipped it", file=sys.stderr)
         if self.in_a_row > self.limit:

@@ -18,6 +18,7 @@ from sambalm.pretrain.launched_step import StepResult
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.hooks import FinishedStep
 from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -119,7 +120,7 @@ def step_with_norm(number, norm):
 
 def test_steps_that_were_skipped_count_in_a_row(capsys):
     """Good ones in between start the count again, of whatever is not finite; one rank tells of each."""
-    skipped, silent = SkippedSteps(1, speaks=True), SkippedSteps(1, speaks=False)
+    skipped, silent = (SkippedSteps(1, speaks=speaks, ledger=Ledger()) for speaks in (True, False))
     for number, norm in enumerate([math.inf, 1.0, math.nan, 0.0, math.inf, 2.0], start=1):
         skipped.after_step(step_with_norm(number, norm))
         silent.after_step(step_with_norm(number, norm))
@@ -131,7 +132,7 @@ def test_steps_that_were_skipped_count_in_a_row(capsys):
     with pytest.raises(DivergedError, match=r"from step 7 to 8, more than train\.max_skipped_steps 1: "):
         skipped.after_step(step_with_norm(8, math.inf))
     with pytest.raises(DivergedError, match=r"from step 9 to 9, more than train\.max_skipped_steps 0: "):
-        SkippedSteps(0, speaks=False).after_step(step_with_norm(9, math.inf))
+        SkippedSteps(0, speaks=False, ledger=Ledger()).after_step(step_with_norm(9, math.inf))
 
 
 def train_while_another_takes_the_lease(values):
