@@ -120,6 +120,12 @@ class DivergedError(Exception):
     exit_code = ExitCode.DIVERGED
 
 
+class NoRunError(Exception):
+    """A folder that was taken for a run and is none."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
 class RunInUseError(Exception):
     """Another process works in the run's folder."""
 

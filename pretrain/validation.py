@@ -14,10 +14,8 @@ from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
 from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT
 from sambalm.pretrain.training import Training
-
-LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
-SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 
 
 class Validator(Hook):

@@ -1,4 +1,4 @@
-"""The commands `sambalm train` and `sambalm report`."""
+"""The commands `sambalm train`, `sambalm status` and `sambalm report`."""
 
 import os
 from pathlib import Path
@@ -44,6 +44,18 @@ def train(
     from sambalm.pretrain.trainer import train as run
 
     raise typer.Exit(run(checked, signals=signals))
+
+
+@commands.command(epilog=example("sambalm status runs/demo"))
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a run's state, step, losses, time left, where its time went, and how its attempts ended."""
+    from sambalm.pretrain.reporting.status import read_status, show_status
+
+    found = read_status(run_dir)
+    print(found.as_json() if as_json else show_status(found))
 
 
 @commands.command(epilog=example("sambalm report runs/demo"))

@@ -152,7 +152,7 @@ class Ledger:
                 self._tell("hanging", since_s=self._wall_s(since_s))
 
     def write(self) -> None:
-        """Writes what has passed since the last line. A save calls it first: a resumed run goes on from the end of one."""
+        """Writes what has passed since the last line. A save calls it first: a resumed run goes on from its end."""
         with self._lock:
             self._written_s = self._account()
             if len(self._unsent) >= _UNSENT_LINES:

@@ -171,6 +171,7 @@ class _Sums:
         if event == "begin":
             self._throw_away(line["step"], as_section=Section.LOST)
             attempt.first_step = attempt.last_step = self._saved_step = line["step"]
+            self._last = {"now": Section.PRODUCTIVE, "since_s": line["at_s"], "progress_s": line["at_s"]}
         elif event == "rollback":
             self._throw_away(line["step"], as_section=Section.SKIPPED)
             attempt.last_step = self._saved_step = line["step"]

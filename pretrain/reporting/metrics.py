@@ -18,9 +18,8 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
-from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, read_metrics
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, METRICS, metrics_line, read_metrics
 from sambalm.pretrain.training import Training
-from sambalm.pretrain.validation import LOSS_AT
 
 PLAIN_LINE_EVERY_S = 10.0
 

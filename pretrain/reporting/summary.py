@@ -13,8 +13,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.reporting.metrics import plot_losses
-from sambalm.pretrain.reporting.metrics_file import read_metrics
-from sambalm.pretrain.validation import LOSS_AT, SOURCE_LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT, read_metrics
 
 HF_FOLDER = "hf"
 

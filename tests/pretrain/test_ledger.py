@@ -12,6 +12,7 @@ import yaml
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle import ledger as ledger_file
+from sambalm.pretrain.lifecycle.attempts import read_attempts, read_outcome
 from sambalm.pretrain.lifecycle.ledger import LEDGER, Ledger, Section
 from sambalm.pretrain.reporting.goodput import read_goodput
 from tests.support import program
@@ -69,7 +70,9 @@ def test_a_run_that_is_killed_stopped_and_resumed_sums_to_its_wall_time(run_valu
 
     found = read_goodput(folder, is_alive=False)
     seconds = found.seconds
-    assert found.wall_s == pytest.approx(end_s - start_s, abs=0.15 + 0.01 * (end_s - start_s))
+    recorded = read_attempts(folder)
+    recorded_s = read_outcome(recorded[-1].path)["ended_s"] - recorded[0].started_s
+    assert recorded_s <= found.wall_s <= end_s - start_s + 0.02  # the kernel counts a start in hundredths
     assert sum(seconds.values()) == pytest.approx(found.wall_s, rel=0.01)
     first, second, third = found.attempts
     assert (first.first_step, second.first_step, third.last_step) == (0, 20, 60)
