@@ -57,6 +57,9 @@ setup(
             "mamba-ssm>=2.2",
             "nvidia-cudnn-frontend>=1.22,<1.24",
         ],
+        # Writers of metrics (docs/operations.md).
+        "mlflow": ["mlflow-skinny>=3"],
+        "wandb": ["wandb>=0.20"],
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],

@@ -82,6 +82,18 @@ class CheckpointSection(BaseModel):
     keep: int = Field(2, gt=0, description="Newest checkpoints to keep; older ones are removed after a save")
 
 
+class ReportingSection(BaseModel):
+    """Where the metrics go besides metrics.jsonl."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"],
+        description="Each takes every step's metrics, in a thread of its own; wandb and mlflow are optional packages, "
+        "which read their own environment variables",
+    )
+
+
 def _check_version(version: int) -> int:
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -103,6 +115,7 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    reporting: ReportingSection = ReportingSection()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
 

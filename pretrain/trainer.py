@@ -13,7 +13,6 @@ from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
-from sambalm.parallel.config import layout_name
 from sambalm.parallel.environment import is_main_process, world_size
 from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
@@ -30,6 +29,7 @@ from sambalm.pretrain.lifecycle.ledger_marks import LedgerMarks
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
+from sambalm.pretrain.reporting.console import start_lines
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
@@ -73,7 +73,8 @@ class Trainer:
         self.hooks = self._hooks(sources, record)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
-            print(self._start_line(), file=sys.stderr)
+            lines = start_lines(config, world=world, training=self.training, checkpoint=checkpoint)
+            print("\n".join(lines), file=sys.stderr)
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             make_batch=MicroBatch,
@@ -97,11 +98,6 @@ class Trainer:
             Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks),
         ]
         return hooks
-
-    def _start_line(self) -> str:
-        layout = layout_name(self.config.parallel, world_size=self.world.size)
-        names = " ".join(self.training.kernels.names)
-        return f"{self.world.size} x {self.world.device.type}, {layout}, from step {self.step}; {names}"
 
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, and calls the hooks on the way."""

@@ -12,8 +12,8 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.reporting.metrics import plot_losses
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT, read_metrics
+from sambalm.pretrain.reporting.plot import plot_losses
 
 HF_FOLDER = "hf"
 
