@@ -18,6 +18,7 @@ setup(
     packages=["sambalm", *(f"sambalm.{folder}" for folder in FOLDERS)],
     package_data={
         "sambalm.model.ops.cuda": ["source/*"],
+        "sambalm.pretrain.reporting": ["*.css"],
         "sambalm.slurm": ["*.sbatch", "*.sh"],
         # `sambalm` has no folder of its own to mark as typed.
         **{f"sambalm.{folder}": ["py.typed"] for folder in FOLDERS if "." not in folder},

@@ -80,7 +80,9 @@ class WandbWriter:
             resume="allow",
             dir=str(target.run_dir),
             config=dict(target.config),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, x_disable_meta=True, x_disable_stats=True
+            ),
         )
         self._run.define_metric("*", step_metric="step")  # wandb's own count cannot go back to a checkpoint
 

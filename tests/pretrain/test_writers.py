@@ -23,7 +23,7 @@ def write_two_attempts(name: str, folder: Path) -> None:
         (writer,) = start_writers([name], WriterTarget(folder, CONFIG, 2 * attempt))
         for step, record in enumerate(RECORDS, start=2 * attempt + 1):
             writer.write(record, step=step)
-        writer.close()
+        writer.close(timeout_s=200)
 
 
 def test_tensorboard_shows_every_step(tmp_path):
