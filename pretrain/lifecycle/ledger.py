@@ -230,8 +230,9 @@ class Ledger:
     def _tell(self, event: str | None, **values: Any) -> None:
         if not self._path:
             return
-        line = {"attempt": self._attempt, "at_s": time.time()} | ({"event": event} if event else {}) | values
-        self._unsent.append(json.dumps(line | {"at_s": round(line["at_s"], 3)}).encode() + b"\n")
+        line: dict[str, Any] = {"attempt": self._attempt, "at_s": round(values.pop("at_s", time.time()), 3)}
+        line |= ({"event": event} if event else {}) | values
+        self._unsent.append(json.dumps(line).encode() + b"\n")
         self._send()
 
     def _send(self) -> None:

@@ -206,7 +206,7 @@ def _ends(
                 started_s=min(attempt.started_s, known.start_s) if known else attempt.started_s,
                 ended_s=None if goes_on else ended_s,
                 start_step=attempt.start_step,
-                step=attempt.step if attempt.step is not None else known and known.last_step,
+                step=attempt.step if attempt.step is not None or known is None else known.last_step,
                 state=its_state,
                 reason=its_reason,
             )
