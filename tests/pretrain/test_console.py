@@ -60,6 +60,13 @@ def test_a_changed_learning_rate_is_told_with_its_cause(changes, said, run_value
     assert changed_learning_rate({}, config, done_steps=3) is None
 
 
+def test_a_run_that_goes_on_past_its_end_is_told_where_its_learning_rate_had_ended(run_values):
+    saved = parse_config(run_values, source="test").model_dump()
+    longer = parse_config(changed(run_values, train={"steps": 12}), source="test")
+    found = changed_learning_rate(saved, longer, done_steps=6)
+    assert found == "the learning rate takes another curve: 0.00188 at step 7, not 0.0003 (train.steps 6 -> 12)"
+
+
 def record(step, **more):
     return {"step": step, "loss": 2.0, "lr": 1e-3, "grad_norm": math.nan, "tokens_per_second": 1e4, **more}
 
