@@ -88,6 +88,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def device_is_busy(self) -> bool:
+        """Whether the device has not done yet all that it was handed; a CPU, which is never behind, always has."""
+        return self.device.type == "cuda" and not torch.cuda.current_stream(self.device).query()
+
     def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks that hold the same weights."""
         if self.replica_size == 1:

@@ -132,6 +132,18 @@ class ChecksSection(BaseModel):
     )
 
 
+class ReportingSection(BaseModel):
+    """Where the metrics go besides metrics.jsonl."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"],
+        description="Each takes every step's metrics, in a thread of its own; wandb and mlflow are optional packages, "
+        "which read their own environment variables",
+    )
+
+
 def _check_version(version: int) -> int:
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -154,6 +166,7 @@ class RunConfig(BaseModel):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     checks: ChecksSection = ChecksSection()
+    reporting: ReportingSection = ReportingSection()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
 

@@ -143,6 +143,12 @@ class ReplicasDifferError(Exception):
     exit_code = ExitCode.REPLICAS_DIFFER
 
 
+class NoRunError(Exception):
+    """A folder that was taken for a run and is none."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
 class RunInUseError(Exception):
     """Another process works in the run's folder."""
 

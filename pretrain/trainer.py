@@ -14,7 +14,6 @@ from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
-from sambalm.parallel.config import layout_name
 from sambalm.parallel.environment import is_main_process, world_size
 from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
@@ -27,10 +26,13 @@ from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.lifecycle.ledger_marks import LedgerMarks
 from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, set_newer_checkpoints_aside
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
+from sambalm.pretrain.reporting.console import start_lines
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
@@ -102,11 +104,13 @@ class Trainer:
                 hook.load_state(states[hook.name])
         if rollback:
             self.rollbacks.load_state(rollback.record)
+            folder.ledger.roll_back(self.step)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
             if rollback:
                 print(f"{rollback}; instead, the run goes back to step {self.step}", file=sys.stderr)
-            print(self._start_line(), file=sys.stderr)
+            lines = start_lines(config, world=world, training=self.training, checkpoint=checkpoint)
+            print("\n".join(lines), file=sys.stderr)
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             make_batch=MicroBatch,
@@ -120,9 +124,9 @@ class Trainer:
 
     def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
-        config, world = self.config, self.world
+        config, world, ledger = self.config, self.world, self.folder.ledger
         hooks: list[Hook] = []
-        guards = Guards(config, world=world, rollbacks=self.rollbacks)
+        guards = Guards(config, world=world, rollbacks=self.rollbacks, ledger=ledger)
         lease = self.folder.check_lease
         checkpointer = Checkpointer(config, world=world, data=record, check_lease=lease, guards=guards, hooks=hooks)
         hooks += [
@@ -132,14 +136,10 @@ class Trainer:
             self.rollbacks,
             guards,
             ReplicaCheck(config, world=world, rollbacks=self.rollbacks),
+            LedgerMarks(ledger, done_steps=self.step),
             checkpointer,
         ]
         return hooks
-
-    def _start_line(self) -> str:
-        layout = layout_name(self.config.parallel, world_size=self.world.size)
-        names = " ".join(self.training.kernels.names)
-        return f"{self.world.size} x {self.world.device.type}, {layout}, from step {self.step}; {names}"
 
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, and calls the hooks on the way."""
@@ -176,7 +176,8 @@ class Trainer:
         votes = dict(zip(self.hooks, step.votes(), strict=True))
         finished = FinishedStep(number=step.number, result=step.result(), request=request, votes=votes)
         for hook in self.hooks:
-            hook.after_step(finished)
+            with self.folder.ledger.section(hook.section):
+                hook.after_step(finished)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""
@@ -228,4 +229,7 @@ class Trainer:
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
-        return self.loader.next_micro_batch().on_rank(self.world)
+        # A wait beside a device that is still at work costs nothing.
+        with self.folder.ledger.section(Section.DATA_WAIT, unless=self.world.device_is_busy):
+            batch = self.loader.next_micro_batch()
+        return batch.on_rank(self.world)

@@ -15,6 +15,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode, NotSavedError, RunInUseError, SaveBrokenError, print_warning
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
+from sambalm.pretrain.lifecycle.ledger import Section
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -42,6 +43,8 @@ class Checkpointer(Hook):
         guards: say whether a state may be saved.
         hooks: those of the run, which hear of each save in their order.
     """
+
+    section = Section.SAVE
 
     def __init__(
         self,

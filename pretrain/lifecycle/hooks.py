@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import StepResult
+from sambalm.pretrain.lifecycle.ledger import Section
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -39,9 +40,11 @@ class Hook:
     the run on the rank where it is raised; raise the same one on every rank, from what all know, for a clean end.
 
     Attributes:
+        section: what the ledger counts the time of `after_step` as; None: as the step's own.
         name: what a checkpoint calls the hook's `state`; empty where it has none.
     """
 
+    section: Section | None = None
     name: ClassVar[str] = ""
 
     def state(self) -> dict[str, Any]:

@@ -122,6 +122,19 @@ def _is_gone(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
     return holder["pids"] == mine["pids"] and _process_start(holder["pid"]) != holder["process_start"]
 
 
+def holder_lives(run_dir: Path) -> bool | None:
+    """Whether the process that a run's lease names runs on this machine; None where that cannot be known from here."""
+    try:
+        holder = _read(run_dir / LEASE)
+        if holder is None:
+            return False
+        if holder["pids"] != _pid_space():
+            return None
+        return _process_start(holder["pid"]) == holder["process_start"]
+    except (OSError, ValueError, KeyError, TypeError):  # an unreadable lease
+        return None
+
+
 def _pid_space() -> str:
     """Names what process ids count in: a boot of a kernel and a namespace on it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

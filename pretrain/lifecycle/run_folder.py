@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sambalm.parallel.environment import is_main_process, world_size
@@ -21,6 +22,7 @@ from sambalm.pretrain.lifecycle.attempts import (
     write_snapshot,
 )
 from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
 
 ENDINGS = {
@@ -36,6 +38,7 @@ class RunFolder:
 
     attempt: Path
     check_lease: Callable[[], None]  # raises RunInUseError once another process has taken the run over
+    ledger: Ledger = field(default_factory=Ledger)  # of this process
 
     @contextlib.contextmanager
     def shared(self, world: World) -> Iterator[None]:
@@ -69,11 +72,11 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
     try:
         earlier, step = read_attempts(run_dir), newest_step(run_dir)
         write_snapshot(folder, config_yaml=dump_config(config), world_size=world_size(), start_step=step)
-        with recorded_errors(folder):
+        with closing(Ledger(run_dir, attempt=folder.name)) as ledger, recorded_errors(folder):
             if (run_dir / KILL_SWITCH).exists():
                 raise StoppedError(f"{run_dir / KILL_SWITCH} is there, which stops this run: remove it to go on")
             check_progress(earlier, step=step, limit=config.run.max_attempts_without_progress)
             remove_leftovers(run_dir)
-            yield RunFolder(folder, check_lease=lease.check)
+            yield RunFolder(folder, check_lease=lease.check, ledger=ledger)
     finally:
         lease.release()
