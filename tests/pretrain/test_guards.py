@@ -24,7 +24,7 @@ from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, saved_while_skipping
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.reporting.metrics_file import read_metrics
-from tests.support.whole_runs import MEASURED, changed, run_dir
+from tests.support.whole_runs import changed, run_dir, without_measured
 from tests.support.worlds import run_world
 
 NEVER = dict.fromkeys(("norm_spike_factor", "loss_spike_nats"))
@@ -104,7 +104,7 @@ def train_with_faults(
 
 
 def records(values: dict) -> list[dict]:
-    return [{n: v for n, v in r.items() if n not in MEASURED} for r in read_metrics(run_dir(values))]
+    return [without_measured(record) for record in read_metrics(run_dir(values))]
 
 
 def hook_states(values: dict) -> dict:
