@@ -48,7 +48,8 @@ class Executor(Protocol):
     def release(self) -> None:
         """Frees the memory of weights, gradients and optimizer. The executor and its model are of no use afterwards.
 
-        Under ZeRO-1 DeepSpeed ties parameters into a cycle that Python's collector does not see, so that they live on.
+        A ZeRO-1 engine outlives its last reference and the collector, for a reason that has not been found: so only the
+        storage goes.
         """
         self.close()
         for tensor in (*tensors_of_run(self.engine), *self.buffers()):

@@ -66,10 +66,15 @@ def print_error(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
-def print_warning(sentence: str) -> None:
-    """Tells the user of something that the run goes on after, also where the log is on a full disk."""
+def print_line(text: str) -> None:
+    """Tells the user something without which the run goes on, also where the log is on a full disk."""
     with suppress(OSError):
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
+
+
+def print_warning(sentence: str) -> None:
+    """Tells the user of something that the run goes on after."""
+    print_line(f"warning: {sentence}")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The training loop: fetch, forward and backward, step, and the hooks that do everything else."""
 
 import gc
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,7 +20,7 @@ from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_line
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.guards import Guards
@@ -108,9 +107,9 @@ class Trainer:
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
             if rollback:
-                print(f"{rollback}; instead, the run goes back to step {self.step}", file=sys.stderr)
+                print_line(f"{rollback}; instead, the run goes back to step {self.step}")
             lines = start_lines(config, world=world, training=self.training, checkpoint=checkpoint)
-            print("\n".join(lines), file=sys.stderr)
+            print_line("\n".join(lines))
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             make_batch=MicroBatch,

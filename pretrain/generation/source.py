@@ -1,6 +1,5 @@
 """A model and its tokenizer, from a Hugging Face folder, a checkpoint or a run."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
 from sambalm.pretrain.checkpointing.format import MANIFEST, checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import print_warning
 from sambalm.pretrain.generation.errors import GenerationError
 from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
 
@@ -127,7 +127,7 @@ def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
 
 
 def _checkpoint_source(path: Path, *, device: torch.device, dtype: torch.dtype, tokenizer: Path | None) -> Source:
-    checkpoint = newest_checkpoint(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    checkpoint = newest_checkpoint(path, warn=print_warning)
     config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
     file = tokenizer or config.data.tokenizer_path()
     if file is None:

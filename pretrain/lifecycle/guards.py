@@ -15,7 +15,7 @@ from sambalm.parallel.sharding import canonical_slices
 from sambalm.parallel.zero.engine import MOMENTS, optimizer_is_finite, whole_moment, whole_parameter
 from sambalm.parallel.zero.step_guard import NO_LIMIT
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import DivergedError
+from sambalm.pretrain.errors import DivergedError, print_line
 from sambalm.pretrain.launched_step import StepResult
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.lifecycle.ledger import Ledger
@@ -105,10 +105,9 @@ class Guards(Hook):
         self.ledger.skip()
         self.recent[step.number] = samples
         if self.world.is_main:
-            print(
+            print_line(
                 f"step {step.number}: {_reason(step.result, limits)}, so the optimizer skipped it "
-                f"(samples {samples.start} to {samples.stop - 1}; {self.in_a_row} in a row, {self.skipped} in all)",
-                file=sys.stderr,
+                f"(samples {samples.start} to {samples.stop - 1}; {self.in_a_row} in a row, {self.skipped} in all)"
             )
         self._check_budget(step.number)
 

@@ -1,13 +1,12 @@
 """Compares, every so many steps, the weights that several ranks hold (`parallel/replicas.py`)."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from sambalm.parallel.groups import World
 from sambalm.parallel.replicas import Comparison, Replicas
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ReplicasDifferError
+from sambalm.pretrain.errors import ReplicasDifferError, print_line
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
 from sambalm.pretrain.lifecycle.rollback import Rollbacks
 from sambalm.pretrain.training import Training
@@ -71,7 +70,7 @@ class ReplicaCheck(Hook):
             return
         differences = [str(difference) for difference in self.replicas.differences(comparison)]
         if self.world.is_main:
-            print(*(f"step {step.number}: {text}" for text in differences), sep="\n", file=sys.stderr)
+            print_line("\n".join(f"step {step.number}: {text}" for text in differences))
         more = f" (and {len(differences) - SHOWN} other tensors)" if len(differences) > SHOWN else ""
         failure = ReplicasDifferError(
             f"at step {step.number} {'; '.join(differences[:SHOWN])}{more}; they were last found "

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sambalm.pretrain.checkpointing import write
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, checksums, newest_checkpoint, open_checkpoint
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_line, print_warning
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import program
@@ -303,6 +304,17 @@ def append_with_a_limit(path: str) -> tuple[list[bytes], list[str]]:
             found.append(Path(path).read_bytes())
         file.close()
     return found, errors
+
+
+@pytest.mark.parametrize("tell", [print_line, print_warning])
+def test_a_log_on_a_full_disk_ends_nothing(tell, monkeypatch):
+    log = open("/dev/full", "w")  # noqa: SIM115  # closing it fails as well
+    monkeypatch.setattr(sys, "stderr", log)
+    with pytest.raises(OSError, match="No space left"):
+        print("text", file=sys.stderr, flush=True)
+    tell("text")
+    with contextlib.suppress(OSError):
+        log.close()
 
 
 def test_records_wait_for_room_on_the_disk(tmp_path):
