@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     STOPPED = 78
     RUN_IN_USE = 79
     DIVERGED = 80
+    HANGING = 81
     INTERRUPTED = 130
 
 
@@ -50,7 +51,10 @@ EXIT_CODES = {
     ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
     ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
     ExitCode.DIVERGED: Meaning("gradients were not finite, step after step", Launchers.END),
-    ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard", Launchers.END),
+    ExitCode.HANGING: Meaning(
+        "a phase of the run was past its limit (`watchdog`); stacks are in the attempt's `hang/`", Launchers.RETRY
+    ),
+    ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard; saved after the first step", Launchers.END),
 }
 
 

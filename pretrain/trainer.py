@@ -14,6 +14,7 @@ from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.config import layout_name
+from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
 from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
@@ -25,14 +26,21 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
+from sambalm.pretrain.lifecycle.watchdog import watching
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
-LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
+LEAVING = {
+    Request.LEAVE: ExitCode.REQUEUE,
+    Request.INTERRUPT: ExitCode.INTERRUPTED,
+    Request.STOP: ExitCode.STOPPED,
+}
+COMPILING_STEPS = UNCAPTURED_STEPS + 1  # an attempt's first steps, in which kernels are compiled and captured
 
 
 def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
@@ -43,24 +51,31 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
         DivergedError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
-    if is_main_process():  # the others wait for it where the process group is made
-        check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
-    with (
-        open_run_folder(config) as folder,
-        start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world,
-        folder.shared(world),
-    ):
-        trainer = Trainer(config, world, folder=folder, signals=signals or Signals())
-        exit_code = trainer.fit()
-        folder.end(exit_code, step=trainer.step, world=world)
-        return exit_code
+    signals = signals or Signals()
+    with watching(config, signals) as watchdog:
+        if is_main_process():  # the others wait for it where the process group is made
+            check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
+        with open_run_folder(config) as folder:
+            if is_main_process():
+                watchdog.watch_in(folder.attempt)
+            copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
+            with start_world(config.parallel, copies=copies) as world, folder.shared(world) as attempt:
+                watchdog.watch_in(attempt)
+                trainer = Trainer(config, world, folder=folder, signals=signals, marks=watchdog.marks)
+                exit_code = trainer.fit()
+                folder.end(exit_code, step=trainer.step, world=world)
+                return exit_code
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals, marks: Marks | None = None
+    ) -> None:
         self.config, self.world, self.folder, self.signals = config, world, folder, signals
+        self.marks = marks or Marks()
+        self.compiling_steps = COMPILING_STEPS  # from here on
         checkpoint = find_resume_point(config, world=world)
         sources = shared_sources(config.data)
         record = data_record(config, sources)
@@ -107,10 +122,13 @@ class Trainer:
             for hook in self.hooks:
                 hook.on_start(self.training)
                 ends.push(lambda error, *_, hook=hook: hook.on_end(None if error else exit_code))
+            ends.callback(self.marks.enter, Phase.LEAVE)
             self.signals.training_starts()
             unread: LaunchedStep | None = None  # a step that the device may still be at
             while self.step < self.config.train.steps:
+                self.marks.enter(Phase.FIRST_STEP if self.compiling_steps else Phase.STEP, step=self.step + 1)
                 launched, request = self._launch_step(), Request.NOTHING
+                self.compiling_steps = max(0, self.compiling_steps - 1)
                 if unread:  # only now, so that the device always has work
                     self._finish(unread)
                     request = unread.request()
@@ -134,7 +152,10 @@ class Trainer:
         """Tells the hooks of a step. Waits for the device."""
         finished = FinishedStep(number=step.number, result=step.result(), request=request)
         for hook in self.hooks:
-            hook.after_step(finished)
+            with self.marks.during(hook.phase):
+                hook.after_step(finished)
+            if hook.phase is Phase.VALIDATION and hook.acts_on(step.number):  # which gives captured graphs up
+                self.compiling_steps = max(1, self.compiling_steps)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""
@@ -169,4 +190,6 @@ class Trainer:
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
-        return self.loader.next_micro_batch().on_rank(self.world)
+        with self.marks.during(Phase.FETCH):
+            batch = self.loader.next_micro_batch()
+        return batch.on_rank(self.world)

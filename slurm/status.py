@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.lifecycle.activity import read_activity
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT, AttemptRecord, read_attempts
 from sambalm.pretrain.lifecycle.lease import LEASE
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -51,7 +52,7 @@ def run_status(run_dir: Path) -> Status:
     now_s = _end_s(attempts[-1], run_dir)
     trained_s = sum(record["step_time_s"] for record in records)
     return Status(
-        state=_state(attempts[-1], run_dir),
+        state=_state(attempts[-1], run_dir, step_s=recent_s),
         attempts=len(attempts),
         step=last["step"],
         steps=steps,
@@ -78,15 +79,21 @@ def show_status(run_dir: Path) -> str:
     return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
 
 
-def _state(attempt: AttemptRecord, run_dir: Path) -> str:
+def _state(attempt: AttemptRecord, run_dir: Path, *, step_s: float | None) -> str:
     job = json.loads((attempt.path / ATTEMPT).read_text())["slurm_job"]
     queued = _queue_state(job) if job else ""
     in_slurm = f", Slurm job {job} {queued}" if queued else ""
     if attempt.exit_code == ExitCode.FINISHED:
         return "finished"
     if attempt.exit_code is None:
-        return ("training" if _lease_age_s(run_dir) < ALIVE_S else "gone without a word") + in_slurm
+        return (_living_state(attempt, step_s) if _lease_age_s(run_dir) < ALIVE_S else "gone without a word") + in_slurm
     return f"{ExitCode(attempt.exit_code).name.lower().replace('_', ' ')} ({attempt.reason}){in_slurm}"
+
+
+def _living_state(attempt: AttemptRecord, step_s: float | None) -> str:
+    """What an attempt whose lease is kept is at: the lease shows that a process lives, not that it goes on."""
+    activity = read_activity(attempt.path)
+    return activity.describe(step_s=step_s) if activity else "training"
 
 
 def _end_s(attempt: AttemptRecord, run_dir: Path) -> float:

@@ -8,6 +8,7 @@ from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.write import remove_old_checkpoints, save_checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
+from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.training import Training
 
 
@@ -19,6 +20,8 @@ class Checkpointer(Hook):
         check_lease: raises RunInUseError when another process has taken the run's folder over.
         hooks: those of the run, which hear of each save in their order.
     """
+
+    phase = Phase.SAVE
 
     def __init__(
         self,

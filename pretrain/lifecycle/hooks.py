@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import StepResult
+from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -33,7 +34,12 @@ class Hook:
 
     A hook is made before the model is built, so that wrong inputs end the run early. An exception from any method ends
     the run on the rank where it is raised; raise the same one on every rank, from what all know, for a clean end.
+
+    Attributes:
+        phase: whose limit of the watchdog `after_step` has; None: the step's.
     """
+
+    phase: Phase | None = None
 
     def on_start(self, training: Training) -> None:
         """Prepares for the first step of this attempt.

@@ -27,6 +27,7 @@ ENDINGS = {
     ExitCode.FINISHED: "finished: train.steps is reached",
     ExitCode.REQUEUE: "asked to leave: saved, to be started again",
     ExitCode.STOPPED: "asked to stop: saved",
+    ExitCode.INTERRUPTED: "interrupted from the keyboard: saved",
 }
 
 
@@ -38,10 +39,11 @@ class RunFolder:
     check_lease: Callable[[], None]  # raises RunInUseError once another process has taken the run over
 
     @contextlib.contextmanager
-    def shared(self, world: World) -> Iterator[None]:
-        """Records every rank's errors where the main rank's are. Collective."""
-        with recorded_errors(world.broadcast_object(self.attempt)):
-            yield
+    def shared(self, world: World) -> Iterator[Path]:
+        """Records every rank's errors where the main rank's are: in the folder that it yields. Collective."""
+        attempt: Path = world.broadcast_object(self.attempt)
+        with recorded_errors(attempt):
+            yield attempt
 
     def end(self, exit_code: ExitCode, *, step: int, world: World) -> None:
         """Records how the attempt ended before any rank leaves. Collective."""

@@ -5,17 +5,21 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import EXIT_CODES, ExitCode
+from sambalm.pretrain.lifecycle.activity import write_activity
 from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
 from sambalm.pretrain.planner.search import DAY_S, find_plans
@@ -122,12 +126,26 @@ def test_the_state_of_a_run(run_values):
     assert read_attempts(run_dir)[-1].exit_code == ExitCode.NOT_SAVED
 
 
+def test_a_run_that_lives_and_hangs_does_not_count_as_training(run_values):
+    run_dir = Path(run_values["run"]["dir"])
+    attempt, marks = run_dir / "attempts" / "one", Marks()
+    write_snapshot(attempt, config_yaml=yaml.safe_dump(run_values), world_size=1, start_step=0)
+    (run_dir / "lease.json").write_text("{}")
+    assert run_status(run_dir).state == "training"
+    write_activity(attempt, replace(marks.main, since_s=time.time() - 20), limit_s=90.0)
+    assert run_status(run_dir).state == "starting"
+    late = replace(marks.main, phase=Phase.STEP, step=3, since_s=time.time() - 80)
+    write_activity(attempt, late, limit_s=900.0)
+    assert re.fullmatch(r"hanging since [-\d]+ [:\d]+ \(phase step, step 3\)", run_status(run_dir).state)
+
+
 @pytest.mark.parametrize(
     ("exit_code", "line"),
     [
         (ExitCode.FINISHED, 'finish 0 "so" it is'),
         (ExitCode.NOT_SAVED, 'retry 74 "so" it is'),
         (ExitCode.REQUEUE, 'requeue 75 "so" it is'),
+        (ExitCode.HANGING, 'retry 81 "so" it is'),
         (ExitCode.DIVERGED, 'end 80 "so" it is'),
         (5, 'end 5 "so" it is'),
     ],
