@@ -120,6 +120,15 @@ class WatchdogSection(BaseModel):
         return found
 
 
+class StragglerSection(BaseModel):
+    """How ranks that slow the others down are found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int = Field(100, ge=0, description="Steps between comparisons of the ranks' own times; 0: none")
+    factor: float = Field(1.5, gt=1, description="Over the median of its pipeline stage: a rank that is named as slow")
+
+
 def _check_version(version: int) -> int:
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -142,6 +151,7 @@ class RunConfig(BaseModel):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
+    stragglers: StragglerSection = StragglerSection()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
 

@@ -30,6 +30,7 @@ from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
+from sambalm.pretrain.lifecycle.stragglers import Stragglers
 from sambalm.pretrain.lifecycle.watchdog import watching
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
@@ -83,6 +84,7 @@ class Trainer:
             check_data(checkpoint, record, config=config)
         self.step: int = checkpoint.step if checkpoint else 0
         self.samples: int = checkpoint.state["samples"] if checkpoint else 0
+        self.stragglers = Stragglers(config.stragglers, world=world)
         self.hooks = self._hooks(sources, record)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
@@ -104,6 +106,7 @@ class Trainer:
         hooks: list[Hook] = []
         hooks += [
             Validator(config, sources, world=world),
+            self.stragglers,
             RunReport(config, world=world, done_steps=self.step),
             SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main),
             Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks),
@@ -167,7 +170,8 @@ class Trainer:
             group["lr"] = lr
         batch_samples = self.config.batch_schedule.step_samples(self.samples)
         micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
-        loss = self.training.executor.train_step([self._micro_batch() for _ in range(micro_batches)])
+        with self.stragglers.watching(self.step + 1):
+            loss = self.training.executor.train_step([self._micro_batch() for _ in range(micro_batches)])
         mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
         self.samples += batch_samples
         self.step += 1
