@@ -128,3 +128,11 @@ class RunInUseError(Exception):
     """Another process works in the run's folder."""
 
     exit_code = ExitCode.RUN_IN_USE
+
+
+class RestartError(Exception):
+    """torchrun starts a run again that ended on purpose; the exit code is that of the attempt before."""
+
+    def __init__(self, sentence: str, exit_code: ExitCode) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

@@ -62,7 +62,7 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         NoProgressError: attempt after attempt began at the same step.
     """
     run_dir = Path(config.run.dir)
-    folder = attempt_folder(run_dir, new_attempt_name())
+    folder = attempt_folder(run_dir, new_attempt_name(run_dir))
     if not is_main_process():
         yield RunFolder(folder, check_lease=lambda: None)
         return

@@ -11,7 +11,7 @@ from sambalm.parallel.own_time import OwnTime
 from sambalm.pretrain.config import StragglerSection
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 
-MEASURED_STEPS = 10  # before each comparison
+MEASURED_STEPS = 10  # for each comparison, spread over the steps before it
 
 
 class Pace(NamedTuple):
@@ -22,16 +22,20 @@ class Pace(NamedTuple):
 
 
 class Stragglers(Hook):
-    """Compares the ranks of each pipeline stage every so many steps, and names those that are slower by a factor."""
+    """Compares the ranks of each pipeline stage every so many steps, and names those that are slower by a factor.
+
+    A rank is named once it was slow in two comparisons in a row: what else a machine does for a moment is no straggler.
+    """
 
     def __init__(self, config: StragglerSection, *, world: World) -> None:
         self.config, self.world, self.own_time = config, world, OwnTime(world.device)
+        self.were_slow: set[int] = set()
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
         """Goes around what a rank does in a step."""
         every = self.config.every_steps
-        if self.world.size == 1 or not every or -step % every >= MEASURED_STEPS:
+        if self.world.size == 1 or not every or step % max(1, every // MEASURED_STEPS):
             yield
             return
         with self.own_time.measured(step):
@@ -44,7 +48,8 @@ class Stragglers(Hook):
         pace = Pace(self.world.pipeline.rank, median(measured_s) if measured_s else 0.0)
         paces: list[Pace] = self.world.all_gather_object(pace)
         ratios = slowness(paces)
-        slow = [rank for rank, ratio in enumerate(ratios) if ratio > self.config.factor]
+        are_slow = {rank for rank, ratio in enumerate(ratios) if ratio > self.config.factor}
+        slow, self.were_slow = sorted(are_slow & self.were_slow), are_slow
         step.metrics.update(slowest_rank_ratio=max(ratios), stragglers=len(slow))
         for rank in slow if self.world.is_main else ():
             step.metrics[f"straggler/rank_{rank}"] = ratios[rank]

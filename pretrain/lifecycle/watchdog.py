@@ -26,6 +26,7 @@ from sambalm.pretrain.lifecycle.activity import write_activity
 from sambalm.pretrain.lifecycle.attempts import write_outcome
 from sambalm.pretrain.lifecycle.hang import Board, Position, judge
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
+from sambalm.pretrain.lifecycle.processes import process_age_s
 from sambalm.pretrain.lifecycle.signals import Signals
 
 LEFT = "left.json"  # in the run's folder: a rank left before the first step, and others may wait for it
@@ -71,7 +72,7 @@ class Watchdog:
     def __init__(self, marks: Marks, limits: Limits, *, run_dir: Path, rank: int, ranks: int) -> None:
         self.marks, self.limits, self._run_dir, self._rank, self._ranks = marks, limits, run_dir, rank, ranks
         self._awake_s = self._looked_s = self._marked_s = time.monotonic()
-        self._started_s = time.time() - _age_s()
+        self._started_s = time.time() - process_age_s(os.getpid())
         self._attempt: Path | None = None
         self._board: Board | None = None
         self._ended = threading.Event()
@@ -208,9 +209,3 @@ def watching(config: RunConfig, signals: Signals) -> Iterator[Watchdog]:
         yield watchdog
     finally:
         watchdog.close()
-
-
-def _age_s() -> float:
-    """How long ago this process started."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")

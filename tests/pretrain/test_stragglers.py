@@ -43,14 +43,14 @@ def test_a_slow_rank_is_named(parallel, run_values, tmp_path):
     with run.started(before=slow_down_rank_1):
         assert run.exit_codes() == [0, 0]
     lines = [line for line in run.text().splitlines() if "is slow" in line]
-    assert [line.split(":")[:2] for line in lines] == [["step 3", " rank 1 is slow"], ["step 6", " rank 1 is slow"]]
+    assert [line.split(":")[:2] for line in lines] == [["step 6", " rank 1 is slow"]]  # for the second time
     records = read_metrics(run.dir)
-    assert [record.get("stragglers") for record in records] == [None, None, 1, None, None, 1]
-    assert records[2]["straggler/rank_1"] == records[2]["slowest_rank_ratio"] > 2
+    assert [record.get("stragglers") for record in records] == [None, None, 0, None, None, 1]
+    assert records[5]["straggler/rank_1"] == records[5]["slowest_rank_ratio"] > 2
 
 
 def test_nobody_is_named_on_a_clean_run(run_values, tmp_path):
-    values = changed(run_values, parallel={"zero_stage": 1}, stragglers={"every_steps": 6, "factor": 3.0})
+    values = changed(run_values, parallel={"zero_stage": 1}, stragglers={"every_steps": 3, "factor": 3.0})
     run = Run(values, tmp_path)
     with run.started():
         assert run.exit_codes() == [0, 0]

@@ -36,7 +36,7 @@ CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs
 
 def test_torchrun_meets_at_the_first_node_of_the_step():
     environment = {"SLURMD_NODENAME": "n2", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
-    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1")
+    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1", restarts="1")
     assert "--rdzv-endpoint=n1:29500" in arguments
     assert "--nnodes=2" in arguments
     assert any(argument.startswith("--rdzv-conf=is_host=0") for argument in arguments)
