@@ -31,6 +31,7 @@ from sambalm.pretrain.lifecycle.attempts import (
 )
 from sambalm.pretrain.lifecycle.hooks import is_due
 from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.processes import process_start
 from sambalm.pretrain.lifecycle.run_folder import RunFolder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from tests.support.signals import restored_signals
@@ -168,11 +169,11 @@ def identity(monkeypatch):
 
 
 def test_a_process_is_gone_before_anybody_has_waited_for_it():
-    assert lease_module._process_start(os.getpid()).isdigit()
+    assert process_start(os.getpid()).isdigit()
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert lease_module._process_start(process.pid) is None
-    assert lease_module._process_start(process.pid) is None
+        assert process_start(process.pid) is None
+    assert process_start(process.pid) is None
 
 
 FAR = {"host": "far", "pids": "another boot"}  # whose processes cannot be looked up from here
