@@ -13,7 +13,7 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
-from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT
 from sambalm.pretrain.training import Training
 
@@ -24,7 +24,7 @@ class Validator(Hook):
     The samples are found when it is made, so that a run without them does not start.
     """
 
-    section = Section.VALIDATION
+    phase = Phase.VALIDATION
 
     def __init__(self, config: RunConfig, sources: Sequence[Source], *, world: World) -> None:
         self.config, self.sources, self.world = config, sources, world

@@ -41,6 +41,9 @@ def train(
         return
     if world_size is not None:
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun says how many ranks train")
+    from sambalm.pretrain.lifecycle.attempts import check_restart
+
+    check_restart(Path(checked.run.dir))  # before the slow imports
     from sambalm.pretrain.trainer import train as run
 
     raise typer.Exit(run(checked, signals=signals))

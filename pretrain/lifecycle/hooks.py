@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import StepResult
-from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -40,11 +40,11 @@ class Hook:
     the run on the rank where it is raised; raise the same one on every rank, from what all know, for a clean end.
 
     Attributes:
-        section: what the ledger counts the time of `after_step` as; None: as the step's own.
+        phase: that a process is in during `after_step`, for the watchdog's limits and the ledger; None: the step's.
         name: what a checkpoint calls the hook's `state`; empty where it has none.
     """
 
-    section: Section | None = None
+    phase: Phase | None = None
     name: ClassVar[str] = ""
 
     def state(self) -> dict[str, Any]:

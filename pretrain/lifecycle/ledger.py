@@ -1,47 +1,48 @@
 """Where every second of an attempt goes: a line every few seconds in RUN/ledger.jsonl, written by the main process.
 
-A process is in one section at every moment. `reporting/goodput.py` adds the lines of all attempts up and takes lost
-work out of what seemed productive. Every line is JSON with the attempt and the time of writing; a line without `event`
-holds seconds by section since the line before:
+The phase that a process is in (`phases.py`) says for which account a second counts. `reporting/goodput.py` adds the
+lines of all attempts up and takes lost work out of what seemed productive. Every line is JSON with the attempt and the
+time of writing; a line without `event` holds seconds by account since the line before:
 
 | key | |
 | --- | --- |
 | step | the step that the seconds belong to at the latest: the last finished one, or with `open` the one under way |
-| seconds | by section |
-| now, since_s | the section at the time of writing, and when it began |
+| seconds | by account |
+| now, since_s | the phase at the time of writing, and when it began |
 
 | event | |
 | --- | --- |
-| start | the attempt's process started then |
+| start | the attempt's process started then; at `seen_s` the attempt before had last written metrics |
 | begin | the first step after `step` is about to start; steps after it that were taken before are lost |
 | saved | a checkpoint of `step` is committed |
 | skipped | the work of `step` was thrown away |
 | rollback | the steps after `step` were thrown away |
-| hanging | nothing has moved since `since_s` |
+| hanging | nothing has moved since `since_s`, and the watchdog ends the process |
 | end | the attempt ends in order; missing after a kill |
 """
 
-import contextlib
 import json
 import os
-import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
+from sambalm.pretrain.lifecycle.processes import process_age_s
+from sambalm.pretrain.reporting.appended_file import AppendedFile
+from sambalm.pretrain.reporting.metrics_file import METRICS
+
 LEDGER = "ledger.jsonl"
-_MIN_INTERVAL_S, _MAX_INTERVAL_S, _INTERVAL_SHARE = 1.0, 30.0, 1 / 500  # of an attempt's age: a share of its lines
+MAX_INTERVAL_S = 30.0
+_MIN_INTERVAL_S, _INTERVAL_SHARE = 1.0, 1 / 500  # of an attempt's age: a share of its lines
 SUSPENDED_S = 60.0  # a thread that should have written by then did not run: the process was stopped
-_UNSENT_LINES = 1000
 _OLDEST_START_S = 3600.0  # a process that is older did something else before
 
 
-class Section(StrEnum):
-    """What a second of a run was for. The last three are found by the reader, or told by a guard or a watchdog."""
+class Account(StrEnum):
+    """What a second of a run was for. No phase has the last four: guards, the watchdog and the reader find them."""
 
     PRODUCTIVE = "productive"
     STARTUP = "startup"  # imports, loading and building, and leaving
@@ -54,62 +55,48 @@ class Section(StrEnum):
     WAITING = "waiting"  # between attempts
 
 
-_OF_FINISHED_STEP = {Section.SAVE, Section.STARTUP, Section.HANGING}  # what does not belong to the step under way
+_ACCOUNTS = {
+    Phase.START_UP: Account.STARTUP,
+    Phase.FETCH: Account.DATA_WAIT,
+    Phase.FIRST_STEP: Account.PRODUCTIVE,
+    Phase.STEP: Account.PRODUCTIVE,
+    Phase.VALIDATION: Account.VALIDATION,
+    Phase.SAVE: Account.SAVE,
+    Phase.LEAVE: Account.STARTUP,
+}
+_OF_FINISHED_STEP = {Account.SAVE, Account.STARTUP, Account.HANGING}  # what does not belong to the step under way
 
 
 class Ledger:
-    """This process's sections; those of the main process go to the file. A thread writes while the main one is away.
+    """Books the time of this process by its phases. A thread writes while the one that trains is away.
 
     A file that cannot be written stops nothing: lines wait for the next turn.
 
     Args:
-        run_dir: None for a process that only keeps track, for `current`.
+        run_dir: None for a process that writes nothing.
         attempt: the attempt's name.
     """
 
-    def __init__(self, run_dir: Path | None = None, *, attempt: str = "") -> None:
-        self._attempt, self._lock = attempt, threading.RLock()
-        age_s, now_s = process_age_s(), time.monotonic()
-        self._start_s = self._accounted_s = self._section_since_s = now_s - age_s
+    def __init__(self, marks: Marks, run_dir: Path | None = None, *, attempt: str = "") -> None:
+        self._marks, self._attempt, self._lock = marks, attempt, threading.RLock()
+        age_s, now_s = process_age_s(os.getpid()), time.monotonic()
+        age_s = age_s if age_s < _OLDEST_START_S else 0.0
+        self._start_s = self._booked_s = now_s - age_s
         self._beat_s = self._written_s = now_s
-        self._section, self._step = Section.STARTUP, 0
-        self._is_hanging = self._is_skipped = self._is_torn = self._has_warned = False
-        self._finished: dict[Section, float] = {}  # not yet written, of steps up to the last finished one
-        self._under_way: dict[Section, float] = {}  # and of the next
-        self._unsent: deque[bytes] = deque()
+        self._step, self._is_skipped = 0, False
+        self._finished: dict[Account, float] = {}  # not yet written, of steps up to the last finished one
+        self._under_way: dict[Account, float] = {}  # and of the next
         self._ended = threading.Event()
-        self._path = run_dir / LEDGER if run_dir else None
-        self._file: int | None = None
-        if self._path:
-            self._tell("start", at_s=time.time() - age_s)
+        self._file = AppendedFile(run_dir / LEDGER) if run_dir else None
+        if self._file and run_dir:
+            self._file.append(b"\n")  # a kill may have cut the last line short
+            self._tell("start", at_s=time.time() - age_s, seen_s=changed_s(run_dir / METRICS))
             threading.Thread(target=self._keep_writing, name="ledger", daemon=True).start()
-
-    @contextlib.contextmanager
-    def section(self, section: Section | None, *, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Counts the time of a block under a section; None: under the one that it is in.
-
-        Args:
-            unless: asked at the block's end whether its time cost nothing and counts as if it had not been marked.
-        """
-        if section is None:
-            yield
-            return
-        outer = self._enter(section)
-        try:
-            yield
-        finally:
-            if unless():
-                self._section = outer
-            self._enter(outer)
-
-    def current(self) -> tuple[Section, float]:
-        """The section that this process is in, and since when by time.monotonic(). For a watchdog's thread."""
-        return self._section, self._section_since_s
+        marks.before_changes(self._before_change)
 
     def begin(self, step: int) -> None:
         """The first step after `step` is about to start."""
         with self._lock:
-            self._enter(Section.PRODUCTIVE)
             self._step = step
             self.write()
             self._tell("begin", step=step)
@@ -121,9 +108,9 @@ class Ledger:
     def finish_step(self, step: int) -> None:
         """Counts a step as finished, and what was spent on it."""
         with self._lock:
-            now_s = self._account()
+            now_s = self._book()
             if self._is_skipped:
-                self._under_way = {Section.SKIPPED: sum(self._under_way.values())}
+                self._under_way = {Account.SKIPPED: sum(self._under_way.values())}
                 self._tell("skipped", step=step)
             self._step, self._is_skipped = step, False
             self._settle()
@@ -144,19 +131,16 @@ class Ledger:
             self._tell("rollback", step=step)
 
     def hang(self, since_s: float) -> None:
-        """Nothing has moved since a time by time.monotonic(): from then on until the next section counts as hanging."""
+        """Nothing has moved since a time by time.time(), which counts as hanging; the process is about to end."""
+        self._ended.set()
         with self._lock:
-            if not self._is_hanging:
-                self.write()
-                self._is_hanging = True
-                self._tell("hanging", since_s=self._wall_s(since_s))
+            self.write()
+            self._tell("hanging", since_s=round(since_s, 3))
 
     def write(self) -> None:
         """Writes what has passed since the last line. A save calls it first: a resumed run goes on from its end."""
         with self._lock:
-            self._written_s = self._account()
-            if len(self._unsent) >= _UNSENT_LINES:
-                return self._send()
+            self._written_s = self._book()
             if self._finished:
                 self._tell_seconds(self._finished, step=self._step)
             if self._under_way:
@@ -166,7 +150,6 @@ class Ledger:
     def leave(self, *, in_order: bool) -> None:
         """The steps are over. After an error the one under way never ended."""
         with self._lock:
-            self._enter(Section.STARTUP)
             if in_order:
                 self._settle()
 
@@ -176,104 +159,67 @@ class Ledger:
         with self._lock:
             self.write()
             self._tell("end")
-            if self._file is not None:
-                os.close(self._file)
+            if self._file:
+                self._file.close()
                 self._file = None
 
     def _settle(self) -> None:
         """What has been counted belongs to the last finished step."""
-        for section, seconds in self._under_way.items():
-            _add(self._finished, section, seconds)
+        for account, seconds in self._under_way.items():
+            _add(self._finished, account, seconds)
         self._under_way = {}
 
-    def _enter(self, section: Section) -> Section:
-        """Returns the section before."""
+    def _before_change(self, phase: Phase) -> None:
         with self._lock:
-            self._section_since_s = self._account()
-            self._is_hanging = False
-            outer, self._section = self._section, section
-            return outer
+            self._book(phase)
 
-    def _account(self) -> float:
-        """Adds the time since the last call to the section's; returns now."""
-        now_s = time.monotonic()
-        if self._path and now_s - self._beat_s > SUSPENDED_S + self._interval_s():
-            stopped_s = max(self._accounted_s, self._beat_s)
-            self._add(Section.HANGING, now_s - stopped_s)
-            self._add(self._section, stopped_s - self._accounted_s)
+    def _book(self, phase: Phase | None = None) -> float:
+        """Adds the time since the last call to a phase's account, None: of the phase at hand; returns now."""
+        now_s, account = time.monotonic(), _ACCOUNTS[phase or self._marks.main.phase]
+        if self._file and now_s - self._beat_s > SUSPENDED_S + self._interval_s():
+            stopped_s = max(self._booked_s, self._beat_s)
+            self._add(Account.HANGING, now_s - stopped_s)
+            self._add(account, stopped_s - self._booked_s)
             self._beat_s = now_s
         else:
-            self._add(Section.HANGING if self._is_hanging else self._section, now_s - self._accounted_s)
-        self._accounted_s = now_s
+            self._add(account, now_s - self._booked_s)
+        self._booked_s = now_s
         return now_s
 
-    def _add(self, section: Section, seconds: float) -> None:
-        _add(self._finished if section in _OF_FINISHED_STEP else self._under_way, section, seconds)
+    def _add(self, account: Account, seconds: float) -> None:
+        _add(self._finished if account in _OF_FINISHED_STEP else self._under_way, account, seconds)
 
     def _interval_s(self) -> float:
-        age_s = self._accounted_s - self._start_s
-        return min(_MAX_INTERVAL_S, max(_MIN_INTERVAL_S, age_s * _INTERVAL_SHARE))
+        age_s = self._booked_s - self._start_s
+        return min(MAX_INTERVAL_S, max(_MIN_INTERVAL_S, age_s * _INTERVAL_SHARE))
 
     def _keep_writing(self) -> None:
         while not self._ended.wait(self._interval_s()):
             with self._lock:
-                now_s = self._account()
+                now_s = self._book()
                 self._beat_s = now_s
                 if now_s - self._written_s >= self._interval_s():
                     self.write()
 
-    def _tell_seconds(self, seconds: dict[Section, float], **values: Any) -> None:
-        shown = {section: round(value, 6) for section, value in seconds.items()}
-        section = Section.HANGING if self._is_hanging else self._section
-        self._tell(None, **values, seconds=shown, now=section, since_s=round(self._wall_s(self._section_since_s), 3))
+    def _tell_seconds(self, seconds: dict[Account, float], **values: Any) -> None:
+        shown, mark = {account: round(value, 6) for account, value in seconds.items()}, self._marks.main
+        self._tell(None, **values, seconds=shown, now=mark.phase, since_s=round(mark.since_s, 3))
 
-    def _tell(self, event: str | None, **values: Any) -> None:
-        if not self._path:
-            return
-        line: dict[str, Any] = {"attempt": self._attempt, "at_s": round(values.pop("at_s", time.time()), 3)}
-        line |= ({"event": event} if event else {}) | values
-        self._unsent.append(json.dumps(line).encode() + b"\n")
-        self._send()
-
-    def _send(self) -> None:
-        try:
-            while self._unsent:
-                if self._file is None:
-                    self._file = self._open()
-                line = (b"\n" if self._is_torn else b"") + self._unsent[0]
-                self._is_torn = os.write(self._file, line) < len(line)
-                if self._is_torn:
-                    raise OSError("the line did not fit")
-                self._unsent.popleft()
-        except OSError as error:
-            if not self._has_warned:
-                print(f"{LEDGER} could not be written and is tried again: {error}", file=sys.stderr)
-            self._has_warned = True
-
-    def _open(self) -> int:
-        """Opens the file for whole lines at its end; a kill may have cut its last line short."""
-        assert self._path
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(file).st_size
-        self._is_torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-        return file
-
-    @staticmethod
-    def _wall_s(monotonic_s: float) -> float:
-        return time.time() - (time.monotonic() - monotonic_s)
+    def _tell(self, event: str | None, *, at_s: float | None = None, **values: Any) -> None:
+        """Writes a line; times of None are left out."""
+        if self._file:
+            line = {"attempt": self._attempt, "at_s": round(time.time() if at_s is None else at_s, 3), "event": event}
+            known = {name: value for name, value in (line | values).items() if value is not None}
+            self._file.append(json.dumps(known).encode() + b"\n")
 
 
-def _add(seconds: dict[Section, float], section: Section, value: float) -> None:
-    seconds[section] = seconds.get(section, 0.0) + value
+def _add(seconds: dict[Account, float], account: Account, value: float) -> None:
+    seconds[account] = seconds.get(account, 0.0) + value
 
 
-def process_age_s() -> float:
-    """Seconds since this process was started, from the kernel; 0 where it does not tell or the process is old."""
+def changed_s(path: Path) -> float | None:
+    """When a file was last written, to milliseconds; None where there is none."""
     try:
-        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    age_s = uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")
-    return age_s if 0 <= age_s < _OLDEST_START_S else 0.0
+        return round(path.stat().st_mtime, 3)
+    except OSError:
+        return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.lifecycle.ledger import Account
 from sambalm.pretrain.reporting.charts import Chart, Series, draw
 from sambalm.pretrain.reporting.durations import date, duration
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT
@@ -166,22 +166,22 @@ def _goodput(runs: Sequence[RunData]) -> str:
         assert run.status
         seconds, wall_s = run.status.seconds or {}, run.status.wall_s or 1.0
         parts = "".join(
-            f'<span style="width:{100 * value / wall_s:.3f}%;background:var(--{section})" '
-            f'title="{_text(_words(section))}: {value / wall_s:.1%}, {duration(value)}"></span>'
-            for section, value in seconds.items()
+            f'<span style="width:{100 * value / wall_s:.3f}%;background:var(--{account})" '
+            f'title="{_text(_words(account))}: {value / wall_s:.1%}, {duration(value)}"></span>'
+            for account, value in seconds.items()
             if value > 0
         )
         shown.append(f'<h3>{_text(run.name)}: {duration(wall_s)}</h3><div class="bar" role="img">{parts}</div>')
         columns.append({name: f"{value / wall_s:.1%}, {duration(value)}" for name, value in seconds.items()})
     rows = []
-    for section in Section:
-        name = f'<span class="swatch" style="background:var(--{section})"></span>{_words(section)}'
-        rows.append(([name, *(column.get(section, "") for column in columns)], False))
+    for account in Account:
+        name = f'<span class="swatch" style="background:var(--{account})"></span>{_words(account)}'
+        rows.append(([name, *(column.get(account, "") for column in columns)], False))
     return "".join(shown) + _table(["", *(_text(run.name) for run in known)], rows)
 
 
-def _words(section: str) -> str:
-    return section.replace("_", " ")
+def _words(account: str) -> str:
+    return account.replace("_", " ")
 
 
 def _events(runs: Sequence[RunData]) -> str:

@@ -14,14 +14,15 @@ import yaml
 from sambalm.pretrain.errors import ExitCode, NoRunError
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT, AttemptRecord, read_attempts, read_outcome
 from sambalm.pretrain.lifecycle.lease import LEASE, holder_lives
-from sambalm.pretrain.lifecycle.ledger import Section
+from sambalm.pretrain.lifecycle.ledger import Account
+from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.reporting.durations import date, duration
 from sambalm.pretrain.reporting.goodput import Goodput, read_goodput
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, plain, read_metrics
 
 RECENT_STEPS = 100
 ALIVE_S = 60.0  # a lease whose holder lives is younger
-STUCK_S, STUCK_STEPS = 120.0, 20.0  # a step that takes longer than both, in seconds and median steps, hangs
+PATIENCE_S, PATIENCE_STEPS = 60.0, 10.0  # a step that takes longer than both, in seconds and median steps, hangs
 _SHOWN_ATTEMPTS = 10
 _ERROR_LINE = re.compile(r"error|exception|killed|SIG[A-Z]+|fault", re.IGNORECASE)
 _LOG_TAIL_BYTES = 1 << 16
@@ -38,6 +39,8 @@ class State(StrEnum):
     FAILED = "failed"
     KILLED = "killed"  # gone without a word
 
+
+_BESIDE_STEPS: dict[str, str] = {Phase.VALIDATION: "validating", Phase.SAVE: "saving", Phase.LEAVE: "leaving"}
 
 _LEFT = (ExitCode.REQUEUE, ExitCode.STOPPED, ExitCode.INTERRUPTED)
 
@@ -63,7 +66,7 @@ class RunStatus:
 
     run_dir: str
     state: State
-    reason: str | None  # that the last attempt ended for, or since when it hangs
+    reason: str | None  # that the last attempt ended for, since when it hangs, or what it does besides steps
     step: int
     steps: int
     tokens: int
@@ -146,8 +149,8 @@ def show_status(status: RunStatus) -> str:
     if status.seconds and status.wall_s:
         shown += ["", f"where {duration(status.wall_s)} went"]
         shown += [
-            f"  {section.replace('_', ' '):<16}{seconds / status.wall_s:6.1%}  {duration(seconds)}"
-            for section, seconds in status.seconds.items()
+            f"  {account.replace('_', ' '):<16}{seconds / status.wall_s:6.1%}  {duration(seconds)}"
+            for account, seconds in status.seconds.items()
             if seconds >= 0.0005 * status.wall_s
         ]
     shown += ["", "attempts" if len(status.attempts) <= _SHOWN_ATTEMPTS else f"the last {_SHOWN_ATTEMPTS} attempts"]
@@ -169,14 +172,13 @@ def _state(
         return _end(attempt)
     if goodput is None or goodput.attempts[-1].name != attempt.path.name:
         return State.TRAINING, None
-    if goodput.attempts[-1].first_step is None:
+    if goodput.phase == Phase.START_UP:
         return State.STARTING, None
-    since_s = goodput.last_progress_s or goodput.attempts[-1].end_s
-    is_in_step = goodput.now in (Section.PRODUCTIVE, Section.DATA_WAIT)
-    is_late = time.time() - since_s > max(STUCK_S, STUCK_STEPS * (step_s or 0.0))
-    if goodput.now == Section.HANGING or (is_in_step and is_late):
-        return State.HANGING, f"since {date(since_s)}"
-    return State.TRAINING, None
+    since_s = goodput.last_progress_s
+    is_late = time.time() - since_s > max(PATIENCE_S, PATIENCE_STEPS * (step_s or 0.0))
+    if is_late and goodput.phase in (Phase.FETCH, Phase.STEP):
+        return State.HANGING, f"since {date(since_s)}, in phase {goodput.phase}"
+    return State.TRAINING, _BESIDE_STEPS.get(goodput.phase)
 
 
 def _end(attempt: AttemptRecord) -> tuple[State, str | None]:
@@ -233,8 +235,8 @@ def _stretch(goodput: Goodput | None) -> float:
     """How much longer a step takes with its share of validations and saves."""
     if goodput is None:
         return 1.0
-    step_s = goodput.seconds[Section.PRODUCTIVE] + goodput.seconds[Section.DATA_WAIT]
-    between_s = goodput.seconds[Section.VALIDATION] + goodput.seconds[Section.SAVE]
+    step_s = goodput.seconds[Account.PRODUCTIVE] + goodput.seconds[Account.DATA_WAIT]
+    between_s = goodput.seconds[Account.VALIDATION] + goodput.seconds[Account.SAVE]
     return 1.0 + between_s / step_s if step_s > 0 else 1.0
 
 

@@ -21,6 +21,7 @@ from sambalm.pretrain.launched_step import StepResult
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep
 from sambalm.pretrain.lifecycle.ledger import Ledger
+from sambalm.pretrain.lifecycle.phases import Marks
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, saved_while_skipping
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -320,7 +321,9 @@ class Host:
         self.config = parse_config(values, source="test")
         self.late = late  # whether a step's results are known only once the next one is under way
         self.limits, self.unread = {}, []
-        self.guards = Guards(self.config, world=SimpleNamespace(is_main=False), rollbacks=Rollbacks(1), ledger=Ledger())
+        self.guards = Guards(
+            self.config, world=SimpleNamespace(is_main=False), rollbacks=Rollbacks(1), ledger=Ledger(Marks())
+        )
         guard = SimpleNamespace(set_limits=lambda **limits: self.limits.__setitem__(self.number, limits))
         self.guards.on_start(SimpleNamespace(executor=SimpleNamespace(guard=guard)))
 

@@ -12,9 +12,12 @@ import yaml
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle import ledger as ledger_file
+from sambalm.pretrain.lifecycle import phases
 from sambalm.pretrain.lifecycle.attempts import read_attempts, read_outcome
-from sambalm.pretrain.lifecycle.ledger import LEDGER, Ledger, Section
+from sambalm.pretrain.lifecycle.ledger import LEDGER, Account, Ledger
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.reporting.goodput import read_goodput
+from sambalm.pretrain.reporting.metrics_file import METRICS
 from tests.support import program
 from tests.support.program import wait_until
 from tests.support.whole_runs import changed, run_dir, train
@@ -80,16 +83,16 @@ def test_a_run_that_is_killed_stopped_and_resumed_sums_to_its_wall_time(run_valu
     assert [attempt.has_ended for attempt in found.attempts] == [False, True, True]
     # Seven steps at least were lost, of 8 fetches each with what they computed; those that count waited likewise.
     fetches_s = 4 * FETCH_S
-    assert first.seconds[Section.LOST] > 7 * fetches_s
-    assert second.seconds.get(Section.LOST, 0) + third.seconds.get(Section.LOST, 0) < 0.01
+    assert first.seconds[Account.LOST] > 7 * fetches_s
+    assert second.seconds.get(Account.LOST, 0) + third.seconds.get(Account.LOST, 0) < 0.01
     # The upper bounds are wide, for a machine with other work.
-    assert 60 * fetches_s < seconds[Section.DATA_WAIT] < 60 * fetches_s * 3
-    assert 3 * VALIDATION_S < seconds[Section.VALIDATION] < 3 * VALIDATION_S + 4
-    assert 7 * SAVE_S < seconds[Section.SAVE] < 7 * SAVE_S + 6
-    assert 2 * PAUSE_S < seconds[Section.WAITING] < 2 * PAUSE_S + 4
-    assert seconds[Section.SKIPPED] == seconds[Section.HANGING] == 0
-    assert seconds[Section.STARTUP] > 0
-    assert seconds[Section.PRODUCTIVE] > 0
+    assert 60 * fetches_s < seconds[Account.DATA_WAIT] < 60 * fetches_s * 3
+    assert 3 * VALIDATION_S < seconds[Account.VALIDATION] < 3 * VALIDATION_S + 4
+    assert 7 * SAVE_S < seconds[Account.SAVE] < 7 * SAVE_S + 6
+    assert 2 * PAUSE_S < seconds[Account.WAITING] < 2 * PAUSE_S + 4
+    assert seconds[Account.SKIPPED] == seconds[Account.HANGING] == 0
+    assert seconds[Account.STARTUP] > 0
+    assert seconds[Account.PRODUCTIVE] > 0
 
 
 def train_with_one_broken_step(values):
@@ -114,12 +117,12 @@ def test_a_skipped_step_counts_as_such_and_one_rank_writes(run_values):
     values = changed(run_values, parallel={"zero_stage": 1})
     run_world(train_with_one_broken_step, values, ranks=2)
     found = read_goodput(run_dir(values), is_alive=False)
-    assert 0.3 < found.seconds[Section.SKIPPED] < 2.0
+    assert 0.3 < found.seconds[Account.SKIPPED] < 2.0
     assert [(event.what, event.step) for event in found.events] == [
         ("start", None),
         ("begin", 0),
         ("skipped", 3),
-        ("saved", 3),
+        ("saved", 4),  # what was due after step 3: nothing is saved while steps are being skipped
         ("saved", 6),
         ("end", None),
     ]
@@ -129,11 +132,11 @@ def test_a_rank_alone_counts_its_time_too(run_values):
     train(run_values)
     found = read_goodput(run_dir(run_values), is_alive=False)
     assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=0.01)
-    assert (found.attempts[0].first_step, found.attempts[0].last_step, found.now) == (0, 6, Section.STARTUP)
+    assert (found.attempts[0].first_step, found.attempts[0].last_step, found.phase) == (0, 6, Phase.LEAVE)
 
 
 class Clock:
-    """Stands in for the module `time` of the ledger."""
+    """Stands in for the module `time` of the ledger and the marks."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -148,11 +151,24 @@ class Clock:
         self.now_s += seconds
 
 
+class MarkedLedger(Ledger):
+    """A ledger with the marks that it follows."""
+
+    def __init__(self, run_dir: Path, *, attempt: str) -> None:
+        self.marks = Marks()
+        super().__init__(self.marks, run_dir, attempt=attempt)
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        self.marks.enter(Phase.STEP, step=step + 1)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(ledger_file, "time", clock)
-    monkeypatch.setattr(ledger_file, "process_age_s", lambda: 4.0)
+    for module in ledger_file, phases:
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(ledger_file, "process_age_s", lambda pid: 4.0)
     monkeypatch.setattr(Ledger, "_keep_writing", lambda self: None)
     return clock
 
@@ -169,23 +185,23 @@ def non_zero(goodput):
 
 
 def test_an_attempt_from_an_earlier_step_makes_the_later_ones_lost(clock, tmp_path):
-    first = Ledger(tmp_path, attempt="first")
+    first = MarkedLedger(tmp_path, attempt="first")
     clock.sleep(6.0)
     first.begin(0)
     steps(first, clock, range(1, 5))
-    with first.section(Section.SAVE):
+    with first.marks.during(Phase.SAVE):
         first.write()
         clock.sleep(1.0)
         first.saved(4)
     steps(first, clock, range(5, 8))
-    with first.section(Section.VALIDATION):
+    with first.marks.during(Phase.VALIDATION):
         clock.sleep(3.0)
     first.write()  # then it is killed
     goodput = read_goodput(tmp_path, is_alive=True)
     assert non_zero(goodput) == {"startup": 10.0, "productive": 14.0, "save_stall": 1.0, "validation": 3.0}
     assert non_zero(read_goodput(tmp_path, is_alive=False))["lost"] == pytest.approx(9.0)
     clock.sleep(100.0)
-    second = Ledger(tmp_path, attempt="second")  # its process is 4 s old
+    second = MarkedLedger(tmp_path, attempt="second")  # its process is 4 s old
     clock.sleep(1.0)
     second.begin(4)
     steps(second, clock, [5, 6])
@@ -193,7 +209,7 @@ def test_an_attempt_from_an_earlier_step_makes_the_later_ones_lost(clock, tmp_pa
     expected = {"startup": 15.0, "productive": 12.0, "save_stall": 1.0, "lost": 9.0, "waiting": 96.0}
     assert non_zero(read_goodput(tmp_path, is_alive=True)) == expected
     clock.sleep(1.0)
-    third = Ledger(tmp_path, attempt="third")  # it imported while the second was at its end
+    third = MarkedLedger(tmp_path, attempt="third")  # it imported while the second was at its end
     third.begin(0)  # whose checkpoints are all gone
     steps(third, clock, [1])
     third.saved(1)
@@ -202,8 +218,30 @@ def test_an_attempt_from_an_earlier_step_makes_the_later_ones_lost(clock, tmp_pa
     assert non_zero(read_goodput(tmp_path, is_alive=False)) == expected
 
 
+def test_what_a_killed_attempt_did_after_its_last_line_is_lost(clock, tmp_path):
+    """Until it last wrote metrics, but no longer than it may go without a line: a copied file is newer."""
+    ledger = MarkedLedger(tmp_path, attempt="first")
+    ledger.begin(0)
+    steps(ledger, clock, [1])
+    ledger.saved(1)  # then it takes steps and is killed
+    metrics = tmp_path / METRICS
+    metrics.touch()
+    clock.sleep(7.0)
+    os.utime(metrics, (clock.time(), clock.time()))
+    expected = {"startup": 4.0, "productive": 2.0, "lost": 7.0}
+    assert non_zero(read_goodput(tmp_path, is_alive=False)) == expected
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "productive": 2.0}
+    clock.sleep(15.0)
+    MarkedLedger(tmp_path, attempt="second").begin(1)
+    os.utime(metrics, (clock.time() + 1e6, clock.time() + 1e6))  # the second writes
+    expected = {"startup": 8.0, "productive": 2.0, "lost": 7.0, "waiting": 11.0}
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == expected
+    expected["lost"] += 2 * ledger_file.MAX_INTERVAL_S
+    assert non_zero(read_goodput(tmp_path, is_alive=False)) == expected
+
+
 def test_a_guard_may_throw_steps_away(clock, tmp_path):
-    ledger = Ledger(tmp_path, attempt="a")
+    ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     steps(ledger, clock, range(1, 4))
     ledger.saved(3)
@@ -221,28 +259,20 @@ def test_a_guard_may_throw_steps_away(clock, tmp_path):
 
 
 def test_hanging_counts_from_when_nothing_moved(clock, tmp_path):
-    ledger = Ledger(tmp_path, attempt="a")
+    ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     steps(ledger, clock, [1])
-    hangs_since_s = clock.monotonic()
-    assert ledger.current() == (Section.PRODUCTIVE, hangs_since_s - 2.0)
+    hangs_since_s = clock.time()
     for _ in range(3):
         clock.sleep(10.0)
         ledger.write()
-    ledger.hang(hangs_since_s)
-    assert read_goodput(tmp_path, is_alive=True).now == Section.HANGING
     clock.sleep(5.0)
-    ledger.hang(hangs_since_s)  # told once
-    with ledger.section(Section.DATA_WAIT):  # it moves again
-        clock.sleep(3.0)
-    steps(ledger, clock, [2])
-    ledger.close()
-    expected = {"startup": 4.0, "hanging": 35.0, "data_wait": 3.0, "productive": 4.0}
-    assert non_zero(read_goodput(tmp_path, is_alive=True)) == expected
+    ledger.hang(hangs_since_s)
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "hanging": 35.0, "productive": 2.0}
 
 
 def test_a_process_that_was_stopped_was_hanging(clock, tmp_path):
-    ledger = Ledger(tmp_path, attempt="a")
+    ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     steps(ledger, clock, [1])
     clock.sleep(500.0)
@@ -253,12 +283,12 @@ def test_a_process_that_was_stopped_was_hanging(clock, tmp_path):
 
 
 def test_a_wait_that_cost_nothing_counts_as_what_was_around_it(clock, tmp_path):
-    ledger = Ledger(tmp_path, attempt="a")
+    ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     for hidden in (True, False):
-        with ledger.section(Section.DATA_WAIT, unless=lambda hidden=hidden: hidden):
+        with ledger.marks.during(Phase.FETCH, unless=lambda hidden=hidden: hidden):
             clock.sleep(1.0 + hidden)
-    with ledger.section(None):
+    with ledger.marks.during(None):
         clock.sleep(4.0)
     ledger.finish_step(1)
     ledger.close()
@@ -276,9 +306,9 @@ def test_torn_lines_and_a_full_disk_lose_nothing(clock, tmp_path, monkeypatch, c
         room[0] -= written
         return written
 
-    monkeypatch.setattr(ledger_file.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     (tmp_path / LEDGER).write_text('{"attempt": "old", "at_')  # a kill cut it short
-    ledger = Ledger(tmp_path, attempt="a")
+    ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     room[0] = 30  # of a line
     steps(ledger, clock, range(1, 6))
@@ -287,14 +317,14 @@ def test_torn_lines_and_a_full_disk_lose_nothing(clock, tmp_path, monkeypatch, c
     ledger.close()
     assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "productive": 16.0}
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("ledger.jsonl could not be written and is tried again: ")
+    assert warning == f"warning: {tmp_path / LEDGER} cannot be written, and the run goes on: No space left on device"
 
 
 def test_an_attempt_that_was_displaced_is_not_listened_to(clock, tmp_path):
-    first = Ledger(tmp_path, attempt="first")
+    first = MarkedLedger(tmp_path, attempt="first")
     first.begin(0)
     steps(first, clock, [1])
-    second = Ledger(tmp_path, attempt="second")
+    second = MarkedLedger(tmp_path, attempt="second")
     second.begin(0)
     steps(first, clock, [2])
     steps(second, clock, [1])
@@ -302,11 +332,11 @@ def test_an_attempt_that_was_displaced_is_not_listened_to(clock, tmp_path):
     second.close()
     found = read_goodput(tmp_path, is_alive=True)
     assert [attempt.name for attempt in found.attempts] == ["first", "second"]
-    assert found.seconds[Section.PRODUCTIVE] == pytest.approx(4.0)
+    assert found.seconds[Account.PRODUCTIVE] == pytest.approx(4.0)
 
 
 def test_the_file_grows_slowly_and_cheaply(clock, tmp_path):
-    ledger = Ledger(tmp_path, attempt="a")
+    ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     start_s = time.perf_counter()
     steps(ledger, clock, range(1, 86_401), seconds=1.0)
@@ -314,6 +344,19 @@ def test_the_file_grows_slowly_and_cheaply(clock, tmp_path):
     ledger.close()
     assert (tmp_path / LEDGER).stat().st_size < 2_000_000
     assert sum(read_goodput(tmp_path, is_alive=True).seconds.values()) == pytest.approx(86_404)
+
+
+def test_a_damaged_line_is_left_out(clock, tmp_path):
+    ledger = MarkedLedger(tmp_path, attempt="a")
+    ledger.begin(0)
+    steps(ledger, clock, [1])
+    ledger.close()
+    path = tmp_path / LEDGER
+    for old, new in (("seconds", "secinds"), ('"begin"', "7"), ('"startup"', "[]"), ("at_s", "at_t")):
+        whole = path.read_text()
+        path.write_text(whole.replace(old, new, 1))
+        assert (read_goodput(tmp_path, is_alive=False) is None) == (old == "at_s")  # the start
+        path.write_text(whole)
 
 
 def test_a_run_without_a_ledger_has_no_goodput(tmp_path):

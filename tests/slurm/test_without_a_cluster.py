@@ -29,7 +29,7 @@ CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs
 
 def test_torchrun_meets_at_the_first_node_of_the_step():
     environment = {"SLURMD_NODENAME": "n2", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
-    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1")
+    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1", restarts="1")
     assert "--rdzv-endpoint=n1:29500" in arguments
     assert "--nnodes=2" in arguments
     assert any(argument.startswith("--rdzv-conf=is_host=0") for argument in arguments)
@@ -104,6 +104,7 @@ def test_a_node_checks_itself(arguments, problem, tmp_path):
         (ExitCode.FINISHED, 'finish 0 "so" it is'),
         (ExitCode.NOT_SAVED, 'retry 74 "so" it is'),
         (ExitCode.REQUEUE, 'requeue 75 "so" it is'),
+        (ExitCode.HANGING, 'retry 81 "so" it is'),
         (ExitCode.DIVERGED, 'end 80 "so" it is'),
         (5, 'end 5 "so" it is'),
     ],

@@ -9,7 +9,8 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folder
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.worlds import run_world
 
-MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes")  # no two runs have the same
+# No two runs have the same.
+MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes", "slowest_rank_ratio", "stragglers")
 OF_SAVES = "checkpoint_"  # names that begin so tell of saves, in whichever step's record their outcome came
 
 

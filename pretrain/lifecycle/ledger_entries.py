@@ -1,4 +1,4 @@
-"""Marks in the ledger what the hooks of a run hear: the first step, each step's end, saves and the end."""
+"""Tells the ledger what the hooks of a run hear: the first step, each step's end, saves and the end."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.training import Training
 
 
-class LedgerMarks(Hook):
+class LedgerEntries(Hook):
     """Keeps the ledger of a process. Belongs after the guards, which may skip a step, and before the checkpointer.
 
     Args:
