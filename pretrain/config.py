@@ -156,15 +156,20 @@ class WatchdogSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    start_up_s: Limit = Field("auto", description="From the start of a rank to its first step, loading included")
-    fetch_s: Limit = Field("auto", description="Of a wait for a micro-batch")
-    first_step_s: Limit = Field(
-        "auto", description="Of a step that may compile or capture: the first three, and the first after a validation"
+    start_up_s: Limit = Field(
+        "auto", description="Longest time from the start of a rank to its first step, loading included"
     )
-    step_s: Limit = Field("auto", description="Of any other step")
-    validation_s: Limit = Field("auto", description="Of a validation")
-    save_s: Limit = Field("auto", description="Of a save, and of its writing while training goes on")
-    leave_s: Limit = Field("auto", description="From the last step to the end of the rank")
+    fetch_s: Limit = Field("auto", description="Longest wait for a micro-batch")
+    first_step_s: Limit = Field(
+        "auto",
+        description="Longest step that may compile or capture: the first three, and the first after a validation",
+    )
+    step_s: Limit = Field("auto", description="Longest of all other steps")
+    validation_s: Limit = Field("auto", description="Longest validation")
+    save_s: Limit = Field(
+        "auto", description="Longest save, and the longest time that it is written while training goes on"
+    )
+    leave_s: Limit = Field("auto", description="Longest time from the last step to the end of the rank")
 
     def limits(self, *, timeout_s: float) -> dict[str, float]:
         """Seconds by name of a phase; a phase without a limit is missing.
@@ -188,7 +193,9 @@ class StragglerSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     every_steps: int = Field(100, ge=0, description="Steps between comparisons of the ranks' own times; 0: none")
-    factor: float = Field(1.5, gt=1, description="Over the median of its pipeline stage: a rank that is named as slow")
+    factor: float = Field(
+        1.5, gt=1, description="A rank that takes so many times the median of its pipeline stage is named as slow"
+    )
 
 
 def _check_version(version: int) -> int:

@@ -11,7 +11,6 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from sambalm.parallel.environment import is_main_process
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_line
 
 INTERRUPT_ONCE_S = 1.0  # torchrun passes a Ctrl-C on to ranks that the terminal has given it already
 SAVE_SWITCH, KILL_SWITCH = "save", "stop"
@@ -97,16 +96,12 @@ class Signals:
         elif self._interrupted_s is None:
             self._interrupted_s, self._leave = now_s, max(self._leave, Request.INTERRUPT)
             if is_main_process():
-                print(
-                    "Ctrl-C: saving after the step at hand, then leaving; another one leaves at once",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print_line("Ctrl-C: saving after the step at hand, then leaving; another one leaves at once")
         elif now_s - self._interrupted_s > INTERRUPT_ONCE_S:
             self._leave_now(ExitCode.INTERRUPTED, "Ctrl-C again: leaving at once, without a checkpoint of this step")
 
     def _leave_now(self, exit_code: ExitCode, sentence: str) -> None:
-        print(sentence, file=sys.stderr, flush=True)
+        print_line(sentence)
         with contextlib.suppress(OSError):
             self.before_leaving(exit_code, sentence)
         os._exit(exit_code)

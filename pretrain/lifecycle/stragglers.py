@@ -1,6 +1,5 @@
 """Ranks that are slower than the others: all wait for them in every step, so step times do not tell who they are."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median, median_low
@@ -9,6 +8,7 @@ from typing import NamedTuple
 from sambalm.parallel.groups import World
 from sambalm.parallel.own_time import OwnTime
 from sambalm.pretrain.config import StragglerSection
+from sambalm.pretrain.errors import print_line
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 
 MEASURED_STEPS = 10  # for each comparison, spread over the steps before it
@@ -53,10 +53,9 @@ class Stragglers(Hook):
         step.metrics.update(slowest_rank_ratio=max(ratios), stragglers=len(slow))
         for rank in slow if self.world.is_main else ():
             step.metrics[f"straggler/rank_{rank}"] = ratios[rank]
-            print(
+            print_line(
                 f"step {step.number}: rank {rank} is slow: its own work takes {paces[rank].own_s:.3g} s a step, "
-                f"{ratios[rank]:.1f} times the median of its like",
-                file=sys.stderr,
+                f"{ratios[rank]:.1f} times the median of its like"
             )
 
 

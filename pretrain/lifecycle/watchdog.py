@@ -21,7 +21,7 @@ from pathlib import Path
 from sambalm.parallel.compat.flight_recorder import nccl_trace
 from sambalm.parallel.environment import world_size
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_line, print_warning
 from sambalm.pretrain.lifecycle.attempts import write_outcome
 from sambalm.pretrain.lifecycle.hang import Board, Position, judge
 from sambalm.pretrain.lifecycle.ledger import Ledger
@@ -115,7 +115,7 @@ class Watchdog:
             position = self._position()
             if position.overdue and now_s - self._looked_s > _STUCK_S:
                 sentence = judge({self._rank: position}, silent=()) or "hanging"
-                sys.stderr.write(self._stacks())
+                print_line(self._stacks())
                 self._end(f"{sentence}; {self._run_dir} cannot be read either")
 
     def _watch_folder(self) -> None:
@@ -126,14 +126,14 @@ class Watchdog:
                 self._look()
             except (OSError, ValueError) as error:  # of a file that is being written too
                 if self._position().overdue:
-                    print(f"rank {self._rank}: the watchdog cannot use {self._run_dir}: {error}", file=sys.stderr)
+                    print_warning(f"rank {self._rank}: the watchdog cannot use {self._run_dir}: {error}")
 
     def _look(self) -> None:
         self._leave_with_others()
         position, board = self._position(), self._board
         if board is None:
             if position.overdue:
-                sys.stderr.write(self._stacks())
+                print_line(self._stacks())
                 self._end(judge({self._rank: position}, silent=()) or "hanging")
             return
         if not position.overdue and not board.is_up():

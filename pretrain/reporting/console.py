@@ -5,11 +5,11 @@ import os
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,7 +53,7 @@ def changed_learning_rate(saved: Mapping[str, Any], config: RunConfig, *, done_s
     """
     try:
         before, steps_before = OptimizerConfig.model_validate(saved["optimizer"]), int(saved["train"]["steps"])
-    except (KeyError, TypeError, ValueError, ValidationError):  # of a version that this one does not know
+    except (KeyError, TypeError, ValueError):  # of a version that this one does not know
         return None
     after, steps = config.optimizer, config.train.steps
     causes = [
@@ -123,7 +123,7 @@ class RunConsole:
             how = f"finished at step {self._step} after {took}"
             where += f"; `sambalm report {self._run_dir}` shows the run"
         elif exit_code is None:
-            how = f"ended by an error after step {self._step} of {self._steps}"
+            how = f"stopped after step {self._step} of {self._steps}"
         else:
             how = f"left after step {self._step} of {self._steps}"
             where += f"; `sambalm status {self._run_dir}` shows the run, and the same command goes on with it"
@@ -139,7 +139,8 @@ class RunConsole:
         return f"  {duration((self._steps - self._step) * (now_s - first_s) / (self._step - first_step))} left"
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OSError):  # a log on a full disk
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _millions(count: int) -> str:

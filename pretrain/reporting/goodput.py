@@ -91,7 +91,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict) and {"attempt", "at_s"} <= line.keys():
+            if isinstance(line, dict) and "attempt" in line and isinstance(line.get("at_s"), float):
                 yield line
 
 

@@ -103,7 +103,7 @@ def read_status(run_dir: Path) -> RunStatus:
     goodput = read_goodput(run_dir, is_alive=is_alive)
     state, reason = _state(attempts[-1], is_alive=is_alive, goodput=goodput, step_s=step_s)
     if state is State.TRAINING and _lease_age_s(run_dir) >= ALIVE_S:
-        state, reason = State.HANGING, f"its process is stopped, for {duration(_lease_age_s(run_dir))}"
+        state, reason = State.HANGING, f"its process has not answered for {duration(_lease_age_s(run_dir))}"
     return RunStatus(
         run_dir=str(run_dir),
         state=state,
@@ -264,7 +264,7 @@ def _lease_age_s(run_dir: Path) -> float:
 
 def _error(attempt: AttemptRecord) -> str | None:
     """What went wrong in an attempt, by its outcome or the last telling line of its logs."""
-    if attempt.exit_code in (ExitCode.FINISHED, ExitCode.REQUEUE, ExitCode.STOPPED):
+    if attempt.exit_code in (ExitCode.FINISHED, *_LEFT):
         return None
     if attempt.exit_code is not None:
         return f"{attempt.path.name}: {attempt.reason}"

@@ -11,7 +11,6 @@ import math
 import os
 import queue
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.errors import ConfigError, print_warning
 
 RETRY_S, CLOSE_S = 60.0, 30.0
 _QUEUED_RECORDS = 10_000
@@ -219,7 +218,7 @@ class BackgroundWriter:
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
-            print(f"the run goes on, but {self._name} does not get all of its metrics: {reason}", file=sys.stderr)
+            print_warning(f"the run goes on, but {self._name} does not get all of its metrics: {reason}")
         self._has_warned = True
 
 

@@ -3,6 +3,8 @@
 import math
 import re
 import signal
+import sys
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -88,7 +90,18 @@ def test_lines_come_now_and_then_and_tell_the_time_left(clock, tmp_path, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["11/1000", "22/1000", "33/1000"]
     assert lines[1] == "step 22/1000  loss 2.0000  lr 1.00e-03  grad norm nan  10,000 tokens/s  16 min left"
-    assert lines[-1].startswith("ended by an error after step 39 of 1000: no new checkpoint, metrics ")
+    assert lines[-1].startswith("stopped after step 39 of 1000: no new checkpoint, metrics ")
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path, monkeypatch):
+    log = open("/dev/full", "w")  # noqa: SIM115  # closing it fails as well
+    monkeypatch.setattr(sys, "stderr", log)
+    console = RunConsole(tmp_path, steps=2, done_steps=0)
+    console.start()
+    console.step(record(2, validation_loss_32=2.5))
+    console.end(ExitCode.FINISHED)
+    with suppress(OSError):
+        log.close()
 
 
 def test_a_terminal_gets_a_bar_and_lines_of_what_happens(tmp_path, monkeypatch, capfd):

@@ -76,6 +76,8 @@ def test_a_lease_that_beats_is_a_run_that_trains(age_s, state, run_of_hours):
         (ExitCode.FINISHED, "finished", None, True),
         (ExitCode.REQUEUE, "left (why)", None, False),
         (ExitCode.STOPPED, "left (why)", None, True),
+        (ExitCode.INTERRUPTED, "left (why)", None, True),
+        (ExitCode.HANGING, "failed (why)", "second: why", True),
         (ExitCode.DIVERGED, "failed (why)", "second: why", True),
         (ExitCode.NO_PROGRESS, "failed (why)", "second: why", True),
     ],
@@ -187,7 +189,7 @@ def test_a_run_trains_is_stopped_and_is_killed(run_values, tmp_path):
         running.send_signal(signal.SIGSTOP)
         beat_s = time.time() - 100
         os.utime(folder / "lease.json", (beat_s, beat_s))  # as after 100 s
-        assert read_status(folder).shown_state() == "hanging (its process is stopped, for 100 s)"
+        assert read_status(folder).shown_state() == "hanging (its process has not answered for 100 s)"
     shown = json.loads(program.run("status", folder, "--json").stdout)
     assert (shown["state"], shown["steps"], shown["attempts"][0]["state"]) == ("killed", 4000, "killed")
     assert shown["seconds"]["lost"] > 0

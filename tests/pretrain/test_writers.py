@@ -1,16 +1,13 @@
 """Where metrics go: the real packages of each writer, without a network, and writers that fail in every way."""
 
 import errno
-import json
-import os
 import time
 from pathlib import Path
 
 import pytest
 
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.reporting import metrics, writers
-from sambalm.pretrain.reporting.metrics import MetricsFile
+from sambalm.pretrain.reporting import writers
 from sambalm.pretrain.reporting.writers import BackgroundWriter, WriterTarget, check_writers, start_writers
 from tests.support.whole_runs import changed, run_dir, train
 
@@ -115,30 +112,6 @@ def test_a_writer_that_hangs_holds_nothing_up(capfd, monkeypatch):
     writer.close(timeout_s=0.2)
     assert time.monotonic() - start_s < 5
     assert "it takes longer than training" in capfd.readouterr().err
-
-
-def test_metrics_that_a_full_disk_does_not_take_wait(tmp_path, monkeypatch, capfd):
-    real, room = os.write, [30]
-
-    def write(file, data):
-        if room[0] <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = real(file, data[: room[0]])
-        room[0] -= written
-        return written
-
-    monkeypatch.setattr(metrics.os, "write", write)
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    for step in range(1, 6):
-        file.write(json.dumps({"step": step, "x": 1}) + "\n")
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1]  # and nothing that is cut short
-    room[0] = 10_000
-    file.write(json.dumps({"step": 6}) + "\n")
-    file.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert capfd.readouterr().err.count("the run goes on, but metrics.jsonl could not be written") == 1
 
 
 def test_a_run_writes_where_its_config_says(run_values):
