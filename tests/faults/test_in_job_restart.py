@@ -16,7 +16,7 @@ from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.program import wait_until
 from tests.support.runs import Run
-from tests.support.whole_runs import MEASURED, changed, train
+from tests.support.whole_runs import changed, train, without_measured
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2", "--standalone"]
 
@@ -61,7 +61,7 @@ def test_a_killed_rank_does_not_end_the_job(values, tmp_path):
     assert (first.path.name, second.path.name) == ("job7.0", "job7.0.restart1")
     assert (first.start_step, first.exit_code, second.exit_code) == (0, None, ExitCode.FINISHED)
     assert second.start_step >= 20
-    assert [{k: v for k, v in record.items() if k not in MEASURED} for record in read_metrics(run.dir)] == expected
+    assert [without_measured(record) for record in read_metrics(run.dir)] == expected
 
 
 @pytest.mark.long
