@@ -18,6 +18,7 @@ setup(
     packages=["sambalm", *(f"sambalm.{folder}" for folder in FOLDERS)],
     package_data={
         "sambalm.model.ops.cuda": ["source/*"],
+        "sambalm.pretrain.reporting": ["*.css"],
         "sambalm.slurm": ["*.sbatch", "*.sh"],
         # `sambalm` has no folder of its own to mark as typed.
         **{f"sambalm.{folder}": ["py.typed"] for folder in FOLDERS if "." not in folder},
@@ -57,6 +58,9 @@ setup(
             "mamba-ssm>=2.2",
             "nvidia-cudnn-frontend>=1.22,<1.24",
         ],
+        # Writers of metrics (docs/operations.md).
+        "mlflow": ["mlflow-skinny>=3"],
+        "wandb": ["wandb>=0.20"],
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],

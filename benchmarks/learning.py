@@ -25,8 +25,7 @@ from typing import Any
 from step import stop
 
 from sambalm.pretrain.config_file import load_config
-from sambalm.pretrain.reporting.metrics_file import read_metrics
-from sambalm.pretrain.validation import LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, read_metrics
 
 Records = list[dict[str, Any]]
 NAMES = "runs.json"  # of the runs in a folder, in order

@@ -143,13 +143,14 @@ def profile(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def profile_rank(arguments: argparse.Namespace, settings: list[str]) -> None:
     from sambalm.parallel.groups import start_world
+    from sambalm.pretrain.lifecycle.phases import Marks
     from sambalm.pretrain.lifecycle.run_folder import open_run_folder
     from sambalm.pretrain.lifecycle.signals import Signals
     from sambalm.pretrain.trainer import Trainer
 
-    config = load_config(Path(arguments.config), settings)
-    with open_run_folder(config) as run_folder, start_world(config.parallel) as world:
-        trainer = Trainer(config, world, folder=run_folder, signals=Signals())
+    config, marks = load_config(Path(arguments.config), settings), Marks()
+    with open_run_folder(config, marks) as run_folder, start_world(config.parallel) as world:
+        trainer = Trainer(config, world, folder=run_folder, signals=Signals(), marks=marks)
         with closing(trainer.training.executor), closing(trainer.loader):
             for _ in range(arguments.steps - PROFILED_STEPS):
                 trainer._launch_step()

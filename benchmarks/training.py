@@ -29,8 +29,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
-from sambalm.pretrain.reporting.metrics_file import read_metrics
-from sambalm.pretrain.validation import LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, read_metrics
 
 GIB = 2**30
 MAIN = "main"

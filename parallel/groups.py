@@ -88,6 +88,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def device_is_busy(self) -> bool:
+        """Whether the device has not done yet all that it was handed; a CPU, which is never behind, always has."""
+        return self.device.type == "cuda" and not torch.cuda.current_stream(self.device).query()
+
     def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks that hold the same weights."""
         if self.replica_size == 1:
@@ -155,8 +159,7 @@ def start_world(config: ParallelConfig, *, copies: int = 1) -> Iterator[World]:
     device, timeout = _device(), timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if size == 1 else None  # torchrun's environment names the store of several
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=_store(size, timeout), rank=rank, world_size=size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -170,6 +173,23 @@ def start_world(config: ParallelConfig, *, copies: int = 1) -> Iterator[World]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _store(size: int, timeout: timedelta) -> dist.Store | None:
+    """Where ranks find each other; None: where torchrun's environment says.
+
+    torchrun's agent keeps its store over restarts, and with it the addresses of ranks that are gone. The agents of
+    several nodes may count restarts differently; with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 they make a store each time.
+    """
+    if size == 1:
+        return dist.HashStore()
+    variables = os.environ
+    restarts, is_agents = variables.get("TORCHELASTIC_RESTART_COUNT", "0"), "TORCHELASTIC_USE_AGENT_STORE"
+    if restarts == "0" or variables.get(is_agents) != "True" or variables.get("LOCAL_WORLD_SIZE") != str(size):
+        return None
+    address, port = variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size=size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"restart_{restarts}", store)
 
 
 def _device() -> torch.device:

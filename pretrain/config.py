@@ -132,6 +132,72 @@ class ChecksSection(BaseModel):
     )
 
 
+class ReportingSection(BaseModel):
+    """Where the metrics go besides metrics.jsonl."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"],
+        description="Each takes every step's metrics, in a thread of its own; wandb and mlflow are optional packages, "
+        "which read their own environment variables",
+    )
+
+
+Limit = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] | None
+
+
+class WatchdogSection(BaseModel):
+    """How long each phase of a run may last on a rank, in seconds; past that, the run ends with exit code 81.
+
+    `auto` is a share of parallel.timeout_s: a half of it for a fetch, a step and leaving, nine tenths for the others.
+    0 and null are no limit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start_up_s: Limit = Field(
+        "auto", description="Longest time from the start of a rank to its first step, loading included"
+    )
+    fetch_s: Limit = Field("auto", description="Longest wait for a micro-batch")
+    first_step_s: Limit = Field(
+        "auto",
+        description="Longest step that may compile or capture: the first three, and the first after a validation",
+    )
+    step_s: Limit = Field("auto", description="Longest of all other steps")
+    validation_s: Limit = Field("auto", description="Longest validation")
+    save_s: Limit = Field(
+        "auto", description="Longest save, and the longest time that it is written while training goes on"
+    )
+    leave_s: Limit = Field("auto", description="Longest time from the last step to the end of the rank")
+
+    def limits(self, *, timeout_s: float) -> dict[str, float]:
+        """Seconds by name of a phase; a phase without a limit is missing.
+
+        Args:
+            timeout_s: how long messages wait for other ranks, which a limit should come before.
+        """
+        found = {}
+        for key in type(self).model_fields:
+            phase, value = key.removesuffix("_s"), getattr(self, key)
+            if value == "auto":
+                value = timeout_s * (0.5 if phase in ("fetch", "step", "leave") else 0.9)
+            if value:
+                found[phase] = value
+        return found
+
+
+class StragglerSection(BaseModel):
+    """How ranks that slow the others down are found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int = Field(100, ge=0, description="Steps between comparisons of the ranks' own times; 0: none")
+    factor: float = Field(
+        1.5, gt=1, description="A rank that takes so many times the median of its pipeline stage is named as slow"
+    )
+
+
 def _check_version(version: int) -> int:
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -154,6 +220,9 @@ class RunConfig(BaseModel):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     checks: ChecksSection = ChecksSection()
+    reporting: ReportingSection = ReportingSection()
+    watchdog: WatchdogSection = WatchdogSection()
+    stragglers: StragglerSection = StragglerSection()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
 

@@ -1,5 +1,6 @@
 """docs/config.md, written from the types: `python -m sambalm.pretrain.config_docs > docs/config.md`."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -34,7 +35,7 @@ def render() -> str:
 
 def _section(name: str, section: type[BaseModel]) -> Iterator[str]:
     yield f"## {name}\n"
-    yield f"{(section.__doc__ or '').strip()}\n"
+    yield f"{inspect.cleandoc(section.__doc__ or '')}\n"
     yield "| key | type | default | meaning |"
     yield "| --- | --- | --- | --- |"
     for key, field in section.model_fields.items():

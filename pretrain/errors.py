@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     STOPPED = 78
     RUN_IN_USE = 79
     DIVERGED = 80
+    HANGING = 81
     REPLICAS_DIFFER = 82
     INTERRUPTED = 130
 
@@ -53,11 +54,14 @@ EXIT_CODES = {
     ExitCode.DIVERGED: Meaning(
         "too many steps were skipped, and going back to a checkpoint did not help or could not", Launchers.END
     ),
+    ExitCode.HANGING: Meaning(
+        "a phase of the run was past its limit (`watchdog`); stacks are in the attempt's `hang/`", Launchers.RETRY
+    ),
     ExitCode.REPLICAS_DIFFER: Meaning(
         "ranks that hold the same weights hold different ones: look at the hardware of the rank that it names",
         Launchers.END,
     ),
-    ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard", Launchers.END),
+    ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard; saved after the first step", Launchers.END),
 }
 
 
@@ -148,7 +152,21 @@ class ReplicasDifferError(Exception):
     exit_code = ExitCode.REPLICAS_DIFFER
 
 
+class NoRunError(Exception):
+    """A folder that was taken for a run and is none."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
 class RunInUseError(Exception):
     """Another process works in the run's folder."""
 
     exit_code = ExitCode.RUN_IN_USE
+
+
+class RestartError(Exception):
+    """torchrun starts a run again that ended on purpose; the exit code is that of the attempt before."""
+
+    def __init__(self, sentence: str, exit_code: ExitCode) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

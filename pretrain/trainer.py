@@ -13,7 +13,7 @@ from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
-from sambalm.parallel.config import layout_name
+from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
 from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
@@ -26,15 +26,25 @@ from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.ledger_entries import LedgerEntries
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, set_newer_checkpoints_aside
 from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
+from sambalm.pretrain.lifecycle.stragglers import Stragglers
+from sambalm.pretrain.lifecycle.watchdog import watching
+from sambalm.pretrain.reporting.console import start_lines
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
-LEAVING = {Request.LEAVE: ExitCode.REQUEUE, Request.STOP: ExitCode.STOPPED}
+LEAVING = {
+    Request.LEAVE: ExitCode.REQUEUE,
+    Request.INTERRUPT: ExitCode.INTERRUPTED,
+    Request.STOP: ExitCode.STOPPED,
+}
+COMPILING_STEPS = UNCAPTURED_STEPS + 1  # an attempt's first steps, in which kernels are compiled and captured
 
 
 def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
@@ -45,27 +55,37 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
         DivergedError, ReplicasDifferError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
-    if is_main_process():  # the others wait for it where the process group is made
-        check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
-    with (
-        open_run_folder(config) as folder,
-        start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world,
-        folder.shared(world),
-    ):
-        signals, rollback = signals or Signals(), None
-        while True:
-            trainer = Trainer(config, world, folder=folder, signals=signals, rollback=rollback)
-            try:
-                exit_code = trainer.fit()
-                break
-            except RollBack as found:
-                rollback = found.with_traceback(None)  # which would hold on to the model
-            set_newer_checkpoints_aside(Path(config.run.dir), rollback, world=world)
-            trainer.training.executor.release()
-            del trainer
-            _free_memory()
-        folder.end(exit_code, step=trainer.step, world=world)
-        return exit_code
+    signals, marks = signals or Signals(), Marks()
+    with watching(config, signals=signals, marks=marks) as watchdog:
+        if is_main_process():  # the others wait for it where the process group is made
+            check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
+        with open_run_folder(config, marks) as folder:
+            if is_main_process():
+                watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+            copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
+            with start_world(config.parallel, copies=copies) as world, folder.shared(world) as attempt:
+                watchdog.watch_in(attempt, ledger=folder.ledger)
+                exit_code, step = _train(config, world, folder=folder, signals=signals, marks=marks)
+                folder.end(exit_code, step=step, world=world)
+                return exit_code
+
+
+def _train(
+    config: RunConfig, world: World, *, folder: RunFolder, signals: Signals, marks: Marks
+) -> tuple[ExitCode, int]:
+    """Trains, again after each way back to an earlier checkpoint; returns how the attempt ends, and at which step."""
+    rollback: RollBack | None = None
+    while True:
+        trainer = Trainer(config, world, folder=folder, signals=signals, marks=marks, rollback=rollback)
+        try:
+            return trainer.fit(), trainer.step
+        except RollBack as found:
+            rollback = found.with_traceback(None)  # which would hold on to the model
+        marks.enter(Phase.START_UP)
+        set_newer_checkpoints_aside(Path(config.run.dir), rollback, world=world)
+        trainer.training.executor.release()
+        del trainer
+        _free_memory()
 
 
 def _free_memory() -> None:
@@ -79,13 +99,22 @@ class Trainer:
     """One rank's part of a run, from its newest good checkpoint on.
 
     Args:
+        marks: told of the phases that this rank comes through.
         rollback: why an earlier trainer of the attempt ended; None for the attempt's first.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals, rollback: RollBack | None
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        folder: RunFolder,
+        signals: Signals,
+        marks: Marks,
+        rollback: RollBack | None = None,
     ) -> None:
-        self.config, self.world, self.folder, self.signals = config, world, folder, signals
+        self.config, self.world, self.folder, self.signals, self.marks = config, world, folder, signals, marks
+        self.compiling_steps = COMPILING_STEPS  # from here on
         checkpoint = find_resume_point(config, world=world)
         sources = shared_sources(config.data)
         record = data_record(config, sources)
@@ -94,6 +123,7 @@ class Trainer:
         self.step: int = checkpoint.step if checkpoint else 0
         self.samples: int = checkpoint.state["samples"] if checkpoint else 0
         self.rollbacks = Rollbacks(config.train.max_rollbacks)
+        self.stragglers = Stragglers(config.stragglers, world=world)
         self.hooks = self._hooks(sources, record)
         states = checkpoint.state.get("hooks", {}) if checkpoint else {}  # none in one of an older version
         for hook in self.hooks:
@@ -101,11 +131,13 @@ class Trainer:
                 hook.load_state(states[hook.name])
         if rollback:
             self.rollbacks.load_state(rollback.record)
+            folder.ledger.roll_back(self.step)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
             if rollback:
                 print_line(f"{rollback}; instead, the run goes back to step {self.step}")
-            print_line(self._start_line())
+            lines = start_lines(config, world=world, training=self.training, checkpoint=checkpoint)
+            print_line("\n".join(lines))
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             make_batch=MicroBatch,
@@ -119,26 +151,30 @@ class Trainer:
 
     def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
-        config, world = self.config, self.world
+        config, world, ledger = self.config, self.world, self.folder.ledger
         hooks: list[Hook] = []
-        guards = Guards(config, world=world, rollbacks=self.rollbacks)
-        lease = self.folder.check_lease
-        checkpointer = Checkpointer(config, world=world, data=record, check_lease=lease, guards=guards, hooks=hooks)
+        guards = Guards(config, world=world, rollbacks=self.rollbacks, ledger=ledger)
+        checkpointer = Checkpointer(
+            config,
+            world=world,
+            data=record,
+            check_lease=self.folder.check_lease,
+            guards=guards,
+            marks=self.marks,
+            hooks=hooks,
+        )
         hooks += [
             SaveOutcomes(checkpointer),
             Validator(config, sources, world=world),
+            self.stragglers,
             RunReport(config, world=world, done_steps=self.step),
             self.rollbacks,
             guards,
             ReplicaCheck(config, world=world, rollbacks=self.rollbacks),
+            LedgerEntries(ledger, done_steps=self.step),
             checkpointer,
         ]
         return hooks
-
-    def _start_line(self) -> str:
-        layout = layout_name(self.config.parallel, world_size=self.world.size)
-        names = " ".join(self.training.kernels.names)
-        return f"{self.world.size} x {self.world.device.type}, {layout}, from step {self.step}; {names}"
 
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, and calls the hooks on the way."""
@@ -147,10 +183,13 @@ class Trainer:
             for hook in self.hooks:
                 hook.on_start(self.training)
                 ends.push(lambda error, *_, hook=hook: hook.on_end(None if error else exit_code))
+            ends.callback(self.marks.enter, Phase.LEAVE)
             self.signals.training_starts()
             unread: LaunchedStep | None = None  # a step that the device may still be at
             while self.step < self.config.train.steps:
+                self.marks.enter(Phase.FIRST_STEP if self.compiling_steps else Phase.STEP, step=self.step + 1)
                 launched, request = self._launch_step(), Request.NOTHING
+                self.compiling_steps = max(0, self.compiling_steps - 1)
                 if unread:  # only now, so that the device always has work
                     self._finish(unread)
                     request = unread.request()
@@ -175,7 +214,10 @@ class Trainer:
         votes = dict(zip(self.hooks, step.votes(), strict=True))
         finished = FinishedStep(number=step.number, result=step.result(), request=request, votes=votes)
         for hook in self.hooks:
-            hook.after_step(finished)
+            with self.marks.during(hook.phase):
+                hook.after_step(finished)
+            if hook.phase is Phase.VALIDATION and hook.acts_on(step.number):  # which gives captured graphs up
+                self.compiling_steps = max(1, self.compiling_steps)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""
@@ -189,7 +231,8 @@ class Trainer:
         for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
         executor = self.training.executor
-        executor.train_step([self._micro_batch() for _ in range(self._micro_batches(batch_samples))])
+        with self.stragglers.watching(self.step + 1):
+            executor.train_step([self._micro_batch() for _ in range(self._micro_batches(batch_samples))])
         norm = gradient_norm(self.training.engine)
         self.samples += batch_samples
         self.step += 1
@@ -227,4 +270,7 @@ class Trainer:
 
     def _micro_batch(self) -> MicroBatch:
         """This rank's part of the next sequences."""
-        return self.loader.next_micro_batch().on_rank(self.world)
+        # A wait beside a device that is still at work costs nothing.
+        with self.marks.during(Phase.FETCH, unless=self.world.device_is_busy):
+            batch = self.loader.next_micro_batch()
+        return batch.on_rank(self.world)

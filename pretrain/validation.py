@@ -13,10 +13,9 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
+from sambalm.pretrain.lifecycle.phases import Phase
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT
 from sambalm.pretrain.training import Training
-
-LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
-SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 
 
 class Validator(Hook):
@@ -24,6 +23,8 @@ class Validator(Hook):
 
     The samples are found when it is made, so that a run without them does not start.
     """
+
+    phase = Phase.VALIDATION
 
     def __init__(self, config: RunConfig, sources: Sequence[Source], *, world: World) -> None:
         self.config, self.sources, self.world = config, sources, world

@@ -15,27 +15,38 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.lifecycle.attempts import write_outcome
+from sambalm.pretrain.lifecycle.attempts import newest_restart, write_outcome
 
+RESTARTS_VARIABLE = "IN_JOB_RESTARTS"
 SHUTDOWN_S = 30  # that the other ranks of the node have to end after one has failed
 
 
 def main() -> None:
     attempt_dir, port, ranks_per_node, module, *arguments = sys.argv[1:]
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else restarts find ranks that are gone
     terminated = _remember_term()
-    torchrun = torchrun_arguments(os.environ, port=port, ranks_per_node=ranks_per_node, head=_head_node())
+    restarts = os.environ.get(RESTARTS_VARIABLE, "0")
+    torchrun = torchrun_arguments(
+        os.environ, port=port, ranks_per_node=ranks_per_node, head=_head_node(), restarts=restarts
+    )
     exit_code = run_ranks([*torchrun, "-m", module, *arguments])
     if exit_code == -signal.SIGTERM and terminated():
         exit_code = ExitCode.REQUEUE  # a rank that had not come as far as to listen
     if exit_code in set(ExitCode) - {ExitCode.FINISHED}:
         # Of a refusal that came before the run recorded anything; what it did record stays.
         reason = f"a rank on {os.environ['SLURMD_NODENAME']} ended with exit code {int(exit_code)}; its log says why"
-        write_outcome(Path(attempt_dir), exit_code=exit_code, step=None, reason=reason)
+        write_outcome(newest_restart(Path(attempt_dir)), exit_code=exit_code, step=None, reason=reason)
     sys.exit(exit_code if exit_code >= 0 else 128 - exit_code)
 
 
-def torchrun_arguments(environment: Mapping[str, str], *, port: str, ranks_per_node: str, head: str) -> list[str]:
-    """For a task of a step with one task a node."""
+def torchrun_arguments(
+    environment: Mapping[str, str], *, port: str, ranks_per_node: str, head: str, restarts: str
+) -> list[str]:
+    """For a task of a step with one task a node.
+
+    Args:
+        restarts: how often torchrun starts all ranks again, on the same nodes, when one has failed.
+    """
     node = environment["SLURMD_NODENAME"]
     return [
         f"--nnodes={environment['SLURM_NNODES']}",
@@ -47,7 +58,7 @@ def torchrun_arguments(environment: Mapping[str, str], *, port: str, ranks_per_n
         f"--local-addr={node}",
         f"--shutdown-timeout={SHUTDOWN_S}",
         "--signals-to-handle=SIGINT,SIGHUP",
-        "--max-restarts=0",
+        f"--max-restarts={restarts}",
     ]
 
 

@@ -108,7 +108,9 @@ train_job() {
         pick_nodes "$needed" "$run_dir" "$attempt" || start_again "${leaving:-too few nodes are fit to train}"
         [[ $leaving ]] && start_again "$leaving"
         say "training on $nodes; logs: $attempt/NODE.log"
-        ranks_on "$attempt/%N.log" "$attempt" "$nodes" sambalm.pretrain.cli train "$config" "$@"
+        # After a crash torchrun first starts the ranks again where they are; then the nodes are checked.
+        IN_JOB_RESTARTS=${IN_JOB_RESTARTS:-1} \
+            ranks_on "$attempt/%N.log" "$attempt" "$nodes" sambalm.pretrain.cli train "$config" "$@"
         read -r next code reason <<<"$("$python" -m sambalm.slurm.outcome "$attempt")"
         case $next in
             finish) say "finished"; exit 0 ;;

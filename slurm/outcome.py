@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from sambalm.pretrain.errors import EXIT_CODES, ExitCode, Launchers
-from sambalm.pretrain.lifecycle.attempts import read_outcome
+from sambalm.pretrain.lifecycle.attempts import newest_restart, read_outcome
 
 
 def describe_outcome(attempt: Path) -> str:
     """The line for an attempt's folder. A code that the table of exit codes lacks ends the job."""
-    outcome = read_outcome(attempt)
+    outcome = read_outcome(newest_restart(attempt))
     if not outcome:
         return Launchers.RETRY.name.lower()
     code = outcome["exit_code"]

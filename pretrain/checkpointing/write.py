@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +67,7 @@ class CheckpointWriter:
     Args:
         data: what `data_record` says of the run's data.
         before_commit: called on the main rank once all is written; an error of it commits nothing.
+        marked: goes around what the thread does.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class CheckpointWriter:
         world: World,
         data: dict[str, Any],
         before_commit: Callable[[], None] = lambda: None,
+        marked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._config, self._data, self._before_commit = config, data, before_commit
+        self._config, self._data, self._before_commit, self._marked = config, data, before_commit, marked
         self._world = world.of_save_thread
         self._run_dir = Path(config.run.dir)
         self._snapshot = Snapshot()
@@ -156,7 +159,9 @@ class CheckpointWriter:
     def _run(self, save: "Future[SavedCheckpoint]", copied: _Copied) -> None:
         """The thread."""
         try:
-            save.set_result(self._write(copied))
+            with self._marked():
+                saved = self._write(copied)
+            save.set_result(saved)
         except BaseException as error:
             save.set_exception(error)
 

@@ -51,11 +51,16 @@ def submit(
 
 
 @slurm.command(epilog=example("sambalm slurm status runs/samba_3.8b"))
-def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Show a run's state, attempts, step, tokens, time left, share of time in training, and last error."""
-    from sambalm.slurm.status import show_status
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what `sambalm status` does, and what Slurm says of the run's job."""
+    from sambalm.pretrain.reporting.status import show_status
+    from sambalm.slurm.status import slurm_status
 
-    print(show_status(run_dir))
+    found = slurm_status(run_dir)
+    print(found.as_json() if as_json else show_status(found))
 
 
 @slurm.command(

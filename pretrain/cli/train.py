@@ -1,4 +1,4 @@
-"""The commands `sambalm train` and `sambalm report`."""
+"""The commands `sambalm train`, `sambalm status` and `sambalm report`."""
 
 import os
 from pathlib import Path
@@ -41,14 +41,33 @@ def train(
         return
     if world_size is not None:
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun says how many ranks train")
+    from sambalm.pretrain.lifecycle.attempts import check_restart
+
+    check_restart(Path(checked.run.dir))  # before the slow imports
     from sambalm.pretrain.trainer import train as run
 
     raise typer.Exit(run(checked, signals=signals))
 
 
-@commands.command(epilog=example("sambalm report runs/demo"))
-def report(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Summarise a run beside simple baselines, and draw its losses to RUN_DIR/loss.png."""
-    from sambalm.pretrain.reporting.summary import print_report
+@commands.command(epilog=example("sambalm status runs/demo"))
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a run's state, step, losses, time left, where its time went, and how its attempts ended."""
+    from sambalm.pretrain.reporting.status import read_status, show_status
 
-    print_report(run_dir)
+    found = read_status(run_dir)
+    print(found.as_json() if as_json else show_status(found))
+
+
+@commands.command(epilog=example("sambalm report runs/demo", "sambalm report runs/a runs/b --output comparison.html"))
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="A run folder, or several to compare.")],
+    output: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Summarise runs beside simple baselines, draw RUN_DIR/loss.png, and write one HTML page on all of them."""
+    from sambalm.pretrain.reporting.summary import write_report
+
+    write_report(run_dirs, output=output, as_json=as_json)

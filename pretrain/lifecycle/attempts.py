@@ -10,6 +10,7 @@ runs/NAME/attempts/ATTEMPT/
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -23,9 +24,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from sambalm.pretrain.errors import ExitCode, NoProgressError
+from sambalm.pretrain.errors import EXIT_CODES, ExitCode, Launchers, NoProgressError, RestartError
+from sambalm.pretrain.lifecycle.processes import process_age_s
 
 ATTEMPT_VARIABLE = "SAMBALM_ATTEMPT"  # a launcher's name for the attempt; the same on every rank
+RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"  # torchrun sets it
+RESTARTED = ".restart"
 ATTEMPT, OUTCOME = "attempt.json", "outcome.json"
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 # Ways to end that say that the run works or that someone means to look after it.
@@ -49,9 +53,32 @@ def attempt_folder(run_dir: Path, name: str) -> Path:
     return run_dir / "attempts" / name
 
 
-def new_attempt_name() -> str:
-    """The launcher's name, or one of its own."""
-    return os.environ.get(ATTEMPT_VARIABLE) or time.strftime("%Y%m%dT%H%M%S") + f"-{os.getpid()}"
+def new_attempt_name(run_dir: Path) -> str:
+    """The launcher's name, or one of its own. An attempt that torchrun has restarted is another, `NAME.restart1`."""
+    name = os.environ.get(ATTEMPT_VARIABLE) or time.strftime("%Y%m%dT%H%M%S") + f"-{os.getpid()}"
+    names = itertools.chain([name], (f"{name}{RESTARTED}{number}" for number in itertools.count(1)))
+    return next(name for name in names if not (attempt_folder(run_dir, name) / ATTEMPT).exists())
+
+
+def newest_restart(attempt: Path) -> Path:
+    """The folder of the latest attempt under a launcher's name: torchrun may have restarted the first."""
+    restarts = (attempt.with_name(f"{attempt.name}{RESTARTED}{number}") for number in itertools.count(1))
+    return [attempt, *itertools.takewhile(Path.exists, restarts)][-1]
+
+
+def check_restart(run_dir: Path) -> None:
+    """Refuses what torchrun starts again after an attempt that ended on purpose: it restarts whatever did not end in 0.
+
+    Raises:
+        RestartError: with the exit code of the attempt before.
+    """
+    if RESTARTS_VARIABLE not in os.environ or not (attempts := read_attempts(run_dir)):
+        return
+    code, ended_s = attempts[-1].exit_code, read_outcome(attempts[-1].path).get("ended_s", 0.0)
+    if code not in set(ExitCode) or EXIT_CODES[ExitCode(code)].launchers is Launchers.RETRY:
+        return
+    if ended_s > time.time() - process_age_s(os.getppid()):  # under this torchrun
+        raise RestartError(f"torchrun does not start this run again: {attempts[-1].reason}", ExitCode(code))
 
 
 def read_attempts(run_dir: Path) -> list[AttemptRecord]:

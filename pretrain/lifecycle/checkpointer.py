@@ -15,6 +15,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode, NotSavedError, RunInUseError, SaveBrokenError, print_warning
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -40,8 +41,11 @@ class Checkpointer(Hook):
         data: what `data_record` says of the run's data.
         check_lease: raises RunInUseError when another process has taken the run's folder over.
         guards: say whether a state may be saved.
+        marks: those of this rank; the thread that writes is in the phase of a save, too.
         hooks: those of the run, which hear of each save in their order.
     """
+
+    phase = Phase.SAVE
 
     def __init__(
         self,
@@ -51,10 +55,17 @@ class Checkpointer(Hook):
         data: dict[str, Any],
         check_lease: Callable[[], None],
         guards: Guards,
+        marks: Marks,
         hooks: Sequence[Hook],
     ) -> None:
         self.config, self.guards, self.hooks, self.is_main = config, guards, hooks, world.is_main
-        self.writer = CheckpointWriter(config, world=world, data=data, before_commit=check_lease)
+        self.writer = CheckpointWriter(
+            config,
+            world=world,
+            data=data,
+            before_commit=check_lease,
+            marked=lambda: marks.during_beside(Phase.SAVE),
+        )
         self.failed = self.failed_in_a_row = self.skipped = 0
         self.stall_s = 0.0
         self.is_owed = False  # whether a save was due and the state was not fit

@@ -18,6 +18,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import DivergedError, print_line
 from sambalm.pretrain.launched_step import StepResult
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.lifecycle.rollback import Rollbacks
 from sambalm.pretrain.training import Training
 
@@ -51,12 +52,13 @@ class Guards(Hook):
 
     Args:
         rollbacks: takes the run back where too many steps were skipped.
+        ledger: counts the time of such a step as skipped.
     """
 
     name = "guards"
 
-    def __init__(self, config: RunConfig, *, world: World, rollbacks: Rollbacks) -> None:
-        self.config, self.world, self.rollbacks = config, world, rollbacks
+    def __init__(self, config: RunConfig, *, world: World, rollbacks: Rollbacks, ledger: Ledger) -> None:
+        self.config, self.world, self.rollbacks, self.ledger = config, world, rollbacks, ledger
         self.window: list[GoodStep] = []
         self.in_a_row = self.skipped = 0
         self.recent: dict[int, range] = {}  # the last skipped steps, as many as a budget counts, and their samples
@@ -100,6 +102,7 @@ class Guards(Hook):
             return
         self.in_a_row += 1
         self.skipped += 1
+        self.ledger.skip()
         self.recent[step.number] = samples
         if self.world.is_main:
             print_line(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import StepResult
+from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -39,9 +40,11 @@ class Hook:
     the run on the rank where it is raised; raise the same one on every rank, from what all know, for a clean end.
 
     Attributes:
+        phase: that a process is in during `after_step`, for the watchdog's limits and the ledger; None: the step's.
         name: what a checkpoint calls the hook's `state`; empty where it has none.
     """
 
+    phase: Phase | None = None
     name: ClassVar[str] = ""
 
     def state(self) -> dict[str, Any]:

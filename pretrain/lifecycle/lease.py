@@ -12,6 +12,7 @@ from typing import Any
 
 from sambalm.pretrain.errors import RunInUseError
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT_VARIABLE
+from sambalm.pretrain.lifecycle.processes import process_start
 
 LEASE = "lease.json"
 BEAT_S, STALE_S = 10.0, 60.0
@@ -109,7 +110,7 @@ def _identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": pid,
         "pids": _pid_space(),
-        "process_start": _process_start(pid),
+        "process_start": process_start(pid),
         "job": os.environ.get("SLURM_JOB_ID"),
         "attempt": os.environ.get(ATTEMPT_VARIABLE),
     }
@@ -119,22 +120,26 @@ def _is_gone(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
     """Whether the holder certainly does not run any more."""
     if holder["attempt"] and mine["attempt"] and holder["job"] == mine["job"]:
         return True  # the launcher of a job starts an attempt when the one before has ended
-    return holder["pids"] == mine["pids"] and _process_start(holder["pid"]) != holder["process_start"]
+    return holder["pids"] == mine["pids"] and process_start(holder["pid"]) != holder["process_start"]
+
+
+def holder_lives(run_dir: Path) -> bool | None:
+    """Whether the process that a run's lease names runs on this machine; None where that cannot be known from here."""
+    try:
+        holder = _read(run_dir / LEASE)
+        if holder is None:
+            return False
+        if holder["pids"] != _pid_space():
+            return None
+        return process_start(holder["pid"]) == holder["process_start"]
+    except (OSError, ValueError, KeyError, TypeError):  # an unreadable lease
+        return None
 
 
 def _pid_space() -> str:
     """Names what process ids count in: a boot of a kernel and a namespace on it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None when there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -4,18 +4,23 @@
 | --- | --- |
 | SIGUSR1, or the file `save` in the run's folder | save and go on |
 | SIGTERM | save and leave, to be started again |
+| SIGINT (Ctrl-C) | save and leave; a second one, later than INTERRUPT_ONCE_S, leaves at once |
 | the file `stop` in the run's folder | save and leave, not to be started again while the file is there |
 """
 
+import contextlib
 import os
 import signal
-import sys
 import threading
+import time
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
-from sambalm.pretrain.errors import ExitCode
+from sambalm.parallel.environment import is_main_process
+from sambalm.pretrain.errors import ExitCode, print_line
 
+INTERRUPT_ONCE_S = 1.0  # torchrun passes a Ctrl-C on to ranks that the terminal has given it already
 SAVE_SWITCH, KILL_SWITCH = "save", "stop"
 
 
@@ -25,31 +30,38 @@ class Request(IntEnum):
     NOTHING = 0
     SAVE = 1
     LEAVE = 2
-    STOP = 3
+    INTERRUPT = 3
+    STOP = 4
 
 
 class Signals:
     """This process's signals as requests, once `listen` has been called.
 
-    They are read by a thread, because Python runs no handler while the main thread waits in a collective. A TERM before
-    `training_starts` ends the process at once: there is nothing to save yet.
+    They are read by a thread, because Python runs no handler while the main thread waits in a collective. A TERM or INT
+    before `training_starts` ends the process at once: there is nothing to save yet.
+
+    Attributes:
+        before_leaving: called by that thread with the exit code and the reason, before it ends the process.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._training = self._save = self._leave = False
+        self._training = self._save = False
+        self._leave = Request.NOTHING
+        self._interrupted_s: float | None = None
+        self.before_leaving: Callable[[ExitCode, str], None] = lambda *_: None
 
     def listen(self) -> None:
-        """Takes SIGUSR1 and SIGTERM over; from the main thread only."""
+        """Takes SIGUSR1, SIGTERM and SIGINT over; from the main thread only."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # a handler must be there for its number to be written to the pipe
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
 
     def training_starts(self) -> None:
-        """From here on TERM waits for the end of a step."""
+        """From here on TERM and the first INT wait for the end of a step."""
         with self._lock:
             self._training = True
 
@@ -57,8 +69,8 @@ class Signals:
         """What was asked for since the last call; a request to leave stays."""
         with self._lock:
             save, self._save = self._save, False
-        if self._leave:
-            return Request.LEAVE
+            if self._leave:
+                return self._leave
         return Request.SAVE if save else Request.NOTHING
 
     def _read(self, reader: int) -> None:
@@ -71,10 +83,28 @@ class Signals:
             if number == signal.SIGUSR1:
                 self._save = True
             elif number == signal.SIGTERM and self._training:
-                self._leave = True
+                self._leave = max(self._leave, Request.LEAVE)
             elif number == signal.SIGTERM:
-                print("SIGTERM before the first step: leaving for requeue", file=sys.stderr, flush=True)
-                os._exit(ExitCode.REQUEUE)
+                self._leave_now(ExitCode.REQUEUE, "SIGTERM before the first step: leaving for requeue")
+            elif number == signal.SIGINT:
+                self._interrupt()
+
+    def _interrupt(self) -> None:
+        now_s = time.monotonic()
+        if not self._training:
+            self._leave_now(ExitCode.INTERRUPTED, "Ctrl-C before the first step: leaving")
+        elif self._interrupted_s is None:
+            self._interrupted_s, self._leave = now_s, max(self._leave, Request.INTERRUPT)
+            if is_main_process():
+                print_line("Ctrl-C: saving after the step at hand, then leaving; another one leaves at once")
+        elif now_s - self._interrupted_s > INTERRUPT_ONCE_S:
+            self._leave_now(ExitCode.INTERRUPTED, "Ctrl-C again: leaving at once, without a checkpoint of this step")
+
+    def _leave_now(self, exit_code: ExitCode, sentence: str) -> None:
+        print_line(sentence)
+        with contextlib.suppress(OSError):
+            self.before_leaving(exit_code, sentence)
+        os._exit(exit_code)
 
 
 def take_switches(run_dir: Path) -> Request:

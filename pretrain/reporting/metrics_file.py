@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
+SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -20,6 +22,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _finite_or_nan(record: dict[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of a value: None for a number that is not finite, text for keys that are none."""
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics_line(record: dict[str, Any]) -> str:

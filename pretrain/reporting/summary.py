@@ -1,5 +1,10 @@
-"""A finished run at a glance: its losses beside models that only count, its speed, and where its files are."""
+"""Runs at a glance: their losses beside models that only count, their speed, where their files are, and a page."""
 
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -8,48 +13,87 @@ from rich.console import Console
 from rich.table import Table
 
 from sambalm.data_pipeline.baselines import Baselines, baseline_losses
+from sambalm.data_pipeline.errors import DataError
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.reporting.metrics import plot_losses
-from sambalm.pretrain.reporting.metrics_file import read_metrics
-from sambalm.pretrain.validation import LOSS_AT, SOURCE_LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT, plain, read_metrics
+from sambalm.pretrain.reporting.page import render_page
+from sambalm.pretrain.reporting.plot import plot_losses
+from sambalm.pretrain.reporting.run_data import read_runs
 
-HF_FOLDER = "hf"
+HF_FOLDER, PAGE = "hf", "report.html"
 
 
-def print_report(run_dir: Path) -> None:
-    """Prints the summary and writes loss.png.
+def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_json: bool = False) -> None:
+    """Prints the summary of each run, draws its loss.png, and writes a page on all of them together.
+
+    Args:
+        output: the page; None: report.html in the first run's folder.
+        as_json: prints JSON instead of tables.
 
     Raises:
-        CheckpointError: the folder is not a run that has validated.
+        CheckpointError: a folder is not a run that has validated.
     """
-    records = read_metrics(run_dir)
-    validated = [record for record in records if any(name.startswith(LOSS_AT) for name in record)]
-    if not validated:
-        raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
-    config = load_config(run_dir / "config.yaml")
-    baselines = _baselines(config)
-    plot = run_dir / "loss.png"
-    plot_losses(run_dir, plot, baselines={"unigram": baselines.unigram_entropy, "bigram": baselines.bigram})
+    validated = [_last_validation(run_dir) for run_dir in run_dirs]
+    runs = read_runs(run_dirs)
+    page = output or run_dirs[0] / PAGE
+    found, console = [], Console()
+    for run, record in zip(runs, validated, strict=True):
+        config = load_config(run.path / "config.yaml")
+        baselines = _baselines(config)
+        plot = run.path / "loss.png"
+        plot_losses(run.path, plot, baselines=_named(baselines))
+        if not as_json:
+            console.print(_losses(record, config, baselines))
+            console.print(_facts(list(run.records), run.path, plot))
+        found.append(
+            {
+                "run_dir": str(run.path),
+                "last_record": run.records[-1],
+                "held_out": {name: v for name, v in record.items() if name.startswith((LOSS_AT, SOURCE_LOSS_AT))},
+                "held_out_step": record["step"],
+                "baselines": _named(baselines),
+                "tokens_per_s": median(record["tokens_per_second"] for record in run.records),
+                "status": asdict(run.status) if run.status else None,
+                "page": str(page),
+            }
+        )
+    page.write_text(render_page(runs, baselines=found[0]["baselines"] if len(runs) == 1 else {}), encoding="utf-8")
+    if as_json:
+        print(json.dumps(plain(found), indent=2))
+    else:
+        console.print(f"the page: {page}", highlight=False, markup=False, soft_wrap=True)
 
-    console = Console()
-    console.print(_losses(validated[-1], config, baselines))
-    console.print(_facts(records, run_dir, plot))
+
+def _last_validation(run_dir: Path) -> dict[str, Any]:
+    for record in reversed(read_metrics(run_dir)):
+        if any(name.startswith(LOSS_AT) for name in record):
+            return record
+    raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
 
 
-def _baselines(config: RunConfig) -> Baselines:
-    """On the tokens that the run validates on at its training length."""
-    return baseline_losses(
-        config.data,
-        validation_samples=max(1, config.validation.tokens // config.data.sequence_length),
-        seed=config.run.seed,
-        vocab_size=config.model.vocab_size,
-    )
+def _baselines(config: RunConfig) -> Baselines | None:
+    """On the tokens that the run validates on at its training length; None where its data is not there any more."""
+    try:
+        return baseline_losses(
+            config.data,
+            validation_samples=max(1, config.validation.tokens // config.data.sequence_length),
+            seed=config.run.seed,
+            vocab_size=config.model.vocab_size,
+        )
+    except DataError as error:
+        print(f"without unigram and bigram, since the data cannot be read: {error}", file=sys.stderr)
+        return None
 
 
-def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines) -> Table:
+def _named(baselines: Baselines | None) -> dict[str, float]:
+    found = {"unigram": baselines.unigram_entropy, "bigram": baselines.bigram} if baselines else {}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines | None) -> Table:
     table = Table("model", "nats per token", title=f"Held-out loss after step {record['step']}")
     for name, value in record.items():
         if name.startswith(LOSS_AT):
@@ -60,11 +104,9 @@ def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines) -> 
     for name, value in record.items():
         if name.startswith(of_source):
             table.add_row(f"Samba, {name.removeprefix(of_source)} alone", f"{value:.4f}")
-    for name, value in (
-        ("unigram entropy of these tokens", baselines.unigram_entropy),
-        ("bigram, Kneser-Ney, of the training tokens", baselines.bigram),
-    ):
-        table.add_row(name, f"{value:.4f}")
+    if baselines:
+        table.add_row("unigram entropy of these tokens", f"{baselines.unigram_entropy:.4f}")
+        table.add_row("bigram, Kneser-Ney, of the training tokens", f"{baselines.bigram:.4f}")
     return table
 
 

@@ -20,8 +20,11 @@ from sambalm.pretrain.errors import DivergedError, ExitCode, ReplicasDifferError
 from sambalm.pretrain.launched_step import StepResult
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep
+from sambalm.pretrain.lifecycle.ledger import Account, Ledger
+from sambalm.pretrain.lifecycle.phases import Marks
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, saved_while_skipping
 from sambalm.pretrain.lifecycle.signals import Request
+from sambalm.pretrain.reporting.goodput import read_goodput
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.whole_runs import changed, run_dir, without_measured
 from tests.support.worlds import run_world
@@ -193,6 +196,15 @@ def test_a_run_goes_back_and_leaves_out_the_samples(layout, values):
     found = records(values)
     assert [r["step"] for r in found] == list(range(1, 9))
     assert not any(r["skipped"] for r in found)
+    goodput = read_goodput(run_dir(values), is_alive=False)
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_s, rel=0.01)
+    assert goodput.seconds[Account.SKIPPED] > 0
+    assert goodput.seconds[Account.LOST] == 0
+    assert [(event.what, event.step) for event in goodput.events if event.what in ("begin", "rollback")] == [
+        ("begin", 0),
+        ("rollback", 3),
+        ("begin", 3),
+    ]
     assert [r["tokens"] // 256 for r in found] == [1, 2, 3, 8, 9, 10, 11, 12]
     assert hook_states(values)["rollbacks"] == {"count": 1, "left_out": [[24, 32], [32, 40], [40, 48], [48, 56]]}
     # A process of its own goes on from a checkpoint after it to the same bits.
@@ -319,7 +331,9 @@ class Host:
         self.config = parse_config(values, source="test")
         self.late = late  # whether a step's results are known only once the next one is under way
         self.limits, self.unread = {}, []
-        self.guards = Guards(self.config, world=SimpleNamespace(is_main=False), rollbacks=Rollbacks(1))
+        self.guards = Guards(
+            self.config, world=SimpleNamespace(is_main=False), rollbacks=Rollbacks(1), ledger=Ledger(Marks())
+        )
         guard = SimpleNamespace(set_limits=lambda **limits: self.limits.__setitem__(self.number, limits))
         self.guards.on_start(SimpleNamespace(executor=SimpleNamespace(guard=guard)))
 

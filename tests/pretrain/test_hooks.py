@@ -13,7 +13,7 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import Moment
 from sambalm.pretrain.reporting.metrics import _drop_after
 from sambalm.pretrain.reporting.metrics_file import metrics_line, read_metrics
-from tests.support.whole_runs import OF_SAVES, changed
+from tests.support.whole_runs import OF_CHANCE, changed
 from tests.support.worlds import run_world
 
 
@@ -50,7 +50,7 @@ def events_on_rank(values: dict, asks: dict[int, str], late: bool) -> list[tuple
             events.append(("last starts", len(training.chunks)))
 
         def after_step(self, step):
-            metrics = [name for name in sorted(step.metrics) if not name.startswith(OF_SAVES)]
+            metrics = [name for name in sorted(step.metrics) if not name.startswith(OF_CHANCE)]
             events.append(("last", step.number, step.request.name, metrics))
             ask(asks.get(step.number), signals, run_dir)
 

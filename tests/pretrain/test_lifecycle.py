@@ -14,13 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_step, remove_leftovers
-from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RunInUseError
+from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RestartError, RunInUseError
 from sambalm.pretrain.lifecycle import attempts as attempts_module
 from sambalm.pretrain.lifecycle import lease as lease_module
 from sambalm.pretrain.lifecycle.attempts import (
     AttemptRecord,
+    attempt_folder,
     check_progress,
+    check_restart,
     new_attempt_name,
+    newest_restart,
     read_attempts,
     recorded_errors,
     write_outcome,
@@ -28,6 +31,9 @@ from sambalm.pretrain.lifecycle.attempts import (
 )
 from sambalm.pretrain.lifecycle.hooks import is_due
 from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.ledger import Ledger
+from sambalm.pretrain.lifecycle.phases import Marks
+from sambalm.pretrain.lifecycle.processes import process_start
 from sambalm.pretrain.lifecycle.run_folder import RunFolder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from tests.support.signals import restored_signals
@@ -117,11 +123,14 @@ def test_a_snapshot_tells_the_revision_and_what_it_lacks(
     assert {"SOME_API_KEY=(hidden)", "SOME_PLACE=here"} <= set(environment)
 
 
-def test_an_attempt_has_the_launchers_name(monkeypatch):
+def test_an_attempt_has_the_launchers_name(tmp_path, monkeypatch):
     monkeypatch.setenv("SAMBALM_ATTEMPT", "job7.0.1")
-    assert new_attempt_name() == "job7.0.1"
+    for name in "job7.0.1", "job7.0.1.restart1", "job7.0.1.restart2":
+        assert new_attempt_name(tmp_path) == name
+        write_snapshot(attempt_folder(tmp_path, name), config_yaml="", world_size=1, start_step=0)
+        assert newest_restart(tmp_path / "attempts" / "job7.0.1").name == name
     monkeypatch.delenv("SAMBALM_ATTEMPT")
-    assert new_attempt_name().endswith(f"-{os.getpid()}")
+    assert new_attempt_name(tmp_path).endswith(f"-{os.getpid()}")
 
 
 def test_errors_with_an_exit_code_are_recorded(tmp_path):
@@ -146,7 +155,9 @@ def test_no_rank_leaves_before_the_end_is_recorded(tmp_path):
 
     for is_main in (False, True):
         world = SimpleNamespace(is_main=is_main, barrier=barrier)
-        RunFolder(tmp_path, check_lease=lambda: None).end(ExitCode.FINISHED, step=3, world=world)
+        RunFolder(tmp_path, check_lease=lambda: None, ledger=Ledger(Marks())).end(
+            ExitCode.FINISHED, step=3, world=world
+        )
     assert written == [False, True]
 
 
@@ -162,11 +173,11 @@ def identity(monkeypatch):
 
 
 def test_a_process_is_gone_before_anybody_has_waited_for_it():
-    assert lease_module._process_start(os.getpid()).isdigit()
+    assert process_start(os.getpid()).isdigit()
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert lease_module._process_start(process.pid) is None
-    assert lease_module._process_start(process.pid) is None
+        assert process_start(process.pid) is None
+    assert process_start(process.pid) is None
 
 
 FAR = {"host": "far", "pids": "another boot"}  # whose processes cannot be looked up from here
@@ -321,7 +332,7 @@ def test_switches_ask_for_what_they_say(tmp_path):
     (tmp_path / "stop").touch()
     assert [take_switches(tmp_path) for _ in range(2)] == [Request.STOP, Request.STOP]
     assert (tmp_path / "stop").exists()  # until somebody removes it
-    assert sorted(Request) == [Request.NOTHING, Request.SAVE, Request.LEAVE, Request.STOP]
+    assert sorted(Request) == [Request.NOTHING, Request.SAVE, Request.LEAVE, Request.INTERRUPT, Request.STOP]
 
 
 def test_what_is_due_every_so_many_steps_is_due_at_the_end_too():
@@ -341,3 +352,32 @@ def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
     ]
     remove_leftovers(tmp_path)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "exit_code", "ago_s", "refused"),
+    [
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, ExitCode.REQUEUE, 0, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, ExitCode.DIVERGED, 0, True),  # agents of other nodes count differently
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, ExitCode.HANGING, 0, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, None, 0, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, ExitCode.REQUEUE, 1e6, False),  # before this torchrun
+        ({}, ExitCode.REQUEUE, 0, False),
+    ],
+)
+def test_torchrun_restarts_what_did_not_end_on_purpose(variables, exit_code, ago_s, refused, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    folder = attempt_folder(tmp_path, "one")
+    write_snapshot(folder, config_yaml="", world_size=1, start_step=0)
+    if exit_code is not None:
+        with monkeypatch.context() as patch:
+            now_s = time.time()
+            patch.setattr(time, "time", lambda: now_s - ago_s)
+            write_outcome(folder, exit_code=exit_code, step=3, reason="so it is")
+    if not refused:
+        check_restart(tmp_path)
+        return
+    with pytest.raises(RestartError, match="does not start this run again: so it is") as ended:
+        check_restart(tmp_path)
+    assert ended.value.exit_code == exit_code

@@ -12,55 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
+from sambalm.pretrain.checkpointing.format import newest_checkpoint
 from sambalm.pretrain.errors import ExitCode, RunInUseError
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.lease import Lease
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import program
-from tests.support.program import Program, start_ranks, wait_until
+from tests.support.program import wait_until
+from tests.support.runs import Run
 from tests.support.whole_runs import changed, train
 from tests.support.worlds import run_world
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
 ENVIRONMENT = os.environ | {"COLUMNS": "200"}
-
-
-class Run:
-    """A run of two real ranks, each a process of its own that a test can signal."""
-
-    def __init__(self, values: dict, folder: Path, *, ranks: int = 2) -> None:
-        self.dir, self.ranks = Path(values["run"]["dir"]), ranks
-        self.config, self.log = folder / "run.yaml", folder / "log"
-        self.config.write_text(yaml.safe_dump(values))
-
-    def start(self) -> list[Program]:
-        self.processes = start_ranks("train", self.config, ranks=self.ranks, log=self.log)
-        return self.processes
-
-    def exit_codes(self) -> list[int]:
-        try:
-            return [process.wait() for process in self.processes]
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        for process in self.processes:
-            with process:
-                pass
-
-    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
-        wait_until(lambda: len(self.steps()) >= step, timeout_s, self.text)
-
-    def steps(self) -> list[int]:
-        path = self.dir / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def saved_steps(self) -> list[int]:
-        return [int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(self.dir)]
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_what_the_run_recorded_of_its_end_stays(node, tmp_path):
     assert (exit_code, outcome) == (79, {"exit_code": 77})
 
 
-def test_torchrun_is_given_the_module_and_its_arguments(node):
+def test_torchrun_is_given_the_module_and_its_arguments(node, monkeypatch):
+    monkeypatch.setenv("IN_JOB_RESTARTS", "1")
     _, arguments, _ = node(0)
     split = arguments.index("-m")
     assert arguments[split:] == ["-m", "some.module", "a", "b=c"]
@@ -85,7 +86,7 @@ def test_torchrun_is_given_the_module_and_its_arguments(node):
         "--local-addr=n2",
         "--shutdown-timeout=30",
         "--signals-to-handle=SIGINT,SIGHUP",
-        "--max-restarts=0",
+        "--max-restarts=1",
     ]
 
 
@@ -97,7 +98,7 @@ def test_the_first_node_of_the_step_hosts_the_rendezvous(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
     assert agent._head_node() == "n1"
     environment = {"SLURMD_NODENAME": "n1", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
-    arguments = agent.torchrun_arguments(environment, port="1", ranks_per_node="1", head="n1")
+    arguments = agent.torchrun_arguments(environment, port="1", ranks_per_node="1", head="n1", restarts="1")
     assert "--rdzv-conf=is_host=1,join_timeout=600" in arguments
 
 

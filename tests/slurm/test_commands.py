@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sambalm.pretrain.errors import ConfigError, ExitCode
 from sambalm.pretrain.lifecycle.attempts import write_outcome, write_snapshot
 from sambalm.slurm import health, prepare
 from sambalm.slurm.errors import SlurmError
-from sambalm.slurm.status import run_status, show_status
+from sambalm.slurm.status import slurm_status
 from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
 
 ROOT = Path(__file__).parents[2]
@@ -36,108 +34,15 @@ def program(tmp_path, monkeypatch):
     return put
 
 
-@pytest.fixture
-def run_of_hours(tmp_path, monkeypatch):
-    """A run of 1,000 steps: two attempts, the second of which has been at it for 500 s."""
-    now_s = [10_000.0]
-    monkeypatch.setattr(time, "time", lambda: now_s[0])
-    run_dir = tmp_path / "run"
-    config = yaml.safe_dump({"train": {"steps": 1000}})
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    for name, started_s, step in (("first", 10_000.0, 0), ("second", 11_500.0, 100)):
-        now_s[0] = started_s
-        write_snapshot(run_dir / "attempts" / name, config_yaml=config, world_size=1, start_step=step)
-    now_s[0] = 12_000.0
-    records = [
-        {"step": step, "tokens": 50 * step, "step_time_s": 9.0 if step <= 50 else 5.0, "tokens_per_second": 10.0}
-        for step in range(1, 151)
-    ]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return run_dir, now_s
-
-
-def test_status_is_reckoned_from_the_recent_steps(run_of_hours):
-    run_dir, _ = run_of_hours
-    status = run_status(run_dir)
-    assert (status.attempts, status.step, status.steps, status.tokens) == (2, 150, 1000, 7500)
-    assert (status.tokens_per_s, status.left_s) == (10.0, 850 * 5.0)
-    assert status.training_share == pytest.approx((50 * 9 + 100 * 5) / 2000)
-    shown = {line[:18].strip(): line[18:] for line in show_status(run_dir).splitlines()}
-    assert shown == {
-        "state": "gone without a word",
-        "attempts": "2",
-        "step": "150 of 1,000 (15.0%)",
-        "tokens": "7,500",
-        "speed": "10 tokens/s",
-        "left": "1 h 10 min",
-        "time in training": "47.5%",
-        "last error": "none",
-    }
-
-
-@pytest.mark.parametrize(("age_s", "state"), [(5.0, "training"), (59.0, "training"), (61.0, "gone without a word")])
-def test_a_lease_that_beats_is_a_run_that_trains(age_s, state, run_of_hours):
-    run_dir, now_s = run_of_hours
-    (run_dir / "lease.json").touch()
-    os.utime(run_dir / "lease.json", (now_s[0] - age_s, now_s[0] - age_s))
-    assert run_status(run_dir).state == state
-
-
-@pytest.mark.parametrize(
-    ("exit_code", "state", "error", "ended"),
-    [
-        (ExitCode.FINISHED, "finished", None, True),
-        (ExitCode.REQUEUE, "requeue (why)", None, False),
-        (ExitCode.STOPPED, "stopped (why)", None, True),
-        (ExitCode.DIVERGED, "diverged (why)", "second: why", True),
-        (ExitCode.NO_PROGRESS, "no progress (why)", "second: why", True),
-    ],
-)
-def test_status_tells_how_the_last_attempt_ended(exit_code, state, error, ended, run_of_hours):
-    """The time of a run that is to go on goes on too."""
-    run_dir, now_s = run_of_hours
-    write_outcome(run_dir / "attempts" / "second", exit_code=exit_code, step=150, reason="why")
-    now_s[0] += 2_000.0
-    status = run_status(run_dir)
-    assert (status.state, status.last_error) == (state, error)
-    assert status.training_share == pytest.approx(950 / (2_000 if ended else 4_000))
-
-
-def test_status_shows_the_last_telling_line_of_the_newest_log(run_of_hours):
-    run_dir, _ = run_of_hours
-    logs = {
-        "first/n1.log": "CUDA error: unspecified\n",
-        "second/n1.log": "Error of before\nstep 3\n",
-        "second/n2.log": "RuntimeError: one\nRuntimeError: the GPU is gone\nstep 7\n",
-    }
-    for age, (name, text) in enumerate(reversed(logs.items())):
-        path = run_dir / "attempts" / name
-        path.write_text(text)
-        os.utime(path, (1000 - age, 1000 - age))
-    assert run_status(run_dir).last_error == "second, n2.log: RuntimeError: the GPU is gone"
-    (run_dir / "attempts" / "second" / "n2.log").write_text("step 7\n")
-    assert run_status(run_dir).last_error == "second, n1.log: Error of before"
-
-
-def test_status_asks_slurm_for_the_jobs_state(run_of_hours, program, monkeypatch):
-    run_dir, now_s = run_of_hours
+def test_status_asks_slurm_for_the_jobs_state(tmp_path, program, monkeypatch):
     calls = program("squeue", "echo PENDING")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    now_s[0] += 1.0
-    write_snapshot(run_dir / "attempts" / "third", config_yaml="train: {steps: 10}", world_size=1, start_step=150)
-    assert run_status(run_dir).state == "gone without a word, Slurm job 7 PENDING"
+    attempt = tmp_path / "run" / "attempts" / "first"
+    write_snapshot(attempt, config_yaml="train: {steps: 10}", world_size=1, start_step=150)
+    assert slurm_status(tmp_path / "run").shown_state() == "killed (Slurm job 7 PENDING)"
     assert calls() == ["--noheader --jobs=7 --format=%T"]
-
-
-@pytest.mark.parametrize(
-    ("left_s", "shown"),
-    [(59, "0 h 0 min"), (3600 * 23.99, "23 h 59 min"), (86400 * 2 + 3600 * 3 + 60, "2 d 3 h 1 min")],
-)
-def test_days_hours_and_minutes(left_s, shown, run_of_hours):
-    run_dir, _ = run_of_hours
-    record = {"step": 999, "tokens": 1, "step_time_s": left_s, "tokens_per_second": 1.0}
-    (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    assert f"left              {shown}\n" in show_status(run_dir)
+    write_outcome(attempt, exit_code=ExitCode.REQUEUE, step=150, reason="why")
+    assert slurm_status(tmp_path / "run").shown_state() == "left (why; Slurm job 7 PENDING)"
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def test_a_checkpoint_of_an_earlier_job_is_no_progress_of_this_one(tmp_path):
         (0, "finish 0"),
         (75, "requeue 75"),
         (74, "retry 74"),
-        *((code, f"end {code}") for code in (1, 2, 76, 77, 78, 79, 80, 81, 130)),
+        (81, "retry 81"),
+        *((code, f"end {code}") for code in (1, 2, 76, 77, 78, 79, 80, 82, 130)),
     ],
 )
 def test_an_outcome_says_what_a_job_does_next(code, expected, tmp_path):

@@ -15,24 +15,21 @@ import pytest
 from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import EXIT_CODES, ExitCode
-from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot
+from sambalm.pretrain.lifecycle.attempts import write_outcome
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
 from sambalm.pretrain.planner.search import DAY_S, find_plans
 from sambalm.slurm.agent import torchrun_arguments
-from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.health import find_problems, pick
 from sambalm.slurm.outcome import describe_outcome
-from sambalm.slurm.status import run_status
 from tests.support import program
-from tests.support.whole_runs import train
 
 CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs", "slurm"))
 
 
 def test_torchrun_meets_at_the_first_node_of_the_step():
     environment = {"SLURMD_NODENAME": "n2", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
-    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1")
+    arguments = torchrun_arguments(environment, port="29500", ranks_per_node="8", head="n1", restarts="1")
     assert "--rdzv-endpoint=n1:29500" in arguments
     assert "--nnodes=2" in arguments
     assert any(argument.startswith("--rdzv-conf=is_host=0") for argument in arguments)
@@ -101,33 +98,13 @@ def test_a_node_checks_itself(arguments, problem, tmp_path):
     assert found is None if problem is None else found.startswith(problem)
 
 
-def test_the_state_of_a_run(run_values):
-    train(run_values)
-    run_dir = Path(run_values["run"]["dir"])
-    status = run_status(run_dir)
-    assert (status.state, status.attempts, status.step, status.steps) == ("finished", 1, 6, 6)
-    assert (status.tokens, status.left_s, status.last_error) == (1536, 0, None)
-    assert 0 < status.training_share < 1
-    config = (run_dir / "config.yaml").read_text().replace("steps: 6", "steps: 12")
-    later = run_dir / "attempts" / "later"
-    write_snapshot(later, config_yaml=config, world_size=1, start_step=6)
-    (later / "n1.log").write_text("step 7\nRuntimeError: the GPU is gone\n[rank1] bye\n")
-    status = run_status(run_dir)
-    assert (status.state, status.attempts) == ("gone without a word", 2)
-    assert status.last_error == "later, n1.log: RuntimeError: the GPU is gone"
-    assert status.left_s > 0
-    write_outcome(later, exit_code=ExitCode.NOT_SAVED, step=None, reason="no space")
-    write_outcome(later, exit_code=ExitCode.BAD_INPUT, step=None, reason="what followed from it")
-    assert run_status(run_dir).state == "not saved (no space)"
-    assert read_attempts(run_dir)[-1].exit_code == ExitCode.NOT_SAVED
-
-
 @pytest.mark.parametrize(
     ("exit_code", "line"),
     [
         (ExitCode.FINISHED, 'finish 0 "so" it is'),
         (ExitCode.NOT_SAVED, 'retry 74 "so" it is'),
         (ExitCode.REQUEUE, 'requeue 75 "so" it is'),
+        (ExitCode.HANGING, 'retry 81 "so" it is'),
         (ExitCode.DIVERGED, 'end 80 "so" it is'),
         (5, 'end 5 "so" it is'),
     ],
@@ -154,11 +131,6 @@ def test_a_job_asks_for_its_run_before_it_starts(tmp_path):
     assert (refused.returncode, refused.stdout) == (ExitCode.BAD_INPUT, "")
     assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1
-
-
-def test_a_folder_that_is_no_run_has_no_state(tmp_path):
-    with pytest.raises(SlurmError, match="is not a run that has started"):
-        run_status(tmp_path)
 
 
 @pytest.fixture

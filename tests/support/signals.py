@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def restored_signals() -> Iterator[None]:
-    """Gives SIGUSR1 and SIGTERM back as they were: a reader that a test left behind would end the test process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    """Gives signals back as they were: a reader that a test left behind would end the test process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     descriptor = signal.set_wakeup_fd(-1)
     try:
         yield

@@ -9,8 +9,9 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folder
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.worlds import run_world
 
-MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes")  # no two runs have the same
-OF_SAVES = "checkpoint_"  # names that begin so tell of saves, in whichever step's record their outcome came
+MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes", "slowest_rank_ratio")  # no two runs alike
+# Names that begin so tell of saves, in whichever step's record their outcome came, and of ranks that were slow.
+OF_CHANCE = ("checkpoint_", "straggler")
 
 
 def changed(values: dict, **sections: dict[str, Any]) -> dict:
@@ -43,7 +44,7 @@ def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:
 
 def without_measured(record: dict[str, float]) -> dict[str, float]:
     """What two runs of the same values have alike in a record of metrics.jsonl."""
-    return {name: value for name, value in record.items() if name not in MEASURED and not name.startswith(OF_SAVES)}
+    return {name: value for name, value in record.items() if name not in MEASURED and not name.startswith(OF_CHANCE)}
 
 
 def _train_on_rank(values: dict) -> None:

@@ -1,0 +1,150 @@
+"""Hangs end: real ranks that stop, or hang in one phase, and what they leave behind."""
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sambalm.pretrain.config import WatchdogSection
+from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.lifecycle.attempts import read_attempts
+from sambalm.pretrain.lifecycle.hang import Board, Position, judge
+from sambalm.pretrain.lifecycle.ledger import Account
+from sambalm.pretrain.lifecycle.phases import Marks, Phase
+from sambalm.pretrain.reporting.goodput import read_goodput
+from tests.support import hangs
+from tests.support.runs import Run
+from tests.support.whole_runs import changed
+
+
+@pytest.fixture
+def values(run_values):
+    """Steps of tens of milliseconds, without an end. Only the limits of a test are short."""
+    return changed(
+        run_values,
+        train={"steps": 4000},
+        validation={"every_steps": 100000},
+        checkpoint={"every_steps": 5},
+        parallel={"zero_stage": 1},
+    )
+
+
+def outcome(run: Run) -> tuple[int, str]:
+    (attempt,) = read_attempts(run.dir)
+    return attempt.exit_code, attempt.reason
+
+
+def stacks(run: Run) -> dict[int, str]:
+    (folder,) = run.dir.glob("attempts/*/hang")
+    return {int(path.stem.removeprefix("rank_")): path.read_text() for path in folder.glob("rank_*.txt")}
+
+
+def test_a_rank_that_is_stopped_ends_the_others(values, tmp_path):
+    run = Run(changed(values, watchdog={"step_s": 2}), tmp_path)
+    with run.started() as (first, second):
+        run.wait_for_step(6)
+        second.send_signal(signal.SIGSTOP)
+        assert first.wait(60) == ExitCode.HANGING
+        code, reason = outcome(run)
+        assert code == ExitCode.HANGING
+        assert reason.startswith("rank 1: the rank does not answer; others have waited in phase step of step ")
+        assert reason in run.text()
+        assert stacks(run).keys() == {0}
+        assert "in train_step" in stacks(run)[0]
+        assert "MainThread" in stacks(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "sentence", "frame"),
+    [
+        (hangs.in_the_loader, "rank 0: hanging in phase fetch of step 6 since ", (0, "in _micro_batch")),
+        (hangs.in_a_save, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _finish")),
+        (hangs.in_the_writing, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _together")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_hang_is_found_in_its_phase(before, sentence, frame, values, tmp_path):
+    """Whoever waits for the rank that fetches is past a limit long before it."""
+    limits = {"fetch_s": 4, "step_s": 1, "save_s": 4}
+    run = Run(changed(values, watchdog=limits), tmp_path)
+    with run.started(before=before):
+        assert run.exit_codes() == [ExitCode.HANGING] * 2
+    code, reason = outcome(run)
+    assert code == ExitCode.HANGING
+    assert reason.startswith(sentence)
+    assert stacks(run).keys() == {0, 1}
+    rank, function = frame
+    assert "in hang" in stacks(run)[rank]
+    assert function in stacks(run)[rank]
+    assert read_attempts(run.dir)[0].step in (5, 6)
+    goodput = read_goodput(run.dir, is_alive=False)
+    assert goodput.seconds[Account.HANGING] > 1
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_s, rel=0.01)
+
+
+def position(phase: Phase, step: int, *, overdue: bool = False, is_beside: bool = False) -> Position:
+    return Position(phase, step, since_s=0.0, limit_s=9.0, overdue=overdue, is_beside=is_beside)
+
+
+def test_ranks_that_wait_for_another_do_not_hang():
+    late, patient = position(Phase.STEP, 4, overdue=True), position(Phase.FETCH, 4)
+    assert judge({0: patient, 1: late, 2: late}, silent=()) is None
+    assert judge({0: position(Phase.STEP, 4), 1: patient}, silent=[2]) is None  # nobody is late
+    fetches = position(Phase.FETCH, 4, overdue=True)
+    assert judge({0: fetches, 1: late, 2: late}, silent=()).startswith("rank 0: hanging in phase fetch of step 4 ")
+    behind = position(Phase.SAVE, 3, overdue=True)
+    assert judge({0: late, 1: behind, 2: behind, 3: late}, silent=()).startswith("ranks 1-2: hanging in phase save ")
+    assert judge({0: late, 2: late}, silent=[1, 3]).startswith("ranks 1, 3: the ranks do not answer; ")
+    thread = position(Phase.SAVE, 2, overdue=True, is_beside=True)
+    assert judge({0: position(Phase.STEP, 4), 1: thread}, silent=()).startswith("rank 1: hanging in phase save ")
+    leaves, starts = position(Phase.LEAVE, 3, overdue=True), position(Phase.START_UP, 0, overdue=True)
+    assert judge({0: leaves, 1: late}, silent=()).startswith("rank 1: hanging in phase step ")
+    assert judge({0: starts, 1: late}, silent=()).startswith("rank 0: hanging in phase start_up since ")
+
+
+def test_a_phase_that_ends_after_all_calls_the_alarm_off(tmp_path):
+    boards = [Board(tmp_path, rank=rank, ranks=2, grace_s=0.2) for rank in range(2)]
+    assert not boards[0].is_up()
+    boards[0].answer(position(Phase.STEP, 4, overdue=True))
+    assert boards[1].is_up()
+    assert boards[0].read()[0].keys() == {0}
+    boards[1].answer(position(Phase.FETCH, 4))
+    assert boards[0].read()[0][1].phase is Phase.FETCH
+    time.sleep(0.3)
+    boards[0].answer(position(Phase.STEP, 5))
+    positions, silent = boards[0].read()
+    assert (positions.keys(), silent) == ({0}, [1])  # which has not answered since
+    for board in boards:
+        board.withdraw()
+    assert not boards[0].is_up()
+
+
+def test_phases_are_marked_in_any_thread():
+    marks, told = Marks(), []
+    marks.before_changes(told.append)
+    marks.enter(Phase.STEP, step=3)
+    before = marks.main
+    with marks.during(Phase.SAVE):
+        assert (marks.main.phase, marks.main.step, marks.beside()) == (Phase.SAVE, 3, [])
+    assert marks.main.phase is Phase.STEP
+    assert marks.main.monotonic_s > before.monotonic_s  # it begins anew
+    with marks.during(None), marks.during(Phase.FETCH, unless=lambda: True):
+        assert marks.main.phase is Phase.FETCH
+    assert told == [Phase.START_UP, Phase.STEP, Phase.SAVE, Phase.STEP, Phase.STEP]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(beside, marks).result() == [(Phase.SAVE, 3)]
+    assert marks.beside() == []
+    assert len(told) == 5  # of the thread that trains alone
+
+
+def beside(marks):
+    with marks.during_beside(Phase.SAVE):
+        return [(mark.phase, mark.step) for mark in marks.beside()]
+
+
+def test_limits_follow_the_time_out_of_messages():
+    section = WatchdogSection(save_s=7, fetch_s=0, leave_s=None)
+    expected = {"start_up": 90.0, "first_step": 90.0, "step": 50.0, "validation": 90.0, "save": 7.0}
+    assert section.limits(timeout_s=100.0) == expected
+    assert {f"{phase}_s" for phase in Phase} == WatchdogSection.model_fields.keys()

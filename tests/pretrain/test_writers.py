@@ -1,0 +1,120 @@
+"""Where metrics go: the real packages of each writer, without a network, and writers that fail in every way."""
+
+import errno
+import time
+from pathlib import Path
+
+import pytest
+
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.reporting import writers
+from sambalm.pretrain.reporting.writers import BackgroundWriter, WriterTarget, check_writers, start_writers
+from tests.support.whole_runs import changed, run_dir, train
+
+CONFIG = {"run": {"dir": "x", "seed": 7}, "train": {"steps": 4}}
+RECORDS = [{"loss": 3.0 - step, "grad_norm": 1.0, "validation_loss_32": float("nan")} for step in range(2)]
+
+
+def write_two_attempts(name: str, folder: Path) -> None:
+    for attempt in range(2):
+        (writer,) = start_writers([name], WriterTarget(folder, CONFIG, 2 * attempt))
+        for step, record in enumerate(RECORDS, start=2 * attempt + 1):
+            writer.write(record, step=step)
+        writer.close(timeout_s=200)
+
+
+def test_tensorboard_shows_every_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_two_attempts("tensorboard", tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 2.0), (3, 3.0), (4, 2.0)]
+
+
+def test_wandb_goes_on_with_its_run_offline(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_two_attempts("wandb", tmp_path)
+    assert "the run goes on, but" not in capfd.readouterr().err
+    identity = (tmp_path / "wandb_id").read_text().strip()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    assert files
+    content = b"".join(file.read_bytes() for file in files)
+    assert b"grad_norm" in content
+    assert b"validation_loss_32" in content
+
+
+def test_mlflow_goes_on_with_its_run_in_files(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_two_attempts("mlflow", tmp_path)
+    assert "the run goes on, but" not in capfd.readouterr().err
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    identity = (tmp_path / "mlflow_id").read_text().strip()
+    history = client.get_metric_history(identity, "loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(1, 3.0), (2, 2.0), (3, 3.0), (4, 2.0)]
+    run = client.get_run(identity)
+    assert (run.info.status, run.data.params["train.steps"]) == ("FINISHED", "4")
+
+
+def test_a_writer_that_is_not_installed_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(writers.WandbWriter, "package", "no_such_package")
+    check_writers(["tensorboard"])
+    with pytest.raises(ConfigError, match=r"names wandb, which is not installed: install sambalm\[wandb\]"):
+        check_writers(["tensorboard", "wandb"])
+
+
+class Failing:
+    """Fails where it is told to, and remembers the rest."""
+
+    def __init__(self, where: str, steps: list[int]) -> None:
+        if where == "make":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.where, self.steps = where, steps
+
+    def write(self, record, *, step):
+        if self.where == "write" and step < 3:
+            raise ConnectionError("the network\nis gone")
+        self.steps.append(step)
+
+    def close(self):
+        if self.where == "close":
+            raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"), [("make", []), ("write", [3, 4]), ("close", [1, 2, 3, 4]), ("", [1, 2, 3, 4])]
+)
+def test_a_writer_that_fails_is_told_of_once_and_tried_again(where, kept, capfd):
+    steps: list[int] = []
+    writer = BackgroundWriter("X", lambda: Failing(where, steps), retry_s=0.0)
+    for step in range(1, 5):
+        writer.write({"loss": 1.0}, step=step)
+    writer.close()
+    assert steps == kept
+    assert capfd.readouterr().err.count("the run goes on, but X does not get all of its metrics: ") == bool(where)
+
+
+def test_a_writer_that_hangs_holds_nothing_up(capfd, monkeypatch):
+    monkeypatch.setattr(writers, "_QUEUED_RECORDS", 10)
+
+    class Hanging(Failing):
+        def write(self, record, *, step):
+            time.sleep(60)
+
+    writer = BackgroundWriter("X", lambda: Hanging("", []))
+    start_s = time.monotonic()
+    for step in range(100):
+        writer.write({}, step=step)
+    writer.close(timeout_s=0.2)
+    assert time.monotonic() - start_s < 5
+    assert "it takes longer than training" in capfd.readouterr().err
+
+
+def test_a_run_writes_where_its_config_says(run_values):
+    train(changed(run_values, reporting={"writers": []}))
+    assert (run_dir(run_values) / "metrics.jsonl").exists()
+    assert not (run_dir(run_values) / "tensorboard").exists()
