@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+MAX_SENTENCE_CHARACTERS = 500
+
 
 class ExitCode(IntEnum):
     """Exit codes of `sambalm train`; EXIT_CODES says what each means and what the launchers do then."""
@@ -46,12 +48,29 @@ EXIT_CODES = {
     ExitCode.NO_PROGRESS: Meaning(
         "no progress: the last `run.max_attempts_without_progress` attempts began at the same step", Launchers.END
     ),
-    ExitCode.CHECKPOINTS_DAMAGED: Meaning("every checkpoint is damaged: never a silent fresh start", Launchers.END),
+    ExitCode.CHECKPOINTS_DAMAGED: Meaning(
+        "every checkpoint is damaged, or those of a run that had saved are gone: never a silent fresh start",
+        Launchers.END,
+    ),
     ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
     ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
     ExitCode.DIVERGED: Meaning("gradients were not finite, step after step", Launchers.END),
     ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard", Launchers.END),
 }
+
+
+def one_sentence(error: BaseException | str) -> str:
+    """What an error says in its first line that is not empty, cut to MAX_SENTENCE_CHARACTERS.
+
+    Errors of torch.distributed.checkpoint hold those of each rank, tracebacks and all; the first rank's speaks.
+    """
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        rank, (cause, _) = min(failures.items())
+        return one_sentence(f"rank {rank}: {type(cause).__name__}: {one_sentence(cause)}")
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    text = next(filter(None, lines), "") or type(error).__name__
+    return text if len(text) <= MAX_SENTENCE_CHARACTERS else f"{text[: MAX_SENTENCE_CHARACTERS - 3]}..."
 
 
 def print_error(error: Exception) -> None:
@@ -91,7 +110,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointsDamagedError(CheckpointError):
-    """Every checkpoint of a run is damaged."""
+    """Every checkpoint of a run is damaged, or those that it had saved are gone."""
 
     exit_code = ExitCode.CHECKPOINTS_DAMAGED
 
@@ -100,6 +119,12 @@ class NotSavedError(CheckpointError):
     """A checkpoint could not be written; the one before it is as it was."""
 
     exit_code = ExitCode.NOT_SAVED
+
+
+class RunFolderError(Exception):
+    """A run's folder that cannot be used, for want of rights or because something else is in its place."""
+
+    exit_code = ExitCode.BAD_INPUT
 
 
 class NoProgressError(Exception):

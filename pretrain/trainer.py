@@ -25,7 +25,7 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
-from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
+from sambalm.pretrain.lifecycle.run_folder import LeaseGuard, RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
 from sambalm.pretrain.reporting.metrics import RunReport
@@ -48,7 +48,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
     with (
         open_run_folder(config) as folder,
         start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world,
-        folder.shared(world),
+        folder.shared(world) as folder,
     ):
         trainer = Trainer(config, world, folder=folder, signals=signals or Signals())
         exit_code = trainer.fit()
@@ -61,7 +61,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals) -> None:
         self.config, self.world, self.folder, self.signals = config, world, folder, signals
-        checkpoint = find_resume_point(config, world=world)
+        checkpoint = find_resume_point(config, world=world, opened=folder.checkpoint)
         sources = shared_sources(config.data)
         record = data_record(config, sources)
         if checkpoint:
@@ -88,10 +88,11 @@ class Trainer:
         config, world = self.config, self.world
         hooks: list[Hook] = []
         hooks += [
+            LeaseGuard(self.folder, world=world),
             Validator(config, sources, world=world),
             RunReport(config, world=world, done_steps=self.step),
             SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main),
-            Checkpointer(config, world=world, data=record, check_lease=self.folder.check_lease, hooks=hooks),
+            Checkpointer(config, world=world, data=record, folder=self.folder, hooks=hooks),
         ]
         return hooks
 

@@ -1,6 +1,5 @@
 """`sambalm slurm status`: how a run is doing, from its folder and, where there is one, from Slurm."""
 
-import json
 import re
 import subprocess
 import time
@@ -19,6 +18,7 @@ from sambalm.slurm.errors import SlurmError
 
 RECENT_STEPS = 100
 ALIVE_S = 60.0  # a lease whose holder lives is younger
+_NEEDED = {"tokens", "step_time_s", "tokens_per_second"}  # a record without them is damaged
 _ERROR_LINE = re.compile(r"error|exception|killed|SIG[A-Z]+|fault", re.IGNORECASE)
 _LOG_TAIL_BYTES = 1 << 16
 
@@ -43,12 +43,11 @@ def run_status(run_dir: Path) -> Status:
     attempts = read_attempts(run_dir)
     if not attempts:
         raise SlurmError(f"{run_dir} is not a run that has started: it holds no attempts/*/{ATTEMPT}")
-    records = read_metrics(run_dir)
-    config = yaml.safe_load((attempts[-1].path / "config.yaml").read_text())
+    records = [record for record in read_metrics(run_dir) if record.keys() >= _NEEDED]
     last = records[-1] if records else {"step": 0, "tokens": 0}
-    steps = config["train"]["steps"]
+    steps = _steps(attempts[-1])
     recent_s = median(record["step_time_s"] for record in records[-RECENT_STEPS:]) if records else None
-    now_s = _end_s(attempts[-1], run_dir)
+    now_s = _end_s(attempts[-1])
     trained_s = sum(record["step_time_s"] for record in records)
     return Status(
         state=_state(attempts[-1], run_dir),
@@ -79,21 +78,37 @@ def show_status(run_dir: Path) -> str:
 
 
 def _state(attempt: AttemptRecord, run_dir: Path) -> str:
-    job = json.loads((attempt.path / ATTEMPT).read_text())["slurm_job"]
+    job = attempt.slurm_job
     queued = _queue_state(job) if job else ""
     in_slurm = f", Slurm job {job} {queued}" if queued else ""
     if attempt.exit_code == ExitCode.FINISHED:
         return "finished"
     if attempt.exit_code is None:
         return ("training" if _lease_age_s(run_dir) < ALIVE_S else "gone without a word") + in_slurm
-    return f"{ExitCode(attempt.exit_code).name.lower().replace('_', ' ')} ({attempt.reason}){in_slurm}"
+    known = attempt.exit_code in set(ExitCode)
+    name = ExitCode(attempt.exit_code).name if known else f"exit code {attempt.exit_code}"
+    return f"{name.lower().replace('_', ' ')} ({attempt.reason}){in_slurm}"
 
 
-def _end_s(attempt: AttemptRecord, run_dir: Path) -> float:
+def _steps(attempt: AttemptRecord) -> int:
+    """
+    Raises:
+        SlurmError: the attempt's config is damaged.
+    """
+    path = attempt.path / "config.yaml"
+    try:
+        steps = yaml.safe_load(path.read_text())["train"]["steps"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        steps = None
+    if not isinstance(steps, int) or steps <= 0:
+        raise SlurmError(f"{path} does not say how many steps the run takes: it is damaged")
+    return steps
+
+
+def _end_s(attempt: AttemptRecord) -> float:
     """Until when the run's time counts: now while it is to go on."""
-    outcome = attempt.path / "outcome.json"
-    ended = attempt.exit_code is not None and attempt.exit_code != ExitCode.REQUEUE
-    return json.loads(outcome.read_text())["ended_s"] if ended else time.time()
+    ended = attempt.ended_s is not None and attempt.exit_code != ExitCode.REQUEUE
+    return attempt.ended_s if ended else time.time()
 
 
 def _lease_age_s(run_dir: Path) -> float:

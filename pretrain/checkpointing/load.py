@@ -1,12 +1,13 @@
 """Finding the checkpoint that a run goes on from, and reading it on any layout."""
 
-import warnings
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -23,21 +24,24 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import CheckpointError, ConfigError
 
 
-def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
+def find_resume_point(config: RunConfig, *, world: World, opened: Checkpoint | None = None) -> Checkpoint | None:
     """The newest good checkpoint of the run's folder; None for a new run. Collective.
+
+    Args:
+        opened: the one that the main rank has found already; nothing is then read again.
 
     Raises:
         CheckpointsDamagedError: every checkpoint is damaged.
         ConfigError: the checkpoint holds another model.
     """
     # One rank reads the checksums for all.
-    found = world.broadcast_object(_newest_or_error(Path(config.run.dir)) if world.is_main else None)
+    found = world.broadcast_object((opened or _newest_or_error(Path(config.run.dir))) if world.is_main else None)
     if isinstance(found, CheckpointError):
         raise found
     checkpoint: Checkpoint | None = found
     if checkpoint:
         # A checkpoint of an older version lacks the keys that came since, which had no other value than the default.
-        saved = ModelConfig.model_validate(checkpoint.state["config"]["model"]).model_dump()
+        saved = _saved_model(checkpoint)
         for key, value in config.model.model_dump().items():
             if saved[key] != value:
                 raise ConfigError(
@@ -47,11 +51,26 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
     return checkpoint
 
 
-def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
-    if not files.checkpoint_folders(run_dir):
-        return None
+def _saved_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: the checkpoint's model has keys or values that this version does not know.
+    """
     try:
-        return files.newest_checkpoint(run_dir, warn=lambda message: warnings.warn(message, stacklevel=2))
+        return ModelConfig.model_validate(checkpoint.state["config"].get("model")).model_dump()
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ConfigError(
+            f"{checkpoint.path} was saved with a model that this version does not know (model.{key}): use the version "
+            "that wrote it"
+        ) from None
+
+
+def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
+    try:
+        if not files.checkpoint_folders(run_dir):
+            return None
+        return files.newest_checkpoint(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     except CheckpointError as error:
         return error
 

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -18,7 +17,8 @@ from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.snapshot import fp8_scales, slices_to_save
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import NotSavedError, RunInUseError
+from sambalm.pretrain.config_file import config_record
+from sambalm.pretrain.errors import DivergedError, NotSavedError, RunInUseError, one_sentence
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
 
@@ -32,6 +32,7 @@ def save_checkpoint(
     samples: int,
     data: dict[str, Any],
     before_commit: Callable[[], None] = lambda: None,
+    token: str = "",
 ) -> Path:
     """Writes the run's state after a step; collective. Either every rank's part is committed or none.
 
@@ -39,16 +40,18 @@ def save_checkpoint(
         samples: training samples consumed so far.
         data: what `data_record` says of the run's data.
         before_commit: called on the main rank once all is written; an error of it commits nothing.
+        token: of the lease, the same on every rank; see `format.partial_folder`.
 
     Raises:
         NotSavedError: on every rank, when any rank failed to write; nothing is left.
         RunInUseError: on every rank, when before_commit raised it.
+        DivergedError: on every rank, when a tensor is not finite.
     """
     final = files.checkpoint_folder(Path(config.run.dir), step)
-    partial = final.with_name(f".{final.name}.partial")
+    partial = files.partial_folder(final, token)
     together = functools.partial(_together, world=world, step=step, partial=partial)
     together(lambda: _make_empty(partial), ranks=[0])
-    together(lambda: _write_tensors(chunks, partial, world=world))
+    together(lambda: _write_tensors(chunks, partial, step=step, world=world))
     found: dict[str, dict[str, int]] = {}
     names = _dealt_files(partial, world=world)
     together(lambda: found.update(files.checksums(partial, names)))
@@ -70,13 +73,15 @@ def _together(
     if ranks is None or world.rank in ranks:
         try:
             action()
-        except (OSError, CheckpointException, RunInUseError) as error:
-            failure = error if isinstance(error, RunInUseError) else OSError(f"{type(error).__name__}: {error}")
+        except (RunInUseError, DivergedError) as error:
+            failure = error
+        except (OSError, CheckpointException) as error:
+            failure = OSError(one_sentence(error))
     failures: list[Exception | None] = world.all_gather_object(failure)
     if any(failures) and world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     for rank, reason in enumerate(failures):
-        if isinstance(reason, RunInUseError):
+        if isinstance(reason, RunInUseError | DivergedError):
             raise reason
         if reason:
             raise NotSavedError(f"the checkpoint of step {step} was not saved: rank {rank}: {reason}")
@@ -87,10 +92,12 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_tensors(chunks: Sequence[nn.Module], partial: Path, *, world: World) -> None:
+def _write_tensors(chunks: Sequence[nn.Module], partial: Path, *, step: int, world: World) -> None:
     """Every rank's part. Collective."""
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(slices_to_save(chunks, world), storage_writer=writer, process_group=world.host_group)
+    slices = slices_to_save(chunks, world)
+    files.check_finite({name: piece.local for name, piece in slices.items()}, step=step)
+    dcp.save(slices, storage_writer=writer, process_group=world.host_group)
 
 
 def _dealt_files(partial: Path, *, world: World) -> list[str]:
@@ -115,15 +122,6 @@ def _state(config: RunConfig, step: int, *, samples: int, data: dict[str, Any]) 
         "samples": samples,
         "tokens": samples * config.data.sequence_length,
         "data": data,
-        "config": config.model_dump(),
+        "config": config_record(config),
         "versions": {package: version(package) for package in PACKAGES},
     }
-
-
-def remove_old_checkpoints(run_dir: Path, *, keep: int, world: World) -> None:
-    """Removes all but the newest; by renaming first, so that a half-removed one is never taken for a checkpoint."""
-    for folder in files.checkpoint_folders(run_dir)[:-keep] if world.is_main else ():
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from sambalm.pretrain.cli import check, convert, data, plan, slurm, train
+from sambalm.pretrain.cli import check, checkpoint, convert, data, plan, slurm, train
 
 app = typer.Typer(
     name="sambalm",
@@ -23,8 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for commands in (data.commands, train.commands, check.commands, plan.commands, convert.commands, slurm.commands):
-    app.add_typer(commands)
+for group in (data, train, check, plan, checkpoint, convert, slurm):
+    app.add_typer(group.commands)
 
 
 def main() -> None:

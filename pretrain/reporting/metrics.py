@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +81,8 @@ class RunReport(Hook):
 
 
 def _drop_after(run_dir: Path, step: int) -> None:
-    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+    records = read_metrics(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    kept = [record for record in records if record["step"] <= step]
     partial = run_dir / f".{METRICS}.partial"
     partial.write_text("".join(map(metrics_line, kept)))
     os.replace(partial, run_dir / METRICS)

@@ -52,10 +52,10 @@ print(json.dumps({"helps": helps, "modules": sorted(sys.modules)}))
 
 
 def test_help_has_an_example_and_appears_without_the_slow_packages():
-    words = [(), ("data",), ("convert",), ("slurm",), *leaf_commands()]
+    words = [(), ("data",), ("checkpoint",), ("convert",), ("slurm",), *leaf_commands()]
     script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
     shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
-    assert len(words) == 4 + 17
+    assert len(words) == 5 + 21
     for name, text in zip(words, shown["helps"], strict=True):
         assert "Usage:" in text
         if name in leaf_commands():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_step, remove_leftovers
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, remove_leftovers
 from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RunInUseError
 from sambalm.pretrain.lifecycle import attempts as attempts_module
 from sambalm.pretrain.lifecycle import lease as lease_module
@@ -329,15 +329,19 @@ def test_what_is_due_every_so_many_steps_is_due_at_the_end_too():
     assert [step for step in range(1, 7) if is_due(step, every_steps=3, last_step=6)] == [3, 6]
 
 
-def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
-    assert (newest_step(tmp_path), checkpoint_folders(tmp_path)) == (0, [])
+def test_committed_checkpoints_are_listed_by_their_steps(tmp_path):
+    """And nothing else: neither what is unfinished nor what somebody has put beside them."""
+    assert checkpoint_folders(tmp_path) == []
+    (tmp_path / "checkpoints" / "step_00000012.bak").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes.txt").touch()
     for name in ("step_00000900", "step_00001000", "step_00000020", ".step_00001100.partial", ".step_00000010.removed"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 1000
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == [
         "step_00000020",
         "step_00000900",
         "step_00001000",
     ]
+    (tmp_path / "checkpoints" / "step_00001000" / "state.json").write_text('{"step": 5}')  # a copy under another name
+    assert checkpoint_folders(tmp_path)[0].name == "step_00001000"
     remove_leftovers(tmp_path)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
