@@ -127,6 +127,9 @@ class Lease:
 def held_lease(run_dir: Path, *, stale_s: float = STALE_S) -> Iterator[Lease]:
     """Holds the lease of a run's folder.
 
+    Args:
+        stale_s: without a sign of life after which another holder counts as gone.
+
     Raises:
         RunInUseError: another process works in it.
     """
@@ -187,7 +190,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return None
+        if not path.is_symlink():  # to nowhere
+            return None
+        found = None
     except (OSError, ValueError):
         found = None
     values = found if isinstance(found, dict) else {}

@@ -27,7 +27,7 @@ from sambalm.pretrain.lifecycle.attempts import (
     write_snapshot,
 )
 from sambalm.pretrain.lifecycle.hooks import is_due
-from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.lease import Lease, held_lease
 from sambalm.pretrain.lifecycle.run_folder import RunFolder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from tests.support.signals import restored_signals
@@ -225,6 +225,38 @@ def test_a_silent_lease_is_taken_after_a_while(identity, tmp_path):
     taken.acquire()
     assert time.monotonic() - start_s >= 0.5
     taken.release()
+
+
+def no_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.touch, Path.mkdir, no_link, lambda path: path.write_text("[]"), lambda path: path.write_text("{")]
+)
+def test_a_damaged_lease_is_taken_after_a_while(damage, tmp_path, capsys):
+    damage(tmp_path / "lease.json")
+    with held_lease(tmp_path, stale_s=0.1) as lease:
+        lease.check()
+    assert not list(tmp_path.iterdir())
+    assert (
+        capsys.readouterr().err
+        == f"warning: {tmp_path}/lease.json is damaged: waiting 0.1 s for a sign of its holder\n"
+    )
+
+
+def test_a_lease_is_known_by_its_token(identity, tmp_path):
+    """Whatever else of it is damaged: its holder goes on, and who waits sees it beat."""
+    lease = Lease(tmp_path, beat_s=0.05)
+    lease.acquire()
+    (tmp_path / "lease.json").write_text(json.dumps({"token": lease.token, "pid": "x"}))
+    lease.check()
+    with pytest.raises(RunInUseError, match=r"in use by an unknown process, as lease\.json is damaged"):
+        Lease(tmp_path, stale_s=20.0).acquire()
+    (tmp_path / "lease.json").write_bytes(b"")
+    with pytest.raises(RunInUseError, match=r"an unknown process, as lease\.json is damaged, took it"):
+        lease.check()
+    lease.release()
 
 
 def test_who_takes_a_silent_lease_first_is_looked_at_anew(identity, tmp_path):

@@ -1,4 +1,4 @@
-"""Damage to a run's folder, as a failing disk, a kill without a flush or a careless hand leaves it, and what must hold."""
+"""Damage to a run's folder, as a failing disk or a careless hand leaves it, and what must hold all the same."""
 
 import contextlib
 import functools
@@ -9,26 +9,21 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from sambalm.pretrain.checkpointing.format import open_checkpoint, stored_step
 from sambalm.pretrain.checkpointing.load import find_resume_point
 from sambalm.pretrain.checkpointing.retention import Retention, examine_checkpoints
 from sambalm.pretrain.config_file import parse_config
-from sambalm.pretrain.lifecycle import run_folder
+from sambalm.pretrain.lifecycle import attempts, run_folder
 from sambalm.pretrain.lifecycle.lease import held_lease
 from sambalm.pretrain.reporting.metrics import _drop_after
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from sambalm.slurm.outcome import describe_outcome
 from sambalm.slurm.status import show_status
 
-JSON_OF_ANOTHER_TYPE = (
-    b"[]",
-    b"null",
-    b"3",
-    b'"x"',
-    b"{}",
-    b'{"step": "x", "files": 3, "token": 1, "pid": []}',
-    b"\xff",
-)
+WRONG_TYPES = b'{"step": "x", "files": 3, "token": 1, "pid": [], "exit_code": "x", "started_s": {}}'
+JSON_OF_ANOTHER_TYPE = (b"[]", b"null", b"3", b'"x"', b"{}", WRONG_TYPES, b"\xff")
 
 
 def flip_a_bit(path: Path, numbers: random.Random) -> None:
@@ -139,11 +134,8 @@ def in_a_sentence(action: Callable[[], object]) -> object:
     try:
         return action()
     except Exception as error:
-        if getattr(error, "exit_code", None) is None:
+        if getattr(error, "exit_code", None) is None or len(str(error).splitlines()) != 1:
             raise
-        assert str(error)
-        assert "\n" not in str(error)
-        assert "Traceback" not in str(error)
         return None
 
 
@@ -155,9 +147,11 @@ def starts_or_says_why(values: dict, whole: dict[int, dict[str, bytes]]) -> int 
     """
     config = parse_config(values, source="test")
     run_dir = Path(config.run.dir)
-    run_folder.held_lease, former = functools.partial(held_lease, stale_s=0.02), run_folder.held_lease
     said = io.StringIO()
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_folder, "held_lease", functools.partial(held_lease, stale_s=0.02))
+        patched.setattr(attempts, "_git", lambda *_: "")  # which takes most of a start
+        patched.setattr(attempts, "distributions", lambda: ())
         with contextlib.redirect_stderr(said):
 
             def start() -> int:
@@ -171,8 +165,6 @@ def starts_or_says_why(values: dict, whole: dict[int, dict[str, bytes]]) -> int 
                     return found.step if found else 0
 
             step = in_a_sentence(start)
-    finally:
-        run_folder.held_lease = former
     warnings = said.getvalue().splitlines()
     assert all(line.startswith("warning: ") for line in warnings), warnings
     assert len(warnings) == len(set(warnings)), warnings
