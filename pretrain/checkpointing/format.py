@@ -111,11 +111,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, expected in files.items():
         if not os.path.isfile(path / name):  # which no missing right makes raise
             raise CheckpointError(f"{path / name} is missing: this checkpoint is damaged, use another one")
-        if _checksum(path / name) != expected:
+        try:
+            found = _checksum(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
+        if found != expected:
             raise CheckpointError(
                 f"{path / name} has changed since it was saved: this checkpoint is damaged, use another"
             )
-    if foreign := sorted({found.name for found in path.glob("*.safetensors")} - files.keys()):
+    if foreign := sorted({shard.name for shard in path.glob("*.safetensors")} - files.keys()):
         raise CheckpointError(f"{path / foreign[0]} is not in {MANIFEST}: move it out of the checkpoint")
     state = _read_json(path / STATE)
     if wrong := [key for key, kind in _STATE_TYPES.items() if not isinstance(state.get(key), kind)]:
@@ -297,17 +301,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _checksum(path: Path) -> dict[str, int]:
-    """
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
     crc = 0
-    try:
-        for block in _blocks(path):
-            crc = zlib.crc32(block, crc)
-        return {"bytes": path.stat().st_size, "crc32": crc}
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    for block in _blocks(path):
+        crc = zlib.crc32(block, crc)
+    return {"bytes": path.stat().st_size, "crc32": crc}
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

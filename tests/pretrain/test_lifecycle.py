@@ -108,13 +108,13 @@ def test_a_snapshot_tells_the_revision_and_what_it_lacks(
     answers = {"ls-files": tracked, "rev-parse": "abc\n", "diff": difference}
     monkeypatch.setattr(attempts_module, "_git", lambda folder, command, *_: answers[command])
     monkeypatch.setenv("SOME_API_KEY", "hunter2")
-    monkeypatch.setenv("SOME_PLACE", "here")
+    monkeypatch.setenv("NCCL_DEBUG", "here")
     write_snapshot(tmp_path, config_yaml="x: 1\n", world_size=2, start_step=3)
     values = json.loads((tmp_path / "attempt.json").read_text())
     assert (values["revision"], values["changed"]) == (revision, is_changed)
     assert (tmp_path / "code.diff").exists() is is_changed
     environment = (tmp_path / "environment.txt").read_text().splitlines()
-    assert {"SOME_API_KEY=(hidden)", "SOME_PLACE=here"} <= set(environment)
+    assert {"SOME_API_KEY=(hidden)", "NCCL_DEBUG=here"} <= set(environment)
 
 
 def test_an_attempt_has_the_launchers_name(monkeypatch):
