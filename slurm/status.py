@@ -107,8 +107,9 @@ def _steps(attempt: AttemptRecord) -> int:
 
 def _end_s(attempt: AttemptRecord) -> float:
     """Until when the run's time counts: now while it is to go on."""
-    ended = attempt.ended_s is not None and attempt.exit_code != ExitCode.REQUEUE
-    return attempt.ended_s if ended else time.time()
+    if attempt.ended_s is None or attempt.exit_code == ExitCode.REQUEUE:
+        return time.time()
+    return attempt.ended_s
 
 
 def _lease_age_s(run_dir: Path) -> float:

@@ -1,14 +1,11 @@
 """The commands `sambalm checkpoint ...`: what a run has saved, whether it is whole, and which of it to keep."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sambalm.pretrain.cli.examples import example
-
-if TYPE_CHECKING:
-    from sambalm.pretrain.checkpointing.retention import CheckpointReport
 
 commands = typer.Typer()
 checkpoint = typer.Typer(no_args_is_help=True, help="The checkpoints of a run: look at them, verify and remove them.")
@@ -104,7 +101,11 @@ def _check_run(run_dir: Path) -> None:
         raise CheckpointError(f"{run_dir} is not a run with checkpoints: it holds no checkpoints/step_*")
 
 
-def _show(reports: "list[CheckpointReport]", *, as_json: bool) -> None:
+def _show(reports: list[Any], *, as_json: bool) -> None:
+    """
+    Args:
+        reports: `CheckpointReport` of each checkpoint.
+    """
     import json
     import time
     from dataclasses import asdict
