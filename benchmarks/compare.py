@@ -206,10 +206,17 @@ def make_data(side: Side, data: Path) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """What training computed in each step; times, speeds and memory are left out."""
+    """What training computed in each step; times, speeds, memory and outcomes of saves are left out."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = ("_s", "_per_second", "_bytes", "mfu")
-    return [{key: value for key, value in json.loads(line).items() if not key.endswith(measured)} for line in lines]
+    return [
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if not key.endswith(measured) and not key.startswith("checkpoint_")
+        }
+        for line in lines
+    ]
 
 
 def metric_differences(base: list[dict[str, Any]], head: list[dict[str, Any]]) -> list[str]:

@@ -99,9 +99,7 @@ def is_done(records: Records, last_step: int) -> bool:
 
 def held_out(records: Records) -> list[tuple[int, float]]:
     """Steps and the held-out losses at the shortest length."""
-    names = [name for name in records[-1] if name.startswith(LOSS_AT)] or [
-        name for record in records for name in record if name.startswith(LOSS_AT)
-    ]
+    names = {name for record in records for name in record if name.startswith(LOSS_AT)}
     name = min(names, key=lambda name: int(name.removeprefix(LOSS_AT)))
     return [(record["step"], record[name]) for record in records if name in record]
 

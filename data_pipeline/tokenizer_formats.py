@@ -194,6 +194,15 @@ class TiktokenTokenizer(Tokenizer):
         specials = self._scheme.special_tokens.values()
         return self._inner.decode([token for token in ids if token not in specials])
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one id adds to the bytes that `decode` reads as UTF-8; nothing for special tokens and unknown ids."""
+        if token_id in self._scheme.special_tokens.values():
+            return b""
+        try:
+            return self._inner.decode_single_token_bytes(token_id)
+        except KeyError:
+            return b""
+
     def piece(self, token_id: int) -> str:
         try:
             return self._inner.decode_single_token_bytes(token_id).decode("utf-8", "backslashreplace")

@@ -15,19 +15,28 @@ from sambalm.parallel.layers.linear import fuse_gradient_accumulation
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.pipeline.schedule import PipelineSchedule
 from sambalm.parallel.zero.buckets import GradientBucket
-from sambalm.parallel.zero.clipping import clip_before_steps
+from sambalm.parallel.zero.clipping import clip_before_steps, guard_own_steps
 from sambalm.parallel.zero.compute_weights import ComputeWeights
 from sambalm.parallel.zero.deepspeed_adapter import Engine
-from sambalm.parallel.zero.engine import set_accumulation
+from sambalm.parallel.zero.engine import set_accumulation, tensors_of_run
 from sambalm.parallel.zero.gradients import FlatGradients
+from sambalm.parallel.zero.step_guard import StepGuard
 from sambalm.parallel.zero.weights import FlatWeights
 
 
 class Executor(Protocol):
-    """How a rank takes its part in a step. Every method but `close` is collective."""
+    """How a rank takes its part in a step. Every method but `close` is collective.
+
+    Attributes:
+        engine: holds the weights and the optimizer.
+        guard: decides whether the optimizer takes a step, and has the step's mean loss over all ranks.
+    """
+
+    engine: Engine
+    guard: StepGuard
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Takes an optimizer step on this rank's micro-batches; returns their mean loss, fp32 []."""
+        """Takes an optimizer step on this rank's micro-batches, or skips it; returns their mean loss, fp32 []."""
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Returns losses of each micro-batch without training, fp32 [batch, this rank's sequence shard]."""
@@ -35,6 +44,20 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends what the process groups would wait for when they are destroyed; by default there is nothing."""
         return
+
+    def release(self) -> None:
+        """Frees the memory of weights, gradients and optimizer. The executor and its model are of no use afterwards.
+
+        A ZeRO-1 engine outlives its last reference and the collector, for a reason that has not been found: so only the
+        storage goes.
+        """
+        self.close()
+        for tensor in (*tensors_of_run(self.engine), *self.buffers()):
+            tensor.untyped_storage().resize_(0)
+
+    def buffers(self) -> list[Tensor]:
+        """Returns what the executor has made besides the engine's tensors; by default there is nothing."""
+        return []
 
 
 @contextmanager
@@ -61,6 +84,7 @@ class AccumulatingExecutor(Executor):
         engine: Engine,
         model: nn.Module,
         *,
+        guard: StepGuard,
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
         compute_weights: ComputeWeights,
@@ -68,7 +92,8 @@ class AccumulatingExecutor(Executor):
         cuda_graphs: bool,
         captures_documents: bool,
     ) -> None:
-        self.engine, self.model, self.gradients, self.weights = engine, model, gradients, weights
+        self.engine, self.model, self.guard = engine, model, guard
+        self.gradients, self.weights = gradients, weights
         self.compute_weights, self.fp8, self.graphs = compute_weights, fp8, None
         if cuda_graphs:
             reduces = gradients is not None
@@ -87,8 +112,10 @@ class AccumulatingExecutor(Executor):
             losses = self.graphs.losses(micro_batches) if self.graphs else run_in_turn(self._run, micro_batches)
         if self.fp8:
             self.fp8.finish_step()
+        loss = torch.stack(losses).mean()
+        self.guard.after_backward(loss)
         self.engine.step()
-        return torch.stack(losses).mean()
+        return loss
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         self.close()  # longer sequences may need the memory
@@ -100,6 +127,9 @@ class AccumulatingExecutor(Executor):
     def close(self) -> None:
         if self.graphs:
             self.graphs.clear()
+
+    def buffers(self) -> list[Tensor]:
+        return _step_buffers(self.gradients, self.weights, self.compute_weights)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
@@ -121,20 +151,25 @@ class AccumulatingExecutor(Executor):
 class PartitioningExecutor(Executor):
     """Every rank holds all layers, and DeepSpeed's engine shares out gradients or weights in every micro-batch."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, *, guard: StepGuard) -> None:
+        self.engine, self.guard = engine, guard
+        guard_own_steps(engine, guard)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        losses = []
+        losses: list[Tensor] = []
         set_accumulation(self.engine, len(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
             # The engine would count micro-batches over all steps, which goes wrong once steps differ in size.
-            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            is_last = number == len(micro_batches)
+            self.engine.set_gradient_accumulation_boundary(is_last)
             loss = self._forward(batch).mean()
             self.engine.backward(loss)
-            self.engine.step()
             losses.append(loss.detach())
-        return torch.stack(losses).mean()
+            if is_last:
+                mean = torch.stack(losses).mean()
+                self.guard.after_backward(mean)
+            self.engine.step()
+        return mean
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         with evaluating(self.engine):
@@ -160,6 +195,7 @@ class PipelinedExecutor(Executor):
         engine: Engine,
         schedule: PipelineSchedule,
         *,
+        guard: StepGuard,
         gradients: FlatGradients | None,
         weights: FlatWeights | None,
         compute_weights: ComputeWeights,
@@ -167,7 +203,8 @@ class PipelinedExecutor(Executor):
         embedding_group: dist.ProcessGroup | None,
         tied_weight: nn.Parameter | None,
     ) -> None:
-        self.engine, self.schedule, self.gradients, self.weights = engine, schedule, gradients, weights
+        self.engine, self.schedule, self.guard = engine, schedule, guard
+        self.gradients, self.weights = gradients, weights
         self.compute_weights, self.fp8 = compute_weights, fp8
         self.embedding_group, self.tied_weight = embedding_group, tied_weight
 
@@ -189,6 +226,7 @@ class PipelinedExecutor(Executor):
             dist.all_reduce(self.tied_weight.grad, group=self.embedding_group)
         if self.gradients:
             self.gradients.reduce()
+        self.guard.after_backward(loss)
         self.engine.step()
         if self.weights:
             self.weights.gather()
@@ -197,6 +235,16 @@ class PipelinedExecutor(Executor):
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         with evaluating(self.engine):
             return self.schedule.losses(micro_batches)
+
+    def buffers(self) -> list[Tensor]:
+        return _step_buffers(self.gradients, self.weights, self.compute_weights)
+
+
+def _step_buffers(
+    gradients: FlatGradients | None, weights: FlatWeights | None, compute_weights: ComputeWeights
+) -> list[Tensor]:
+    flat = [*(gradients.buffers if gradients else ()), *(weights.buffers if weights else ())]
+    return [*flat, *compute_weights.copies.values()]
 
 
 def build_executor(
@@ -223,22 +271,24 @@ def build_executor(
         fp8: the scales of the chunks' products in FP8; None: there are none.
         captures_documents: whether no kernel reads the documents of a micro-batch on the host.
     """
+    guard = StepGuard(world)
     if engine.managed_gradient_accumulation():
-        return PartitioningExecutor(engine)
+        return PartitioningExecutor(engine, guard=guard)
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     fuse_gradient_accumulation(parameters)
     compute_weights = ComputeWeights([] if recompute_layers or dtype == torch.float32 else parameters)
     gradients = weights = None
     if engine.zero_optimization_stage() == 1:
-        gradients = FlatGradients(engine, world, buckets=buckets, clip_norm=clip_norm)
+        gradients = FlatGradients(engine, world, buckets=buckets, clip_norm=clip_norm, guard=guard)
         weights = FlatWeights(engine, chunks, world=world, dtype=dtype, compute_weights=compute_weights)
     else:
-        clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group)
+        clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group, guard=guard)
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(chunks, world=world, hidden_size=hidden_size, dtype=dtype)
         return PipelinedExecutor(
             engine,
             schedule,
+            guard=guard,
             gradients=gradients,
             weights=weights,
             compute_weights=compute_weights,
@@ -250,6 +300,7 @@ def build_executor(
     return AccumulatingExecutor(
         engine,
         chunks[0],
+        guard=guard,
         gradients=gradients,
         weights=weights,
         compute_weights=compute_weights,

@@ -5,10 +5,10 @@ No other file asks megatron-core's `parallel_state`, but for DeepSpeed's adapter
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed import ProcessGroup
 from sambalm.parallel.compat.megatron import parallel_state
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.parallel.environment import world_size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class World:
     device: torch.device
     timeout: timedelta  # how long an operation of any group waits for the other ranks
     host_group: ProcessGroup  # all ranks, over the hosts' network (gloo): what hosts agree on, without the device
+    save_group: ProcessGroup  # the same for the thread that writes checkpoints, and for nothing else
     model_group: ProcessGroup  # ranks that hold one copy of the weights between them: tensor and pipeline dimension
     tensor: TensorParallel
     context: ContextParallel
@@ -95,9 +98,16 @@ class World:
         dist.all_reduce(value, group=self.replica_group)
         return value
 
-    def largest(self, number: int) -> torch.Tensor:
-        """The largest of all ranks' numbers, int64 [] on the device; the host waits only once it reads it."""
-        value = torch.full((), number, dtype=torch.int64, device=self.device)
+    @property
+    def of_save_thread(self) -> "World":
+        """The same world for the thread that writes checkpoints: its host group is `save_group`."""
+        return replace(self, host_group=self.save_group)
+
+    def largest(self, numbers: Sequence[int]) -> torch.Tensor:
+        """The largest of all ranks' of each number, int64 [numbers] on the device; the host waits once it reads it."""
+        value = torch.tensor(numbers, dtype=torch.int64)
+        if self.device.type == "cuda":
+            value = value.pin_memory().to(self.device, non_blocking=True)
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
@@ -115,6 +125,24 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
+
+    def of_main(self, action: Callable[[], T]) -> T:
+        """Runs an action on the main rank alone and returns its result on all. Collective, over the host group.
+
+        Raises:
+            Exception: on every rank, what the action raised.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as error:  # whatever it is: the other ranks would wait for this one
+                failure = error
+        result, failure = self.broadcast_object((result, failure))
+        if failure:
+            raise failure
+        return cast(T, result)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """All ranks' values of something that pickle can send, rank 0 first. Collective, over the host group."""
@@ -185,6 +213,7 @@ def _world(config: ParallelConfig, device: torch.device, *, copies: int, timeout
         device=device,
         timeout=timeout,
         host_group=dist.new_group(backend="gloo", timeout=timeout, group_desc="HOST_GROUP"),
+        save_group=dist.new_group(backend="gloo", timeout=timeout, group_desc="SAVE_GROUP"),
         model_group=parallel_state.get_model_parallel_group(),
         tensor=TensorParallel(
             rank=tensor_rank,

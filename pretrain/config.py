@@ -56,7 +56,18 @@ class TrainSection(BaseModel):
     max_skipped_steps: int = Field(
         10,
         ge=0,
-        description="Steps in a row that non-finite gradients may skip; one more ends the run",
+        description="Steps in a row that the optimizer may skip; one more rolls the run back",
+    )
+    max_skipped_in_window: int = Field(
+        16,
+        ge=0,
+        description="Steps that the optimizer may skip among the last checks.window_steps; one more rolls the run back",
+    )
+    max_rollbacks: int = Field(
+        2,
+        ge=0,
+        description="How often a run may go back to its last good checkpoint and leave out the samples of what was "
+        "skipped; then it ends",
     )
     cuda_graphs: bool = Field(
         True,
@@ -91,6 +102,45 @@ class CheckpointSection(BaseModel):
     keep_every_steps: int | None = Field(
         None, gt=0, description="Checkpoints of multiples of this step stay for ever; null: of none"
     )
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait",
+        description="What a save does that is due while the one before is still being written: wait for it, or leave "
+        "its turn out; a save that is asked for waits",
+    )
+    max_failed_saves: int = Field(
+        3, gt=0, description="Saves in a row that fail, as on a full disk, before the run ends; it goes on after fewer"
+    )
+
+
+class ChecksSection(BaseModel):
+    """What a run watches for while it trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    window_steps: int = Field(
+        128, gt=1, description="Last steps that were taken, whose medians say what is usual; no limits before so many"
+    )
+    norm_spike_factor: float | None = Field(
+        10.0,
+        gt=1,
+        description="A step whose gradient norm is more than so many medians, and more than optimizer.clip_norm, is "
+        "skipped; null: whatever is finite is taken",
+    )
+    loss_spike_nats: float | None = Field(
+        1.0,
+        gt=0,
+        description="A step whose loss is more than so many nats per token, and 10 robust standard deviations, above "
+        "the median is skipped; null: whatever is finite is taken",
+    )
+    replicas_every_steps: int | None = Field(
+        100,
+        gt=0,
+        description="Steps between comparisons of weights that several ranks hold, also before saves; null: none",
+    )
+    on_difference: Literal["stop", "restore"] = Field(
+        "stop",
+        description="When they differ: stop, or go back to the last checkpoint before it (train.max_rollbacks)",
+    )
 
 
 def _check_version(version: int) -> int:
@@ -114,6 +164,7 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    checks: ChecksSection = ChecksSection()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     STOPPED = 78
     RUN_IN_USE = 79
     DIVERGED = 80
+    REPLICAS_DIFFER = 82
     INTERRUPTED = 130
 
 
@@ -54,20 +55,19 @@ EXIT_CODES = {
     ),
     ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
     ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
-    ExitCode.DIVERGED: Meaning("gradients were not finite, step after step", Launchers.END),
+    ExitCode.DIVERGED: Meaning(
+        "too many steps were skipped, and going back to a checkpoint did not help or could not", Launchers.END
+    ),
+    ExitCode.REPLICAS_DIFFER: Meaning(
+        "ranks that hold the same weights hold different ones: look at the hardware of the rank that it names",
+        Launchers.END,
+    ),
     ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard", Launchers.END),
 }
 
 
 def one_sentence(error: BaseException | str) -> str:
-    """What an error says in its first line that is not empty, cut to MAX_SENTENCE_CHARACTERS.
-
-    Errors of torch.distributed.checkpoint hold those of each rank, tracebacks and all; the first rank's speaks.
-    """
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        rank, (cause, _) = min(failures.items())
-        return one_sentence(f"rank {rank}: {type(cause).__name__}: {one_sentence(cause)}")
+    """What an error says in its first line that is not empty, cut to MAX_SENTENCE_CHARACTERS."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     text = next(filter(None, lines), "") or type(error).__name__
     return text if len(text) <= MAX_SENTENCE_CHARACTERS else f"{text[: MAX_SENTENCE_CHARACTERS - 3]}..."
@@ -76,6 +76,17 @@ def one_sentence(error: BaseException | str) -> str:
 def print_error(error: Exception) -> None:
     """Prints the sentence of an error for its user."""
     print(f"error: {error}", file=sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """Tells the user something without which the run goes on, also where the log is on a full disk."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def print_warning(sentence: str) -> None:
+    """Tells the user of something that the run goes on after."""
+    print_line(f"warning: {sentence}")
 
 
 @contextmanager
@@ -121,6 +132,10 @@ class NotSavedError(CheckpointError):
     exit_code = ExitCode.NOT_SAVED
 
 
+class SaveBrokenError(NotSavedError):
+    """Ranks lost each other while they wrote a checkpoint, which is not committed."""
+
+
 class RunFolderError(Exception):
     """A run's folder that cannot be used, for want of rights or because something else is in its place."""
 
@@ -140,9 +155,15 @@ class StoppedError(Exception):
 
 
 class DivergedError(Exception):
-    """Gradients were not finite, step after step."""
+    """Too many steps were skipped, or weights are not finite, and no checkpoint is left to go back to."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class ReplicasDifferError(Exception):
+    """Ranks that should hold the same weights hold different ones."""
+
+    exit_code = ExitCode.REPLICAS_DIFFER
 
 
 class RunInUseError(Exception):

@@ -20,6 +20,7 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     step_time_s: float
+    skipped: bool  # whether the optimizer left weights and moments as they were
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class LaunchedStep:
     lr: float
     start: Moment
     end: Moment
-    values: Tensor  # loss, gradient norm and request, fp64 [3] on the host, at the step's end
+    # Loss, gradient norm, whether skipped, and what ranks agreed on; fp64 [3 + agreed] on the host, at the step's end.
+    values: Tensor
 
     @classmethod
     def launch(
@@ -67,16 +69,18 @@ class LaunchedStep:
         start: Moment,
         loss: Tensor,
         norm: Tensor,
-        request: Tensor,
+        skipped: Tensor,
+        agreed: Tensor,
     ) -> Self:
         """
         Args:
             start: when the device was through with what came before the step.
-            loss, norm, request: [] on the device.
+            loss, norm, skipped: [] on the device.
+            agreed: what the run is asked for and the hooks' votes, the largest of all ranks; [1 + hooks] on the device.
         """
-        found = torch.stack([loss.double(), norm.double(), request.double()])
+        found = torch.cat([torch.stack([loss.double(), norm.double(), skipped.double()]), agreed.double()])
         if found.is_cuda:
-            found = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
+            found = torch.empty(found.shape, dtype=torch.float64, pin_memory=True).copy_(found, non_blocking=True)
         end = Moment.after_all(loss.device)
         return cls(number, tokens, batch_tokens, lr, start=start, end=end, values=found)
 
@@ -88,7 +92,7 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Waits for the device."""
         step_time_s = self.end.seconds_since(self.start)
-        loss, norm, _ = self.values.tolist()
+        loss, norm, skipped, *_ = self.values.tolist()
         return StepResult(
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
@@ -96,10 +100,18 @@ class LaunchedStep:
             grad_norm=norm,
             lr=self.lr,
             step_time_s=step_time_s,
+            skipped=bool(skipped),
         )
 
     def request(self) -> Request:
         """What any rank was asked for before the step's end. Waits for the device."""
+        return Request(self._agreed()[0])
+
+    def votes(self) -> list[int]:
+        """The largest of all ranks' votes, by hook. Waits for the device."""
+        return self._agreed()[1:]
+
+    def _agreed(self) -> list[int]:
         if self.end.event:
             self.end.event.synchronize()
-        return Request(int(self.values[2]))
+        return [int(value) for value in self.values[3:].tolist()]

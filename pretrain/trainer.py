@@ -1,6 +1,6 @@
 """The training loop: fetch, forward and backward, step, and the hooks that do everything else."""
 
-import sys
+import gc
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,13 +21,15 @@ from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_line
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
-from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
+from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
+from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
+from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, set_newer_checkpoints_aside
 from sambalm.pretrain.lifecycle.run_folder import LeaseGuard, RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
-from sambalm.pretrain.lifecycle.skipped_steps import SkippedSteps
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
@@ -40,7 +42,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
 
     Raises:
         ConfigError, ParallelError, DataError, KernelError, CheckpointError, NoProgressError, StoppedError,
-        DivergedError, RunInUseError: one sentence each, for the user.
+        DivergedError, ReplicasDifferError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
     if is_main_process():  # the others wait for it where the process group is made
@@ -50,28 +52,60 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
         start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world,
         folder.shared(world) as folder,
     ):
-        trainer = Trainer(config, world, folder=folder, signals=signals or Signals())
-        exit_code = trainer.fit()
+        signals, rollback = signals or Signals(), None
+        while True:
+            trainer = Trainer(config, world, folder=folder, signals=signals, rollback=rollback)
+            try:
+                exit_code = trainer.fit()
+                break
+            except RollBack as found:
+                rollback = found.with_traceback(None)  # which would hold on to the model
+            set_newer_checkpoints_aside(Path(config.run.dir), rollback, folder=folder, world=world)
+            trainer.training.executor.release()
+            del trainer
+            _free_memory()
         folder.end(exit_code, step=trainer.step, world=world)
         return exit_code
 
 
-class Trainer:
-    """One rank's part of a run."""
+def _free_memory() -> None:
+    """Gives the device back what a trainer that is no longer used held: a run builds its model anew to go back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    def __init__(self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals) -> None:
+
+class Trainer:
+    """One rank's part of a run, from its newest good checkpoint on.
+
+    Args:
+        rollback: why an earlier trainer of the attempt ended; None for the attempt's first.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, *, folder: RunFolder, signals: Signals, rollback: RollBack | None
+    ) -> None:
         self.config, self.world, self.folder, self.signals = config, world, folder, signals
-        checkpoint = find_resume_point(config, world=world, opened=folder.checkpoint)
+        checkpoint = find_resume_point(config, world=world, opened=None if rollback else folder.checkpoint)
         sources = shared_sources(config.data)
         record = data_record(config, sources)
         if checkpoint:
             check_data(checkpoint, record, config=config)
         self.step: int = checkpoint.step if checkpoint else 0
         self.samples: int = checkpoint.state["samples"] if checkpoint else 0
+        self.rollbacks = Rollbacks(config.train.max_rollbacks)
         self.hooks = self._hooks(sources, record)
+        states = checkpoint.state.get("hooks", {}) if checkpoint else {}  # none in one of an older version
+        for hook in self.hooks:
+            if hook.name in states:
+                hook.load_state(states[hook.name])
+        if rollback:
+            self.rollbacks.load_state(rollback.record)
         self.training = build_training(config, world=world, checkpoint=checkpoint)
         if world.is_main:
-            print(self._start_line(), file=sys.stderr)
+            if rollback:
+                print_line(f"{rollback}; instead, the run goes back to step {self.step}")
+            print_line(self._start_line())
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
             make_batch=MicroBatch,
@@ -87,12 +121,18 @@ class Trainer:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world = self.config, self.world
         hooks: list[Hook] = []
+        guards = Guards(config, world=world, rollbacks=self.rollbacks)
+        folder = self.folder
+        checkpointer = Checkpointer(config, world=world, data=record, folder=folder, guards=guards, hooks=hooks)
         hooks += [
-            LeaseGuard(self.folder, world=world),
+            LeaseGuard(folder, world=world),
+            SaveOutcomes(checkpointer),
             Validator(config, sources, world=world),
             RunReport(config, world=world, done_steps=self.step),
-            SkippedSteps(config.train.max_skipped_steps, speaks=world.is_main),
-            Checkpointer(config, world=world, data=record, folder=self.folder, hooks=hooks),
+            self.rollbacks,
+            guards,
+            ReplicaCheck(config, world=world, rollbacks=self.rollbacks),
+            checkpointer,
         ]
         return hooks
 
@@ -133,22 +173,25 @@ class Trainer:
 
     def _finish(self, step: LaunchedStep, request: Request = Request.NOTHING) -> None:
         """Tells the hooks of a step. Waits for the device."""
-        finished = FinishedStep(number=step.number, result=step.result(), request=request)
+        votes = dict(zip(self.hooks, step.votes(), strict=True))
+        finished = FinishedStep(number=step.number, result=step.result(), request=request, votes=votes)
         for hook in self.hooks:
             hook.after_step(finished)
 
     def _launch_step(self) -> LaunchedStep:
         """One optimizer step over the global batch."""
+        for hook in self.hooks:
+            hook.before_step(self.step + 1)
+        batch_samples = self._pass_over_left_out()
         start = Moment.after_all(self.world.device)
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
         lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
         for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
-        batch_samples = self.config.batch_schedule.step_samples(self.samples)
-        micro_batches = self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
-        loss = self.training.executor.train_step([self._micro_batch() for _ in range(micro_batches)])
-        mean_loss = self.world.sum_over_replicas(loss) / self.world.replica_size
+        executor = self.training.executor
+        executor.train_step([self._micro_batch() for _ in range(self._micro_batches(batch_samples))])
+        norm = gradient_norm(self.training.engine)
         self.samples += batch_samples
         self.step += 1
         length = self.config.data.sequence_length
@@ -158,10 +201,25 @@ class Trainer:
             batch_tokens=batch_samples * length,
             lr=lr,
             start=start,
-            loss=mean_loss,
-            norm=gradient_norm(self.training.engine),
-            request=self.world.largest(self._asked()),
+            loss=executor.guard.loss,
+            norm=norm,
+            skipped=executor.guard.skips(norm),
+            agreed=self.world.largest([self._asked(), *(hook.vote() for hook in self.hooks)]),
         )
+
+    def _pass_over_left_out(self) -> int:
+        """Goes on to the next samples that no rollback leaves out; returns how many the step at hand takes."""
+        while True:
+            batch_samples = self.config.batch_schedule.step_samples(self.samples)
+            if not self.rollbacks.leaves_out(range(self.samples, self.samples + batch_samples)):
+                return batch_samples
+            for _ in range(self._micro_batches(batch_samples)):
+                self.loader.next_micro_batch()
+            self.samples += batch_samples
+
+    def _micro_batches(self, batch_samples: int) -> int:
+        """Micro-batches of this rank in a step."""
+        return self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
 
     def _asked(self) -> Request:
         """What this rank is asked for."""

@@ -1,5 +1,6 @@
 """Benchmarks of whole runs, which start the program as a user does, at tiny sizes on a CPU: that they still run."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,17 @@ def test_a_training_is_compared_with_itself_under_other_kernels(tmp_path):
     assert float(found["window"][0]) > 0.0
     assert drawn.stat().st_size > 1000
     assert run("training.py", "--read", *folder, "--compare-steps", 2) == output
+
+
+@pytest.mark.long
+def test_streams_are_timed_in_windows(tmp_path):
+    output, picture = tmp_path / "windows.jsonl", tmp_path / "plot.png"
+    sizes = ("--tokens", 60, "--generate-tokens", 40, "--window-tokens", 20, "--read-tokens", 30)
+    table = run("streaming.py", *sizes, "--output", output, "--plot", picture)
+    assert "read 30 tokens at" in table
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = [*(("generate()", tokens) for tokens in (20, 40)), *(("stream", tokens) for tokens in (20, 40, 60))]
+    assert [(record["name"], record["tokens"]) for record in records] == expected
+    assert all(record["processor_ms"] > 0 and record["mib"] > 10 for record in records)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert rows(run("streaming.py", "--read", output)) == rows(table)

@@ -194,7 +194,8 @@ def measure(contestant: Contestant, arguments: argparse.Namespace, *, vocab_size
             start=start,
             loss=loss,
             norm=norm,
-            request=torch.zeros((), device=device),
+            skipped=torch.zeros((), device=device),
+            agreed=torch.zeros(1, device=device),
         )
 
     for number in range(2):

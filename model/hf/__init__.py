@@ -14,6 +14,7 @@ from .configuration_samba import SambaConfig
 from .errors import HFError
 from .generate import load_for_generation
 from .modeling_samba import SambaForCausalLM, SambaModel, SambaPreTrainedModel
+from .stream import Stream
 
 
 def register() -> None:
@@ -31,6 +32,7 @@ __all__ = [
     "SambaForCausalLM",
     "SambaModel",
     "SambaPreTrainedModel",
+    "Stream",
     "load_for_generation",
     "register",
 ]

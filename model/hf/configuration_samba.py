@@ -35,6 +35,10 @@ FLA_ATTENTION = {
     "rope_theta": 10000.0,
 }
 FLA_HIDDEN_RATIO = 4
+
+# There is no last position; programs that cut their input by max_position_embeddings are given this one. Rotary angles
+# are exact up to it.
+MAX_POSITIONS = 1_000_000_000
 FLA_MLP_MULTIPLE = 256
 
 
@@ -85,10 +89,14 @@ class SambaConfig(PreTrainedConfig):
     for something that this implementation lacks.
 
     intermediate_size is Mamba's inner width, mlp_size the MLP's. hidden_act "swish" is SiLU.
+
+    `sliding_window` and attn["window_size"] are one number: setting either sets both, and sliding_window wins where two
+    are given. training_sequence_tokens is the length that the model was trained at, which limits nothing. Folders of
+    other versions and of flash-linear-attention have it as max_position_embeddings, and it is read from there.
     """
 
     model_type = "samba"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer adds lists to it
 
     pattern: str | None = None
     extensions: dict[str, dict] | None = None
@@ -114,7 +122,8 @@ class SambaConfig(PreTrainedConfig):
     time_step_floor: float = 1e-4
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = MAX_POSITIONS
+    training_sequence_tokens: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 0
@@ -123,11 +132,17 @@ class SambaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         given_layers = (self.attn or {}).get("layers") if self.pattern else None
-        self.attn = FLA_ATTENTION | (self.attn or {})
+        window = {} if self.sliding_window is None else {"window_size": self.sliding_window}
+        self.attn = FLA_ATTENTION | (self.attn or {}) | window
+        self.sliding_window = self.attn["window_size"]
         if self.pattern is None:
             attention = set(self.attn["layers"])
             count = 18 if self.num_hidden_layers is None else self.num_hidden_layers
             self.pattern = "".join((ATTENTION if i in attention else MAMBA) + MLP for i in range(count))
+        if self.max_position_embeddings != MAX_POSITIONS:
+            if self.training_sequence_tokens is None:
+                self.training_sequence_tokens = self.max_position_embeddings
+            self.max_position_embeddings = MAX_POSITIONS
         self._check_letters()
         if self.mlp_size is None:
             self.mlp_size = fla_mlp_size(self.hidden_size, self.hidden_ratio or FLA_HIDDEN_RATIO)
@@ -136,6 +151,13 @@ class SambaConfig(PreTrainedConfig):
         self._derive_from_pattern(given_layers)
         self._refuse_unsupported()
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if key == "sliding_window" and value is not None and "window_size" in (self.__dict__.get("attn") or {}):
+            self.__dict__["attn"] = self.attn | {"window_size": value}
+        elif key == "attn" and "window_size" in (value or {}) and self.__dict__.get("sliding_window") is not None:
+            self.__dict__["sliding_window"] = value["window_size"]
 
     def _check_letters(self) -> None:
         for letter, extension in (self.extensions or {}).items():
@@ -164,7 +186,6 @@ class SambaConfig(PreTrainedConfig):
             "num_hidden_layers": len(mixers),
             "num_layers": len(mixers),
             "layer_types": [layer_types[mixer] for mixer in mixers],
-            "sliding_window": self.attn["window_size"],
             "intermediate_size": self.expand * self.hidden_size,
         }
         for key, value in derived.items():

@@ -67,7 +67,7 @@ def export_hf(
             f"{config.vocab_size}; give the tokenizer that the model was trained with"
         )
     tokens = {f"{name}_token_id": token_ids(proto)[name] for name in ("bos", "eos", "pad")}
-    lengths = {} if card.sequence_tokens is None else {"max_position_embeddings": card.sequence_tokens}
+    lengths = {} if card.sequence_tokens is None else {"training_sequence_tokens": card.sequence_tokens}
     hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
     _write_config(folder, hf, tokens)
     save_tokenizer(tokenizer_model, folder)

@@ -66,6 +66,10 @@ class FolderState:
         part = self._open(hf_name, lambda file, key: file.get_slice(key)[number * rows : (number + 1) * rows])
         return (part.squeeze(1) if tensor.is_conv else part).float()
 
+    def read_hf(self, name: str) -> Tensor:
+        """One tensor in fp32, by its name in the folder."""
+        return self._open(name, lambda file, key: file.get_tensor(key)).float()
+
     def _open(self, name: str, use: Callable[[Any, str], Any]) -> Any:
         try:
             with safe_open(self._files[name], "pt") as file:

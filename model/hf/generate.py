@@ -1,4 +1,4 @@
-"""Loading a model folder for text generation, without executing any code from it."""
+"""Loading a model for text generation, of a folder without executing any code from it, or of a checkpoint's weights."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sambalm.model.config import ModelConfig
+
 from .configuration_samba import SambaConfig
 from .errors import HFError
 from .folder import INDEX_FILE, SINGLE_FILE
 from .modeling_samba import SambaForCausalLM
-from .names import check_mixers
+from .names import CanonicalState, check_mixers, hf_config, hf_dtype, hf_shape, hf_tensors
 from .tokenizer import load_tokenizer
 
 
@@ -71,3 +73,29 @@ def load_config(folder: Path) -> SambaConfig:
         raise HFError(f"{path} is not a valid Samba configuration: {str(error).strip()}") from error
     check_mixers(config)
     return config
+
+
+def model_of_state(state: CanonicalState, config: ModelConfig, *, dtype: torch.dtype) -> SambaForCausalLM:
+    """Returns the model of canonical weights, such as a checkpoint's, on the CPU and in eval mode.
+
+    Reads one tensor at a time. Raises HFError where the state does not fit the configuration or a mixer has no side in
+    the Hugging Face format.
+    """
+    hf = hf_config(config, dtype=dtype)
+    with torch.device("meta"):
+        model = SambaForCausalLM(hf)
+    shapes = state.shapes()
+    weights = {}
+    for name, tensor in hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings).items():
+        missing = next((part for part in tensor.parts if part not in shapes), None)
+        if missing is not None:
+            raise HFError(f"the weights lack tensor {missing}: they do not fit their model configuration")
+        rows = [state.read(part).to(hf_dtype(tensor, dtype)) for part in tensor.parts]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        weights[name] = joined.view(hf_shape(tensor, shapes))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if unfilled:
+        raise HFError(f"the weights give no value to {unfilled[0]}: they do not fit their model configuration")
+    return model.eval()

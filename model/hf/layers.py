@@ -3,9 +3,10 @@
 B: batch, S: sequence.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -13,8 +14,10 @@ from sambalm.model.ops.reference.rms_norm import rms_norm
 
 from .configuration_samba import SambaConfig
 
-# The attention implementations in whose place window_attention runs when no mask is needed.
+# The attention implementations in whose place window_attention runs.
 DENSE_ATTENTION = (None, "eager", "sdpa")
+
+BEFORE_ALL_TOKENS = -(1 << 40)  # a place that no sequence reaches back to
 
 
 class Padding(NamedTuple):
@@ -44,13 +47,41 @@ class Padding(NamedTuple):
         return torch.arange(self.order.shape[1], device=self.order.device) < self.counts[:, None]
 
 
+class PackedDocuments(NamedTuple):
+    """Where the documents of packed rows begin; none of them sees another."""
+
+    resets: Tensor  # bool [B, S]: the first token of each document, in the order of `Padding.front`
+    numbers: Tensor  # int64 [B, S]: of each token's document in its row, from 0, in the tokens' own order
+    first_tokens: Tensor  # int64 [B, S]: place of the first token of each token's document, far below 0 before a reset
+
+    @classmethod
+    def of(cls, positions: Tensor, padding: Padding | None) -> "PackedDocuments":
+        """Makes it of positions [B, S]: a token begins a document where its own does not follow the one before."""
+        if padding:
+            positions = positions.take_along_dim(padding.order, dim=1)
+        resets = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))
+        if padding:
+            resets = resets & padding.real
+        starts = resets.take_along_dim(padding.inverse, dim=1) if padding else resets
+        places = torch.arange(starts.shape[1], device=starts.device)
+        first_tokens = torch.where(starts, places, BEFORE_ALL_TOKENS).cummax(dim=1).values
+        return cls(resets, starts.cumsum(dim=1), first_tokens)
+
+
 class SequenceContext(NamedTuple):
     """What the layers need to know of a batch besides its activations."""
 
     cache: Cache | None
     padding: Padding | None  # None when there is no padding
-    attention_mask: Tensor | None  # as the attention implementation wants it; None when every key in the window counts
+    attention_mask: Tensor | None  # as transformers' attention takes it; None where window_attention runs
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [B or 1, 1, S, d / 2]; None without attention
+    documents: PackedDocuments | None = None  # None where each row is one document
+    real_keys: Tensor | None = None  # bool [B, past + S], False for padding; None when every key in the window counts
+
+    @property
+    def resets(self) -> Tensor | None:
+        """Marks the tokens before which a layer forgets, bool [B, S] in the order of `Padding.front`."""
+        return self.documents.resets if self.documents else None
 
 
 class SambaLayer(nn.Module):
@@ -58,6 +89,10 @@ class SambaLayer(nn.Module):
 
     A subclass is made with (config, layer_idx), and `layer_idx` is the number of its block in the cache.
     """
+
+    isolates_documents: ClassVar[bool] = False
+    """Whether no token sees those before its document's first token, where the context has `documents`. Packed rows are
+    refused in a model that has a layer which does not."""
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ B: batch, S: sequence, H: heads, d: head dim.
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -27,6 +29,7 @@ from .configuration_samba import Block, SambaConfig
 from .layers import (
     DENSE_ATTENTION,
     AttentionWeightsLayer,
+    PackedDocuments,
     Padding,
     SambaLayer,
     SambaResidualLinear,
@@ -34,6 +37,8 @@ from .layers import (
     SequenceContext,
 )
 from .mixers import fp32_tensors, layer_class
+
+logger = logging.get_logger(__name__)
 
 
 class AttentionFreeCache(DynamicCache):
@@ -79,8 +84,8 @@ class SambaPreTrainedModel(PreTrainedModel):
     config_class = SambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("SambaBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["SambaBlock"]  # noqa: RUF012 - transformers and its tests know lists
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _is_stateful = True
@@ -156,19 +161,38 @@ class SambaModel(SambaPreTrainedModel):
         """Args:
             input_ids: int64 [B, S]; or inputs_embeds [B, S, width].
             attention_mask: [B, past + S], 0 for padding; or a mask [B, H or 1, S, keys] for the attention alone.
-            position_ids: int64 [B or 1, S]; without them they are counted from each row's first real token.
+            position_ids: int64 [B or 1, S]; without them they are counted from each row's first real token. A token
+                whose position does not follow the one before begins a document, which sees nothing of those before it:
+                so rows are packed. The first token of a call goes on from the cache in any case.
             past_key_values: the cache to continue from and to update, DynamicCache(config=...) or StaticCache.
 
         Returns:
-            last_hidden_state [B, S, width], and the cache if one was given or use_cache is true.
+            last_hidden_state [B, S, width], and the cache if one was given or use_cache is true. Packed rows have none,
+            nor has training with gradient checkpointing.
+
+        Raises:
+            ValueError: not exactly one input was given, or packed rows with a cache, or to a mixer that cannot tell
+                documents apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once("The cache is set aside: gradient checkpointing would run layers on it a second time.")
+            use_cache, past_key_values = False, None
+        padding = self._padding(attention_mask, length=x.shape[1])
+        documents = self._documents(position_ids, padding)
+        are_packed = documents is not None and not torch.compiler.is_compiling()
+        if past_key_values is not None and are_packed:
+            raise ValueError("position_ids start again within a row: packed documents are read without a cache")
+        if use_cache and past_key_values is None and not are_packed:
             past_key_values = new_cache(self.config)
-        context = self._context(
-            x, attention_mask, position_ids, past_key_values, output_attentions=kwargs.get("output_attentions")
+        context = self.sequence_context(
+            SequenceContext(past_key_values, padding, None, None, documents),
+            x,
+            mask=attention_mask,
+            positions=position_ids,
+            output_attentions=kwargs.get("output_attentions"),
         )
         for layer in self.layers:
             x = layer(x, context)
@@ -176,41 +200,74 @@ class SambaModel(SambaPreTrainedModel):
             past_key_values.seen_tokens += x.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x), past_key_values=past_key_values)
 
-    def _context(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-        *,
-        output_attentions: bool | None,
-    ) -> SequenceContext:
-        config, length = self.config, x.shape[1]
+    @staticmethod
+    def _padding(mask: Tensor | None, *, length: int) -> Padding | None:
         real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else None
-        padding = None if real is None or real.all() else Padding.of(real)
-        if not has_attention(config):
-            return SequenceContext(cache, padding, None, None)
+        return None if real is None or _is_known(real.all()) else Padding.of(real)
+
+    def _documents(self, positions: Tensor | None, padding: Padding | None) -> PackedDocuments | None:
+        """Returns the documents of packed rows; for a compiler, which sees no positions, rows always are such."""
+        if positions is None or positions.shape[1] == 1:
+            return None
+        if padding:
+            positions = positions.expand(len(padding.order), -1)
+        documents = PackedDocuments.of(positions, padding)
+        if _is_known(~documents.resets.any()):
+            return None
+        unable = [type(m).__name__ for m in self.modules() if isinstance(m, SambaLayer) and not m.isolates_documents]
+        if unable:
+            raise ValueError(
+                f"position_ids start again within a row, but {unable[0]} cannot keep packed documents apart: give each "
+                "document a row of its own"
+            )
+        return documents
+
+    def sequence_context(
+        self,
+        context: SequenceContext,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+    ) -> SequenceContext:
+        """Returns the context with what the attention needs of the tokens; the other arguments are as forward's."""
+        if not has_attention(self.config):
+            return context
+        config, cache = self.config, context.cache
         if positions is None:
             positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
         cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
-        if self._needs_mask(mask, length) or output_attentions or config.output_attentions:
-            mask = create_sliding_window_causal_mask(
-                config=config,
-                inputs_embeds=x,
-                attention_mask=mask,
-                past_key_values=cache,
-            )
-        else:
-            mask = None
-        return SequenceContext(cache, padding, mask, (cos.unsqueeze(1), sin.unsqueeze(1)))
+        context = context._replace(rotary=(cos.unsqueeze(1), sin.unsqueeze(1)))
+        is_dense = config._attn_implementation in DENSE_ATTENTION and (mask is None or mask.ndim == 2)
+        if is_dense and not (output_attentions or config.output_attentions):
+            if mask is None or _is_known(mask[:, -(x.shape[1] + config.sliding_window - 1) :].all()):
+                return context
+            return context._replace(real_keys=mask.bool())
+        mask = create_sliding_window_causal_mask(
+            config=config,
+            inputs_embeds=x,
+            attention_mask=mask,
+            past_key_values=cache,
+            and_mask_function=_within_documents(context.documents) if context.documents else None,
+        )
+        return context._replace(attention_mask=mask)
 
-    def _needs_mask(self, mask: Tensor | None, length: int) -> bool:
-        if self.config._attn_implementation not in DENSE_ATTENTION:
-            return True
-        if mask is None or mask.ndim != 2:
-            return mask is not None
-        in_reach = mask[:, -(length + self.config.sliding_window - 1) :]
-        return not in_reach.all()
+
+def _is_known(truth: Tensor) -> bool:
+    """Whether it is true. A compiler cannot tell, and gets the operations that are right either way."""
+    return not torch.compiler.is_compiling() and bool(truth)
+
+
+def _within_documents(documents: PackedDocuments) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Returns the function of (row, head, query, key) by which transformers masks other documents."""
+    numbers = documents.numbers
+
+    def is_of_one_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = row if len(numbers) > 1 else torch.zeros_like(row)
+        return numbers[row, query] == numbers[row, key]
+
+    return is_of_one_document
 
 
 def _positions(mask: Tensor | None, *, past: int, like: Tensor) -> Tensor:

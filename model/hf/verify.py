@@ -1,25 +1,32 @@
 """The proof that an exported folder is the trained model: same logits on real tokens, same tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices
 
+from .configuration_samba import SambaConfig
 from .errors import HFError
 from .folder import FolderState
-from .generate import load_config, load_model
-from .modeling_samba import SambaForCausalLM
+from .generate import load_config
+from .layers import SequenceContext
+from .modeling_samba import SambaForCausalLM, new_cache
 from .names import CanonicalState, hf_dtype, hf_tensors
 from .tokenizer import compare_tokenizers, load_tokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 ROWS = 2
 MIN_ROW_TOKENS = 16
+BEYOND_WINDOW_TOKENS = 17
+LOGIT_TOKENS = 512  # of each row, whose logits are in memory at once
 
 
 def verify_export(
@@ -28,22 +35,19 @@ def verify_export(
     """Compare the folder with the training model, both in fp32 on the CPU, and its tokenizer with SentencePiece's.
 
     The training model's weights are rounded to the folder's dtype first and must then be equal, bit by bit. Two rows of
-    tokens, longer than two windows where the documents suffice, are read at once and again in three pieces through the
-    cache.
+    tokens, longer than a window where the documents suffice, are read: one at once, the other in three pieces through
+    the cache. Both models are in memory a block at a time, however large they are.
 
     Returns the largest difference of two logits. Raises HFError when it exceeds MAX_LOGIT_DIFFERENCE, when weights or
     ids differ, or when the documents are too short to tell.
     """
     compare_tokenizers(tokenizer_model, output, documents)
     _compare_weights(output, state, config)
-    tokens = verification_tokens(output, documents, row_tokens=2 * config.window + 17)
+    tokens = verification_tokens(output, documents, row_tokens=config.window + BEYOND_WINDOW_TOKENS)
     if int(tokens.max()) >= config.vocab_size:
         raise HFError(f"the tokenizer {tokenizer_model} gives ids beyond the model's vocab_size {config.vocab_size}")
     with torch.inference_mode():
-        expected = _training_model(state, config, dtype=load_config(output).dtype)(tokens)
-        model = load_model(output, dtype=torch.float32)
-        whole = model(tokens, use_cache=False).logits
-        difference = max(_difference(whole, expected), _difference(_in_pieces(model, tokens), expected))
+        difference = _largest_difference(output, state, config, tokens)
     if not difference <= MAX_LOGIT_DIFFERENCE:  # NaN counts as different
         raise HFError(
             f"the logits of the exported model differ from the training model's by {difference:.3g}, more than "
@@ -85,25 +89,77 @@ def _stored_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.d
     return {part: hf_dtype(tensor, dtype) for tensor in tensors for part in tensor.parts}
 
 
-def _training_model(state: CanonicalState, config: ModelConfig, *, dtype: torch.dtype) -> Samba:
+def _largest_difference(output: Path, state: CanonicalState, config: ModelConfig, tokens: Tensor) -> float:
+    """Returns the largest difference of two logits, NaN where one is, from running both models block by block."""
+    hf_config = load_config(output)
+    exported = _ExportedModel(output, hf_config)
+    parts = partial(_training_part, state, config, dtype=hf_config.dtype)
+    trained = None
+    whole, pieces = (exported.embed(row) for row in tokens.split(1))
+    cache = new_cache(hf_config)
+    for number, block in enumerate(hf_config.blocks):
+        sublayers = [n for n in (block.mixer_sublayer, block.mlp_sublayer) if n is not None]
+        part = parts(range(sublayers[0], sublayers[-1] + 1))
+        part.is_last = False  # the head is a part of its own
+        trained = part(tokens, hidden=trained)  # [S, rows, width], as that model has it between its layers
+        whole, pieces = exported.block(number, whole=whole, pieces=pieces, cache=cache)
+    assert trained is not None, "a pattern has a layer"
+    head, read = parts(range(len(config.pattern), len(config.pattern))), torch.cat((whole, pieces))
+    differences = [
+        (exported.logits(read[:, place]) - head(tokens[:, place], hidden=trained[place])).abs().max()
+        for place in (slice(i, i + LOGIT_TOKENS) for i in range(0, tokens.shape[1], LOGIT_TOKENS))
+    ]
+    return torch.stack(differences).max().item()
+
+
+def _training_part(state: CanonicalState, config: ModelConfig, layers: range, *, dtype: torch.dtype) -> Samba:
+    """Returns a pipeline's part of the training model, with the weights that a folder of the dtype has."""
     stored = _stored_dtypes(config, dtype)
-    model = Samba(config)
+    model = Samba(config, layers=layers)
     for name, parameter, piece in canonical_slices(model):
         weight = state.read(name).to(stored[name]).float()
         piece.of_local(parameter).copy_(piece.of_canonical(weight))
     return model
 
 
-def _in_pieces(model: SambaForCausalLM, tokens: Tensor) -> Tensor:
-    """Logits of the tokens read as half of them, one, and the rest, each continuing from the cache."""
-    half = tokens.shape[1] // 2
-    cache, logits = None, []
-    for piece in tokens.split([half, 1, tokens.shape[1] - half - 1], dim=1):
-        outputs = model(piece, past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
-        logits.append(outputs.logits)
-    return torch.cat(logits, dim=1)
+class _ExportedModel:
+    """The folder's model, whose weights are in memory while they are used."""
 
+    def __init__(self, output: Path, config: SambaConfig) -> None:
+        self.folder = FolderState(output, config)
+        with torch.device("meta"):
+            self.model = SambaForCausalLM(config).eval()
+        self.tied = config.tie_word_embeddings
 
-def _difference(given: Tensor, expected: Tensor) -> float:
-    return (given - expected).abs().max().item()
+    @contextmanager
+    def _loaded(self, name: str) -> Iterator[nn.Module]:
+        """Yields a module of the model with its weights."""
+        module = self.model.get_submodule(name)
+        names = [key for key, _ in module.named_parameters()]
+        source = "backbone.embeddings" if self.tied and name == "lm_head" else name
+        module.load_state_dict({key: self.folder.read_hf(f"{source}.{key}") for key in names}, assign=True)
+        yield module
+        module.to("meta")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        with self._loaded("backbone.embeddings") as embeddings:
+            return embeddings(tokens)
+
+    def block(self, number: int, *, whole: Tensor, pieces: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Runs a block on a row at once, and on another as half of it, one token, and the rest, through the cache."""
+        length = pieces.shape[1]
+        half, outputs = length // 2, []
+        with self._loaded(f"backbone.layers.{number}") as block:
+            whole = block(whole, self._context(whole, None, first=0))
+            for first, end in ((0, half), (half, half + 1), (half + 1, length)):
+                piece = pieces[:, first:end]
+                outputs.append(block(piece, self._context(piece, cache, first=first)))
+        return whole, torch.cat(outputs, dim=1)
+
+    def _context(self, x: Tensor, cache: Cache | None, *, first: int) -> SequenceContext:
+        positions = torch.arange(first, first + x.shape[1])[None]
+        return self.model.backbone.sequence_context(SequenceContext(cache, None, None, None), x, positions=positions)
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self._loaded("backbone.norm_f") as norm, self._loaded("lm_head") as head:
+            return head(norm(x))

@@ -20,8 +20,8 @@ ZeRO-1 also one message of gradients and one of weights.
 4. gradients.py, `FlatGradients.overlapped`: in the last micro-batch's backward, a hook on `GradientBucket.completed_by`
    starts a bucket's reduce-scatter. At the end each rank has the mean gradient of its own share of each bucket.
 5. clipping.py, `Clipping.prepare`: within the engine's step(), ranks add up the squares of the gradients that they own.
-   The norm stays on the device. AdamW's kernel divides gradients by the clipping factor, and skips the step where the
-   norm is not finite.
+   The norm stays on the device. AdamW's kernel divides gradients by the clipping factor, and skips the step where
+   step_guard.py says so: loss or norm is not finite or beyond a limit.
 6. deepspeed_adapter.py, `ShardedOptimizer`: DeepSpeed's step() hands AdamW this rank's shares, bucket by bucket, and
    writes the new fp32 share to where the next gather sends it from. Of weights that only products read that is a
    buffer of compute weights.

@@ -1,7 +1,7 @@
 """Clipping that the host does not wait for: the norm stays on the device, and AdamW's kernel divides the gradients.
 
 Fused optimizers read two attributes that GradScaler (torch.amp) sets: `grad_scale`, by which they divide gradients, and
-`found_inf`, which is 1.0 where they skip the step. `Clipping` sets both instead.
+`found_inf`, which is 1.0 where they skip the step. `Clipping` sets both instead; `StepGuard` decides the second.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sambalm.parallel.zero.deepspeed_adapter import report_norm
+from sambalm.parallel.zero.deepspeed_adapter import Engine, before_own_steps, report_norm
 from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.parallel.zero.step_guard import StepGuard
 
 
 class Clipping:
-    """Shortens gradients to max_norm within a fused optimizer's step, which skips those that are not finite.
+    """Shortens gradients to max_norm within a fused optimizer's step, which skips those that the guard does not pass.
 
     A skipped step counts as one, as it does for a run that is resumed.
 
     Args:
+        guard: has the step's loss before `prepare` is called.
         groups: over whose ranks the squares of gradients add up.
     """
 
-    def __init__(self, optimizer: Optimizer, *, max_norm: float, groups: Sequence[dist.ProcessGroup]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, max_norm: float, groups: Sequence[dist.ProcessGroup], guard: StepGuard
+    ) -> None:
         self.optimizer: Any = optimizer
-        self.max_norm = max_norm
+        self.max_norm, self.guard = max_norm, guard
         self.groups = [group for group in groups if group.size() > 1]
         optimizer.register_step_post_hook(_count_skipped)
 
@@ -45,7 +49,7 @@ class Clipping:
             dist.all_reduce(squares, group=group)
         norm = squares.sqrt()
         self.optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
-        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        self.optimizer.found_inf = self.guard.skips(norm)
         return norm
 
 
@@ -56,12 +60,21 @@ def _count_skipped(optimizer: Any, args: tuple, kwargs: dict) -> None:
     torch._foreach_add_(steps, [optimizer.found_inf] * len(steps))  # the host would read a tensor for all, and wait
 
 
-def clip_before_steps(optimizer: Optimizer, *, max_norm: float, group: dist.ProcessGroup) -> None:
+def guard_own_steps(engine: Engine, guard: StepGuard) -> None:
+    """Lets a guard skip steps of ZeRO-2 and ZeRO-3, where DeepSpeed clips and skips what is not finite."""
+
+    def judge(optimizer: Any, norm: Tensor) -> None:
+        optimizer.found_inf = guard.skips(norm)
+
+    before_own_steps(engine, judge).register_step_post_hook(_count_skipped)
+
+
+def clip_before_steps(optimizer: Optimizer, *, max_norm: float, group: dist.ProcessGroup, guard: StepGuard) -> None:
     """Clips in every step of an optimizer without ZeRO, over the group of all model-parallel ranks.
 
     DeepSpeed itself would join, copy and scale a flat buffer of all gradients.
     """
-    clipping = Clipping(optimizer, max_norm=max_norm, groups=[group])
+    clipping = Clipping(optimizer, max_norm=max_norm, groups=[group], guard=guard)
 
     def clip(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]

@@ -51,6 +51,10 @@ class ComputeWeights:
         """Takes a tensor that somebody else keeps up to date, at all times, as the weight's copy."""
         info_of(weight).compute_weights, self.adopted[weight] = self, copy
 
+    def adopted_copy(self, weight: Tensor) -> Tensor | None:
+        """Returns what `adopt` made the weight's copy; None where the weight holds its own numbers."""
+        return self.adopted.get(weight)
+
     def of(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Returns [out, in] of all weights, one below the other."""
         if weights[0] in self.adopted:

@@ -111,6 +111,28 @@ def report_norm(optimizer: Any, norm: Tensor) -> None:
     optimizer._global_grad_norm = norm
 
 
+def before_own_steps(engine: Engine, call: Callable[[Optimizer, Tensor], None]) -> Optimizer:
+    """Has a function called before AdamW's steps under ZeRO-2 and ZeRO-3, which clip by DeepSpeed's own norm.
+
+    Both (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py) know the norm before AdamW steps the first shares.
+
+    Args:
+        call: receives AdamW and the norm of the whole gradient before clipping, [].
+
+    Returns:
+        AdamW.
+    """
+    zero: Any = engine.optimizer
+    stepped = adamw(engine)
+    stepped.register_step_pre_hook(lambda *_: call(stepped, torch.as_tensor(zero._global_grad_norm)))
+    return stepped
+
+
+def adamw(engine: Engine) -> Optimizer:
+    """Returns the optimizer that steps `stepped_tensors`, which ZeRO wraps."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
 def stepped_tensors(engine: Engine) -> list[Tensor]:
     """Returns the fp32 tensors that AdamW steps on this rank: whole parameters, or flat shares under ZeRO.
 
@@ -138,6 +160,14 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def own_share(parameter: nn.Parameter) -> Tensor | None:
+    """Returns this rank's flat share of a parameter that ZeRO-3 has taken apart (runtime/zero/partition_parameters.py).
+
+    None under the other stages. Shares of the last ranks are padded to equal lengths.
+    """
+    return getattr(parameter, "ds_tensor", None)
+
+
 def gathered_weight(parameter: nn.Parameter) -> Tensor:
     """Returns a whole fp32 parameter, gathered over the ranks that share its optimizer. Collective."""
     return deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -148,26 +178,35 @@ def gathered_state(parameter: nn.Parameter, key: str) -> Tensor:
     return deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
 
 
-def scatter_state(parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Stores this rank's share of a whole entry of AdamW's state, which has the whole parameter's shape."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3 (runtime/zero/partition_parameters.py)
-        deepspeed.utils.safe_set_local_optimizer_state(parameter, _stage3_share(parameter, value), key)
-    else:
-        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+def held_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Returns where this rank's share of a flattened parameter begins and its elements, without the padding.
 
-
-def _stage3_share(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """Returns this rank's share of a flattened tensor, padded as ZeRO-3 pads it.
-
-    DeepSpeed's setter of whole tensors fails where the elements do not divide by the ranks. The share's length is in
-    runtime/zero/partition_parameters.py.
+    Stages 1 and 2 know no share of a parameter that this rank steps nothing of (utils/tensor_fragment.py). Stage 3
+    shares out every parameter evenly, rounded up (runtime/zero/partition_parameters.py).
     """
     sharded: Any = parameter
-    length = sharded.ds_tensor.ds_numel
-    padded = value.new_zeros(length * MegatronUnit.get_data_parallel_world_size())
-    padded[: value.numel()] = value.flatten()
-    start = MegatronUnit.get_data_parallel_rank() * length
-    return padded[start : start + length]
+    if not hasattr(parameter, "ds_id"):
+        mapping = sharded._hp_mapping
+        return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
+    length, elements = sharded.ds_tensor.ds_numel, whole_shape(parameter).numel()
+    start = min(elements, MegatronUnit.get_data_parallel_rank() * length)
+    return start, min(length, elements - start)
+
+
+def held_weight(parameter: nn.Parameter) -> Tensor:
+    """Returns this rank's share of an fp32 parameter as AdamW steps it, [at least the elements of `held_range`]."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.utils.safe_get_local_fp32_param(parameter)
+    mapped: Any = parameter
+    return mapped._hp_mapping.get_hp_fragment()
+
+
+def held_state(parameter: nn.Parameter, key: str) -> Tensor:
+    """Returns this rank's share of an entry of AdamW's state, as `held_weight` does."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.utils.safe_get_local_optimizer_state(parameter, key)
+    mapped: Any = parameter
+    return mapped._hp_mapping.get_hp_fragment(key)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from sambalm.parallel.zero.deepspeed_adapter import Engine
 from sambalm.parallel.zero.parameter_info import info_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
+WEIGHT = "model"  # what checkpoints call the weight itself beside the moments
 
 
 def zero_engine(
@@ -30,9 +31,9 @@ def zero_engine(
 ) -> Engine:
     """Puts this rank's model chunks, whose weights are already set, under ZeRO. Collective.
 
-    The optimizer is as after done_steps steps, with zero moments; `set_moment` fills them. Where ranks keep weights and
-    gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it finds;
-    `FlatGradients` reduces those of stage 1, and `Clipping` shortens them. Elsewhere
+    The optimizer is as after done_steps steps, with zero moments; `held_tensors` are where to fill them. Where ranks
+    keep weights and gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it
+    finds; `FlatGradients` reduces those of stage 1, and `Clipping` shortens them. Elsewhere
     (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
     and step() for each micro-batch.
 
@@ -99,18 +100,53 @@ def whole_moment(parameter: nn.Parameter, key: str) -> Tensor:
     return deepspeed.gathered_state(parameter, key) if state is None else state[key]
 
 
-def set_moment(parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Stores this rank's share of a whole moment, which has the shape `whole_shape(parameter)`."""
+def held_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Returns start and length of the part of a flattened parameter that only this rank of its replicas steps."""
+    if info_of(parameter).optimizer_state is not None:
+        return 0, parameter.numel()
+    return deepspeed.held_range(parameter)
+
+
+def held_tensors(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Returns the weight and MOMENTS of this rank's `held_range`, fp32 [elements], as AdamW steps them.
+
+    They are views, of what the next step changes. The weight is named `WEIGHT`.
+    """
+    _, elements = held_range(parameter)
+    if not elements:
+        return {}
     state = info_of(parameter).optimizer_state
-    if state is None:
-        deepspeed.scatter_state(parameter, key, value)
+    if state is not None:
+        tensors = {WEIGHT: parameter.detach()} | {key: state[key] for key in MOMENTS}
     else:
-        state[key].copy_(value)
+        tensors = {WEIGHT: deepspeed.held_weight(parameter)}
+        tensors |= {key: deepspeed.held_state(parameter, key) for key in MOMENTS}
+    return {key: tensor.detach().view(-1)[:elements] for key, tensor in tensors.items()}
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Returns the shape of a parameter of this tensor-parallel rank, also where ZeRO-3 has taken it apart."""
     return deepspeed.whole_shape(parameter)
+
+
+def optimizer_is_finite(engine: Engine) -> bool:
+    """Says whether all fp32 weights and moments that AdamW steps on this rank are finite. Waits for the device.
+
+    All ranks' together are the whole state. It is read once and not copied.
+    """
+    optimizer = deepspeed.adamw(engine)
+    held = deepspeed.stepped_tensors(engine)
+    tensors = [*held, *(optimizer.state[tensor][key] for tensor in held for key in MOMENTS)]
+    largest = torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.numel()], torch.inf)
+    return bool(torch.stack(list(largest)).isfinite().all())
+
+
+def tensors_of_run(engine: Engine) -> list[Tensor]:
+    """Returns what this rank holds of weights, gradients and AdamW's state, apart from buffers that others made."""
+    parameters = list(engine.module.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held, state = deepspeed.stepped_tensors(engine), deepspeed.adamw(engine).state
+    return [*parameters, *gradients, *held, *(state[tensor][key] for tensor in held for key in MOMENTS)]
 
 
 def gradient_norm(engine: Engine) -> Tensor:

@@ -22,6 +22,7 @@ from sambalm.parallel.zero.buckets import GradientBucket
 from sambalm.parallel.zero.clipping import Clipping
 from sambalm.parallel.zero.deepspeed_adapter import Engine, ShardedOptimizer
 from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.parallel.zero.step_guard import StepGuard
 
 
 class FlatGradients:
@@ -35,7 +36,15 @@ class FlatGradients:
         buckets: those of the engine's optimizer.
     """
 
-    def __init__(self, engine: Engine, world: World, *, buckets: Sequence[GradientBucket], clip_norm: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        world: World,
+        *,
+        buckets: Sequence[GradientBucket],
+        clip_norm: float,
+        guard: StepGuard,
+    ) -> None:
         optimizer = ShardedOptimizer(engine)
         self.group, self.size = world.replica_group, world.replica_size
         self.buffers = [torch.zeros_like(weights) for weights in optimizer.flat_weights()]
@@ -56,7 +65,7 @@ class FlatGradients:
             if bucket.completed_by is not None:
                 bucket.completed_by.register_post_accumulate_grad_hook(partial(self._completed, count))
         groups = [world.replica_group, world.model_group]
-        self.clipping = Clipping(optimizer.adamw, max_norm=clip_norm, groups=groups)
+        self.clipping = Clipping(optimizer.adamw, max_norm=clip_norm, groups=groups, guard=guard)
         optimizer.replace_reduction(self._reduced)
 
     def clear(self) -> None:

@@ -45,6 +45,21 @@ class CanonicalSlice:
         """Returns a view of this slice in a tensor of the parameter's shape."""
         return tensor.narrow(self.dim, self.local_start, self.length)
 
+    def intersection(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int, int] | None:
+        """Returns what this slice and a rectangle of the parameter have in common; None: nothing.
+
+        Returns:
+            Where the common part begins in the canonical tensor, where it begins in the rectangle along dim, and its
+            length along dim.
+        """
+        start = max(offsets[self.dim], self.local_start)
+        stop = min(offsets[self.dim] + sizes[self.dim], self.local_start + self.length)
+        if start >= stop:
+            return None
+        canonical = list(offsets)
+        canonical[self.dim] = start - self.local_start + self.start
+        return tuple(canonical), start - offsets[self.dim], stop - start
+
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where the slice begins in the canonical tensor, along every dimension."""
@@ -61,6 +76,10 @@ class WeightCopies(Protocol):
 
     def of(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Returns [out, in] of all weights, one below the other."""
+        ...
+
+    def adopted_copy(self, weight: Tensor) -> Tensor | None:
+        """Returns the copy of a weight that is whole in no other precision; None for other weights."""
         ...
 
     def to_write(self, weight: Tensor) -> Tensor | None:

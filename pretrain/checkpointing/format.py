@@ -33,10 +33,11 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.files import atomic_write, remove, sync
-from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError, DivergedError, one_sentence
+from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError, one_sentence
 
 FORMAT_VERSION = 1
 STATE, MANIFEST, SAVED = "state.json", "manifest.json", "saved.json"
+ABANDONED = "abandoned_"  # before the name of a checkpoint that a run went back from
 _FOLDER_NAME = re.compile(r"step_(\d{8,})")
 _STATE_TYPES: dict[str, type] = {"step": int, "samples": int, "config": dict}
 _CHUNK_BYTES = 1 << 24
@@ -62,6 +63,11 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
+    @property
+    def saved_while_skipping(self) -> bool:
+        """Whether the optimizer skipped the step before it was saved; a run goes back to none such."""
+        return self.state.get("hooks", {}).get("guards", {}).get("in_a_row", 0) > 0
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical names and shapes of the model's tensors."""
         return {name.removeprefix("model."): self._shape(name) for name in self._slices if name.startswith("model.")}
@@ -75,6 +81,10 @@ class Checkpoint:
                 region = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
                 whole[region] = file.get_tensor(stored_name)
         return whole
+
+    def stored(self) -> dict[str, list[StoredSlice]]:
+        """Where each tensor is stored, by its name with its kind before it."""
+        return self._slices
 
     def _shape(self, stored_name: str) -> tuple[int, ...]:
         ends = ([o + n for o, n in zip(p.offsets, p.sizes, strict=True)] for p in self._slices[stored_name])
@@ -223,18 +233,20 @@ def remove_checkpoint(folder: Path) -> None:
     remove(doomed)
 
 
-def check_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
-    """Looks for infinities and NaNs in what is to be saved, so that they never take the place of a good checkpoint.
+def set_aside(folders: Sequence[Path]) -> list[Path]:
+    """Renames checkpoints of a run, newest first, so that nothing reads or removes them any more.
 
-    Raises:
-        DivergedError: naming the first tensor that holds one.
+    Returns:
+        The folders under their new names, which replace what had these names before.
     """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise DivergedError(
-                f"{name} is not finite after step {step}, so no checkpoint of it is written: go on from an earlier one "
-                "with a lower optimizer.peak_lr, or with other data"
-            )
+    moved = []
+    for folder in folders:
+        aside = folder.with_name(ABANDONED + folder.name)
+        remove(aside)
+        os.replace(folder, aside)
+        sync(aside.parent)
+        moved.append(aside)
+    return moved
 
 
 def checksums(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -1,27 +1,29 @@
 """Finding the checkpoint that a run goes on from, and reading it on any layout."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
-from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch import nn
 
 from sambalm.model.config import ModelConfig
-from sambalm.parallel.checkpoint_tensors import CheckpointSlice
 from sambalm.parallel.groups import World
-from sambalm.parallel.zero.engine import MOMENTS, set_moment, whole_shape
-from sambalm.parallel.zero.parameter_info import CanonicalSlice, info_of
+from sambalm.parallel.zero.engine import MOMENTS, WEIGHT, held_tensors
+from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.checkpointing.format import Checkpoint
-from sambalm.pretrain.checkpointing.snapshot import all_slices
+from sambalm.pretrain.checkpointing.read import (
+    WantedSlice,
+    read_slices,
+    readers,
+    send_to_replicas,
+    stored_slices,
+)
+from sambalm.pretrain.checkpointing.snapshot import all_slices, held_slices
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import CheckpointError, ConfigError
+from sambalm.pretrain.errors import ConfigError, print_warning
 
 
 def find_resume_point(config: RunConfig, *, world: World, opened: Checkpoint | None = None) -> Checkpoint | None:
@@ -35,10 +37,7 @@ def find_resume_point(config: RunConfig, *, world: World, opened: Checkpoint | N
         ConfigError: the checkpoint holds another model.
     """
     # One rank reads the checksums for all.
-    found = world.broadcast_object((opened or _newest_or_error(Path(config.run.dir))) if world.is_main else None)
-    if isinstance(found, CheckpointError):
-        raise found
-    checkpoint: Checkpoint | None = found
+    checkpoint = world.of_main(lambda: opened or _newest(Path(config.run.dir)))
     if checkpoint:
         # A checkpoint of an older version lacks the keys that came since, which had no other value than the default.
         saved = _saved_model(checkpoint)
@@ -66,13 +65,8 @@ def _saved_model(checkpoint: Checkpoint) -> dict[str, Any]:
         ) from None
 
 
-def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
-    try:
-        if not files.checkpoint_folders(run_dir):
-            return None
-        return files.newest_checkpoint(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    except CheckpointError as error:
-        return error
+def _newest(run_dir: Path) -> Checkpoint | None:
+    return files.newest_checkpoint(run_dir, warn=print_warning) if files.checkpoint_folders(run_dir) else None
 
 
 def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunConfig) -> None:
@@ -91,21 +85,29 @@ def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunCon
 
 def load_weights(chunks: Sequence[nn.Module], path: Path, *, world: World) -> None:
     """Fills parameters, on any layout, before the engine takes them over. Collective."""
-    wanted = {f"model.{name}": (piece, piece.of_local(p.data)) for name, p, piece in all_slices(chunks)}
-    _load(path, wanted, world=world)
+    parameters = list(dict.fromkeys(parameter for chunk in chunks for parameter in chunk.parameters()))
+    dealt = readers(parameters, ranks=world.replica_size)
+    mine = {parameter for parameter, rank in zip(parameters, dealt, strict=True) if rank == world.replica_rank}
+    wanted = [
+        WantedSlice(f"{WEIGHT}.{name}", piece.offsets, piece.of_local(parameter.data))
+        for name, parameter, piece in all_slices(chunks)
+        if parameter in mine
+    ]
+    read_slices(stored_slices(path, world=world), wanted, world=world)
+    send_to_replicas([parameter.data for parameter in parameters], dealt, world=world)
 
 
 def load_moments(chunks: Sequence[nn.Module], path: Path, *, world: World) -> None:
-    """Fills the optimizer's moments, on any layout, once the engine has taken the parameters over. Collective."""
-    for key in MOMENTS:
-        wholes: dict[nn.Parameter, Tensor] = {}
-        wanted = {}
-        for name, parameter, piece in all_slices(chunks):
-            whole = wholes.setdefault(parameter, torch.zeros(whole_shape(parameter)))
-            wanted[f"{key}.{name}"] = (piece, piece.of_local(whole))
-        _load(path, wanted, world=world)
-        for parameter, whole in wholes.items():
-            set_moment(parameter, key, whole.to(parameter.device))
+    """Fills what this rank steps of the optimizer's moments, once the engine has taken the parameters over. Collective.
+
+    Zeros that align a parameter stay as the engine has made them.
+    """
+    wanted = []
+    for name, parameter, piece in all_slices(chunks):
+        held = held_tensors(parameter)
+        for offsets, part in held_slices(parameter, piece):
+            wanted += [WantedSlice(f"{key}.{name}", offsets, part(held[key])) for key in MOMENTS]
+    read_slices(stored_slices(path, world=world), wanted, world=world)
 
 
 def load_fp8_scales(chunks: Sequence[nn.Module], scales: Mapping[str, list[float]]) -> None:
@@ -114,12 +116,3 @@ def load_fp8_scales(chunks: Sequence[nn.Module], scales: Mapping[str, list[float
         product = info_of(parameter).fp8
         if product and name in scales:
             product.load(scales[name])
-
-
-def _load(path: Path, wanted: dict[str, tuple[CanonicalSlice, Tensor]], *, world: World) -> None:
-    """Reads slices into their targets. Collective."""
-    buffers = {name: torch.empty(piece.sizes) for name, (piece, _) in wanted.items()}
-    slices = {name: CheckpointSlice(buffers[name], piece) for name, (piece, _) in wanted.items()}
-    dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(path)), process_group=world.host_group)
-    for name, (_, target) in wanted.items():
-        target.copy_(buffers[name])

@@ -4,13 +4,10 @@ Nothing here communicates, so that the main rank may call it from a thread besid
 """
 
 import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sambalm.data_pipeline.files import sync
 from sambalm.pretrain.checkpointing.format import (
     STATE,
     checkpoint_folders,
@@ -18,9 +15,10 @@ from sambalm.pretrain.checkpointing.format import (
     newest_checkpoint,
     open_checkpoint,
     remove_checkpoint,
+    set_aside,
     stored_step,
 )
-from sambalm.pretrain.errors import CheckpointError, one_sentence
+from sambalm.pretrain.errors import CheckpointError, one_sentence, print_warning
 
 Stamp = list[tuple[str, int, int]]  # of each file its name, size and time of change
 
@@ -68,8 +66,9 @@ def _examine(folder: Path) -> CheckpointReport:
 class Retention:
     """Removes old checkpoints of a run, in one thread at a time.
 
-    A checkpoint is older than the newest `keep` that verify before it is removed. Verifying reads it; one that this
-    object has verified is not read again while its files have the same sizes and times.
+    A checkpoint goes once it is older than the newest `keep` that verify. Verifying reads it; one that this object has
+    verified is not read again while its files have the same sizes and times. One that was saved while steps were being
+    skipped does not count, since a run goes back to none such.
 
     Args:
         keep: how many checkpoints of different steps that verify stay.
@@ -100,7 +99,7 @@ class Retention:
         if len({step for step, _ in folders}) <= self.keep:
             return []
         for step, folder in reversed(folders):
-            if self._verifies(folder):
+            if self._counts(folder):
                 good_steps.add(step)
             if len(good_steps) == self.keep:
                 return [older for other, older in folders if other < step and not self._stays(other, older)]
@@ -119,19 +118,22 @@ class Retention:
             try:
                 remove_checkpoint(folder)
             except OSError as error:
-                print(f"warning: {folder} cannot be removed: {one_sentence(error)}", file=sys.stderr)
+                print_warning(f"{folder} cannot be removed: {one_sentence(error)}")
             else:
                 removed.append(folder)
                 self._verified.pop(folder, None)
         return removed
 
-    def _verifies(self, folder: Path) -> bool:
+    def _counts(self, folder: Path) -> bool:
+        """Whether a checkpoint is one of those to keep."""
         stamp = _stamp(folder)
         if self._verified.get(folder) == stamp:
             return True
         try:
-            open_checkpoint(folder)
+            checkpoint = open_checkpoint(folder)
         except CheckpointError:
+            return False
+        if checkpoint.saved_while_skipping:
             return False
         self._verified[folder] = stamp
         return True
@@ -142,24 +144,15 @@ class Retention:
         return every is not None and not (step % every and int(folder.name.removeprefix("step_")) % every)
 
 
-def set_aside_newer(run_dir: Path, step: int) -> Path | None:
-    """Moves a run's checkpoints after a step into a folder beside them, and returns it; None where there are none.
+def set_newer_aside(run_dir: Path, step: int) -> list[Path]:
+    """Sets a run's checkpoints after a step aside (`format.set_aside`), and returns them.
 
     Raises:
         CheckpointError: there is no good checkpoint of the step.
     """
     folders = checkpoint_folders(run_dir)
     checkpoint_of_step(folders, step)
-    newer = [folder for folder in folders if stored_step(folder) > step]
-    if not newer:
-        return None
-    aside = run_dir / "checkpoints" / f"rolled_back_to_{step}_at_{time.time_ns()}"
-    aside.mkdir()
-    for folder in reversed(newer):  # a kill on the way leaves the run with a newest checkpoint that it had before
-        os.replace(folder, aside / folder.name)
-    sync(aside)
-    sync(aside.parent)
-    return aside
+    return set_aside([folder for folder in reversed(folders) if stored_step(folder) > step])
 
 
 def newest_keep_every_steps(run_dir: Path) -> int | None:

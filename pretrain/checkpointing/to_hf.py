@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import parse_config
-from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.errors import CheckpointError, print_warning
 from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 
@@ -54,7 +53,7 @@ def checkpoint_to_hf(
         CheckpointError, DataError, HFError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, while the export is verified
-    checkpoint = newest_checkpoint(path, step=step, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
     tokenizer_path = tokenizer or config.data.tokenizer_path()
     if tokenizer_path is None:

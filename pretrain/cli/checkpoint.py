@@ -79,14 +79,16 @@ def prune(
 
 @checkpoint.command(epilog=example("sambalm checkpoint rollback runs/demo --step 200"))
 def rollback(run_dir: Run, step: Annotated[int, typer.Option(min=0, help="The step to go on from.")]) -> None:
-    """Let a run go on from an earlier checkpoint: the newer ones move into a folder beside it, for you to remove."""
-    from sambalm.pretrain.checkpointing.retention import set_aside_newer
+    """Let a run go on from an earlier checkpoint: the newer ones get other names, for you to remove."""
+    from sambalm.pretrain.checkpointing.retention import set_newer_aside
     from sambalm.pretrain.lifecycle.lease import held_lease
 
     _check_run(run_dir)
     with held_lease(run_dir):
-        moved = set_aside_newer(run_dir, step)
-    print(f"{run_dir}: goes on from step {step}" + (f"; newer checkpoints are in {moved}" if moved else ""))
+        moved = set_newer_aside(run_dir, step)
+    for folder in moved:
+        print(f"{folder}: set aside")
+    print(f"{run_dir}: goes on from step {step}")
 
 
 def _check_run(run_dir: Path) -> None:

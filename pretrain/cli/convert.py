@@ -1,4 +1,4 @@
-"""The commands `sambalm convert ...` and `sambalm generate`."""
+"""The commands `sambalm convert ...`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -52,27 +52,3 @@ def to_hf(
             progress=progress,
         )
     print(f"{output}: step {taken.step}, verified against the training model and the tokenizer")
-
-
-@commands.command(epilog=example("sambalm generate runs/demo/hf --prompt 'def main('"))
-def generate(
-    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder that `sambalm convert to-hf` wrote.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass to sample from.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-) -> None:
-    """Continue a prompt with a converted model."""
-    from sambalm.pretrain.generation import generate_text
-
-    generate_text(
-        folder,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        write=lambda text: print(text, end="", flush=True),
-    )
-    print()

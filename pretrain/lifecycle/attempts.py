@@ -27,7 +27,7 @@ from typing import Any
 
 from sambalm.data_pipeline.files import flush_to_disk, sync
 from sambalm.pretrain.credentials import shown_environment, without_credentials
-from sambalm.pretrain.errors import ExitCode, NoProgressError, one_sentence
+from sambalm.pretrain.errors import ExitCode, NoProgressError, one_sentence, print_warning
 
 ATTEMPT_VARIABLE = "SAMBALM_ATTEMPT"  # a launcher's name for the attempt; the same on every rank
 ATTEMPT, OUTCOME = "attempt.json", "outcome.json"
@@ -156,7 +156,10 @@ def write_outcome(folder: Path, *, exit_code: int, step: int | None, reason: str
     """
     reason = without_credentials(one_sentence(reason))
     values = {"exit_code": int(exit_code), "step": step, "reason": reason, "ended_s": time.time()}
-    _write_once(folder / OUTCOME, values)
+    try:
+        _write_once(folder / OUTCOME, values)
+    except OSError as error:  # as on a full disk; what it would have said is said on the console too
+        print_warning(f"{folder / OUTCOME} cannot be written: {one_sentence(error)}")
 
 
 def read_outcome(folder: Path, *, warn: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

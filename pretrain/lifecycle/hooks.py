@@ -6,11 +6,14 @@ into the list. A guard belongs before the checkpointer, so that it can end a run
 to the metrics of a step belongs before the report, which writes them.
 
 Every rank has the same hooks and calls them at the same points, so every method may communicate, on all ranks alike. A
-thread of a hook communicates over `World.host_group` alone, and no other thread uses that group meanwhile.
+thread of a hook communicates over a group of its own, which no other thread uses: see `World.save_group`. What it has
+to tell the main threads of all ranks goes through `vote`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import StepResult
@@ -25,6 +28,7 @@ class FinishedStep:
     number: int  # from 1
     result: StepResult
     request: Request  # what the run is asked for
+    votes: Mapping["Hook", int] = field(default_factory=dict)  # of each hook, the largest of all ranks' `vote`
     metrics: dict[str, float] = field(default_factory=dict)  # by name: hooks add theirs, and later hooks read them
 
 
@@ -33,13 +37,42 @@ class Hook:
 
     A hook is made before the model is built, so that wrong inputs end the run early. An exception from any method ends
     the run on the rank where it is raised; raise the same one on every rank, from what all know, for a clean end.
+
+    Attributes:
+        name: what a checkpoint calls the hook's `state`; empty where it has none.
     """
+
+    name: ClassVar[str] = ""
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the hook needs to go on from a checkpoint, the same on every rank, as JSON has it.
+
+        It is asked for after the step that is saved, once all hooks before the checkpointer have taken note of it.
+        """
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` returned; called before `on_start`, and not where a checkpoint has none of it."""
 
     def on_start(self, training: Training) -> None:
         """Prepares for the first step of this attempt.
 
         Args:
             training: what is trained, as it was initialised or loaded.
+        """
+
+    def vote(self) -> int:
+        """Returns a number of this rank's, at the launch of each step; `FinishedStep.votes` has all ranks' largest.
+
+        It travels with what the run is asked for, so it costs no message. Nothing else may communicate here.
+        """
+        return 0
+
+    def before_step(self, number: int) -> None:
+        """Prepares for a step that is about to be launched; the host must not wait for the device.
+
+        Args:
+            number: from 1. The results of the step before it need not be known yet.
         """
 
     def acts_on(self, step: int) -> bool:

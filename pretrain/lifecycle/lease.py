@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sambalm.data_pipeline.files import flush_to_disk, remove, sync
-from sambalm.pretrain.errors import RunInUseError
+from sambalm.pretrain.errors import RunInUseError, print_warning
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT_VARIABLE
 
 LEASE = "lease.json"
@@ -37,6 +36,7 @@ class Lease:
         self._beat_s, self._stale_s = beat_s, stale_s
         self._mine = _identity()
         self._ended = threading.Event()
+        self.is_lost = False  # whether the last beat found another's lease or none
 
     @property
     def token(self) -> str:
@@ -52,7 +52,7 @@ class Lease:
                 continue  # released between the two looks
             if holder["token"] is None:
                 wait = f"waiting {self._stale_s:g} s for a sign of its holder"
-                print(f"warning: {self._path} is damaged: {wait}", file=sys.stderr)
+                print_warning(f"{self._path} is damaged: {wait}")
             if not _is_gone(holder, self._mine) and self._beats(holder):
                 raise RunInUseError(
                     f"{self._path.parent} is in use by {_named(holder)}"
@@ -119,7 +119,8 @@ class Lease:
     def _keep_beating(self) -> None:
         while not self._ended.wait(self._beat_s):
             with contextlib.suppress(OSError):
-                if self._is_mine(_read(self._path)):
+                self.is_lost = not self._is_mine(_read(self._path))
+                if not self.is_lost:
                     os.utime(self._path)
 
 

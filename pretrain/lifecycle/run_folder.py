@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +26,9 @@ from sambalm.pretrain.errors import (
     ExitCode,
     NotSavedError,
     RunFolderError,
-    RunInUseError,
     StoppedError,
     one_sentence,
+    print_warning,
 )
 from sambalm.pretrain.lifecycle.attempts import (
     AttemptRecord,
@@ -41,7 +40,7 @@ from sambalm.pretrain.lifecycle.attempts import (
     write_outcome,
     write_snapshot,
 )
-from sambalm.pretrain.lifecycle.hooks import Hook
+from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.lifecycle.lease import held_lease
 from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
 from sambalm.pretrain.reporting.metrics_file import METRICS
@@ -67,6 +66,7 @@ class RunFolder:
 
     attempt: Path
     check_lease: Callable[[], None]  # raises RunInUseError once another process has taken the run over
+    lease_is_lost: Callable[[], bool] = lambda: False  # whether that was so lately; costs nothing
     token: str = ""  # of the lease, in the names of what is not finished; of the main rank's once it is shared
     checkpoint: Checkpoint | None = None  # that the run goes on from, opened; known to the main rank alone
 
@@ -85,31 +85,31 @@ class RunFolder:
 
 
 class LeaseGuard(Hook):
-    """Ends a run whose folder another process has taken over, before this one touches anything there."""
+    """Ends a run whose folder another process has taken over, before this one touches anything there.
+
+    Each step takes what the lease's last beat found, as a vote; `on_start` looks, and so do saves (`write.py`).
+    """
 
     def __init__(self, folder: RunFolder, *, world: World) -> None:
         self._folder, self._world = folder, world
 
     def on_start(self, training: Training) -> None:
-        self._check()
-
-    def before_save(self, step: int) -> None:
-        self._check()
-
-    def _check(self) -> None:
         """
         Raises:
             RunInUseError: on every rank.
         """
-        lost: RunInUseError | None = None
-        if self._world.is_main:
-            try:
-                self._folder.check_lease()
-            except RunInUseError as error:
-                lost = error
-        lost = self._world.broadcast_object(lost)
-        if lost:
-            raise lost
+        self._world.of_main(self._folder.check_lease)
+
+    def vote(self) -> int:
+        return self._folder.lease_is_lost()
+
+    def after_step(self, step: FinishedStep) -> None:
+        """
+        Raises:
+            RunInUseError: on every rank.
+        """
+        if step.votes[self]:
+            self._world.of_main(self._folder.check_lease)
 
 
 @contextlib.contextmanager
@@ -136,13 +136,19 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(recorded_errors(folder))
             checkpoint = _start(config, folder)
-        yield RunFolder(folder, check_lease=lease.check, token=lease.token, checkpoint=checkpoint)
+        yield RunFolder(
+            folder,
+            check_lease=lease.check,
+            lease_is_lost=lambda: lease.is_lost,
+            token=lease.token,
+            checkpoint=checkpoint,
+        )
 
 
 def _start(config: RunConfig, folder: Path) -> Checkpoint | None:
     """Records the attempt, refuses it or returns the checkpoint that it goes on from."""
     run_dir = Path(config.run.dir)
-    earlier = read_attempts(run_dir, warn=_warn)
+    earlier = read_attempts(run_dir, warn=print_warning)
     checkpoint, refusal = None, None
     try:
         if (run_dir / KILL_SWITCH).exists():
@@ -162,7 +168,7 @@ def _start(config: RunConfig, folder: Path) -> Checkpoint | None:
 def _resume_point(run_dir: Path, earlier: Sequence[AttemptRecord], *, start_over: bool) -> Checkpoint | None:
     """The newest good checkpoint; None for a run that has saved none yet, or that may start over."""
     if checkpoint_folders(run_dir):
-        return newest_checkpoint(run_dir, warn=_warn)
+        return newest_checkpoint(run_dir, warn=print_warning)
     saved = last_saved_step(run_dir)
     steps = [*(record.start_step for record in earlier), saved]  # an older version's run has no record but its attempts
     steps += [record.step for record in earlier if record.exit_code in ENDINGS]
@@ -181,7 +187,7 @@ def _set_aside_what_is_of_another_kind(run_dir: Path) -> None:
     for path in wrong:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         os.rename(path, aside)
-        _warn(f"{path} was {'a folder' if aside.is_dir() else 'no folder'}, so it is now called {aside.name}")
+        print_warning(f"{path} was {'a folder' if aside.is_dir() else 'no folder'}, so it is now called {aside.name}")
 
 
 @contextlib.contextmanager
@@ -193,7 +199,3 @@ def _errors_in_a_sentence(run_dir: Path) -> Iterator[None]:
         text = f"the run's folder {run_dir} cannot be used: {one_sentence(error)}"
         kind = RunFolderError if error.errno in _MENDED_BY_HAND else NotSavedError
         raise kind(text) from None
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

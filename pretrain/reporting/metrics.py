@@ -2,8 +2,8 @@
 
 import os
 import resource
-import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from sambalm.model.flops import flops_per_token, peak_flops
 from sambalm.parallel.groups import World
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import dump_config
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, print_warning
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
-from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, read_metrics
+from sambalm.pretrain.reporting.appended_file import AppendedFile
+from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, read_metrics, records
+from sambalm.pretrain.reporting.tensorboard import TensorBoardFile
 from sambalm.pretrain.training import Training
 from sambalm.pretrain.validation import LOSS_AT
 
@@ -43,10 +44,10 @@ class RunReport(Hook):
     def on_start(self, training: Training) -> None:
         if self._main:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            (self._run_dir / "config.yaml").write_text(dump_config(self._config))
+            _write_config(self._config, self._run_dir / "config.yaml")
             _drop_after(self._run_dir, self._done_steps)
-            self._file = (self._run_dir / METRICS).open("a", buffering=1)
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._done_steps + 1)
+            self._file = AppendedFile(self._run_dir / METRICS)
+            self._board = TensorBoardFile(self._run_dir / "tensorboard", first_step=self._done_steps + 1)
             self._progress = StepProgress(steps=self._config.train.steps, done_steps=self._done_steps)
             self._progress.start()
 
@@ -73,19 +74,27 @@ class RunReport(Hook):
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # of this rank, since the start
         if self._peak_tokens_per_second:
             record["mfu"] = tokens_per_second / self._peak_tokens_per_second
-        self._file.write(metrics_line(record))
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step.number)
+        self._file.append(metrics_line(record).encode())
+        self._board.add_scalars({name: value for name, value in record.items() if name != "step"}, step=step.number)
         self._progress.step(record)
 
 
+def _write_config(config: RunConfig, path: Path) -> None:
+    """Writes the configuration for whoever reads the folder; a disk that takes nothing does not end the run."""
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        draft.write_text(dump_config(config))
+        os.replace(draft, path)
+    except OSError as error:
+        print_warning(f"{path} cannot be written, and the run goes on: {error.strerror}")
+
+
 def _drop_after(run_dir: Path, step: int) -> None:
-    records = read_metrics(run_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    kept = [record for record in records if record["step"] <= step]
-    partial = run_dir / f".{METRICS}.partial"
-    partial.write_text("".join(map(metrics_line, kept)))
-    os.replace(partial, run_dir / METRICS)
+    """Cuts metrics.jsonl off behind the last step that stays. It takes no room on the disk."""
+    path = run_dir / METRICS
+    end = max((end for end, record in records(path, warn=print_warning) if record["step"] <= step), default=0)
+    if path.exists() and end < path.stat().st_size:
+        os.truncate(path, end)
 
 
 class StepProgress:
@@ -115,11 +124,12 @@ class StepProgress:
         overdue = now_s - self._last_line_s > PLAIN_LINE_EVERY_S or record["step"] == self._steps
         if overdue and not self._console.is_terminal:
             self._last_line_s = now_s
-            self._console.print(
-                f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s",
-                highlight=False,
-            )
+            with suppress(OSError):  # a log on a full disk
+                self._console.print(
+                    f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}  "
+                    f"{record['tokens_per_second']:,.0f} tokens/s",
+                    highlight=False,
+                )
 
 
 def plot_losses(run_dir: Path, path: Path, *, baselines: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ JSON knows no infinity: what is not finite is null in the file, and nan where it
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,33 @@ def read_metrics(run_dir: Path, *, warn: Callable[[str], None] = lambda _: None)
     Args:
         warn: called with one sentence when lines are left out because they are damaged.
     """
-    path = run_dir / METRICS
+    return [record for _, record in records(run_dir / METRICS, warn=warn)]
+
+
+def records(path: Path, *, warn: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the records of a file of metrics, each with the byte at which its line ends; see `read_metrics`."""
+    end, damaged = 0, 0
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        with path.open("rb") as file:
+            for line in file:
+                end += len(line)
+                record = _record(line)
+                if record is not None:
+                    yield end, record
+                elif line.endswith(b"\n"):
+                    damaged += 1
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return
     except OSError as error:
         warn(f"{path} cannot be read: {error.strerror}")
-        return []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    records = [record for line in whole if (record := _record(line)) is not None]
-    if len(records) < len(whole):
-        warn(f"{path} has {len(whole) - len(records)} damaged lines, which are left out")
-    return records
+    if damaged:
+        warn(f"{path} has {damaged} damaged lines, which are left out")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line's record; None for a damaged line."""
+    """A line's record; None for a damaged line, or one that is not whole."""
+    if not line.endswith(b"\n"):
+        return None
     try:
         record = json.loads(line)
     except ValueError:

@@ -73,7 +73,6 @@ def test_a_configuration_of_flash_linear_attention_is_understood():
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3"),
         ({"layer_types": ["linear_attention"] * 2}, "layer_types is"),
         ({"attn": {"layers": [0]}}, r"attn\['layers'\] is \[0\]"),
-        ({"sliding_window": 7}, "sliding_window is 7"),
         ({"hidden_ratio": 90}, "hidden_ratio is 90"),
         ({"pattern": "M-X"}, "'M-X'"),
         ({"use_bias": True}, "use_bias is True"),
@@ -164,3 +163,43 @@ def test_another_samba_may_register_before_or_after(tmp_path):
         sambalm.model.hf.register()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), SambaConfig)
     assert isinstance(AutoModelForCausalLM.from_config(SambaConfig.from_pretrained(tmp_path)), SambaForCausalLM)
+
+
+def saved_again(config: SambaConfig, folder) -> SambaConfig:
+    config.save_pretrained(folder)
+    return SambaConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "attn"])
+def test_the_window_is_one_number_under_both_keys(key, tmp_path):
+    """What sets the one sets the other: after construction, in a folder, and in the model that is built."""
+    config = hf_config(tiny_config("*-"))
+    setattr(config, key, 2 if key == "sliding_window" else config.attn | {"window_size": 2})
+    for one in (config, saved_again(config, tmp_path)):
+        assert (one.sliding_window, one.attn["window_size"]) == (2, 2)
+        assert one.attn["num_heads"] == 4
+        assert model_config(one).window == 2
+    assert SambaForCausalLM(config).backbone.layers[0].mixer.window == 2
+    both = SambaConfig(pattern="*-", mlp_size=256, sliding_window=3, attn={"window_size": 9})
+    assert (both.sliding_window, both.attn["window_size"]) == (3, 3)
+
+
+def test_no_length_limits_the_model(tmp_path):
+    """Programs cut their input by max_position_embeddings, under which other folders have the training's length."""
+    assert SambaConfig(pattern="M").max_position_embeddings == 10**9
+    former = SambaConfig(pattern="M", mlp_size=256, max_position_embeddings=4096)
+    for config in (former, saved_again(former, tmp_path)):
+        assert (config.max_position_embeddings, config.training_sequence_tokens) == (10**9, 4096)
+
+
+def test_keys_that_are_ignored_at_inference_are_a_list():
+    """Trainer.evaluate adds to them."""
+    assert isinstance(SambaConfig.keys_to_ignore_at_inference, list)
+
+
+def test_a_folder_with_code_of_its_own_loads_as_this_packages_class(exported):
+    """Without trust_remote_code, once the package is imported."""
+    folder = exported[0]
+    assert type(AutoConfig.from_pretrained(folder)) is SambaConfig
+    assert type(AutoModel.from_pretrained(folder)) is SambaModel
+    assert type(AutoModelForCausalLM.from_pretrained(folder)) is SambaForCausalLM

@@ -97,7 +97,8 @@ def test_what_the_folder_says(exported):
     keys = json.loads((folder / "config.json").read_text())
     assert keys["auto_map"]["AutoModelForCausalLM"] == "modeling_samba.SambaForCausalLM"
     assert keys["architectures"] == ["SambaForCausalLM"]
-    assert (keys["dtype"], keys["max_position_embeddings"], keys["hidden_act"]) == ("float32", 64, "swish")
+    assert (keys["dtype"], keys["training_sequence_tokens"], keys["hidden_act"]) == ("float32", 64, "swish")
+    assert load_config(folder).max_position_embeddings == 10**9
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     card = (folder / "README.md").read_text()
@@ -159,7 +160,7 @@ def test_different_logits_are_refused(export, monkeypatch, tmp_path, key, value)
     write = export_module._write_config
 
     def write_wrong(folder, hf, tokens):
-        hf.attn, hf.sliding_window = hf.attn | {key: value}, None
+        hf.attn = hf.attn | {key: value}
         write(folder, hf, tokens)
 
     monkeypatch.setattr(export_module, "_write_config", write_wrong)

@@ -8,6 +8,8 @@ from sambalm.model.hf import modeling_samba
 from sambalm.model.hf.layers import carried_states
 from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config
+from sambalm.model.mixers.attention import hf as attention_hf
+from sambalm.model.ops.reference.window_attention import window_attention
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.hf_reference import reference_logits
 
@@ -46,6 +48,15 @@ def test_logits_are_those_of_the_papers_formulas_and_of_the_training_model(chang
         trained = training_model(config, state)(tokens)
     assert largest_difference(logits, expected) < 2e-5
     assert largest_difference(logits, trained) < 1e-5
+
+
+@pytest.mark.parametrize("first", [10**6, 16_777_217, 10**9 - 30])
+def test_logits_depend_on_no_absolute_position(first):
+    model = model_of("*-*-")
+    tokens = random_tokens(2, 30)
+    with torch.no_grad():
+        far = model(tokens, position_ids=torch.arange(first, first + 30)[None]).logits
+        assert largest_difference(far, model(tokens).logits) < 2e-5
 
 
 @pytest.mark.parametrize("change", [{"window": 9}, {"rope_base": 9000.0}, {"norm_eps": 1e-3}])
@@ -140,11 +151,13 @@ def test_padding_in_a_later_turn_changes_nothing(pattern):
 
 def test_without_padding_no_mask_is_built(monkeypatch):
     model = model_of()
+    masked = []
 
-    def refuse(**_):
-        raise AssertionError("a mask was built")
+    def noted(*args, real_keys=None, **options):
+        masked.append(real_keys is not None)
+        return window_attention(*args, real_keys=real_keys, **options)
 
-    monkeypatch.setattr(modeling_samba, "create_sliding_window_causal_mask", refuse)
+    monkeypatch.setattr(attention_hf, "window_attention", noted)
     tokens = random_tokens(1, 40)
     cache = new_cache(model.config)
     for piece in tokens.split([20, 1, 19], dim=1):
@@ -152,8 +165,22 @@ def test_without_padding_no_mask_is_built(monkeypatch):
     long_gone = torch.ones(1, 41)
     long_gone[0, :30] = 0
     model(tokens[:, :1], attention_mask=long_gone, past_key_values=cache)  # the padding is out of the window's reach
-    with pytest.raises(AssertionError, match="a mask was built"):
-        model(tokens[:, :2], attention_mask=torch.tensor([[0, 1]]))
+    assert masked == [False] * 8
+    model(tokens[:, :2], attention_mask=torch.tensor([[0, 1]]))
+    assert masked[8:] == [True] * 2
+
+
+def test_padding_costs_no_square_of_the_length(monkeypatch):
+    def refuse(**_):
+        raise AssertionError("a mask over all pairs was built")
+
+    monkeypatch.setattr(modeling_samba, "create_sliding_window_causal_mask", refuse)
+    tokens, mask = padded([random_tokens(1, 300)[0], random_tokens(1, 100)[0]], length=300, side="left")
+    model = model_of()
+    logits = model(tokens, attention_mask=mask).logits
+    assert largest_difference(logits[1, 200:], model(tokens[1:, 200:]).logits[0]) < 1e-5
+    with pytest.raises(AssertionError, match="over all pairs"):
+        model(tokens, attention_mask=mask, output_attentions=True)
 
 
 def test_a_ready_4d_mask_is_taken_as_it_is():
@@ -197,14 +224,20 @@ def test_logits_to_keep_and_loss():
     assert outputs.loss.item() == pytest.approx(losses[counted].mean().item(), abs=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("cache", ["none", "asked for", "given"])
+def test_gradient_checkpointing_gives_the_same_gradients(cache):
     tokens = random_tokens(2, 12)
     gradients = []
     for checkpointing in (False, True):
         model = model_of().train()
+        options = {"use_cache": False}
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(tokens, labels=tokens).loss.backward()
+            given = {"use_cache": True, "past_key_values": new_cache(model.config)}
+            options = {"none": options, "asked for": {"use_cache": True}, "given": given}[cache]
+        outputs = model(tokens, labels=tokens, **options)
+        assert outputs.past_key_values is None
+        outputs.loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

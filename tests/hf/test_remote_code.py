@@ -28,6 +28,8 @@ def test_the_folder_needs_no_package(exported, tmp_path):
     with torch.no_grad():
         assert torch.equal(given["logits"], model(tokens).logits)
         assert torch.equal(given["hidden"], model.backbone(tokens).last_hidden_state)
+        positions = torch.arange(30)[None] % 11
+        assert torch.equal(given["packed"], model(tokens, position_ids=positions).logits)
         generated = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(given["generated"], generated)
     assert 2 not in given["ids"].tolist()

@@ -1,6 +1,7 @@
 """The PyTorch operations against float64 references written as plainly as possible, forward and every gradient."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -288,6 +289,17 @@ def elements_computed_by_attention(length, *, window):
 def test_window_attention_and_its_backward_grow_with_the_length_alone():
     short, long = (elements_computed_by_attention(length, window=64) for length in (4096, 8192))
     assert long < 2.1 * short
+
+
+@pytest.mark.parametrize("first", [0, 10**6, 16_777_217, 10**9 - 50])
+def test_rotary_tables_are_exact_up_to_a_billion_positions(first):
+    rates = [Fraction(10000.0 ** (-pair / 8)) for pair in range(8)]
+    angles = [[float((first + i) * rate % Fraction(math.tau)) for rate in rates] for i in range(50)]
+    exact = torch.tensor(angles, dtype=torch.float64)
+    cos, sin = rotary_tables(torch.arange(first, first + 50), head_dim=16, base=10000.0)
+    assert (cos - exact.cos()).abs().max() < 1e-6
+    assert (sin - exact.sin()).abs().max() < 1e-6
+    assert cos.dtype == sin.dtype == torch.float32
 
 
 def test_rotary_scores_depend_on_distance_alone():

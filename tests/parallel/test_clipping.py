@@ -1,4 +1,4 @@
-"""Gradients that are not finite: every rank skips that step, and no other, whoever found them."""
+"""Steps that are not finite or beyond a limit: every rank skips that step, and no other, whoever found them."""
 
 import math
 
@@ -8,38 +8,44 @@ import torch
 from tests.support.layout_runs import batches, run_values
 from tests.support.worlds import run_world
 
-STEPS = 5
+STEPS = 7
 BAD = {2: torch.nan, 3: torch.inf}  # what a gradient is filled with, by step
+BEYOND = {1: {"norm": 1e-6}, 5: {"loss": 1e-6}}  # the limits of a step that has more
+SKIPPED = [*BEYOND, *BAD]
 
 
-def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[float]]:
-    """Each step's norm, whether it changed the weights, and the steps that the optimizer has counted."""
+def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[bool], list[float]]:
+    """Each step's norm, the guard's verdict, whether weights changed, and the steps that the optimizer has counted."""
     from sambalm.model.registry import weight_copies
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.zero.engine import gradient_norm, whole_parameter
     from sambalm.parallel.zero.parameter_info import info_of
+    from sambalm.parallel.zero.step_guard import NO_LIMIT
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.training import build_training
 
     config = parse_config(values, source="test")
     with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
         training = build_training(config, world=world, checkpoint=None)
-        norms, changed, weights = [], [], None
+        norms, skipped, changed, weights = [], [], [], None
         for step in range(STEPS):
             parameter = next(p for p in training.chunks[0].parameters() if info_of(p).owned and p.dim() == 1)
             if bad := step in BAD and world.rank == bad_rank:
                 hook = parameter.register_hook(lambda gradient, step=step: torch.full_like(gradient, BAD[step]))
+            training.executor.guard.set_limits(**{"loss": NO_LIMIT, "norm": NO_LIMIT} | BEYOND.get(step, {}))
             training.executor.train_step(batches(step, config=config, world=world))
             if bad:
                 hook.remove()
-            norms.append(float(gradient_norm(training.engine)))
+            norm = gradient_norm(training.engine)
+            norms.append(float(norm))
+            skipped.append(bool(training.executor.guard.skips(norm)))
             before = weights
             weights = torch.cat([whole_parameter(p).flatten() for part in training.chunks for p in part.parameters()])
             assert weights.isfinite().all()
             changed.append(before is None or not torch.equal(weights, before))
         optimizer = getattr(training.engine.optimizer, "optimizer", training.engine.optimizer)
         counted = {state["step"].item() for state in optimizer.state.values()}
-    return norms, changed, sorted(counted)
+    return norms, skipped, changed, sorted(counted)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +61,11 @@ def on_rank(values: dict, bad_rank: int) -> tuple[list[float], list[bool], list[
     ],
     ids=str,
 )
-def test_a_step_with_gradients_that_are_not_finite_is_skipped(ranks, parallel):
-    for norms, changed, counted in run_world(on_rank, run_values(parallel=parallel), ranks - 1, ranks=ranks):
+def test_a_step_that_is_not_finite_or_beyond_a_limit_is_skipped(ranks, parallel):
+    for norms, skipped, changed, counted in run_world(on_rank, run_values(parallel=parallel), ranks - 1, ranks=ranks):
         assert [math.isfinite(norm) for norm in norms] == [step not in BAD for step in range(STEPS)]
-        assert changed == [step not in BAD for step in range(STEPS)]
+        assert skipped == [step in SKIPPED for step in range(STEPS)]
+        assert changed == [step not in SKIPPED for step in range(STEPS)]
         if parallel.get("zero_stage", 1) == 1:  # the others leave it to DeepSpeed, whose norm is inf for both
             assert [norm for norm in norms if not math.isfinite(norm)] == pytest.approx([*BAD.values()], nan_ok=True)
             assert counted == [STEPS]

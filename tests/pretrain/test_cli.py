@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -20,6 +21,8 @@ from sambalm.data_pipeline.parts import Part
 from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.generation.command import Request
+from sambalm.pretrain.generation.sampling import Sampling
 from sambalm.pretrain.planner.hardware import DEVICES
 from tests.support import program
 from tests.support.signals import restored_signals
@@ -72,7 +75,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 21
+    assert parsed == 23
 
 
 @pytest.fixture
@@ -345,6 +348,13 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     assert out.startswith("def main(")
     assert len(out) > len("def main(\n")
     assert out == succeed("generate", hf, "--prompt", "def main(", "--max-new-tokens", 8)
+    states = []
+    for number, source in enumerate((hf, run_dir, checkpoint_folders(run_dir)[-1])):
+        state = tmp_path / f"state{number}"
+        succeed("generate", source, "--prompt", "def main(", "--max-new-tokens", 8, "--state-out", state)
+        states.append(load_file(state)["extra.tail"].tolist())  # texts differ where bytes are no UTF-8
+    assert states[0] == states[1] == states[2]
+    succeed("generate", run_dir, "--state-in", tmp_path / "state0", "--max-new-tokens", 2)
     code, out, err = sambalm("generate", hf, "--prompt", "")
     assert (code, out, err) == (2, "", "error: the prompt is empty: give at least one character to go on from\n")
     out = succeed("report", run_dir)
@@ -450,13 +460,35 @@ CALLS = [
         {"precision": "bf16", "documents": "*.jsonl", "tokenizer": Path("t"), "overwrite": False},
     ),
     (
-        "sambalm.pretrain.generation.generate_text",
+        "sambalm.pretrain.generation.command.generate_text",
         [
-            *("generate", "folder", "--prompt", "a b", "--max-new-tokens", "3"),
-            *("--temperature", "0.5", "--top-p", "0.25", "--seed", "9"),
+            *("generate", "folder", "--prompt", "a b", "--prompt", "c", "--max-new-tokens", "3", "-n", "2"),
+            *("--temperature", "0.5", "--top-k", "7", "--top-p", "0.25", "--min-p", "0.125", "--seed", "9"),
+            *("--repetition-penalty", "1.5", "--stop", "x", "--stop", "y", "--ignore-eos", "--no-echo", "--json"),
+            *("--state-in", "i", "--state-out", "o", "--device", "cuda:1", "--dtype", "bf16", "--tokenizer", "t"),
         ],
-        (Path("folder"), "a b"),
-        {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.25, "seed": 9},
+        (
+            Path("folder"),
+            Request(
+                ["a b", "c"],
+                Sampling(0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, seed=9),
+                max_new_tokens=3,
+                samples=2,
+                stops=("x", "y"),
+                ignore_eos=True,
+                echo=False,
+                as_json=True,
+                state_in=Path("i"),
+                state_out=Path("o"),
+            ),
+        ),
+        {"device": "cuda:1", "dtype": "bf16", "tokenizer": Path("t")},
+    ),
+    (
+        "sambalm.pretrain.generation.command.generate_text",
+        ["generate", "folder", "--interactive"],
+        (Path("folder"), Request(None, Sampling(), interactive=True)),
+        {"device": None, "dtype": None, "tokenizer": None},
     ),
     (
         "sambalm.pretrain.planner.search.find_plans",

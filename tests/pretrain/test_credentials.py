@@ -73,16 +73,6 @@ def test_a_run_folder_holds_no_credential(run_values, tmp_path, monkeypatch):
 
 
 def test_an_outcome_is_one_sentence(tmp_path):
-    """Of an error of torch.distributed.checkpoint, too, which holds each rank's traceback."""
-    from torch.distributed.checkpoint import CheckpointException
-    from torch.distributed.checkpoint.api import _wrap_exception
-
-    try:
-        raise OSError(28, "No space left on device", "shard-1")
-    except OSError as error:
-        failure = CheckpointException("write", {1: _wrap_exception(error)})
-    assert len(str(failure).splitlines()) > 3
-    assert one_sentence(failure) == "rank 1: OSError: [Errno 28] No space left on device: 'shard-1'"
     assert one_sentence(ValueError()) == "ValueError"
     with pytest.raises(NotSavedError), recorded_errors(tmp_path):
         raise NotSavedError(f"\nfirst line\nTraceback: {'x' * 2000}")

@@ -1,20 +1,25 @@
 """Damage to any file of a run's folder ends in a fall-back with a warning or in one sentence, never in a traceback."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from sambalm.pretrain.checkpointing.format import checkpoint_folder, newest_checkpoint
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError, ExitCode, RunFolderError
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.run_folder import open_run_folder
+from sambalm.pretrain.reporting.metrics import _drop_after
+from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import damage as damages
 from tests.support.made_runs import make_checkpoint, make_run
-from tests.support.whole_runs import changed, run_dir
+from tests.support.whole_runs import changed, run_dir, train, without_measured
+from tests.support.worlds import run_world
 
 CASES = 25
 
@@ -132,3 +137,72 @@ def test_a_folder_that_cannot_be_used_is_a_sentence(run_values, tmp_path):
     values = changed(run_values, run={"dir": str(tmp_path / "file" / "run")})
     with pytest.raises(RunFolderError, match=r"the run's folder .* cannot be used: .*Not a directory"):
         open_run_folder(parse_config(values, source="test")).__enter__()
+
+
+def test_damaged_metrics_are_left_out_with_one_warning(run_values, capsys):
+    """And what is logged of steps that are taken again is cut off, whatever lies before it."""
+    path = make_run(run_values, steps=(2, 4)) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "{damage}\n", *lines[2:], lines[0][:9]]))
+    _drop_after(path.parent, 3)
+    assert path.read_text() == "".join([lines[0], "{damage}\n", lines[2]])
+    assert [record["step"] for record in read_metrics(path.parent)] == [1, 3]
+    assert capsys.readouterr().err == f"warning: {path} has 1 damaged lines, which are left out\n"
+
+
+def resumed_steps(values):
+    """The step that this rank goes on from; trains to the end."""
+    from sambalm.pretrain.trainer import Trainer, train
+
+    found, make = [], Trainer.__init__
+
+    def make_and_note(self, *args, **named):
+        make(self, *args, **named)
+        found.append(self.step)
+
+    Trainer.__init__ = make_and_note
+    train(parse_config(values, source="test"))
+    return found
+
+
+@pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"tensor": 2}], ids=str)
+def test_ranks_fall_back_to_the_same_checkpoint(parallel, run_values, tmp_path):
+    """With the bits of a run that was never damaged."""
+    values = changed(run_values, parallel=parallel, checkpoint={"every_steps": 2, "keep": 9})
+    expected = train(values, ranks=2)
+    stopped = changed(values, run={"dir": str(tmp_path / "stopped")})
+    shutil.copytree(run_dir(values), run_dir(stopped))
+    for step in (4, 6):
+        damages.flip_a_bit(max(checkpoint_folder(run_dir(stopped), step).glob("*.safetensors")), random.Random(step))
+    assert run_world(resumed_steps, stopped, ranks=2) == [[2], [2]]
+    records = [without_measured(record) for record in read_metrics(run_dir(stopped))]
+    assert records == expected
+
+
+def read_with_damage(values, damaged_rank):
+    """The error that this rank ends with when a file is damaged on a rank, after the checkpoint was verified."""
+    from sambalm.pretrain import trainer
+    from sambalm.pretrain.checkpointing import read
+
+    def fail(*_, **__):
+        raise SafetensorError("Error while deserializing header: HeaderTooLarge")
+
+    if int(os.environ["RANK"]) == damaged_rank:
+        read._read_region = fail
+    elif damaged_rank is None:
+        read.Checkpoint.stored = fail
+    with pytest.raises(CheckpointError) as ended:
+        trainer.train(parse_config(values, source="test"))
+    return str(ended.value)
+
+
+@pytest.mark.parametrize("damaged_rank", [None, 0, 1])
+def test_damage_that_one_rank_finds_ends_all_in_a_sentence(damaged_rank, run_values):
+    values = changed(run_values, parallel={"zero_stage": 1}, train={"steps": 3})
+    train(values, ranks=2)
+    values = changed(values, train={"steps": 6})
+    messages = run_world(read_with_damage, values, damaged_rank, ranks=2)
+    assert len(set(messages)) == 1
+    assert "cannot be read: " in messages[0]
+    assert messages[0].endswith("HeaderTooLarge")
+    assert (f"rank {damaged_rank}: " in messages[0]) == (damaged_rank is not None)

@@ -7,10 +7,12 @@ import signal
 import time
 
 import pytest
+import yaml
 
 from sambalm.pretrain.checkpointing.format import checkpoint_folder, open_checkpoint
 from sambalm.pretrain.checkpointing.retention import Retention
 from sambalm.pretrain.errors import DivergedError, ExitCode, RunInUseError
+from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import damage as damages
 from tests.support import program
 from tests.support.made_runs import make_checkpoint, make_run
@@ -62,6 +64,15 @@ def test_every_nth_stays_for_ever(run):
     assert steps(run) == [6, 12, 18, 21]
 
 
+def test_a_checkpoint_that_a_run_does_not_go_back_to_is_not_kept_instead_of_a_good_one(run):
+    make_checkpoint(run, 15, hooks={"guards": {"in_a_row": 2}})
+    Retention(run, keep=1).prune()
+    assert steps(run) == [12, 15]
+    make_checkpoint(run, 18, hooks={"guards": {"in_a_row": 0}})
+    Retention(run, keep=1).prune()
+    assert steps(run) == [18]
+
+
 def test_nothing_is_removed_without_the_lease_and_what_cannot_be_removed_stays(run, capsys, monkeypatch):
     def lost():
         raise RunInUseError("taken")
@@ -73,6 +84,55 @@ def test_nothing_is_removed_without_the_lease_and_what_cannot_be_removed_stays(r
     assert Retention(run, keep=1).prune() == []
     assert capsys.readouterr().err.count("cannot be removed: ") == 3
     assert steps(run) == [3, 6, 9, 12]
+
+
+def steps_logged_in_first_removal(values, last_step):
+    """Trains while the first removal of old checkpoints ends only once a step is logged; steps before and after it."""
+    from sambalm.pretrain.config_file import parse_config
+    from sambalm.pretrain.trainer import train
+
+    prune, seen = Retention.prune, []
+
+    def prune_late(self):
+        if not seen:
+            seen.append(len(read_metrics(self.run_dir)))
+            program.wait_until(lambda: len(read_metrics(self.run_dir)) >= last_step, 60)
+            seen.append(len(read_metrics(self.run_dir)))
+        return prune(self)
+
+    Retention.prune = prune_late
+    train(parse_config(values, source="test"))
+    return seen
+
+
+def test_a_run_trains_while_old_checkpoints_are_removed(run_values):
+    values = changed(run_values, train={"steps": 8}, checkpoint={"every_steps": 2, "keep": 1})
+    values = changed(values, checkpoint={"when_busy": "skip"}, validation={"every_steps": 100, "tokens": 64})
+    ((before, after),) = run_world(steps_logged_in_first_removal, values, 6, ranks=1)
+    assert before < 6 <= after
+    assert steps(run_dir(values)) == [8]
+
+
+def beat_often() -> None:
+    from sambalm.pretrain.lifecycle import lease
+
+    lease.Lease.__init__.__kwdefaults__["beat_s"] = 0.05
+
+
+def test_a_run_whose_lease_another_took_ends_before_its_next_save(run_values, tmp_path):
+    values = changed(run_values, train={"steps": 4000}, checkpoint={"every_steps": 4000})
+    values = changed(values, validation={"every_steps": 4000, "tokens": 64})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    lease = run_dir(values) / "lease.json"
+    ranks = program.start_ranks("train", tmp_path / "run.yaml", ranks=2, before=beat_often)
+    program.wait_until(lambda: len(read_metrics(run_dir(values))) > 2, 60)
+    taken = json.dumps(json.loads(lease.read_text()) | {"token": "another"})
+    (tmp_path / "lease.json").write_text(taken)
+    os.replace(tmp_path / "lease.json", lease)
+    assert [rank.wait() for rank in ranks] == [ExitCode.RUN_IN_USE] * 2
+    assert all("Traceback" not in rank.communicate()[1] for rank in ranks)
+    assert lease.read_text() == taken
+    assert not (run_dir(values) / "checkpoints").exists()
 
 
 def save_after_a_pause(values, stopped):
@@ -144,11 +204,11 @@ def train_with_a_weight_set_to_infinity(values, before_step):
 
 
 @pytest.mark.parametrize(
-    ("skips", "says"), [(2, "gradients were not finite"), (10, "so no checkpoint of it is written")]
+    ("skips", "says"), [(2, "steps 4 to 6 were skipped"), (10, "is not finite, so the state was not saved")]
 )
 def test_weights_that_are_not_finite_replace_no_good_checkpoint(skips, says, run_values):
     """Neither while steps are skipped, nor at the end, when a save waits no longer."""
-    values = changed(run_values, train={"steps": 8, "max_skipped_steps": skips})
+    values = changed(run_values, train={"steps": 8, "max_skipped_steps": skips, "max_rollbacks": 0})
     values = changed(values, checkpoint={"every_steps": 2, "keep": 1})
     values = changed(values, validation={"every_steps": 100, "tokens": 64, "length_multiples": [1]})
     (message,) = run_world(train_with_a_weight_set_to_infinity, values, 4, ranks=1)
@@ -186,8 +246,9 @@ def test_a_run_is_rolled_back_to_an_earlier_checkpoint(run):
     moved = program.run("checkpoint", "rollback", run, "--step", "6")
     assert moved.returncode == 0, moved.stderr
     assert [path.name for path in sorted((run / "checkpoints").glob("step_*"))] == ["step_00000003", "step_00000006"]
-    (aside,) = (run / "checkpoints").glob("rolled_back_to_6_at_*")
-    assert len(list(aside.iterdir())) == 2
+    set_aside = sorted((run / "checkpoints").glob("abandoned_*"))
+    assert [path.name for path in set_aside] == ["abandoned_step_00000009", "abandoned_step_00000012"]
+    assert moved.stdout == f"{set_aside[1]}: set aside\n{set_aside[0]}: set aside\n{run}: goes on from step 6\n"
     refused = program.run("checkpoint", "rollback", run, "--step", "7")
     assert (refused.returncode, "no checkpoint of step 7" in refused.stderr) == (ExitCode.BAD_INPUT, True)
     nothing = program.run("checkpoint", "prune", run / "none", "--keep", "1")

@@ -128,6 +128,9 @@ class OneWorld:
     def broadcast_object(self, value):
         return value
 
+    def of_main(self, action):
+        return action()
+
 
 def in_a_sentence(action: Callable[[], object]) -> object:
     """What an action returns; None where it ends in an error that has an exit code and a message of one line."""

@@ -61,6 +61,8 @@ MEMBERS = (
     Member("_lazy_init_hp_params_optimizer_state", "optimizer", (1, 2), callable, STAGE_1_2),
     Member("_hp_mapping", "parameter", (1, 2), lambda value: hasattr(value, "lp_fragment"), LINKAGE),
     Member("lp_fragment", "mapping", (1, 2), torch.is_tensor, "utils/tensor_fragment.py"),
+    Member("lp_fragment_address", "mapping", (1, 2), lambda value: hasattr(value, "numel"), "utils/tensor_fragment.py"),
+    Member("get_hp_fragment", "mapping", (1, 2), callable, "utils/tensor_fragment.py"),
     Member("fp32_partitioned_groups_flat", "optimizer", (3,), _tensors, "runtime/zero/stage3.py"),
     Member("ds_id", "parameter", (3,), lambda value: isinstance(value, int), PARTITION),
     Member("ds_shape", "parameter", (3,), lambda value: isinstance(value, torch.Size), PARTITION),

@@ -12,13 +12,14 @@ from sambalm.pretrain.lifecycle.attempts import attempt_folder, write_outcome
 from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line
 
 
-def make_checkpoint(run_dir: Path, step: int, *, config: dict | None = None) -> Path:
+def make_checkpoint(run_dir: Path, step: int, *, config: dict | None = None, hooks: dict | None = None) -> Path:
     """A committed checkpoint of a step that verifies, of one small tensor."""
     final = files.checkpoint_folder(run_dir, step)
     partial = files.partial_folder(final, "test")
     partial.mkdir(parents=True)
     save_file({"model.weight": torch.full((2000,), float(step))}, partial / "shard-00001.safetensors")
-    state = {"step": step, "samples": 8 * step, "tokens": 256 * step, "data": {}, "config": config or {}}
+    state = {"step": step, "samples": 8 * step, "tokens": 256 * step, "data": {}}
+    state |= {"config": config or {}, "hooks": hooks or {}}
     files.write_json(partial / files.STATE, state)
     files.write_manifest(partial, files.checksums(partial, [path.name for path in partial.iterdir()]))
     files.commit(partial, final)

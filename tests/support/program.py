@@ -161,7 +161,7 @@ def _run(
     before: Callable[[], None] | None,
     ready: Connection,
 ) -> None:
-    """In the fork: becomes the program."""
+    """Turns the forked process into the program: its session, streams, environment and arguments, and then its code."""
     if new_session:
         os.setsid()
     ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)

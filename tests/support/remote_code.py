@@ -29,6 +29,13 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = load_file(tokens)["tokens"]
 generated = model.generate(inputs[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
 logits = model(inputs).logits.detach()
+positions = torch.arange(inputs.shape[1])[None] % 11
+packed = model(inputs, position_ids=positions).logits.detach()
+compiled = torch.compile(model, fullgraph=True, backend="eager")
+torch.testing.assert_close(compiled(inputs, use_cache=False).logits, logits, atol=1e-5, rtol=0)
+cache = model(inputs[:, :-1]).past_key_values
+last = compiled(inputs[:, -1:], past_key_values=cache).logits
+torch.testing.assert_close(last, logits[:, -1:], atol=1e-5, rtol=0)
 model.save_pretrained(copy)
 again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
 assert torch.equal(again(inputs).logits, logits)
@@ -36,7 +43,7 @@ hidden = AutoModel.from_pretrained(folder, trust_remote_code=True)(inputs).last_
 ids = torch.tensor(tokenizer.encode("def f(x):\\n    return x</s>"))
 narrow = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
 fp32 = {f"fp32 {name}": p.detach() for name, p in narrow.named_parameters() if p.dtype == torch.float32}
-save_file({"logits": logits, "generated": generated, "hidden": hidden, "ids": ids, **fp32}, out)
+save_file({"logits": logits, "generated": generated, "hidden": hidden, "ids": ids, "packed": packed, **fp32}, out)
 assert type(model).__module__.startswith("transformers_modules.")
 assert not set(BLOCKED) & set(sys.modules)
 """
@@ -45,9 +52,10 @@ assert not set(BLOCKED) & set(sys.modules)
 def outputs_by_remote_code(folder: Path, tokens: torch.Tensor, tmp_path: Path) -> dict[str, torch.Tensor]:
     """Returns what the folder's code gives offline.
 
-    That is logits and hidden states of the tokens, the prompt's first nine tokens with six generated ones, a text's
-    ids, and under "fp32 NAME" what stays fp32 in a model in bf16. The model saves a copy of itself as
-    `tmp_path / "copy"`, which gives the same logits.
+    That is logits and hidden states of the tokens, under "packed" their logits as documents of 11 tokens, the prompt's
+    first nine tokens with six generated ones, a text's ids, and under "fp32 NAME" what stays fp32 in a model in bf16.
+    The model saves a copy of itself as `tmp_path / "copy"`, which gives the same logits. A forward and a step of
+    decoding compile as one graph.
     """
     save_file({"tokens": tokens}, tmp_path / "tokens")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -9,10 +9,10 @@ import yaml
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.lifecycle.attempts import AttemptRecord, read_attempts
 from tests.support.slurm_client import Cluster, wait_until
+from tests.support.whole_runs import without_measured
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "samba_421m.sbatch"
 OPTIONS = ("--nodes=2", "--gpus-per-node=1", "--mem=1000", "--time=60")
-MEASURED = ("tokens_per_second", "step_time_s", "peak_host_memory_bytes")  # no two runs have the same
 
 
 class Job:
@@ -35,7 +35,7 @@ class Job:
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = (json.loads(line) for line in lines if line.endswith("\n"))
-        return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
+        return [without_measured(record) for record in records]
 
     def saved_steps(self) -> list[int]:
         return [int(folder.name.removeprefix("step_")) for folder in checkpoint_folders(self.run_dir)]

@@ -5,11 +5,10 @@ B: batch, S: sequence, H: heads, d: head dim.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sambalm.model.hf.configuration_samba import SambaConfig
@@ -17,8 +16,16 @@ from sambalm.model.hf.layers import DENSE_ATTENTION, AttentionWeightsLayer, Samb
 from sambalm.model.ops.reference.window_attention import apply_rotary, window_attention
 
 
+class FirstKeys(NamedTuple):
+    """The documents of a call, as window_attention takes them."""
+
+    first_keys: Tensor  # int64 [B, S]: the place among the keys of the first one that a query may see
+
+
 class SambaAttention(AttentionWeightsLayer):
     """Causal sliding-window attention with rotary positions and grouped queries."""
+
+    isolates_documents = True
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -40,15 +47,23 @@ class SambaAttention(AttentionWeightsLayer):
             k, v = context.cache.update(k, v, self.layer_idx)
         weights = None
         if context.attention_mask is None and self.config._attn_implementation in DENSE_ATTENTION:
-            y_BSHd = self._attend_window(q, k, v, context.cache).transpose(1, 2)
+            y_BSHd = self._attend_window(q, k, v, context).transpose(1, 2)
         else:
             y_BSHd, weights = self._attend_masked(q, k, v, context.attention_mask)
         return self.o_proj(y_BSHd.flatten(2)), weights
 
-    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
-        # A static cache that is not yet full hands out its whole buffer.
-        seen = k.shape[2] if cache is None else cache.get_seq_length(self.layer_idx)
-        return window_attention(q, k[:, :, :seen], v[:, :, :seen], window=self.window)
+    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
+        if context.cache is not None:
+            # A static cache that is not yet full hands out its whole buffer.
+            seen = min(k.shape[2], context.cache.get_seq_length(self.layer_idx))
+            k, v = k[:, :, :seen], v[:, :, :seen]
+        keys, documents, real = k.shape[2], None, context.real_keys
+        if context.documents:
+            first_keys = context.documents.first_tokens + (keys - q.shape[2])
+            documents = FirstKeys(first_keys.clamp(min=0).expand(q.shape[0], -1))
+        if real is not None:
+            real = real[:, real.shape[1] - keys :]
+        return window_attention(q, k, v, window=self.window, documents=documents, real_keys=real)
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

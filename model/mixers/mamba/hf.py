@@ -13,22 +13,54 @@ from transformers import initialization as init
 
 from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.layers import (
-    Padding,
     SambaLayer,
     SambaResidualLinear,
     SequenceContext,
     carried_states,
     last_tokens,
 )
-from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.causal_conv import causal_conv
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 
 # Before the softplus, a step this negative is exactly 0 whatever its bias: the state stays as it is.
 NO_STEP = -1e4
 
 
+class CausalConv1d(nn.Conv1d):
+    """A depthwise convolution in which each output sees the inputs up to its own, faster on a CPU than nn.Conv1d."""
+
+    def forward(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        """Maps x [B, D, S + kernel_size - 1] to [B, D, S].
+
+        Args:
+            resets: bool [B, S + kernel_size - 1], True for tokens that do not see what is before them.
+        """
+        if self.groups != self.in_channels or self.bias is None:  # an adapter's factor, made of this class
+            return super().forward(x)
+        y_BSD = causal_conv(x.transpose(1, 2), self.weight.squeeze(1), self.bias, resets=resets)
+        return y_BSD[:, self.kernel_size[0] - 1 :].transpose(1, 2)
+
+
+class StepProjection(nn.Linear):
+    """The projection to Mamba's step sizes, whose bias is fp32 in a model of any dtype, and so is the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x [B, S, rank] to fp32 (fp64 for fp64) [B, S, D]."""
+        projected = F.linear(x, self.weight)
+        if self.bias is None:  # an adapter's factor, made of this class
+            return projected
+        work = torch.promote_types(x.dtype, torch.float32)
+        return projected.to(work) + self.bias.to(work)
+
+
 class SambaMamba(SambaLayer):
-    """Mamba-1 (arXiv 2312.00752, section 3.4)."""
+    """Mamba-1 (arXiv 2312.00752, section 3.4).
+
+    Convolution and step projection are called as the modules that they are: adapters wrap them, and hooks bring weights
+    that lie elsewhere.
+    """
+
+    isolates_documents = True
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -36,9 +68,9 @@ class SambaMamba(SambaLayer):
         rank = int(config.time_step_rank)
         self.split_sizes = [rank, states, states]
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1)
+        self.conv1d = CausalConv1d(inner, inner, config.conv_kernel, groups=inner)
         self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = nn.Linear(rank, inner, bias=True)
+        self.dt_proj = StepProjection(rank, inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = SambaResidualLinear(inner, width, bias=False)
@@ -63,9 +95,9 @@ class SambaMamba(SambaLayer):
         if padding:
             hidden_states = padding.front(hidden_states)
         x_BSD, z_BSD = self.in_proj(hidden_states).chunk(2, dim=-1)
-        u_BSD, conv_state = self._convolve(x_BSD, conv_state, padding)
+        u_BSD, conv_state = self._convolve(x_BSD, conv_state, context)
         dt, B, C = self.x_proj(u_BSD).split(self.split_sizes, dim=-1)
-        dt_BSD = F.linear(dt, self.dt_proj.weight)
+        dt_BSD = self.dt_proj(dt)
         if padding:
             dt_BSD = dt_BSD.masked_fill(~padding.real[..., None], NO_STEP)
         work = torch.promote_types(x_BSD.dtype, torch.float32)
@@ -77,8 +109,9 @@ class SambaMamba(SambaLayer):
             C,
             D=self.D.to(work),
             z=z_BSD,
-            dt_bias=self.dt_proj.bias.to(work),
+            dt_bias=None,
             initial_state=scan_state,
+            resets=context.resets,
         )
         if cache is not None:
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
@@ -86,8 +119,15 @@ class SambaMamba(SambaLayer):
         output = self.out_proj(y_BSD)
         return padding.back(output) if padding else output
 
-    def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, padding: Padding | None) -> tuple[Tensor, Tensor]:
+    def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """Returns the convolution's output [B, S, D] and its last real inputs [B, conv_kernel - 1, D]."""
-        state_BTD = None if state_BDT is None else state_BDT.transpose(1, 2)
-        u_BSD = causal_conv_silu(x_BSD, self.conv1d.weight.squeeze(1), self.conv1d.bias, state_BTD)
-        return u_BSD, last_tokens(state_BTD, x_BSD, padding, count=self.conv1d.kernel_size[0] - 1)
+        count, resets = self.config.conv_kernel - 1, context.resets
+        if state_BDT is None:
+            state_BTD = x_BSD.new_zeros(x_BSD.shape[0], count, x_BSD.shape[2])
+        else:
+            state_BTD = state_BDT.transpose(1, 2).to(x_BSD.dtype)
+        whole_BDT = torch.cat((state_BTD, x_BSD), dim=1).transpose(1, 2)
+        if resets is not None:
+            resets = F.pad(resets.expand(len(x_BSD), -1), (count, 0))
+        u_BSD = F.silu(self.conv1d(whole_BDT, resets=resets).transpose(1, 2))
+        return u_BSD, last_tokens(state_BTD, x_BSD, context.padding, count=count)

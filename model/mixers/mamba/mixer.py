@@ -153,13 +153,15 @@ class Mamba(Mixer):
         N, R, kernels = config.d_state, config.dt_rank_size, share.kernels
         total = 2 * D * N * FP32_BYTES  # A's exponential and its negative
         total += a * T * D * 2 + a * T * (R + 2 * N)  # the outputs of conv and scan, x_proj's output
+        joins_halo = kernels.conv == "torch" and share.context_ranks > 1
         if kernels.conv == "torch":
-            halo = share.sequences * (config.d_conv - 1)
-            total += a * (2 * T + halo) * D  # the input with what precedes, and the sum
+            total += a * T * D  # the sum before SiLU
+        if joins_halo:  # the input with what precedes
+            total += a * (T + share.sequences * (config.d_conv - 1)) * D
         total += self._context_bytes(config, share, inside=inside)
         # x and z are one tensor: it stays whole for a kernel that keeps either.
         keeps_z = kernels.scan == "cuda" or (kernels.scan == "torch" and not share.is_narrow) or not inside
-        total += a * T * 2 * D if keeps_z or kernels.conv != "torch" else 0
+        total += a * T * 2 * D if keeps_z or not joins_halo else 0
         if not inside:
             return total + a * T * D  # dt
         return total + self._states_bytes(config, share) + self._scan_bytes(config, share)

@@ -10,6 +10,8 @@ from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceCon
 class SambaMLP(SambaLayer):
     """SwiGLU: down(SiLU(gate(x)) * up(x))."""
 
+    isolates_documents = True
+
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)

@@ -1,4 +1,4 @@
-"""Mamba's causal depthwise convolution with its SiLU, in plain PyTorch."""
+"""Mamba's causal depthwise convolution, with its SiLU and without, in plain PyTorch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,19 @@ def causal_conv_silu(
     *,
     resets: Tensor | None = None,
 ) -> Tensor:
-    """SiLU of a depthwise convolution in which each output sees its own input and the d_conv - 1 before it.
+    """SiLU of `causal_conv`, with the same arguments and shapes."""
+    return F.silu(causal_conv(x, weight, bias, initial_state, resets=resets))
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+) -> Tensor:
+    """Depthwise convolution in which each output sees its own input and the d_conv - 1 before it.
 
     Args:
         x: [batch, length, channels].
@@ -29,13 +41,13 @@ def causal_conv_silu(
     """
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if initial_state is None:
-        return _CausalConvSiLU.apply(x, weight, bias, resets)
+        return _CausalConv.apply(x, weight, bias, resets)
     reach = initial_state.shape[1]
     whole = torch.cat((initial_state.to(x.dtype), x), dim=1)
-    return _CausalConvSiLU.apply(whole, weight, bias, None if resets is None else F.pad(resets, (reach, 0)))[:, reach:]
+    return _CausalConv.apply(whole, weight, bias, None if resets is None else F.pad(resets, (reach, 0)))[:, reach:]
 
 
-class _CausalConvSiLU(torch.autograd.Function):
+class _CausalConv(torch.autograd.Function):
     """A sum of shifted products: on a CPU, with channels innermost, twice as fast as a grouped conv1d.
 
     Inside, time comes first, so that a shift is a slice of memory without gaps. Autograd would make of each slice's
@@ -48,15 +60,14 @@ class _CausalConvSiLU(torch.autograd.Function):
         sums = bias.expand_as(x_LBD).clone(memory_format=torch.contiguous_format)
         for tap, span, seen in _seen(x_LBD, weight, resets):
             sums[span].addcmul_(seen, weight[:, tap])
-        ctx.save_for_backward(x, weight, resets, sums)
-        return F.silu(sums).transpose(0, 1)
+        ctx.save_for_backward(x, weight, resets)
+        return sums.transpose(0, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, resets, sums = ctx.saved_tensors
-        x_LBD = _time_first(x)
-        grad_sums = torch.ops.aten.silu_backward(_time_first(grad_output), sums)
+        x, weight, resets = ctx.saved_tensors
+        x_LBD, grad_sums = _time_first(x), _time_first(grad_output)
         grad_x, grad_weight = torch.zeros_like(x_LBD), torch.zeros_like(weight)
         for tap, span, seen in _seen(x_LBD, weight, resets):
             grad_seen = grad_sums[span]

@@ -49,8 +49,19 @@ def selective_scan(
     if initial_state is None:
         initial_state = u.new_zeros(batch, channels, A.shape[1])
     work = torch.promote_types(u.dtype, torch.float32)
-    y, state = _SelectiveScan.apply(*(t.to(work) for t in (u, dt, A, B, C, initial_state)), resets)
+    inputs = [t.to(work) for t in (u, dt, A, B, C, initial_state)]
+    if u.shape[1] == 1 and resets is None:
+        y, state = _step(*inputs)
+    else:
+        y, state = _SelectiveScan.apply(*inputs, resets)
     return y.to(u.dtype), state
+
+
+def _step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The scan of a single token, in a handful of operations that torch.compile fuses into one."""
+    dt_BD1 = dt.transpose(1, 2)
+    state = torch.addcmul(B * (dt * u).transpose(1, 2), torch.exp2(dt_BD1 * (A * math.log2(math.e))), state)
+    return (state * C).sum(-1).unsqueeze(1), state
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -189,7 +200,7 @@ def gated_selective_scan(
     *,
     D: Tensor,
     z: Tensor,
-    dt_bias: Tensor,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +209,7 @@ def gated_selective_scan(
     Args:
         u, dt, z: [batch, length, channels]; dt is before its bias and softplus.
         A: [channels, d_state], fp32. B, C: [batch, length, d_state].
-        D, dt_bias: [channels], fp32.
+        D, dt_bias: [channels], fp32. dt_bias is None where dt has it already.
         initial_state: [batch, channels, d_state]; zeros when None.
         resets: bool [batch, length], True for tokens before which the state is dropped; none when None.
 
@@ -207,6 +218,6 @@ def gated_selective_scan(
     """
     work = torch.promote_types(u.dtype, torch.float32)
     u_work = u.to(work)
-    steps = F.softplus(dt.to(work) + dt_bias)
+    steps = F.softplus(dt.to(work) if dt_bias is None else dt.to(work) + dt_bias)
     y, state = selective_scan(u_work, steps, A, B, C, initial_state, resets=resets)
     return ((y + D * u_work) * F.silu(z.to(work))).to(u.dtype), state

@@ -10,6 +10,8 @@ from toy_mixer.ops import token_before
 
 
 class TokenShift(SambaLayer):
+    isolates_documents = True
+
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         channels = config.sizes("token_shift")["channels"]
@@ -28,7 +30,10 @@ class TokenShift(SambaLayer):
         state_BC1, _ = carried_states(cache, self.layer_idx)
         start_B1C = torch.zeros_like(value_BSC[:, :1]) if state_BC1 is None else state_BC1.transpose(1, 2)
         now, before = self.mix["weight"].unbind(1)
-        mixed_BSC = (value_BSC * now + token_before(value_BSC, start_B1C) * before).to(value_BSC.dtype)
+        before_BSC = token_before(value_BSC, start_B1C)
+        if context.resets is not None:
+            before_BSC = before_BSC.masked_fill(context.resets[..., None], 0)
+        mixed_BSC = (value_BSC * now + before_BSC * before).to(value_BSC.dtype)
         if cache is not None:
             last_B1C = last_tokens(start_B1C, value_BSC, padding, count=1)
             cache.update_conv_state(last_B1C.transpose(1, 2), self.layer_idx)

@@ -1,0 +1,262 @@
+"""A text without end: a model that reads and continues, in constant time and memory a token.
+
+The state of a Samba model after any number of tokens is a few tensors of fixed size: of each attention layer the keys
+and values of the last window - 1 tokens, of each Mamba layer its convolution's inputs and its scan's state. A Stream
+owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped.
+
+B: rows, V: vocabulary.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .configuration_samba import LAYER_TYPES, NO_CACHE, SambaConfig
+from .errors import HFError
+from .layers import carried_states
+from .modeling_samba import AttentionFreeCache, SambaForCausalLM, new_cache
+
+PIECE_TOKENS = 2048
+FORMAT = "sambalm stream 1"
+SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
+_SLIDING = LAYER_TYPES["*"]
+_EXTRA = "extra."
+
+
+class Stream:
+    """A model and its state after the tokens that each of its rows has read.
+
+    Rows may have read different numbers of tokens. Nothing that it keeps grows with them. `logits` [B, V] are those
+    after the last token of each row, None before the first; `seen_tokens` counts the tokens of each row, and `extras`
+    holds what the file had beside the state that `load` read.
+    """
+
+    def __init__(self, model: SambaForCausalLM, *, rows: int = 1) -> None:
+        self.model = model
+        self.seen_tokens = [0] * rows
+        self.logits: Tensor | None = None
+        self.extras: dict[str, Tensor] = {}
+        self._start(new_cache(model.config))
+
+    def _start(self, cache: Any) -> None:
+        """Takes a cache for the tokens of `seen_tokens`, and makes the buffers of one token."""
+        self._cache = cache
+        device = self.model.device
+        self._ids = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
+        self._positions = torch.tensor(self.seen_tokens, dtype=torch.int64, device=device)[:, None]
+
+    @property
+    def rows(self) -> int:
+        """How many texts it holds."""
+        return len(self.seen_tokens)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Reads further tokens of every row, in pieces of PIECE_TOKENS, so that memory does not grow with their number.
+
+        Args:
+            ids: int64 [B, S], S at least 1, on any device.
+            progress: is told (tokens read, tokens in all) after each piece; an exception of its leaves a state that
+                has read so far.
+
+        Returns:
+            the logits after the last of them, [B, V] in the model's dtype.
+        """
+        if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
+            raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
+        for start in range(0, ids.shape[1], PIECE_TOKENS):
+            piece = ids[:, start : start + PIECE_TOKENS].to(self.model.device)
+            positions = self._positions + torch.arange(piece.shape[1], device=piece.device)
+            self._forward(piece, positions)
+            if progress:
+                progress(min(start + PIECE_TOKENS, ids.shape[1]), ids.shape[1])
+        return self._last_logits()
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        """Reads one token of every row, int64 [B]; returns the logits after it, [B, V] in the model's dtype."""
+        self._ids.copy_(ids[:, None])
+        self._forward(self._ids, self._positions)
+        return self._last_logits()
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        uneven = min(self.seen_tokens) != max(self.seen_tokens)
+        outputs = self.model(
+            input_ids=ids,
+            attention_mask=self._mask(ids.shape[1]),
+            position_ids=positions if uneven else None,  # which the cache counts
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = outputs.logits[:, -1]
+        self.seen_tokens = [seen + ids.shape[1] for seen in self.seen_tokens]
+        self._positions += ids.shape[1]
+        if self.model.config.sliding_window == 1:
+            _forget_keys(self._cache, self.model.config)
+
+    def _last_logits(self) -> Tensor:
+        assert self.logits is not None
+        return self.logits
+
+    def _mask(self, new_tokens: int) -> Tensor | None:
+        """Makes the mask that keeps rows from what stands in the place of keys that they do not have yet.
+
+        Returns None where all rows have as many keys, else [B, 1, new, kept + new], to be added to the scores.
+        """
+        window = self.model.config.sliding_window
+        kept = [min(seen, window - 1) for seen in self.seen_tokens]
+        if min(kept) == max(kept) or _SLIDING not in self.model.config.layer_types:
+            return None
+        device = self.model.device
+        first = torch.tensor([max(kept) - own for own in kept], device=device)[:, None, None]
+        queries = torch.arange(max(kept), max(kept) + new_tokens, device=device)[:, None]
+        keys = torch.arange(max(kept) + new_tokens, device=device)
+        seen = (keys <= queries) & (keys > queries - window) & (keys >= first)
+        dtype = self.model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+    def fork(self, rows: Sequence[int] | None = None) -> "Stream":
+        """Returns a stream with copies of some rows, each as often as it is named; None: of all rows, once."""
+        numbers = list(range(self.rows)) if rows is None else list(rows)
+        index = torch.tensor(numbers, device=self.model.device)
+        tensors = {name: tensor.index_select(0, index) for name, tensor in self._tensors().items()}
+        return Stream._of(self.model, tensors, seen_tokens=[self.seen_tokens[number] for number in numbers])
+
+    @staticmethod
+    def join(streams: Sequence["Stream"]) -> "Stream":
+        """Returns one stream with copies of all rows of several streams of one model, each of which has read a token.
+
+        Rows with fewer keys than others get zeros in the place of those, which a mask hides while they are there.
+        """
+        if any(stream.logits is None or stream.model is not streams[0].model for stream in streams):
+            raise ValueError("only streams of one model that have read a token can be joined")
+        states = [stream._tensors() for stream in streams]
+        tensors = {}
+        for name in states[0]:
+            parts = [state[name] for state in states]
+            if name.endswith((".keys", ".values")):
+                longest = max(part.shape[2] for part in parts)
+                parts = [torch.nn.functional.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts]
+            tensors[name] = torch.cat(parts)
+        seen_tokens = [seen for stream in streams for seen in stream.seen_tokens]
+        return Stream._of(streams[0].model, tensors, seen_tokens=seen_tokens)
+
+    def save(self, path: str | Path, extras: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the state as a safetensors file, which replaces an older one once it is complete.
+
+        Args:
+            extras: further tensors, which `load` gives back.
+
+        Raises:
+            HFError: the file cannot be written, or no token has been read.
+        """
+        path = Path(path)
+        if self.logits is None:
+            raise HFError(f"there is nothing to save in {path}: no token has been read")
+        tensors = self._tensors() | {f"{_EXTRA}{name}": tensor for name, tensor in (extras or {}).items()}
+        metadata = {
+            "format": FORMAT,
+            "model": fingerprint(self.model),
+            "seen_tokens": json.dumps(self.seen_tokens),
+        }
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(content, unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            raise HFError(f"the state cannot be written to {path} ({error}); choose another file") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, model: SambaForCausalLM, path: str | Path) -> "Stream":
+        """Returns the stream that was saved, on the model's device; it goes on with the same bits.
+
+        Raises:
+            HFError: the file is no such state, or that of a model with other weights or of another dtype.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise HFError(f"the state {path} cannot be read ({error}); give a file that was saved as one") from error
+        if metadata.get("format") != FORMAT:
+            raise HFError(f"{path} is not the saved state of a stream; give a file that was saved as one")
+        if metadata["model"] != fingerprint(model):
+            raise HFError(f"the state {path} is of a model with other weights or another dtype; load it into its own")
+        state = {n: tensor.to(model.device) for n, tensor in tensors.items() if not n.startswith(_EXTRA)}
+        stream = cls._of(model, state, seen_tokens=json.loads(metadata["seen_tokens"]))
+        stream.extras = {n.removeprefix(_EXTRA): tensor for n, tensor in tensors.items() if n.startswith(_EXTRA)}
+        return stream
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Returns the state by names, the stream's own tensors, each with the rows as its first dimension."""
+        if self.logits is None:
+            return {}
+        tensors = {"logits": self.logits}
+        for number, kind in enumerate(self.model.config.layer_types):
+            if kind == _SLIDING:
+                layer = self._cache.layers[number]
+                tensors |= {f"layers.{number}.keys": layer.keys, f"layers.{number}.values": layer.values}
+            elif kind != NO_CACHE:
+                states = zip(("conv", "scan"), carried_states(self._cache, number), strict=True)
+                tensors |= {f"layers.{number}.{name}": state for name, state in states if state is not None}
+        return tensors
+
+    @classmethod
+    def _of(cls, model: SambaForCausalLM, tensors: Mapping[str, Tensor], *, seen_tokens: list[int]) -> "Stream":
+        """Makes a stream of copies of a state."""
+        stream = cls(model, rows=len(seen_tokens))
+        if tensors:
+            stream.seen_tokens = list(seen_tokens)
+            stream.logits = tensors["logits"].clone()
+            stream._start(_filled_cache(model.config, tensors, seen_tokens=max(seen_tokens)))
+        return stream
+
+
+def _filled_cache(config: SambaConfig, tensors: Mapping[str, Tensor], *, seen_tokens: int) -> Any:
+    cache = new_cache(config)
+    for number, kind in enumerate(config.layer_types):
+        if kind == _SLIDING:
+            cache.update(tensors[f"layers.{number}.keys"], tensors[f"layers.{number}.values"], number)
+            cache.layers[number].cumulative_length = seen_tokens
+        elif kind != NO_CACHE:
+            conv, scan = (tensors.get(f"layers.{number}.{name}") for name in ("conv", "scan"))
+            if conv is not None:
+                cache.update_conv_state(conv, number)
+            if scan is not None:
+                cache.update_recurrent_state(scan, number)
+    if isinstance(cache, AttentionFreeCache):
+        cache.seen_tokens = seen_tokens
+    return cache
+
+
+def _forget_keys(cache: Any, config: SambaConfig) -> None:
+    """Empties the keys of a window of one token, which transformers' cache would keep for ever."""
+    for layer in (cache.layers[number] for number, kind in enumerate(config.layer_types) if kind == _SLIDING):
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+
+
+def fingerprint(model: SambaForCausalLM) -> str:
+    """Returns a SHA-256 of the model's tensors: of names, dtypes, shapes and evenly spaced values of each.
+
+    Two checkpoints of one training differ in it, though it reads a small part of the weights. The device has no part.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sampled = flat[:: max(1, flat.numel() // SAMPLED_VALUES)].contiguous().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(sampled.cpu().numpy().tobytes())
+    return digest.hexdigest()

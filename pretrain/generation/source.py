@@ -1,0 +1,153 @@
+"""A model and its tokenizer, from a Hugging Face folder, a checkpoint or a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from sambalm.data_pipeline.shards import read_manifest
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.model.hf import SambaForCausalLM, load_for_generation
+from sambalm.model.hf.generate import model_of_state
+from sambalm.pretrain.checkpointing.format import MANIFEST, Checkpoint, checkpoint_folders, newest_checkpoint
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import print_warning
+from sambalm.pretrain.generation.errors import GenerationError
+from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The template of a tokenizer that has one.
+
+    Args:
+        render: the text of messages, each {"role": ..., "content": ...}, up to where the answer begins.
+        encode: the ids of such a text, with control tokens taken for what they name.
+    """
+
+    render: Callable[[list[dict[str, str]]], str]
+    encode: Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what makes ids of text and text of ids.
+
+    Args:
+        new_text: makes the text of a new list of ids, as it comes.
+        eos_ids: the tokens that end a text.
+        chat: None where the tokenizer has no template.
+    """
+
+    model: SambaForCausalLM
+    encode: Callable[[str], list[int]]
+    new_text: Callable[[], TextStream]
+    eos_ids: frozenset[int]
+    chat: Chat | None = None
+
+
+def load_source(
+    path: Path, *, device: str | None, dtype: str | None, tokenizer: Path | None, step: int | None = None
+) -> Source:
+    """Loads a model and its tokenizer.
+
+    Args:
+        path: a Hugging Face folder of a Samba model, a checkpoint, or a run folder: its newest good checkpoint.
+        device: None for the GPU where there is one.
+        dtype: a key of DTYPES; None for that of the weights.
+        tokenizer: a file that training takes; None for the folder's or the run's own.
+        step: takes a run's checkpoint of this step and no other.
+
+    Raises:
+        GenerationError, HFError, CheckpointError, DataError: one sentence each, for the user.
+    """
+    disable_progress_bar()  # transformers' own, for loading a few files
+    place, kind = _device(device), DTYPES[dtype] if dtype else None
+    is_checkpoint = (path / MANIFEST).is_file() or checkpoint_folders(path)
+    if not is_checkpoint and not (path / "config.json").is_file():
+        raise GenerationError(
+            f"{path} is no model: it has neither the config.json of a Hugging Face folder nor the {MANIFEST} of a "
+            "checkpoint nor the checkpoints of a run"
+        )
+    if step is not None and not is_checkpoint:
+        raise GenerationError(f"--step is for a run, and {path} is a Hugging Face folder; leave it out")
+    try:
+        if is_checkpoint:
+            checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
+            return _checkpoint_source(checkpoint, device=place, dtype=kind or torch.float32, tokenizer=tokenizer)
+        return _folder_source(path, device=place, dtype=kind, tokenizer=tokenizer)
+    except torch.OutOfMemoryError as error:
+        raise GenerationError(f"{path} does not fit the memory of {place}; take another --device or --dtype") from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise GenerationError(f"the device {name!r} cannot be used ({reason}); give cpu, or cuda with a GPU") from error
+    return device
+
+
+def _folder_source(path: Path, *, device: torch.device, dtype: torch.dtype | None, tokenizer: Path | None) -> Source:
+    model, own = load_for_generation(path, dtype=dtype, device=device)
+    eos = model.generation_config.eos_token_id
+    eos_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    if tokenizer is not None:
+        encode, new_text, _ = _training_tokenizer(tokenizer)
+        return Source(model, encode, new_text, eos_ids)
+    return Source(
+        model=model,
+        encode=own.encode,
+        new_text=huggingface_text(own.backend_tokenizer),
+        eos_ids=eos_ids,
+        chat=_chat(own) if own.chat_template else None,
+    )
+
+
+def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
+    def render(messages: list[dict[str, str]]) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja2's, or what a template raises by itself
+            raise GenerationError(f"the chat template cannot be applied ({error}); mend it in the folder") from error
+
+    def encode(text: str) -> list[int]:
+        inner = tokenizer.backend_tokenizer
+        splits, inner.encode_special_tokens = inner.encode_special_tokens, False
+        try:
+            return inner.encode(text, add_special_tokens=False).ids
+        finally:
+            inner.encode_special_tokens = splits
+
+    return Chat(render, encode)
+
+
+def _checkpoint_source(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, tokenizer: Path | None
+) -> Source:
+    config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
+    file = tokenizer or config.data.tokenizer_path()
+    if file is None:
+        raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
+    encode, new_text, eos_id = _training_tokenizer(file)
+    manifest = None if tokenizer else read_manifest(config.data.prefixes[0])
+    if manifest is not None:
+        eos_id = manifest.tokenizer.eos_id  # which may be another than the tokenizer's own
+    model = model_of_state(checkpoint, config.model, dtype=dtype).to(device)
+    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []))
+
+
+def _training_tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int]:
+    """Returns how text is encoded, how ids become text, and the id that ends a document, -1 without one."""
+    tokenizer: Any = load_tokenizer(file)
+    return tokenizer.encode, training_text(tokenizer), tokenizer.eos_id
