@@ -11,7 +11,7 @@ commands = typer.Typer()
 checkpoint = typer.Typer(no_args_is_help=True, help="The checkpoints of a run: look at them, verify and remove them.")
 commands.add_typer(checkpoint, name="checkpoint")
 
-Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", exists=True, file_okay=False, help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -74,7 +74,7 @@ def prune(
     for folder in removed:
         print(f"{folder}: {'would be removed' if dry_run else 'removed'}")
     if not removed:
-        print(f"{run_dir}: nothing is older than the newest {keep} checkpoints that verify")
+        print(f"{run_dir}: nothing to remove")
 
 
 @checkpoint.command(epilog=example("sambalm checkpoint rollback runs/demo --step 200"))
@@ -117,9 +117,10 @@ def _show(reports: list[Any], *, as_json: bool) -> None:
         print(json.dumps(rows, indent=1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("step", "tokens", "size", "age", "verified", box=None, pad_edge=False, header_style="bold")
+    verified = Column("verified", overflow="fold")
+    table = Table("step", "tokens", "size", "age", verified, box=None, pad_edge=False, header_style="bold")
     for report in reports:
         table.add_row(
             f"{report.step:,}",

@@ -185,12 +185,14 @@ def recorded_errors(folder: Path) -> Iterator[None]:
 def _write_once(path: Path, values: dict[str, Any]) -> None:
     """Writes a record, on the disk before it has its name; one that is there already stays."""
     draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(json.dumps(values, indent=1).encode() + b"\n")
-        flush_to_disk(file)
-    with contextlib.suppress(FileExistsError):
-        os.link(draft, path)
-    draft.unlink()
+    try:
+        with draft.open("wb") as file:
+            file.write(json.dumps(values, indent=1).encode() + b"\n")
+            flush_to_disk(file)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -103,15 +103,16 @@ class Checkpointer(Hook):
         if not (step.request or self.acts_on(step.number)):
             return
         leaves = step.number == self.config.train.steps or step.request > Request.SAVE
+        if self.writer.under_way and not leaves and not step.request and self.config.checkpoint.when_busy == "skip":
+            self.is_owed = False
+            self.skipped += 1
+            self.metrics[SKIPPED_SAVES] = self.skipped
+            self._warn(f"no save after step {step.number}: the one before is still being written")
+            return
         reason = self.guards.unfit_to_save(ends=leaves)
         self.is_owed = reason is not None
         if reason:
             self._warn(f"step {step.number} is not saved, since {reason}: the next one may be")
-            return
-        if self.writer.under_way and not leaves and not step.request and self.config.checkpoint.when_busy == "skip":
-            self.skipped += 1
-            self.metrics[SKIPPED_SAVES] = self.skipped
-            self._warn(f"no save after step {step.number}: the one before is still being written")
             return
         started_s = time.perf_counter()
         if self.writer.under_way:

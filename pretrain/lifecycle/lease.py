@@ -79,15 +79,15 @@ class Lease:
     def _create(self) -> bool:
         """Whether the file could be made; it appears with its content."""
         draft = self._path.with_name(f".{LEASE}.{self._mine['token']}")
-        with draft.open("wb") as file:
-            file.write(json.dumps(self._mine).encode())
-            flush_to_disk(file)
         try:
+            with draft.open("wb") as file:
+                file.write(json.dumps(self._mine).encode())
+                flush_to_disk(file)
             os.link(draft, self._path)
         except FileExistsError:
             return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         sync(self._path.parent)
         return True
 

@@ -301,7 +301,7 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     final.mkdir(parents=True)  # of an earlier attempt
     partial.mkdir()
     calls = noted_operations(monkeypatch)
-    _complete(partial, {"step": 1}, {})
+    _complete(partial, {"step": 1, "samples": 8, "config": {}}, {})
     commit(partial, final)
     assert_lasts(calls, final, parts=[STATE, MANIFEST])
     assert open_checkpoint(final).step == 1

@@ -1,5 +1,6 @@
 """Attempts, leases, signals and switches by themselves, without a run."""
 
+import errno
 import json
 import os
 import signal
@@ -136,6 +137,21 @@ def test_errors_with_an_exit_code_are_recorded(tmp_path):
         outcome = tmp_path / name / "outcome.json"
         assert (json.loads(outcome.read_text())["exit_code"] if outcome.exists() else None) == code
     assert json.loads((tmp_path / "own" / "outcome.json").read_text())["reason"] == "no space"
+
+
+def test_a_full_disk_changes_no_ending(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attempts_module, "flush_to_disk", out_of_space)
+    with pytest.raises(NotSavedError, match="no space"), recorded_errors(tmp_path):
+        raise NotSavedError("no space")
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'outcome.json'} cannot be written: ")
+    monkeypatch.setattr(lease_module, "flush_to_disk", out_of_space)
+    with pytest.raises(OSError, match="No space left"):
+        Lease(tmp_path).acquire()
+    assert not list(tmp_path.iterdir())
+
+
+def out_of_space(file):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_no_rank_leaves_before_the_end_is_recorded(tmp_path):
