@@ -11,7 +11,7 @@ commands = typer.Typer()
 checkpoint = typer.Typer(no_args_is_help=True, help="The checkpoints of a run: look at them, verify and remove them.")
 commands.add_typer(checkpoint, name="checkpoint")
 
-Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", exists=True, file_okay=False, help="A run folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -20,6 +20,7 @@ def list_checkpoints(run_dir: Run, as_json: AsJson = False) -> None:
     """List a run's checkpoints, oldest first: step, tokens, size, age, and whether each verifies or why not."""
     from sambalm.pretrain.checkpointing.retention import examine_checkpoints
 
+    _check_run(run_dir)
     _show(examine_checkpoints(run_dir), as_json=as_json)
 
 
@@ -35,10 +36,10 @@ def verify(
 
     _check_run(run_dir)
     reports = examine_checkpoints(run_dir, step=step)
-    _show(reports, as_json=as_json)
-    damaged = [report for report in reports if report.problem]
     if not reports:
         raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}: `sambalm checkpoint list` shows them")
+    _show(reports, as_json=as_json)
+    damaged = [report for report in reports if report.problem]
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(reports)} checkpoints do not verify: {damaged[-1].problem}")
 
@@ -129,7 +130,7 @@ def _show(reports: list[Any], *, as_json: bool) -> None:
             _age(time.time() - report.saved_s),
             report.problem or "yes",
         )
-    Console().print(table if reports else "no checkpoint")
+    Console().print(table)
 
 
 def _age(seconds: float) -> str:

@@ -15,7 +15,7 @@ from tests.support.made_runs import make_run
 from tests.support.whole_runs import changed, run_dir, train
 
 CASES, GROUPS = 5000, 10
-STARTS = 60
+STARTS = 40
 
 
 @pytest.mark.long
@@ -35,10 +35,12 @@ def take_a_silent_lease_soon() -> None:
 
 
 @pytest.mark.long
-def test_the_program_ends_with_the_same_bits_or_says_why(run_values, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_program_ends_with_the_same_bits_or_says_why(ranks, run_values, tmp_path):
     """After damage to any file of a real run, with the steps from the newest good checkpoint on taken again."""
     values = changed(run_values, run={"dir": str(tmp_path / "whole")}, checkpoint={"every_steps": 2})
-    expected = train(values)
+    values = changed(values, parallel={"zero_stage": 1})
+    expected = train(values, ranks=ranks)
     shutil.rmtree(run_dir(values) / "checkpoints" / "step_00000006")
     damages.add_a_dead_holder(run_dir(values))
     finished = 0
@@ -48,14 +50,18 @@ def test_the_program_ends_with_the_same_bits_or_says_why(run_values, tmp_path):
         done = damages.damage(run_dir(copy), random.Random(seed))
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(copy))
-        ended = program.run("train", config, before=take_a_silent_lease_soon)
-        context = f"seed {seed}: {done}: {ended.stderr}"
-        assert "Traceback" not in ended.stderr, context
-        if ended.returncode:
-            assert ended.returncode in set(ExitCode), context
-            assert sum(line.startswith("error: ") for line in ended.stderr.splitlines()) == 1, context
+        main, *others = program.start_ranks("train", config, ranks=ranks, before=take_a_silent_lease_soon)
+        _, said = main.communicate()
+        context = f"seed {seed}: {done}: {said}"
+        assert "Traceback" not in said, context
+        if main.returncode:
+            assert main.returncode in set(ExitCode), context
+            assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, context
+            for other in others:  # which may wait for the process group
+                other.kill()
         else:
             finished += 1
+            assert [other.wait() for other in others] == [0] * (ranks - 1), context
             assert losses(Path(copy["run"]["dir"]))[6] == expected[-1]["loss"], context
     assert finished > STARTS / 2
 
