@@ -67,9 +67,8 @@ EXIT_CODES = {
 
 
 def one_sentence(error: BaseException | str) -> str:
-    """What an error says in its first line that is not empty, cut to MAX_SENTENCE_CHARACTERS."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    text = next(filter(None, lines), "") or type(error).__name__
+    """What an error says, on one line of at most MAX_SENTENCE_CHARACTERS."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_SENTENCE_CHARACTERS else f"{text[: MAX_SENTENCE_CHARACTERS - 3]}..."
 
 

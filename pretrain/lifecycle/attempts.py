@@ -152,7 +152,7 @@ def write_outcome(folder: Path, *, exit_code: int, step: int | None, reason: str
     """Says how an attempt ended; whoever comes first is right, since what follows a failure are its consequences.
 
     Args:
-        reason: of several lines the first is taken.
+        reason: written as `one_sentence` has it.
     """
     reason = without_credentials(one_sentence(reason))
     values = {"exit_code": int(exit_code), "step": step, "reason": reason, "ended_s": time.time()}

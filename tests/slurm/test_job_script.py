@@ -69,8 +69,8 @@ def test_a_checkpoint_of_an_earlier_job_is_no_progress_of_this_one(tmp_path):
 )
 def test_an_outcome_says_what_a_job_does_next(code, expected, tmp_path):
     if code is not None:
-        write_outcome(tmp_path, exit_code=code, step=3, reason="\nfirst  line\n of two")
-        expected += " first line"
+        write_outcome(tmp_path, exit_code=code, step=3, reason="of two\n lines")
+        expected += " of two lines"
     assert describe_outcome(tmp_path) == expected
 
 
