@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed without a save")
     parser.add_argument("--folder", type=Path, help="on the disk to write to; by default a temporary one")
     arguments, overrides = parser.parse_known_args()
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         values = (arguments.config, overrides, f"{folder}/run", arguments.saves, arguments.steps)
         ranks = arguments.gpus or arguments.ranks

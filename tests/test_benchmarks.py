@@ -53,7 +53,7 @@ def test_what_a_device_waits_for_is_told_from_what_runs_beside():
 
 @pytest.mark.long
 def test_layouts_are_compared(tmp_path):
-    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)
+    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000, document_tokens=None)
     data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")
     layouts = ("--layouts", "one process", "TP2 + SP")
     output = run("layouts.py", CONFIG, *data, *folder, "--steps", 3, *TINY, "data.validation_fraction=0.2", *layouts)
@@ -75,7 +75,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(recompute):
 
 @pytest.mark.long
 def test_a_training_is_compared_with_itself_under_other_kernels(tmp_path):
-    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000)
+    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000, document_tokens=None)
     data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")
     settings = [*TINY, "parallel={}", "model.window=8", "data.validation_fraction=0.2", "train.steps=6"]
     only = ("--only", "main", "--only", "reference", "--only", "window")
@@ -100,3 +100,28 @@ def test_streams_are_timed_in_windows(tmp_path):
     assert all(record["processor_ms"] > 0 and record["mib"] > 10 for record in records)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert rows(run("streaming.py", "--read", output)) == rows(table)
+
+
+@pytest.mark.long
+def test_runs_that_learn_are_compared_by_their_losses(tmp_path):
+    load_benchmark("step").write_tokens(tmp_path / "tokens", vocab_size=2048, tokens=40_000, document_tokens=None)
+    data, folder = ("--data", tmp_path / "tokens"), ("--folder", tmp_path / "runs")
+    settings = [*TINY, "parallel={}", "model.window=8", "data.validation_fraction=0.2", "train.steps=4"]
+    settings += ["validation.every_steps=2", "validation.tokens=512", "validation.length_multiples=[1]"]
+    runs = ("--run", "main=", "--run", "another seed=run.seed=2")
+    output = run("learning.py", CONFIG, *data, *folder, *runs, *settings)
+    records = {name: read_metrics(tmp_path / "runs" / name) for name in ("main", "another-seed")}
+    last = [f"{found[-1]['validation_loss_64']:.4f}" for found in records.values()]
+    assert last[0] != last[1]
+    assert rows(output)["4"][1:] == last
+    assert rows(output)["another seed, 4"][0] == f"{float(last[1]) - float(last[0]):+.4f}"
+    assert run("learning.py", "--read", *folder, "--plot", tmp_path / "learning.png") == output
+    assert (tmp_path / "learning.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_saves_are_timed_in_a_folder_that_is_not_there_yet(tmp_path):
+    found = rows(run("checkpoint.py", CONFIG, "--saves", 1, "--folder", tmp_path / "new", *TINY, "parallel={}"))
+    assert {"gathered", "at once", "beside"} <= set(found)
+    assert len({found[way][-1] for way in ("gathered", "at once", "beside")}) == 1  # the same bytes
+    assert list((tmp_path / "new").iterdir()) == []

@@ -17,10 +17,12 @@ TIMEOUT_S = 97.5  # neither a default of torch's nor whole minutes, in which meg
 
 def timeouts_of_all_groups() -> dict[str, timedelta]:
     """By name and description, of the groups that this process belongs to: all that torch.distributed knows."""
-    device = torch.device("cpu")
     return {
-        f"{distributed_c10d._world.pg_names[group]} {group.group_desc}": group._get_backend(device).options._timeout
+        f"{distributed_c10d._world.pg_names[group]} {group.group_desc} {device}": group._get_backend(
+            device
+        ).options._timeout
         for group in distributed_c10d._world.pg_map
+        for device in group._device_types
     }
 
 
@@ -86,7 +88,7 @@ def agree_in_a_thread(rounds: int) -> tuple[list, list[float]]:
             thread.start()
         sums = []
         for number in range(rounds):
-            value = torch.tensor(float(number))
+            value = torch.tensor(float(number), device=world.device)
             dist.all_reduce(value)
             sums.append(value.item())
         if world.rank != 0:  # this one's thread comes later: the main threads must not have waited for it
