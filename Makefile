@@ -2,6 +2,7 @@
 # make test   lint, and the tests that show whether an installation works
 # make test-ci     these tests, and of the others what CI runs
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
+# make test-faults  thousands of damaged run folders and other faults that take long
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   what pre-commit runs too: make style, types, spelling and scripts
@@ -14,7 +15,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-slurm compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults test-slurm compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -51,7 +52,10 @@ test-ci: .venv/installed
 	$(PYTEST) -m "not long and not slurm"
 
 test-slow: .venv/installed
-	$(PYTEST) -m "(slow or long) and not slurm"
+	$(PYTEST) -m "(slow or long) and not slurm" --ignore tests/faults
+
+test-faults: .venv/installed
+	$(PYTEST) tests/faults -m long
 
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh

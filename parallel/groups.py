@@ -5,10 +5,10 @@ No other file asks megatron-core's `parallel_state`, but for DeepSpeed's adapter
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed import ProcessGroup
 from sambalm.parallel.compat.megatron import parallel_state
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.parallel.environment import world_size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,24 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
+
+    def of_main(self, action: Callable[[], T]) -> T:
+        """Runs an action on the main rank alone and returns its result on all. Collective, over the host group.
+
+        Raises:
+            Exception: on every rank, what the action raised.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as error:  # whatever it is: the other ranks would wait for this one
+                failure = error
+        result, failure = self.broadcast_object((result, failure))
+        if failure:
+            raise failure
+        return cast(T, result)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """All ranks' values of something that pickle can send, rank 0 first. Collective, over the host group."""

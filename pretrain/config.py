@@ -28,6 +28,10 @@ class RunSection(BaseModel):
     max_attempts_without_progress: int = Field(
         3, gt=0, description="Attempts in a row that may begin at the same step; the next one refuses to start"
     )
+    start_over: bool = Field(
+        False,
+        description="Whether a run that had saved, and whose checkpoints are gone, begins at step 0; false: it refuses",
+    )
 
 
 class TrainSection(BaseModel):
@@ -90,7 +94,14 @@ class CheckpointSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     every_steps: int = Field(1000, gt=0, description="Steps between checkpoints; one more follows the last step")
-    keep: int = Field(2, gt=0, description="Newest checkpoints to keep; older ones are removed after a save")
+    keep: int = Field(
+        2,
+        gt=0,
+        description="Newest checkpoints to keep, damaged ones not counted; older ones are removed after a save",
+    )
+    keep_every_steps: int | None = Field(
+        None, gt=0, description="Checkpoints of multiples of this step stay for ever; null: of none"
+    )
     when_busy: Literal["wait", "skip"] = Field(
         "wait",
         description="What a save does that is due while the one before is still being written: wait for it, or leave "

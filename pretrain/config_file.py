@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from sambalm.parallel.environment import is_main_process
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.credentials import without_credentials
 from sambalm.pretrain.errors import ConfigError
 
 # By section the former names of keys and their present ones. Files, overrides and checkpoints may use the former.
@@ -49,7 +50,12 @@ def parse_config(values: dict[str, Any], *, source: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.safe_dump(config_record(config), sort_keys=False)
+
+
+def config_record(config: RunConfig) -> dict[str, Any]:
+    """The whole configuration as plain values for a run's folder; URLs name no user and no password."""
+    return without_credentials(config.model_dump())
 
 
 class _Loader(yaml.SafeLoader):

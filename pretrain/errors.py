@@ -6,6 +6,8 @@ from contextlib import contextmanager, suppress
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+MAX_SENTENCE_CHARACTERS = 500
+
 
 class ExitCode(IntEnum):
     """Exit codes of `sambalm train`; EXIT_CODES says what each means and what the launchers do then."""
@@ -48,7 +50,10 @@ EXIT_CODES = {
     ExitCode.NO_PROGRESS: Meaning(
         "no progress: the last `run.max_attempts_without_progress` attempts began at the same step", Launchers.END
     ),
-    ExitCode.CHECKPOINTS_DAMAGED: Meaning("every checkpoint is damaged: never a silent fresh start", Launchers.END),
+    ExitCode.CHECKPOINTS_DAMAGED: Meaning(
+        "every checkpoint is damaged, or those of a run that had saved are gone: never a silent fresh start",
+        Launchers.END,
+    ),
     ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
     ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
     ExitCode.DIVERGED: Meaning(
@@ -63,6 +68,12 @@ EXIT_CODES = {
     ),
     ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard; saved after the first step", Launchers.END),
 }
+
+
+def one_sentence(error: BaseException | str) -> str:
+    """What an error says, on one line of at most MAX_SENTENCE_CHARACTERS."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_SENTENCE_CHARACTERS else f"{text[: MAX_SENTENCE_CHARACTERS - 3]}..."
 
 
 def print_error(error: Exception) -> None:
@@ -113,7 +124,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointsDamagedError(CheckpointError):
-    """Every checkpoint of a run is damaged."""
+    """Every checkpoint of a run is damaged, or those that it had saved are gone."""
 
     exit_code = ExitCode.CHECKPOINTS_DAMAGED
 
@@ -126,6 +137,12 @@ class NotSavedError(CheckpointError):
 
 class SaveBrokenError(NotSavedError):
     """Ranks lost each other while they wrote a checkpoint, which is not committed."""
+
+
+class RunFolderError(Exception):
+    """A run's folder that cannot be used, for want of rights or because something else is in its place."""
+
+    exit_code = ExitCode.BAD_INPUT
 
 
 class NoProgressError(Exception):

@@ -30,7 +30,7 @@ from sambalm.pretrain.lifecycle.ledger_entries import LedgerEntries
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, set_newer_checkpoints_aside
-from sambalm.pretrain.lifecycle.run_folder import RunFolder, open_run_folder
+from sambalm.pretrain.lifecycle.run_folder import LeaseGuard, RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.stragglers import Stragglers
 from sambalm.pretrain.lifecycle.watchdog import watching
@@ -63,8 +63,8 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
             if is_main_process():
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
-            with start_world(config.parallel, copies=copies) as world, folder.shared(world) as attempt:
-                watchdog.watch_in(attempt, ledger=folder.ledger)
+            with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
+                watchdog.watch_in(folder.attempt, ledger=folder.ledger)
                 exit_code, step = _train(config, world, folder=folder, signals=signals, marks=marks)
                 folder.end(exit_code, step=step, world=world)
                 return exit_code
@@ -82,7 +82,7 @@ def _train(
         except RollBack as found:
             rollback = found.with_traceback(None)  # which would hold on to the model
         marks.enter(Phase.START_UP)
-        set_newer_checkpoints_aside(Path(config.run.dir), rollback, world=world)
+        set_newer_checkpoints_aside(Path(config.run.dir), rollback, folder=folder, world=world)
         trainer.training.executor.release()
         del trainer
         _free_memory()
@@ -115,7 +115,7 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.folder, self.signals, self.marks = config, world, folder, signals, marks
         self.compiling_steps = COMPILING_STEPS  # from here on
-        checkpoint = find_resume_point(config, world=world)
+        checkpoint = find_resume_point(config, world=world, opened=None if rollback else folder.checkpoint)
         sources = shared_sources(config.data)
         record = data_record(config, sources)
         if checkpoint:
@@ -153,17 +153,13 @@ class Trainer:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world, ledger = self.config, self.world, self.folder.ledger
         hooks: list[Hook] = []
+        folder = self.folder
         guards = Guards(config, world=world, rollbacks=self.rollbacks, ledger=ledger)
         checkpointer = Checkpointer(
-            config,
-            world=world,
-            data=record,
-            check_lease=self.folder.check_lease,
-            guards=guards,
-            marks=self.marks,
-            hooks=hooks,
+            config, world=world, data=record, folder=folder, guards=guards, marks=self.marks, hooks=hooks
         )
         hooks += [
+            LeaseGuard(folder, world=world),
             SaveOutcomes(checkpointer),
             Validator(config, sources, world=world),
             self.stragglers,

@@ -1,11 +1,10 @@
 """`sambalm slurm status`: the status of a run, with what Slurm says of its job."""
 
-import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from sambalm.pretrain.lifecycle.attempts import ATTEMPT, attempt_folder
+from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.reporting.status import RunStatus, State, read_status
 
 
@@ -14,10 +13,10 @@ def slurm_status(run_dir: Path) -> RunStatus:
 
     Raises:
         NoRunError: a folder without an attempt.
+        RunFolderError: the last attempt's config is damaged.
     """
     status = read_status(run_dir)
-    folder = attempt_folder(run_dir, status.attempts[-1].name)
-    job = json.loads((folder / ATTEMPT).read_text())["slurm_job"]
+    job = read_attempts(run_dir)[-1].slurm_job
     if not job or status.state is State.FINISHED or not (queued := _queue_state(job)):
         return status
     return replace(status, reason="; ".join(filter(None, [status.reason, f"Slurm job {job} {queued}"])))

@@ -1,10 +1,10 @@
 """Finding the checkpoint that a run goes on from, and reading it on any layout."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from sambalm.model.config import ModelConfig
@@ -23,24 +23,24 @@ from sambalm.pretrain.checkpointing.read import (
 )
 from sambalm.pretrain.checkpointing.snapshot import all_slices, held_slices
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import CheckpointError, ConfigError
+from sambalm.pretrain.errors import ConfigError, print_warning
 
 
-def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
+def find_resume_point(config: RunConfig, *, world: World, opened: Checkpoint | None = None) -> Checkpoint | None:
     """The newest good checkpoint of the run's folder; None for a new run. Collective.
+
+    Args:
+        opened: the one that the main rank has found already; nothing is then read again.
 
     Raises:
         CheckpointsDamagedError: every checkpoint is damaged.
         ConfigError: the checkpoint holds another model.
     """
     # One rank reads the checksums for all.
-    found = world.broadcast_object(_newest_or_error(Path(config.run.dir)) if world.is_main else None)
-    if isinstance(found, CheckpointError):
-        raise found
-    checkpoint: Checkpoint | None = found
+    checkpoint = world.of_main(lambda: opened or _newest(Path(config.run.dir)))
     if checkpoint:
         # A checkpoint of an older version lacks the keys that came since, which had no other value than the default.
-        saved = ModelConfig.model_validate(checkpoint.state["config"]["model"]).model_dump()
+        saved = _saved_model(checkpoint)
         for key, value in config.model.model_dump().items():
             if saved[key] != value:
                 raise ConfigError(
@@ -50,13 +50,23 @@ def find_resume_point(config: RunConfig, *, world: World) -> Checkpoint | None:
     return checkpoint
 
 
-def _newest_or_error(run_dir: Path) -> Checkpoint | CheckpointError | None:
-    if not files.checkpoint_folders(run_dir):
-        return None
+def _saved_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: the checkpoint's model has keys or values that this version does not know.
+    """
     try:
-        return files.newest_checkpoint(run_dir, warn=lambda message: warnings.warn(message, stacklevel=2))
-    except CheckpointError as error:
-        return error
+        return ModelConfig.model_validate(checkpoint.state["config"].get("model")).model_dump()
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ConfigError(
+            f"{checkpoint.path} was saved with a model that this version does not know (model.{key}): use the version "
+            "that wrote it"
+        ) from None
+
+
+def _newest(run_dir: Path) -> Checkpoint | None:
+    return files.newest_checkpoint(run_dir, warn=print_warning) if files.checkpoint_folders(run_dir) else None
 
 
 def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.format import Checkpoint, StoredSlice
-from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.errors import CheckpointError, one_sentence
 
 Stored = Mapping[str, Sequence[StoredSlice]]
 
@@ -47,8 +47,19 @@ class _Read:
 
 
 def stored_slices(path: Path, *, world: World) -> Stored:
-    """Returns where each tensor of a checkpoint is stored. Collective: one rank opens the files for all."""
-    return world.broadcast_object(Checkpoint(path, {}).stored() if world.is_main else None)
+    """Returns where each tensor of a checkpoint is stored. Collective: one rank opens the files for all.
+
+    Raises:
+        CheckpointError: on every rank, when the files cannot be read.
+    """
+
+    def stored() -> Stored:
+        try:
+            return Checkpoint(path, {}).stored()
+        except Exception as error:  # safetensors' own, and those of metadata that make no sense
+            raise CheckpointError(f"{path} cannot be read: {one_sentence(error)}") from error
+
+    return world.of_main(stored)
 
 
 def read_slices(stored: Stored, wanted: Iterable[WantedSlice], *, world: World) -> None:
@@ -60,8 +71,8 @@ def read_slices(stored: Stored, wanted: Iterable[WantedSlice], *, world: World) 
     failure = None
     try:
         _read_all([read for slice_ in wanted for read in _reads(stored, slice_)])
-    except (OSError, CheckpointError) as error:
-        failure = f"rank {world.rank}: {error}"
+    except Exception as error:  # whatever it is: the other ranks would wait for this one
+        failure = f"rank {world.rank}: {one_sentence(error)}"
     failures = [reason for reason in world.all_gather_object(failure) if reason]
     if failures:
         raise CheckpointError(f"a checkpoint cannot be read: {failures[0]}")

@@ -35,6 +35,7 @@ def checkpoint_to_hf(
     path: Path,
     output: Path,
     *,
+    step: int | None,
     precision: str,
     documents: str | None,
     tokenizer: Path | None,
@@ -44,6 +45,7 @@ def checkpoint_to_hf(
     """Exports and verifies a checkpoint, or the newest good one of a run folder; returns the one that it took.
 
     Args:
+        step: takes the checkpoint of this step and no other.
         documents: a glob of JSONL files to verify on; None: the run's own data, held-out documents first.
         tokenizer: a SentencePiece model; None: the one that the run's data names.
 
@@ -51,7 +53,7 @@ def checkpoint_to_hf(
         CheckpointError, DataError, HFError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, while the export is verified
-    checkpoint = newest_checkpoint(path, warn=print_warning)
+    checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
     tokenizer_path = tokenizer or config.data.tokenizer_path()
     if tokenizer_path is None:

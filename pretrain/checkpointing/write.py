@@ -23,13 +23,14 @@ from torch import nn
 from sambalm.data_pipeline.files import sync
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing import format as files
+from sambalm.pretrain.checkpointing.retention import Retention
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice, Snapshot, fp8_scales
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import NotSavedError, RunInUseError, SaveBrokenError, print_warning
+from sambalm.pretrain.config_file import config_record
+from sambalm.pretrain.errors import NotSavedError, RunInUseError, SaveBrokenError, one_sentence, print_warning
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
-_REASON_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class CheckpointWriter:
 
     Args:
         data: what `data_record` says of the run's data.
-        before_commit: called on the main rank once all is written; an error of it commits nothing.
+        token: of the run's lease, the same on every rank; see `format.partial_folder`.
+        check_lease: raises RunInUseError when another process has taken the run's folder over; called on the main rank
+            before anything is written, committed or removed.
         marked: goes around what the thread does.
     """
 
@@ -76,12 +79,17 @@ class CheckpointWriter:
         *,
         world: World,
         data: dict[str, Any],
-        before_commit: Callable[[], None] = lambda: None,
+        token: str = "",
+        check_lease: Callable[[], None] = lambda: None,
         marked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._config, self._data, self._before_commit, self._marked = config, data, before_commit, marked
+        self._config, self._data, self._token = config, data, token
+        self._check_lease, self._marked = check_lease, marked
         self._world = world.of_save_thread
-        self._run_dir = Path(config.run.dir)
+        self._run_dir, kept = Path(config.run.dir), config.checkpoint
+        self._retention = Retention(
+            self._run_dir, keep=kept.keep, keep_every_steps=kept.keep_every_steps, check_lease=check_lease
+        )
         self._snapshot = Snapshot()
         self._save: Future[SavedCheckpoint] | None = None
 
@@ -139,7 +147,7 @@ class CheckpointWriter:
 
         Raises:
             NotSavedError: on every rank, when any rank failed to write; nothing is left of the save.
-            RunInUseError: on every rank, when before_commit raised it.
+            RunInUseError: on every rank, when check_lease raised it.
             SaveBrokenError: ranks could not agree; maybe on this rank alone.
             TimeoutError: the save goes on.
         """
@@ -168,8 +176,9 @@ class CheckpointWriter:
     def _write(self, copied: _Copied) -> SavedCheckpoint:
         """Writes a copy; collective over the threads of all ranks."""
         final = files.checkpoint_folder(self._run_dir, copied.step)
-        partial = final.with_name(f".{final.name}.partial")
+        partial = files.partial_folder(final, self._token)
         together = functools.partial(self._together, step=copied.step, partial=partial)
+        together(self._check_lease, ranks=[0])
         together(lambda: _make_empty(partial), ranks=[0])
 
         def write() -> tuple[dict[str, dict[str, int]], dict[str, list[float]]]:
@@ -181,9 +190,12 @@ class CheckpointWriter:
         checksums = functools.reduce(operator.or_, written)
         state = self._state(copied, fp8_scales=functools.reduce(operator.or_, scales))
         size, *_ = together(lambda: _complete(partial, state, checksums), ranks=[0])
-        together(self._before_commit, ranks=[0])
-        together(lambda: self._commit(partial, final), ranks=[0])
-        return SavedCheckpoint(final, copied.step, bytes=size, seconds=time.perf_counter() - copied.started_s)
+        together(self._check_lease, ranks=[0])
+        together(lambda: _commit(partial, final), ranks=[0])
+        saved = SavedCheckpoint(final, copied.step, bytes=size, seconds=time.perf_counter() - copied.started_s)
+        if self._world.is_main:
+            self._remove_old()
+        return saved
 
     def _state(self, copied: _Copied, *, fp8_scales: dict[str, list[float]]) -> dict[str, Any]:
         """What a checkpoint says of the run besides its tensors."""
@@ -192,23 +204,18 @@ class CheckpointWriter:
             "samples": copied.samples,
             "tokens": copied.samples * self._config.data.sequence_length,
             "data": self._data,
-            "config": self._config.model_dump(),
+            "config": config_record(self._config),
             "versions": {package: version(package) for package in PACKAGES},
             "hooks": copied.hooks,
         }
         return state | ({"fp8_scales": fp8_scales} if fp8_scales else {})
 
-    def _commit(self, partial: Path, final: Path) -> None:
+    def _remove_old(self) -> None:
+        """Removes what a new checkpoint has made superfluous. The save stands, whatever comes of it."""
         try:
-            files.commit(partial, final)
-        except OSError as error:
-            if partial.exists():
-                raise
-            print_warning(f"{final} is complete, but a power loss may undo it: {error}")
-        try:
-            remove_old_checkpoints(self._run_dir, keep=self._config.checkpoint.keep)
-        except OSError as error:
-            print_warning(f"an old checkpoint could not be removed: {error}")
+            self._retention.prune()
+        except Exception as error:
+            print_warning(f"old checkpoints could not be removed: {one_sentence(error)}")
 
     def _together(
         self, action: Callable[[], Any], *, step: int, partial: Path, ranks: Sequence[int] | None = None
@@ -268,9 +275,8 @@ def save_checkpoint(
 
 def _sentence(error: BaseException) -> str:
     """An error as a part of a sentence, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    named = text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
-    return named[:_REASON_CHARACTERS]
+    text = one_sentence(error)
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
 
 def _make_empty(partial: Path) -> None:
@@ -287,10 +293,10 @@ def _complete(partial: Path, state: dict[str, Any], checksums: dict[str, dict[st
     return sum(entry["bytes"] for entry in checksums.values())
 
 
-def remove_old_checkpoints(run_dir: Path, *, keep: int) -> None:
-    """Removes all but the newest; by renaming first, so that a half-removed one is never taken for a checkpoint."""
-    for folder in files.checkpoint_folders(run_dir)[:-keep]:
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.replace(doomed)
-        shutil.rmtree(doomed)
+def _commit(partial: Path, final: Path) -> None:
+    try:
+        files.commit(partial, final)
+    except OSError as error:
+        if partial.exists():
+            raise
+        print_warning(f"{final} is complete, but a power loss may undo it: {error}")

@@ -28,6 +28,9 @@ def to_hf(
     precision: Annotated[Precision, typer.Option(help="Of the weights; A_log, D and dt biases stay fp32.")] = (
         Precision.fp32
     ),
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The step of the checkpoint to take; default: the newest good one's.")
+    ] = None,
     documents: Annotated[
         str | None, typer.Option(help="JSONL files to verify on, a glob; default: the run's held-out documents.")
     ] = None,
@@ -41,6 +44,7 @@ def to_hf(
         taken = checkpoint_to_hf(
             checkpoint,
             output,
+            step=step,
             precision=precision.value,
             documents=documents,
             tokenizer=tokenizer,

@@ -85,6 +85,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = Dtype.auto,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The step of a run's checkpoint; default: the newest good one's.")
+    ] = None,
 ) -> None:
     """Continue prompts with a model, or chat with it.
 
@@ -116,6 +119,7 @@ def generate(
             device=device,
             dtype=None if dtype is Dtype.auto else dtype.value,
             tokenizer=tokenizer,
+            step=step,
             progress=progress,
         )
     raise typer.Exit(int(code))

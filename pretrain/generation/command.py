@@ -53,6 +53,7 @@ def generate_text(
     device: str | None = None,
     dtype: str | None = None,
     tokenizer: Path | None = None,
+    step: int | None = None,
     progress: Progress | None = None,
 ) -> ExitCode:
     """Generates texts with a model and prints them; the arguments after the request are those of `load_source`.
@@ -67,7 +68,7 @@ def generate_text(
         GenerationError, HFError, CheckpointError, DataError: one sentence each, for the user.
     """
     _refuse_contradictions(request)
-    source = load_source(path, device=device, dtype=dtype, tokenizer=tokenizer)
+    source = load_source(path, device=device, dtype=dtype, tokenizer=tokenizer, step=step)
     eos_ids = frozenset() if request.ignore_eos else source.eos_ids
     settings = Settings(request.sampling, request.max_new_tokens, request.stops, eos_ids)
     start = Stream.load(source.model, request.state_in) if request.state_in else Stream(source.model)

@@ -13,7 +13,7 @@ from sambalm.data_pipeline.shards import read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
-from sambalm.pretrain.checkpointing.format import MANIFEST, checkpoint_folders, newest_checkpoint
+from sambalm.pretrain.checkpointing.format import MANIFEST, Checkpoint, checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import print_warning
 from sambalm.pretrain.generation.errors import GenerationError
@@ -52,7 +52,9 @@ class Source:
     chat: Chat | None = None
 
 
-def load_source(path: Path, *, device: str | None, dtype: str | None, tokenizer: Path | None) -> Source:
+def load_source(
+    path: Path, *, device: str | None, dtype: str | None, tokenizer: Path | None, step: int | None = None
+) -> Source:
     """Loads a model and its tokenizer.
 
     Args:
@@ -60,6 +62,7 @@ def load_source(path: Path, *, device: str | None, dtype: str | None, tokenizer:
         device: None for the GPU where there is one.
         dtype: a key of DTYPES; None for that of the weights.
         tokenizer: a file that training takes; None for the folder's or the run's own.
+        step: takes a run's checkpoint of this step and no other.
 
     Raises:
         GenerationError, HFError, CheckpointError, DataError: one sentence each, for the user.
@@ -72,9 +75,12 @@ def load_source(path: Path, *, device: str | None, dtype: str | None, tokenizer:
             f"{path} is no model: it has neither the config.json of a Hugging Face folder nor the {MANIFEST} of a "
             "checkpoint nor the checkpoints of a run"
         )
+    if step is not None and not is_checkpoint:
+        raise GenerationError(f"--step is for a run, and {path} is a Hugging Face folder; leave it out")
     try:
         if is_checkpoint:
-            return _checkpoint_source(path, device=place, dtype=kind or torch.float32, tokenizer=tokenizer)
+            checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
+            return _checkpoint_source(checkpoint, device=place, dtype=kind or torch.float32, tokenizer=tokenizer)
         return _folder_source(path, device=place, dtype=kind, tokenizer=tokenizer)
     except torch.OutOfMemoryError as error:
         raise GenerationError(f"{path} does not fit the memory of {place}; take another --device or --dtype") from error
@@ -126,8 +132,9 @@ def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
     return Chat(render, encode)
 
 
-def _checkpoint_source(path: Path, *, device: torch.device, dtype: torch.dtype, tokenizer: Path | None) -> Source:
-    checkpoint = newest_checkpoint(path, warn=print_warning)
+def _checkpoint_source(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, tokenizer: Path | None
+) -> Source:
     config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
     file = tokenizer or config.data.tokenizer_path()
     if file is None:

@@ -4,37 +4,51 @@ runs/NAME/attempts/ATTEMPT/
     attempt.json      when, where, from which step, by which command and code revision
     config.yaml       the whole configuration
     packages.txt      versions of every installed package
-    environment.txt   environment variables; what looks like a secret is hidden
+    environment.txt   environment variables; values only of those that hold no secret
     code.diff         of a git checkout: what its revision lacks
     outcome.json      exit code, step and reason; missing after a kill
+
+What is read again (attempt.json, outcome.json) is on the disk before it appears under its name. A record that is
+damaged all the same counts as missing. URLs are written without user and password (`pretrain/credentials.py`).
 """
 
 import contextlib
 import itertools
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from sambalm.pretrain.errors import EXIT_CODES, ExitCode, Launchers, NoProgressError, RestartError
+from sambalm.data_pipeline.files import flush_to_disk, sync
+from sambalm.pretrain.credentials import shown_environment, without_credentials
+from sambalm.pretrain.errors import (
+    EXIT_CODES,
+    ExitCode,
+    Launchers,
+    NoProgressError,
+    RestartError,
+    one_sentence,
+    print_warning,
+)
 from sambalm.pretrain.lifecycle.processes import process_age_s
 
 ATTEMPT_VARIABLE = "SAMBALM_ATTEMPT"  # a launcher's name for the attempt; the same on every rank
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"  # torchrun sets it
 RESTARTED = ".restart"
 ATTEMPT, OUTCOME = "attempt.json", "outcome.json"
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_START = {"started_s": (int, float), "start_step": (int, type(None))}
+_OUTCOME = {"exit_code": (int,), "step": (int, type(None)), "reason": (str,), "ended_s": (int, float)}
+_OWNER_ONLY = 0o600
 # Ways to end that say that the run works or that someone means to look after it.
 _DELIBERATE = {ExitCode.FINISHED, ExitCode.NO_PROGRESS, ExitCode.STOPPED, ExitCode.INTERRUPTED}
-_REFUSED = {ExitCode.BAD_INPUT, ExitCode.RUN_IN_USE}
+_REFUSED = {ExitCode.BAD_INPUT, ExitCode.RUN_IN_USE, ExitCode.CHECKPOINTS_DAMAGED}
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,12 @@ class AttemptRecord:
 
     path: Path
     started_s: float  # since the epoch
-    start_step: int
+    start_step: int | None  # of the checkpoint that it went on from; None where it was refused before, or for a loss
     exit_code: int | None  # None while it runs and after a kill
     step: int | None  # that it ended at
     reason: str | None
+    ended_s: float | None = None  # since the epoch
+    slurm_job: str | None = None
 
 
 def attempt_folder(run_dir: Path, name: str) -> Path:
@@ -81,19 +97,27 @@ def check_restart(run_dir: Path) -> None:
         raise RestartError(f"torchrun does not start this run again: {attempts[-1].reason}", ExitCode(code))
 
 
-def read_attempts(run_dir: Path) -> list[AttemptRecord]:
-    """The attempts of a run, oldest first."""
+def read_attempts(run_dir: Path, *, warn: Callable[[str], None] = lambda _: None) -> list[AttemptRecord]:
+    """The attempts of a run, oldest first.
+
+    Args:
+        warn: called with one sentence for each record that is damaged.
+    """
     records = []
     for path in run_dir.glob(f"attempts/*/{ATTEMPT}"):
-        started, outcome = _read(path), read_outcome(path.parent)
+        started = _read(path, _START, warn=warn)
+        outcome = read_outcome(path.parent, warn=warn)
+        job = started.get("slurm_job")
         records.append(
             AttemptRecord(
                 path=path.parent,
-                started_s=started["started_s"],
-                start_step=started["start_step"],
+                started_s=started.get("started_s", _changed_s(path)),
+                start_step=started.get("start_step"),
                 exit_code=outcome.get("exit_code"),
                 step=outcome.get("step"),
                 reason=outcome.get("reason"),
+                ended_s=outcome.get("ended_s"),
+                slurm_job=job if isinstance(job, str) else None,
             )
         )
     return sorted(records, key=lambda record: record.started_s)
@@ -110,7 +134,11 @@ def check_progress(earlier: Sequence[AttemptRecord], *, step: int, limit: int) -
     """
     without_progress = 0
     for record in reversed(earlier):
-        if record.exit_code in _DELIBERATE or record.start_step != step:
+        if record.exit_code in _DELIBERATE:
+            break
+        if record.start_step is None:  # it says nothing
+            continue
+        if record.start_step != step:
             break
         without_progress += record.exit_code not in _REFUSED
     if without_progress >= limit:
@@ -120,8 +148,12 @@ def check_progress(earlier: Sequence[AttemptRecord], *, step: int, limit: int) -
         )
 
 
-def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_step: int) -> None:
-    """Writes what an attempt starts from."""
+def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_step: int | None) -> None:
+    """Writes what an attempt starts from.
+
+    Args:
+        start_step: of the checkpoint that it goes on from, 0 for none; None when it is refused before that is known.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).resolve().parents[2]
     tracked = _git(
@@ -132,11 +164,11 @@ def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_ste
     (folder / "config.yaml").write_text(config_yaml)
     about = (distribution.metadata for distribution in distributions())  # read and parsed each time it is asked for
     packages = {f"{fields['Name']}=={fields['Version']}" for fields in about}
-    (folder / "packages.txt").write_text("".join(f"{line}\n" for line in sorted(packages, key=str.lower)))
-    shown = ((name, "(hidden)" if _SECRET.search(name) else value) for name, value in sorted(os.environ.items()))
-    (folder / "environment.txt").write_text("".join(f"{name}={value}\n" for name, value in shown))
+    listed = "".join(f"{line}\n" for line in sorted(packages, key=str.lower))
+    (folder / "packages.txt").write_text(without_credentials(listed))
+    _write_for_owner(folder / "environment.txt", shown_environment(os.environ))
     if difference:
-        (folder / "code.diff").write_text(difference)
+        _write_for_owner(folder / "code.diff", without_credentials(difference))
     values = {
         "started_s": time.time(),
         "start_step": start_step,
@@ -144,7 +176,7 @@ def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_ste
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "command": sys.argv,
+        "command": without_credentials(sys.argv),
         "revision": revision.strip() or None,
         "changed": bool(difference),
     }
@@ -152,14 +184,22 @@ def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_ste
 
 
 def write_outcome(folder: Path, *, exit_code: int, step: int | None, reason: str) -> None:
-    """Says how an attempt ended; whoever comes first is right, since what follows a failure are its consequences."""
+    """Says how an attempt ended; whoever comes first is right, since what follows a failure are its consequences.
+
+    Args:
+        reason: written as `one_sentence` has it.
+    """
+    reason = without_credentials(one_sentence(reason))
     values = {"exit_code": int(exit_code), "step": step, "reason": reason, "ended_s": time.time()}
-    _write_once(folder / OUTCOME, values)
+    try:
+        _write_once(folder / OUTCOME, values)
+    except OSError as error:  # as on a full disk; what it would have said is said on the console too
+        print_warning(f"{folder / OUTCOME} cannot be written: {one_sentence(error)}")
 
 
-def read_outcome(folder: Path) -> dict[str, Any]:
+def read_outcome(folder: Path, *, warn: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The exit code, step, reason and time that an attempt ended with; empty while it runs and after a kill."""
-    return _read(folder / OUTCOME)
+    return _read(folder / OUTCOME, _OUTCOME, warn=warn)
 
 
 @contextlib.contextmanager
@@ -173,23 +213,50 @@ def recorded_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)
         if exit_code is not None:
-            write_outcome(folder, exit_code=exit_code, step=None, reason=str(error))
+            write_outcome(folder, exit_code=exit_code, step=None, reason=one_sentence(error))
         raise
 
 
 def _write_once(path: Path, values: dict[str, Any]) -> None:
+    """Writes a record, on the disk before it has its name; one that is there already stays."""
     draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    draft.write_text(json.dumps(values, indent=1) + "\n")
-    with contextlib.suppress(FileExistsError):
-        os.link(draft, path)
-    draft.unlink()
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        with draft.open("wb") as file:
+            file.write(json.dumps(values, indent=1).encode() + b"\n")
+            flush_to_disk(file)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def _write_for_owner(path: Path, text: str) -> None:
+    """Writes what others on the machine need not read."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY), "w") as file:
+        file.write(text)
+
+
+def _read(path: Path, fields: Mapping[str, tuple[type, ...]], *, warn: Callable[[str], None]) -> dict[str, Any]:
+    """A record with these fields of these types; empty where there is none, or where it is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError):
+        values = None
+    if isinstance(values, dict) and all(isinstance(values.get(name, ...), kinds) for name, kinds in fields.items()):
+        return values
+    warn(f"{path} is damaged, so what it says is not counted")
+    return {}
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _git(folder: Path, *arguments: str) -> str:

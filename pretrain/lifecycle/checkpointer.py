@@ -5,7 +5,7 @@ rank: each rank says with every step whether its thread is through, and the slow
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -16,6 +16,7 @@ from sambalm.pretrain.errors import ExitCode, NotSavedError, RunInUseError, Save
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
+from sambalm.pretrain.lifecycle.run_folder import RunFolder
 from sambalm.pretrain.lifecycle.signals import Request
 from sambalm.pretrain.training import Training
 
@@ -39,7 +40,7 @@ class Checkpointer(Hook):
 
     Args:
         data: what `data_record` says of the run's data.
-        check_lease: raises RunInUseError when another process has taken the run's folder over.
+        folder: the run's, as every rank knows it.
         guards: say whether a state may be saved.
         marks: those of this rank; the thread that writes is in the phase of a save, too.
         hooks: those of the run, which hear of each save in their order.
@@ -53,7 +54,7 @@ class Checkpointer(Hook):
         *,
         world: World,
         data: dict[str, Any],
-        check_lease: Callable[[], None],
+        folder: RunFolder,
         guards: Guards,
         marks: Marks,
         hooks: Sequence[Hook],
@@ -63,7 +64,8 @@ class Checkpointer(Hook):
             config,
             world=world,
             data=data,
-            before_commit=check_lease,
+            token=folder.token,
+            check_lease=folder.check_lease,
             marked=lambda: marks.during_beside(Phase.SAVE),
         )
         self.failed = self.failed_in_a_row = self.skipped = 0
@@ -111,15 +113,16 @@ class Checkpointer(Hook):
         if not (step.request or self.acts_on(step.number)):
             return
         leaves = step.number == self.config.train.steps or step.request > Request.SAVE
+        if self.writer.under_way and not leaves and not step.request and self.config.checkpoint.when_busy == "skip":
+            self.is_owed = False
+            self.skipped += 1
+            self.metrics[SKIPPED_SAVES] = self.skipped
+            self._warn(f"no save after step {step.number}: the one before is still being written")
+            return
         reason = self.guards.unfit_to_save(ends=leaves)
         self.is_owed = reason is not None
         if reason:
             self._warn(f"step {step.number} is not saved, since {reason}: the next one may be")
-            return
-        if self.writer.under_way and not leaves and not step.request and self.config.checkpoint.when_busy == "skip":
-            self.skipped += 1
-            self.metrics[SKIPPED_SAVES] = self.skipped
-            self._warn(f"no save after step {step.number}: the one before is still being written")
             return
         started_s = time.perf_counter()
         if self.writer.under_way:

@@ -115,7 +115,7 @@ class Guards(Hook):
         """Says why the state after the step at hand is not to be saved; None where it is. Collective; waits.
 
         While steps are being skipped nothing is saved, since the weights may be why; but when the attempt ends, what
-        the last step that was taken left is saved all the same, and marked (`saved_while_skipping`).
+        the last step that was taken left is saved all the same, and marked (`Checkpoint.saved_while_skipping`).
 
         Args:
             ends: whether the attempt ends with the step.

@@ -7,22 +7,29 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sambalm.pretrain.errors import RunInUseError
+from sambalm.data_pipeline.files import flush_to_disk, remove, sync
+from sambalm.pretrain.errors import RunInUseError, print_warning
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT_VARIABLE
 from sambalm.pretrain.lifecycle.processes import process_start
 
 LEASE = "lease.json"
 BEAT_S, STALE_S = 10.0, 60.0
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("token", "host", "pids", "process_start", "job", "attempt"), str),
+    "pid": int,
+}
 
 
 class Lease:
     """The right to write into a run's folder.
 
     A lease whose holder is gone is taken over: at once when its process is known to be dead or is an earlier attempt of
-    the same Slurm job, else after stale_s without a beat. A holder that was suspended meanwhile finds out in `check`.
+    the same Slurm job, else after stale_s without a beat, and so is a damaged one, which does not tell its holder. A
+    holder that was suspended meanwhile finds out in `check`: each lease has a token of its own.
     """
 
     def __init__(self, run_dir: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
@@ -30,6 +37,12 @@ class Lease:
         self._beat_s, self._stale_s = beat_s, stale_s
         self._mine = _identity()
         self._ended = threading.Event()
+        self.is_lost = False  # whether the last beat found another's lease or none
+
+    @property
+    def token(self) -> str:
+        """Names this lease and no other, also in what its holder has not finished writing."""
+        return self._mine["token"]
 
     def acquire(self) -> None:
         """Raises RunInUseError while another process holds the folder; waits up to stale_s to find out."""
@@ -38,9 +51,12 @@ class Lease:
             holder = _read(self._path)
             if holder is None:
                 continue  # released between the two looks
+            if holder["token"] is None:
+                wait = f"waiting {self._stale_s:g} s for a sign of its holder"
+                print_warning(f"{self._path} is damaged: {wait}")
             if not _is_gone(holder, self._mine) and self._beats(holder):
                 raise RunInUseError(
-                    f"{self._path.parent} is in use by process {holder['pid']} on {holder['host']}"
+                    f"{self._path.parent} is in use by {_named(holder)}"
                     + (f" (Slurm job {holder['job']})" if holder["job"] else "")
                     + ": let it end, or give this run another run.dir"
                 )
@@ -50,28 +66,34 @@ class Lease:
     def check(self) -> None:
         """Raises RunInUseError when another process has taken the folder over."""
         holder = _read(self._path)
-        if holder != self._mine:
-            taken = f"process {holder['pid']} on {holder['host']} took it" if holder else "its lease was removed"
+        if not self._is_mine(holder):
+            taken = f"{_named(holder)} took it" if holder else "its lease was removed"
             raise RunInUseError(
                 f"{self._path.parent} is no longer this process's: {taken} while this one did not answer"
             )
 
     def release(self) -> None:
         self._ended.set()
-        if _read(self._path) == self._mine:
+        if self._is_mine(_read(self._path)):
             self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Whether the file could be made; it appears with its content."""
         draft = self._path.with_name(f".{LEASE}.{self._mine['token']}")
-        draft.write_text(json.dumps(self._mine))
         try:
+            with draft.open("wb") as file:
+                file.write(json.dumps(self._mine).encode())
+                flush_to_disk(file)
             os.link(draft, self._path)
         except FileExistsError:
             return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
+        sync(self._path.parent)
         return True
+
+    def _is_mine(self, holder: dict[str, Any] | None) -> bool:
+        return holder is not None and holder["token"] == self.token
 
     def _beats(self, holder: dict[str, Any]) -> bool:
         """Whether the holder shows itself within stale_s, by this process's clock."""
@@ -80,7 +102,7 @@ class Lease:
             time.sleep(min(1.0, self._stale_s / 20))
             now = _touched(self._path)
             if now != seen:
-                return now is not None and _read(self._path) == holder
+                return now is not None and _token(self._path) == holder["token"]
         return False
 
     def _displace(self, holder: dict[str, Any]) -> None:
@@ -90,16 +112,35 @@ class Lease:
             os.rename(self._path, taken)
         except FileNotFoundError:
             return
-        if _read(taken) != holder:
-            with contextlib.suppress(FileExistsError):
+        if _token(taken) != holder["token"]:
+            with contextlib.suppress(OSError):
                 os.link(taken, self._path)
-        taken.unlink()
+        remove(taken)
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(self._beat_s):
             with contextlib.suppress(OSError):
-                if _read(self._path) == self._mine:
+                self.is_lost = not self._is_mine(_read(self._path))
+                if not self.is_lost:
                     os.utime(self._path)
+
+
+@contextlib.contextmanager
+def held_lease(run_dir: Path, *, stale_s: float = STALE_S) -> Iterator[Lease]:
+    """Holds the lease of a run's folder.
+
+    Args:
+        stale_s: without a sign of life after which another holder counts as gone.
+
+    Raises:
+        RunInUseError: another process works in it.
+    """
+    lease = Lease(run_dir, stale_s=stale_s)
+    lease.acquire()
+    try:
+        yield lease
+    finally:
+        lease.release()
 
 
 def _identity() -> dict[str, Any]:
@@ -120,6 +161,8 @@ def _is_gone(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
     """Whether the holder certainly does not run any more."""
     if holder["attempt"] and mine["attempt"] and holder["job"] == mine["job"]:
         return True  # the launcher of a job starts an attempt when the one before has ended
+    if holder["pid"] is None or holder["process_start"] is None:
+        return False  # the lease is damaged
     return holder["pids"] == mine["pids"] and process_start(holder["pid"]) != holder["process_start"]
 
 
@@ -127,13 +170,19 @@ def holder_lives(run_dir: Path) -> bool | None:
     """Whether the process that a run's lease names runs on this machine; None where that cannot be known from here."""
     try:
         holder = _read(run_dir / LEASE)
-        if holder is None:
-            return False
-        if holder["pids"] != _pid_space():
-            return None
-        return process_start(holder["pid"]) == holder["process_start"]
-    except (OSError, ValueError, KeyError, TypeError):  # an unreadable lease
+    except OSError:
         return None
+    if holder is None:
+        return False
+    if holder["pid"] is None or holder["process_start"] is None or holder["pids"] != _pid_space():
+        return None
+    return process_start(holder["pid"]) == holder["process_start"]
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if holder["pid"] is None or holder["host"] is None:
+        return f"an unknown process, as {LEASE} is damaged,"
+    return f"process {holder['pid']} on {holder['host']}"
 
 
 def _pid_space() -> str:
@@ -143,10 +192,22 @@ def _pid_space() -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The holder of a lease, None without a lease; what a damaged lease does not say is None."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return None
+        if not path.is_symlink():  # to nowhere
+            return None
+        found = None
+    except (OSError, ValueError):
+        found = None
+    values = found if isinstance(found, dict) else {}
+    return {name: value if isinstance(value := values.get(name), kind) else None for name, kind in _FIELDS.items()}
+
+
+def _token(path: Path) -> str | None:
+    holder = _read(path)
+    return holder["token"] if holder else None
 
 
 def _touched(path: Path) -> int | None:

@@ -1,17 +1,14 @@
 """Going back to an earlier checkpoint within a run, and leaving out the samples that led astray."""
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sambalm.parallel.groups import World
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, open_checkpoint
-from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, open_checkpoint, set_aside
+from sambalm.pretrain.errors import CheckpointError, one_sentence
 from sambalm.pretrain.lifecycle.hooks import Hook
-
-ABANDONED = "abandoned_"  # and the name that a checkpoint had: what a run went back from; nothing reads or removes it
+from sambalm.pretrain.lifecycle.run_folder import RunFolder
 
 
 class RollBack(Exception):
@@ -65,19 +62,23 @@ class Rollbacks(Hook):
         raise RollBack(failure, newest_step=newest_step, record=self.state())
 
 
-def saved_while_skipping(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's state.json says that the optimizer skipped the step before it was saved."""
-    return state.get("hooks", {}).get("guards", {}).get("in_a_row", 0) > 0
-
-
-def set_newer_checkpoints_aside(run_dir: Path, rollback: RollBack, *, world: World) -> None:
+def set_newer_checkpoints_aside(run_dir: Path, rollback: RollBack, *, folder: RunFolder, world: World) -> None:
     """Leaves the checkpoint that a run goes back to as the newest one. Collective.
 
     Raises:
+        RunInUseError: another process has taken the run's folder over.
+        CheckpointError: the newer ones cannot be renamed.
         Exception: `rollback.failure`, where none will do.
     """
-    found = world.broadcast_object(_set_aside(run_dir, rollback.newest_step) if world.is_main else None)
-    if not found:
+
+    def go_back() -> bool:
+        folder.check_lease()
+        try:
+            return _set_aside(run_dir, rollback.newest_step)
+        except OSError as error:
+            raise CheckpointError(f"{run_dir} cannot go back to a checkpoint: {one_sentence(error)}") from None
+
+    if not world.of_main(go_back):
         raise rollback.failure
 
 
@@ -89,11 +90,8 @@ def _set_aside(run_dir: Path, newest_step: int) -> bool:
         except CheckpointError:
             newer.append(folder)
             continue
-        if checkpoint.step <= newest_step and not saved_while_skipping(checkpoint.state):
-            for other in newer:
-                abandoned = other.with_name(ABANDONED + other.name)
-                shutil.rmtree(abandoned, ignore_errors=True)
-                os.replace(other, abandoned)
+        if checkpoint.step <= newest_step and not checkpoint.saved_while_skipping:
+            set_aside(newer)
             return True
         newer.append(folder)
     return False

@@ -112,7 +112,7 @@ def take_switches(run_dir: Path) -> Request:
     if (run_dir / KILL_SWITCH).exists():
         return Request.STOP
     switch = run_dir / SAVE_SWITCH
-    if switch.exists():
+    if switch.is_file():
         switch.unlink(missing_ok=True)
         return Request.SAVE
     return Request.NOTHING

@@ -76,7 +76,7 @@ def read_goodput(run_dir: Path, *, is_alive: bool) -> Goodput | None:
         return None
     sums = _Sums()
     for line in _lines(path):
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of a damaged line
+        with contextlib.suppress(KeyError):  # of a damaged line
             sums.add(line)
     if not is_alive:
         sums.add_unwritten(until_s=changed_s(run_dir / METRICS))
@@ -84,15 +84,27 @@ def read_goodput(run_dir: Path, *, is_alive: bool) -> Goodput | None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines: a kill or a full disk may have cut some short."""
-    with path.open("rb") as file:
+    """Whole lines: a kill or a full disk may have cut some short, and damage of another kind leaves others out."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
         for text in file:
             try:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict) and "attempt" in line and isinstance(line.get("at_s"), float):
+            if isinstance(line, dict) and "attempt" in line and "at_s" in line and _is_sound(line):
                 yield line
+
+
+def _is_sound(line: dict[str, Any]) -> bool:
+    """Whether every value is of its type."""
+    seconds = line.get("seconds", {})
+    return (
+        all(isinstance(line.get(name, ""), str) for name in ("attempt", "event", "now"))
+        and all(isinstance(line.get(name, 0), (int, float)) for name in ("at_s", "seen_s", "since_s"))
+        and isinstance(line.get("step", 0), int)
+        and isinstance(seconds, dict)
+        and all(isinstance(value, (int, float)) for value in seconds.values())
+    )
 
 
 class _Sums:

@@ -1,6 +1,5 @@
 """What a run reports while it goes on: metrics.jsonl, its writers and the console."""
 
-import json
 import os
 import resource
 import time
@@ -17,7 +16,7 @@ from sambalm.pretrain.errors import ExitCode, print_warning
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.console import RunConsole
-from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line
+from sambalm.pretrain.reporting.metrics_file import METRICS, metrics_line, records
 from sambalm.pretrain.reporting.writers import WriterTarget, check_writers, start_writers
 from sambalm.pretrain.training import Training
 
@@ -100,14 +99,8 @@ def _write_config(config: RunConfig, path: Path) -> None:
 
 
 def _drop_after(run_dir: Path, step: int) -> None:
-    """Cuts metrics.jsonl off where a later step's line, or half a line, begins. It takes no room on the disk."""
-    path, end = run_dir / METRICS, 0
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            end += len(line)
-    if end < path.stat().st_size:
+    """Cuts metrics.jsonl off behind the last step that stays. It takes no room on the disk."""
+    path = run_dir / METRICS
+    end = max((end for end, record in records(path, warn=print_warning) if record["step"] <= step), default=0)
+    if path.exists() and end < path.stat().st_size:
         os.truncate(path, end)

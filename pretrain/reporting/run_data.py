@@ -12,7 +12,7 @@ from sambalm.pretrain.errors import NoRunError
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT
 from sambalm.pretrain.reporting.durations import duration
 from sambalm.pretrain.reporting.goodput import read_goodput
-from sambalm.pretrain.reporting.metrics_file import read_metrics
+from sambalm.pretrain.reporting.metrics_file import read_steps
 from sambalm.pretrain.reporting.status import RunStatus, State, read_status
 
 _SHOWN_PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed", "transformers", "numpy", "safetensors")
@@ -59,13 +59,22 @@ def _read_run(path: Path, name: str) -> RunData:
     return RunData(
         name=name,
         path=path,
-        records=read_metrics(path),
+        records=read_steps(path),
         status=status,
-        config=_flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))),
+        config=_config(path / "config.yaml"),
         environment=_environment(attempt) if status else {},
         data=_data(path),
         events=_events(path, status) if status else [],
     )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Empty for a file that is damaged or gone."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return _flat(values) if isinstance(values, dict) else {}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,8 +107,10 @@ def _environment(attempt: Path) -> dict[str, str]:
         "revision": facts.get("revision"),
         "code changed": "yes, see code.diff" if facts.get("changed") else None,
     }
-    path = attempt / "packages.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        lines = (attempt / "packages.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = []
     packages = dict(line.split("==", 1) for line in lines if "==" in line)
     shown |= {name: packages.get(name) for name in _SHOWN_PACKAGES}
     return {name: str(value) for name, value in shown.items() if value is not None}
@@ -117,7 +128,8 @@ def _events(run_dir: Path, status: RunStatus) -> list[HappenedEvent]:
     """Starts and ends of attempts, and what the ledger tells of between them; neighbours of a kind are one."""
     events = []
     for attempt in status.attempts:
-        events.append(HappenedEvent(attempt.started_s, f"attempt {attempt.name} starts from step {attempt.start_step}"))
+        since = "" if attempt.start_step is None else f" from step {attempt.start_step}"
+        events.append(HappenedEvent(attempt.started_s, f"attempt {attempt.name} starts{since}"))
         if attempt.ended_s is not None:
             took = duration(attempt.ended_s - attempt.started_s)
             at = f" at step {attempt.step}" if attempt.step is not None else ""

@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from sambalm.pretrain.errors import ExitCode, NoRunError
-from sambalm.pretrain.lifecycle.attempts import ATTEMPT, AttemptRecord, read_attempts, read_outcome
+from sambalm.pretrain.errors import ExitCode, NoRunError, RunFolderError
+from sambalm.pretrain.lifecycle.attempts import ATTEMPT, AttemptRecord, read_attempts
 from sambalm.pretrain.lifecycle.lease import LEASE, holder_lives
 from sambalm.pretrain.lifecycle.ledger import Account
 from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.reporting.durations import date, duration
 from sambalm.pretrain.reporting.goodput import Goodput, read_goodput
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, plain, read_metrics
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, plain, read_steps
 
 RECENT_STEPS = 100
 ALIVE_S = 60.0  # a lease whose holder lives is younger
@@ -54,7 +54,7 @@ class AttemptEnd:
     world_size: int | None
     started_s: float  # since the epoch
     ended_s: float | None  # the last sign of it; None while it goes on
-    start_step: int
+    start_step: int | None  # None where it is not known
     step: int | None
     state: State
     reason: str | None
@@ -90,14 +90,18 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Raises NoRunError for a folder without an attempt."""
+    """Tells how a run is doing; records that are damaged are left out.
+
+    Raises:
+        NoRunError: a folder without an attempt.
+        RunFolderError: the last attempt's config is damaged.
+    """
     attempts = read_attempts(run_dir)
     if not attempts:
         raise NoRunError(f"{run_dir} is not a run that has started: it holds no attempts/*/{ATTEMPT}")
-    records = read_metrics(run_dir)
-    config = yaml.safe_load((attempts[-1].path / "config.yaml").read_text())
+    records = read_steps(run_dir)
     last: dict[str, Any] = records[-1] if records else {"step": 0, "tokens": 0}
-    steps, recent = config["train"]["steps"], records[-RECENT_STEPS:]
+    steps, recent = _steps(attempts[-1]), records[-RECENT_STEPS:]
     step_s = median(record["step_time_s"] for record in recent) if recent else None
     is_alive = attempts[-1].exit_code is None and _is_alive(run_dir)
     goodput = read_goodput(run_dir, is_alive=is_alive)
@@ -123,6 +127,17 @@ def read_status(run_dir: Path) -> RunStatus:
         attempts=_ends(attempts, goodput, state=state, reason=reason),
         last_error=next(filter(None, map(_error, reversed(attempts))), None),
     )
+
+
+def _steps(attempt: AttemptRecord) -> int:
+    path = attempt.path / "config.yaml"
+    try:
+        steps = yaml.safe_load(path.read_text())["train"]["steps"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        steps = None
+    if not isinstance(steps, int) or steps <= 0:
+        raise RunFolderError(f"{path} does not say how many steps the run takes: it is damaged")
+    return steps
 
 
 def show_status(status: RunStatus) -> str:
@@ -161,7 +176,7 @@ def _attempt_line(attempt: AttemptEnd) -> str:
     to = f" to {attempt.step}" if attempt.step is not None else ""
     took = duration((attempt.ended_s or time.time()) - attempt.started_s)
     why = f" ({attempt.reason})" if attempt.reason else ""
-    steps = f"from step {attempt.start_step}{to}"
+    steps = f"from {'an unknown step' if attempt.start_step is None else f'step {attempt.start_step}'}{to}"
     return f"  {attempt.name}  {date(attempt.started_s)}, {took}, {steps}: {attempt.state}{why}"
 
 
@@ -199,7 +214,7 @@ def _ends(
         facts = _facts(attempt.path)
         its_state, its_reason = (state, reason) if is_last else _end(attempt)
         goes_on = its_state in (State.STARTING, State.TRAINING, State.HANGING)
-        ended_s = read_outcome(attempt.path).get("ended_s") or (known.end_s if known else attempt.started_s)
+        ended_s = attempt.ended_s or (known.end_s if known else attempt.started_s)
         ends.append(
             AttemptEnd(
                 name=attempt.path.name,
@@ -245,8 +260,7 @@ def _training_share(records: list[dict[str, Any]], attempts: list[AttemptRecord]
     if not records:
         return None
     last = attempts[-1]
-    has_ended = last.exit_code is not None and last.exit_code != ExitCode.REQUEUE
-    end_s = read_outcome(last.path)["ended_s"] if has_ended else time.time()
+    end_s = time.time() if last.ended_s is None or last.exit_code == ExitCode.REQUEUE else last.ended_s
     return sum(record["step_time_s"] for record in records) / (end_s - attempts[0].started_s)
 
 
@@ -258,7 +272,7 @@ def _is_alive(run_dir: Path) -> bool:
 def _lease_age_s(run_dir: Path) -> float:
     try:
         return time.time() - (run_dir / LEASE).stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return float("inf")
 
 

@@ -27,9 +27,10 @@ from sambalm.pretrain.checkpointing.format import (
     commit,
     newest_checkpoint,
     open_checkpoint,
+    remove_checkpoint,
 )
 from sambalm.pretrain.checkpointing.to_hf import _facts
-from sambalm.pretrain.checkpointing.write import _complete, remove_old_checkpoints, save_checkpoint
+from sambalm.pretrain.checkpointing.write import _complete, save_checkpoint
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
@@ -300,7 +301,7 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     final.mkdir(parents=True)  # of an earlier attempt
     partial.mkdir()
     calls = noted_operations(monkeypatch)
-    _complete(partial, {"step": 1}, {})
+    _complete(partial, {"step": 1, "samples": 8, "config": {}}, {})
     commit(partial, final)
     assert_lasts(calls, final, parts=[STATE, MANIFEST])
     assert open_checkpoint(final).step == 1
@@ -350,14 +351,12 @@ def test_a_model_card_tells_the_checkpoints_step(run_values):
 
 
 def test_a_checkpoint_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
-    for step in (1, 2, 3):
-        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    folder, removed = checkpoint_folder(tmp_path, 1), tmp_path / "checkpoints" / ".step_00000001.removed"
+    folder.mkdir(parents=True)
     calls = noted_operations(monkeypatch)
-    remove_old_checkpoints(tmp_path, keep=2)
-    assert checkpoint_folders(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (2, 3)]
-    removed = tmp_path / "checkpoints" / ".step_00000001.removed"
-    assert calls == [("rename", str(checkpoint_folder(tmp_path, 1)), str(removed))]
-    assert not removed.exists()
+    remove_checkpoint(folder)
+    assert calls == [("rename", str(folder), str(removed))]
+    assert not list(folder.parent.iterdir())
 
 
 def test_a_rank_that_cannot_write_commits_nothing_on_any(run_values):

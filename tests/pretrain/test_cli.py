@@ -55,10 +55,10 @@ print(json.dumps({"helps": helps, "modules": sorted(sys.modules)}))
 
 
 def test_help_has_an_example_and_appears_without_the_slow_packages():
-    words = [(), ("data",), ("convert",), ("slurm",), *leaf_commands()]
+    words = [(), ("data",), ("checkpoint",), ("convert",), ("slurm",), *leaf_commands()]
     script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
     shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
-    assert len(words) == 4 + 18
+    assert len(words) == 5 + 21
     for name, text in zip(words, shown["helps"], strict=True):
         assert "Usage:" in text
         if name in leaf_commands():
@@ -75,7 +75,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 25
+    assert parsed == 27
 
 
 @pytest.fixture
@@ -354,6 +354,14 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
         succeed("generate", source, "--prompt", "def main(", "--max-new-tokens", 8, "--state-out", state)
         states.append(load_file(state)["extra.tail"].tolist())  # texts differ where bytes are no UTF-8
     assert states[0] == states[1] == states[2]
+    first = succeed("generate", run_dir, "--step", 3, "--prompt", "def main(", "--max-new-tokens", 8)
+    assert first == succeed("generate", checkpoint_folders(run_dir)[0], "--prompt", "def main(", "--max-new-tokens", 8)
+    for source, says in (
+        (run_dir, "no checkpoint of step 4: the steps of the run's checkpoints are 3, 6"),
+        (hf, "--step is for a run, and"),
+    ):
+        code, out, err = sambalm("generate", source, "--step", 4, "--prompt", "x")
+        assert (code, out, says in err) == (2, "", True)
     succeed("generate", run_dir, "--state-in", tmp_path / "state0", "--max-new-tokens", 2)
     code, out, err = sambalm("generate", hf, "--prompt", "")
     assert (code, out, err) == (2, "", "error: the prompt is empty: give at least one character to go on from\n")
@@ -455,9 +463,12 @@ CALLS = [
     ),
     (
         "sambalm.pretrain.checkpointing.to_hf.checkpoint_to_hf",
-        [*("convert", "to-hf", "run", "out", "--precision", "bf16", "--documents", "*.jsonl"), "--tokenizer", "t"],
+        [
+            *("convert", "to-hf", "run", "out", "--precision", "bf16", "--documents", "*.jsonl"),
+            *("--tokenizer", "t", "--step", "3"),
+        ],
         (Path("run"), Path("out")),
-        {"precision": "bf16", "documents": "*.jsonl", "tokenizer": Path("t"), "overwrite": False},
+        {"step": 3, "precision": "bf16", "documents": "*.jsonl", "tokenizer": Path("t"), "overwrite": False},
     ),
     (
         "sambalm.pretrain.generation.command.generate_text",
@@ -466,6 +477,7 @@ CALLS = [
             *("--temperature", "0.5", "--top-k", "7", "--top-p", "0.25", "--min-p", "0.125", "--seed", "9"),
             *("--repetition-penalty", "1.5", "--stop", "x", "--stop", "y", "--ignore-eos", "--no-echo", "--json"),
             *("--state-in", "i", "--state-out", "o", "--device", "cuda:1", "--dtype", "bf16", "--tokenizer", "t"),
+            *("--step", "3"),
         ],
         (
             Path("folder"),
@@ -482,13 +494,13 @@ CALLS = [
                 state_out=Path("o"),
             ),
         ),
-        {"device": "cuda:1", "dtype": "bf16", "tokenizer": Path("t")},
+        {"device": "cuda:1", "dtype": "bf16", "tokenizer": Path("t"), "step": 3},
     ),
     (
         "sambalm.pretrain.generation.command.generate_text",
         ["generate", "folder", "--interactive"],
         (Path("folder"), Request(None, Sampling(), interactive=True)),
-        {"device": None, "dtype": None, "tokenizer": None},
+        {"device": None, "dtype": None, "tokenizer": None, "step": None},
     ),
     (
         "sambalm.pretrain.planner.search.find_plans",

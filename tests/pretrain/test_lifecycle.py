@@ -1,5 +1,6 @@
 """Attempts, leases, signals and switches by themselves, without a run."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_step, remove_leftovers
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, remove_leftovers
 from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RestartError, RunInUseError
 from sambalm.pretrain.lifecycle import attempts as attempts_module
 from sambalm.pretrain.lifecycle import lease as lease_module
@@ -30,7 +31,7 @@ from sambalm.pretrain.lifecycle.attempts import (
     write_snapshot,
 )
 from sambalm.pretrain.lifecycle.hooks import is_due
-from sambalm.pretrain.lifecycle.lease import Lease
+from sambalm.pretrain.lifecycle.lease import Lease, held_lease
 from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.lifecycle.phases import Marks
 from sambalm.pretrain.lifecycle.processes import process_start
@@ -114,13 +115,13 @@ def test_a_snapshot_tells_the_revision_and_what_it_lacks(
     answers = {"ls-files": tracked, "rev-parse": "abc\n", "diff": difference}
     monkeypatch.setattr(attempts_module, "_git", lambda folder, command, *_: answers[command])
     monkeypatch.setenv("SOME_API_KEY", "hunter2")
-    monkeypatch.setenv("SOME_PLACE", "here")
+    monkeypatch.setenv("NCCL_DEBUG", "here")
     write_snapshot(tmp_path, config_yaml="x: 1\n", world_size=2, start_step=3)
     values = json.loads((tmp_path / "attempt.json").read_text())
     assert (values["revision"], values["changed"]) == (revision, is_changed)
     assert (tmp_path / "code.diff").exists() is is_changed
     environment = (tmp_path / "environment.txt").read_text().splitlines()
-    assert {"SOME_API_KEY=(hidden)", "SOME_PLACE=here"} <= set(environment)
+    assert {"SOME_API_KEY=(hidden)", "NCCL_DEBUG=here"} <= set(environment)
 
 
 def test_an_attempt_has_the_launchers_name(tmp_path, monkeypatch):
@@ -145,6 +146,21 @@ def test_errors_with_an_exit_code_are_recorded(tmp_path):
         outcome = tmp_path / name / "outcome.json"
         assert (json.loads(outcome.read_text())["exit_code"] if outcome.exists() else None) == code
     assert json.loads((tmp_path / "own" / "outcome.json").read_text())["reason"] == "no space"
+
+
+def test_a_full_disk_changes_no_ending(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attempts_module, "flush_to_disk", out_of_space)
+    with pytest.raises(NotSavedError, match="no space"), recorded_errors(tmp_path):
+        raise NotSavedError("no space")
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'outcome.json'} cannot be written: ")
+    monkeypatch.setattr(lease_module, "flush_to_disk", out_of_space)
+    with pytest.raises(OSError, match="No space left"):
+        Lease(tmp_path).acquire()
+    assert not list(tmp_path.iterdir())
+
+
+def out_of_space(file):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_no_rank_leaves_before_the_end_is_recorded(tmp_path):
@@ -236,6 +252,38 @@ def test_a_silent_lease_is_taken_after_a_while(identity, tmp_path):
     taken.acquire()
     assert time.monotonic() - start_s >= 0.5
     taken.release()
+
+
+def no_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.touch, Path.mkdir, no_link, lambda path: path.write_text("[]"), lambda path: path.write_text("{")]
+)
+def test_a_damaged_lease_is_taken_after_a_while(damage, tmp_path, capsys):
+    damage(tmp_path / "lease.json")
+    with held_lease(tmp_path, stale_s=0.1) as lease:
+        lease.check()
+    assert not list(tmp_path.iterdir())
+    assert (
+        capsys.readouterr().err
+        == f"warning: {tmp_path}/lease.json is damaged: waiting 0.1 s for a sign of its holder\n"
+    )
+
+
+def test_a_lease_is_known_by_its_token(identity, tmp_path):
+    """Whatever else of it is damaged: its holder goes on, and who waits sees it beat."""
+    lease = Lease(tmp_path, beat_s=0.05)
+    lease.acquire()
+    (tmp_path / "lease.json").write_text(json.dumps({"token": lease.token, "pid": "x"}))
+    lease.check()
+    with pytest.raises(RunInUseError, match=r"in use by an unknown process, as lease\.json is damaged"):
+        Lease(tmp_path, stale_s=20.0).acquire()
+    (tmp_path / "lease.json").write_bytes(b"")
+    with pytest.raises(RunInUseError, match=r"an unknown process, as lease\.json is damaged, took it"):
+        lease.check()
+    lease.release()
 
 
 def test_who_takes_a_silent_lease_first_is_looked_at_anew(identity, tmp_path):
@@ -340,18 +388,22 @@ def test_what_is_due_every_so_many_steps_is_due_at_the_end_too():
     assert [step for step in range(1, 7) if is_due(step, every_steps=3, last_step=6)] == [3, 6]
 
 
-def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
-    assert (newest_step(tmp_path), checkpoint_folders(tmp_path)) == (0, [])
+def test_committed_checkpoints_are_listed_by_their_steps(tmp_path):
+    """And nothing else: neither what is unfinished nor what somebody has put beside them."""
+    assert checkpoint_folders(tmp_path) == []
+    (tmp_path / "checkpoints" / "step_00000012.bak").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes.txt").touch()
     for name in ("step_00000900", "step_00001000", "step_00000020", ".step_00001100.partial", ".step_00000010.removed"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 1000
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == [
         "step_00000020",
         "step_00000900",
         "step_00001000",
     ]
+    (tmp_path / "checkpoints" / "step_00001000" / "state.json").write_text('{"step": 5}')  # a copy under another name
+    assert checkpoint_folders(tmp_path)[0].name == "step_00001000"
     remove_leftovers(tmp_path)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_lease_that_was_lost_between_steps_commits_nothing(run_values):
     run_dir = Path(values["run"]["dir"])
     assert first == second
     assert first.startswith(f"{run_dir} is no longer this process's: process 7 on far took it")
-    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert not (run_dir / "checkpoints").exists()
     assert json.loads((run_dir / "lease.json").read_text())["token"] == "another"  # which is not ours to remove
     (attempt,) = read_attempts(run_dir)
     assert attempt.exit_code == ExitCode.RUN_IN_USE

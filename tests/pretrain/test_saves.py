@@ -24,6 +24,7 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folders, checksums,
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
 from sambalm.pretrain.errors import ExitCode, print_line, print_warning
+from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import program
@@ -101,12 +102,21 @@ def slow(monkeypatch, seconds=SLOW_S):
 
 
 def train_past_saves(values, seen_steps):
-    """Trains while the save of each step ends only once metrics.jsonl has a later one; others end at once."""
+    """Trains while the save of each step ends only once metrics.jsonl has a later one; others end at once.
+
+    Returns:
+        The steps whose state was looked at before a save.
+    """
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.trainer import train
 
-    start, write_shards = write.CheckpointWriter.start, write.write_shards
+    start, write_shards, unfit_to_save = write.CheckpointWriter.start, write.write_shards, Guards.unfit_to_save
     saved: list[int] = []
+    examined: list[int] = []
+
+    def note_and_examine(self, **named):
+        examined.append(max(step.number for step in self.window))
+        return unfit_to_save(self, **named)
 
     def start_and_note(self, chunks, *, step, **named):
         saved.append(step)
@@ -120,7 +130,9 @@ def train_past_saves(values, seen_steps):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(write.CheckpointWriter, "start", start_and_note)
         monkeypatch.setattr(write, "write_shards", write_late)
+        monkeypatch.setattr(Guards, "unfit_to_save", note_and_examine)
         train(parse_config(values, source="test"))
+    return examined
 
 
 def test_a_run_trains_while_it_saves(run_values, tmp_path):
@@ -141,7 +153,7 @@ def test_a_run_trains_while_it_saves(run_values, tmp_path):
 def test_a_turn_is_skipped_where_the_config_says_so(run_values):
     section = {"every_steps": 2, "when_busy": "skip"}
     values = changed(run_values, parallel={"zero_stage": 1}, train={"steps": 9}, checkpoint=section)
-    run_world(train_past_saves, values, {2: 8}, ranks=2)
+    assert run_world(train_past_saves, values, {2: 8}, ranks=2) == [[2, 9]] * 2
     assert [open_checkpoint(folder).step for folder in checkpoint_folders(run_dir(values))] == [2, 9]
     skips = [record["checkpoint_skips"] for record in read_metrics(run_dir(values)) if "checkpoint_skips" in record]
     assert skips == [1, 2, 3]
