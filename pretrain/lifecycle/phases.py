@@ -66,6 +66,8 @@ class Marks:
     def during(self, phase: Phase | None, *, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Marks a block of the thread that trains; the phase around it begins anew after it. None marks nothing.
 
+        After an error the mark stays until another phase is entered: it says where the error came from.
+
         Args:
             unless: asked at the block's end whether its time cost nothing and belongs to the phase around it.
         """
@@ -74,11 +76,9 @@ class Marks:
             return
         outer = self.main
         self.enter(phase)
-        try:
-            yield
-        finally:
-            self._before_change(outer.phase if unless() else phase)
-            self._marks[self._trains] = Mark.now(outer.phase, outer.step)
+        yield
+        self._before_change(outer.phase if unless() else phase)
+        self._marks[self._trains] = Mark.now(outer.phase, outer.step)
 
     @contextmanager
     def during_beside(self, phase: Phase) -> Iterator[None]:

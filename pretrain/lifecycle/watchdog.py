@@ -72,6 +72,7 @@ class Watchdog:
         self.marks, self.limits, self._run_dir, self._rank, self._ranks = marks, limits, run_dir, rank, ranks
         self._awake_s = self._looked_s = time.monotonic()
         self._started_s = time.time() - process_age_s(os.getpid())
+        self._stands_since_s = time.time()  # before an error that the end of another rank causes
         self._attempt: Path | None = None
         self._ledger: Ledger | None = None
         self._board: Board | None = None
@@ -115,6 +116,7 @@ class Watchdog:
             position = self._position()
             if position.overdue and now_s - self._looked_s > _STUCK_S:
                 sentence = judge({self._rank: position}, silent=()) or "hanging"
+                self._stands_since_s = self.marks.main.since_s
                 print_line(self._stacks())
                 self._end(f"{sentence}; {self._run_dir} cannot be read either")
 
@@ -130,7 +132,9 @@ class Watchdog:
 
     def _look(self) -> None:
         self._leave_with_others()
-        position, board = self._position(), self._board
+        position, board, main = self._position(), self._board, self.marks.main
+        if position.overdue or main.phase is not Phase.LEAVE:
+            self._stands_since_s = main.since_s
         if board is None:
             if position.overdue:
                 print_line(self._stacks())
@@ -193,7 +197,7 @@ class Watchdog:
         """In a thread of its own: another may hold a stream or the ledger for ever."""
         os.write(2, f"error on rank {self._rank}: {reason}\n".encode())
         if self._ledger and exit_code is ExitCode.HANGING:
-            self._ledger.hang(self.marks.main.since_s)
+            self._ledger.hang(self._stands_since_s)
         sys.stdout.flush()
         sys.stderr.flush()
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, read_metrics
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, read_steps
 
 
 def plot_losses(run_dir: Path, path: Path, *, baselines: dict[str, float]) -> None:
@@ -12,7 +12,7 @@ def plot_losses(run_dir: Path, path: Path, *, baselines: dict[str, float]) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = read_metrics(run_dir)
+    records = read_steps(run_dir)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training", linewidth=1)
     names = sorted({name for r in records for name in r if name.startswith(LOSS_AT)}, key=_length)

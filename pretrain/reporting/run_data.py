@@ -1,5 +1,6 @@
 """What a report knows of a run, read from its folder."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _events(run_dir: Path, status: RunStatus) -> list[HappenedEvent]:
     goodput = read_goodput(run_dir, is_alive=status.state in _RUNNING)
     first: int | None = None
     told = goodput.events if goodput else []
-    for event, following in zip(told, [*told[1:], None], strict=True):
+    for event, following in itertools.zip_longest(told, told[1:]):
         if event.what in ("saved", "skipped"):
             first = event.step if first is None else first
             if following and following.what == event.what:

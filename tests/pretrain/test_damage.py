@@ -13,6 +13,7 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folder, newest_chec
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import CheckpointError, CheckpointsDamagedError, ExitCode, RunFolderError
 from sambalm.pretrain.lifecycle.attempts import read_attempts
+from sambalm.pretrain.lifecycle.phases import Marks
 from sambalm.pretrain.lifecycle.run_folder import open_run_folder
 from sambalm.pretrain.reporting.metrics import _drop_after
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -60,7 +61,7 @@ def test_a_lost_byte_of_the_manifest_costs_one_warning(run_values, capsys):
     manifest = checkpoint_folder(run_dir(run_values), 4) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"files"', '"filez"'))
     config = parse_config(run_values, source="test")
-    with open_run_folder(config) as folder:
+    with open_run_folder(config, Marks()) as folder:
         assert folder.checkpoint.step == 2
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {manifest} does not list the checkpoint's files")
@@ -79,11 +80,11 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_afresh_unasked(evidence
     elif evidence == "attempts":
         (folder / "saved.json").unlink()
     with pytest.raises(CheckpointsDamagedError, match=r"had saved step 4 and holds no .*run.start_over=true"):
-        open_run_folder(parse_config(run_values, source="test")).__enter__()
+        open_run_folder(parse_config(run_values, source="test"), Marks()).__enter__()
     assert (folder / "metrics.jsonl").read_text() == metrics
     (outcome,) = [record for record in read_attempts(folder) if record.exit_code == ExitCode.CHECKPOINTS_DAMAGED]
     assert outcome.start_step is None
-    with open_run_folder(parse_config(changed(run_values, run={"start_over": True}), source="test")) as opened:
+    with open_run_folder(parse_config(changed(run_values, run={"start_over": True}), source="test"), Marks()) as opened:
         assert opened.checkpoint is None
 
 
@@ -92,7 +93,7 @@ def test_a_run_that_was_killed_before_it_saved_starts_afresh(run_values):
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "attempts")
     (folder / "saved.json").unlink()
-    with open_run_folder(parse_config(run_values, source="test")) as opened:
+    with open_run_folder(parse_config(run_values, source="test"), Marks()) as opened:
         assert opened.checkpoint is None
 
 
@@ -101,14 +102,14 @@ def test_progress_counts_from_the_step_that_was_resumed(run_values):
     folder = make_run(run_values, steps=(10, 12, 14, 16))
     damages.empty(next(make_checkpoint(folder, 20).glob("*.safetensors")), random.Random(0))
     for _ in range(2):
-        with open_run_folder(parse_config(run_values, source="test")) as opened:
+        with open_run_folder(parse_config(run_values, source="test"), Marks()) as opened:
             assert opened.checkpoint.step == 16
 
 
 def test_the_step_is_what_the_state_says(run_values):
     folder = make_run(run_values, steps=(2, 4))
     checkpoint_folder(folder, 4).rename(checkpoint_folder(folder, 90))
-    with open_run_folder(parse_config(run_values, source="test")) as opened:
+    with open_run_folder(parse_config(run_values, source="test"), Marks()) as opened:
         assert opened.checkpoint.step == 4
     checkpoint_folder(folder, 2).rename(checkpoint_folder(folder, 91))  # the older one under the higher number
     assert newest_checkpoint(folder, warn=pytest.fail).step == 4
@@ -123,20 +124,20 @@ def test_what_is_a_folder_instead_of_a_file_is_set_aside(run_values, capsys):
     (folder / "metrics.jsonl").mkdir()
     shutil.rmtree(folder / "attempts")
     (folder / "attempts").touch()
-    with open_run_folder(parse_config(run_values, source="test")):
+    with open_run_folder(parse_config(run_values, source="test"), Marks()):
         assert not (folder / "metrics.jsonl").exists()
     assert len(capsys.readouterr().err.splitlines()) == 2
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").touch()
     with pytest.raises(CheckpointError, match="checkpoints cannot be read: Not a directory"):
-        open_run_folder(parse_config(run_values, source="test")).__enter__()
+        open_run_folder(parse_config(run_values, source="test"), Marks()).__enter__()
 
 
 def test_a_folder_that_cannot_be_used_is_a_sentence(run_values, tmp_path):
     (tmp_path / "file").touch()
     values = changed(run_values, run={"dir": str(tmp_path / "file" / "run")})
     with pytest.raises(RunFolderError, match=r"the run's folder .* cannot be used: .*Not a directory"):
-        open_run_folder(parse_config(values, source="test")).__enter__()
+        open_run_folder(parse_config(values, source="test"), Marks()).__enter__()
 
 
 def test_damaged_metrics_are_left_out_with_one_warning(run_values, capsys):

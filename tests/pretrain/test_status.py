@@ -32,7 +32,13 @@ def run_of_hours(tmp_path, monkeypatch):
         write_snapshot(folder / "attempts" / name, config_yaml=config, world_size=1, start_step=step)
     now_s[0] = 12_000.0
     records = [
-        {"step": step, "tokens": 50 * step, "step_time_s": 9.0 if step <= 50 else 5.0, "tokens_per_second": 10.0}
+        {
+            "step": step,
+            "loss": 3.0,
+            "tokens": 50 * step,
+            "step_time_s": 9.0 if step <= 50 else 5.0,
+            "tokens_per_second": 10.0,
+        }
         for step in range(1, 151)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -53,7 +59,7 @@ def test_status_is_reckoned_from_the_recent_steps(run_of_hours):
         "attempts": "2",
         "step": "150 of 1,000 (15.0%)",
         "tokens": "7,500",
-        "loss": "no step yet",
+        "loss": "3.0000",
         "speed": "10 tokens/s",
         "left": "1 h 10 min",
         "time in training": "47.5%",
