@@ -15,7 +15,7 @@ from sambalm.pretrain.planner.memory import RankMemory, stage_memories
 from sambalm.pretrain.planner.search import _parallel_sections, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
 from sambalm.pretrain.planner.table import _speed_table
-from tests.pretrain.test_plan import config_of
+from tests.support.planned_runs import config_of
 
 PASS_BYTES_PER_S = 3.0e12 * 0.84  # of fused kernels on an H100
 
