@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.generation.chat import Conversation
 from sambalm.pretrain.generation.command import Request, generate_text
 from sambalm.pretrain.generation.errors import GenerationError
-from sambalm.pretrain.generation.output import Output
+from sambalm.pretrain.generation.output import Output, interruptible
 from sambalm.pretrain.generation.prompts import read_prompts
 from sambalm.pretrain.generation.sampling import Sampler, Sampling
 from sambalm.pretrain.generation.source import load_source
@@ -307,6 +308,25 @@ def test_the_penalty_meets_every_token_once_at_any_length():
         expected = RepetitionPenaltyLogitsProcessor(3.0)(ids[:, :end], logits).argmax(-1)
         assert torch.equal(sampler(logits), expected)
     assert sampler._buffer.shape[1] <= 100
+
+
+def end_of_a_block(ends: str) -> None:
+    with interruptible() as pressed:
+        assert not pressed()
+        if ends == "by Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+            assert pressed()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the second one ends the process
+        if ends == "by an error":
+            raise GenerationError("the text cannot go on")
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C", "by an error"])
+def test_ctrl_c_ends_the_process_as_ever_after_a_text(ends):
+    with pytest.raises(GenerationError) if ends == "by an error" else nullcontext():
+        end_of_a_block(ends)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_keeps_the_text_and_the_state(folder, tmp_path):
