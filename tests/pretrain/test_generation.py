@@ -7,6 +7,8 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from sambalm.model.hf import HFError, Stream, load_for_generation
 from sambalm.model.hf.tokenizer import save_tokenizer
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.generation.chat import Conversation
-from sambalm.pretrain.generation.command import Request, generate_text
+from sambalm.pretrain.generation.command import Request, _prompt_ids, generate_text
 from sambalm.pretrain.generation.errors import GenerationError
 from sambalm.pretrain.generation.output import Output, interruptible
 from sambalm.pretrain.generation.prompts import read_prompts
@@ -256,6 +258,18 @@ def test_a_mistake_ends_in_a_sentence(options, sentence, generated):
     assert sentence in str(raised.value)
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10))
+    request = Request(["a"], GREEDY)
+    for highest, fits in ((9, True), (10, False)):
+        source: Any = SimpleNamespace(model=model, encode=lambda text, highest=highest: [3, highest, 4])
+        if fits:
+            assert _prompt_ids(source, "a", 0, request) == [3, highest, 4]
+            continue
+        with pytest.raises(GenerationError, match="gives the id 10, but the model's vocab_size is 10: give the tok"):
+            _prompt_ids(source, "a", 0, request)
 
 
 def test_states_that_do_not_fit_are_refused(folder, generated, tmp_path):

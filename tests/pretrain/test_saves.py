@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,15 @@ import yaml
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from sambalm.parallel.rectangles import rectangles
+from sambalm.pretrain.checkpointing import format as format_of_checkpoints
 from sambalm.pretrain.checkpointing import write
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, checksums, newest_checkpoint, open_checkpoint
+from sambalm.pretrain.checkpointing.format import (
+    checkpoint_folder,
+    checkpoint_folders,
+    checksums,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
 from sambalm.pretrain.errors import ExitCode, print_line, print_warning
@@ -87,6 +95,39 @@ def test_replicas_write_the_shares_that_they_hold(stage, run_values):
     sizes = [sum(path.stat().st_size for path in folder.glob(f"shard-0000{rank}-*")) for rank in (1, 2)]
     assert min(sizes) > 0.4 * sum(sizes)
     assert sum(path.stat().st_size for path in folder.glob("shard-*-[12].safetensors")) < 0.1 * sum(sizes)
+
+
+def committed(tmp_path, monkeypatch, *, fails: str) -> list[str]:
+    """Commits the checkpoint of step 2 where an operation fails; returns the checkpoints that are there then."""
+    folders = [checkpoint_folder(tmp_path, step) for step in (1, 2)]
+    partial = folders[1].with_name(".step_00000002.partial")
+    for folder in (folders[0], partial):
+        folder.mkdir(parents=True)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    module, name = {
+        "os.replace": (os, "replace"),
+        "sync": (format_of_checkpoints, "sync"),
+        "removal": (Path, "replace"),
+    }[fails]
+    monkeypatch.setattr(module, name, fail)
+    host = SimpleNamespace(_run_dir=tmp_path, _config=SimpleNamespace(checkpoint=SimpleNamespace(keep=1)))
+    write.CheckpointWriter._commit(host, partial, folders[1])
+    return [folder.name for folder in checkpoint_folders(tmp_path)]
+
+
+def test_a_checkpoint_that_has_its_name_counts_whatever_fails_after_it(tmp_path, monkeypatch, capsys):
+    assert committed(tmp_path / "a", monkeypatch, fails="sync") == ["step_00000002"]
+    assert "step_00000002 is complete, but a power loss may undo it: [Errno 5]" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert committed(tmp_path / "b", monkeypatch, fails="removal") == ["step_00000001", "step_00000002"]
+    assert "an old checkpoint could not be removed: [Errno 5]" in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="Input/output"):
+        committed(tmp_path / "c", monkeypatch, fails="os.replace")
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "c")] == ["step_00000001"]
 
 
 def slow(monkeypatch, seconds=SLOW_S):
