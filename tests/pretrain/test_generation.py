@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.model.hf import HFError, Stream, load_for_generation
 from sambalm.model.hf.tokenizer import save_tokenizer
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.generation import source as source_file
 from sambalm.pretrain.generation.chat import Conversation
 from sambalm.pretrain.generation.command import Request, _prompt_ids, generate_text
 from sambalm.pretrain.generation.errors import GenerationError
@@ -270,6 +272,29 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
             continue
         with pytest.raises(GenerationError, match="gives the id 10, but the model's vocab_size is 10: give the tok"):
             _prompt_ids(source, "a", 0, request)
+
+
+@pytest.mark.parametrize(
+    ("given", "of_manifest", "own", "eos_ids"),
+    [(None, 5, 2, {5}), (None, None, 2, {2}), (None, -1, 2, set()), ("t.model", 5, 2, {2}), ("t.model", 5, -1, set())],
+)
+def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_manifest, own, eos_ids, monkeypatch):
+    """The manifest's token, which may be another than the tokenizer's own; but not where another tokenizer is given."""
+    data = SimpleNamespace(prefixes=["data/text"], tokenizer_path=lambda: Path("run.model"))
+    config, files = SimpleNamespace(data=data, model=None), []
+    manifest = None if of_manifest is None else SimpleNamespace(tokenizer=SimpleNamespace(eos_id=of_manifest))
+    stubs = {
+        "newest_checkpoint": lambda path, warn: SimpleNamespace(path=path, state={"config": {}}),
+        "parse_config": lambda values, source: config,
+        "read_manifest": {"data/text": manifest}.__getitem__,
+        "_training_tokenizer": lambda file: (files.append(str(file)), list, None, own)[1:],
+        "model_of_state": lambda *_, dtype: nn.Identity(),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(source_file, name, stub)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "tokenizer": given and Path(given)}
+    assert source_file._checkpoint_source(Path("run"), **options).eos_ids == eos_ids
+    assert files == [given or "run.model"]
 
 
 def test_states_that_do_not_fit_are_refused(folder, generated, tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sambalm.model.mixers.counts import KernelNames, Scan, Traffic
+from sambalm.model.mixers.counts import KernelNames, Scan, Share, Traffic, halo_message
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner import activations, search
 from sambalm.pretrain.planner import time as step
@@ -198,3 +198,15 @@ def test_a_plan_is_shown_in_days_and_gigabytes():
     assert plan.run_days == pytest.approx(1000 * plan.time.total_s / 86_400)
     table = _speed_table([replace(plan, wire_bytes=5e9)])
     assert [list(column.cells) for column in table.columns][-2:] == [[f"{plan.days_to(3.2e12):.1f}"], ["5.0"]]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "tokens"), [("none", 16 + 8 + 16), ("selective", 40), ("full", 2 * (16 + 8) + 16)]
+)
+def test_the_busiest_of_ranks_passes_tokens_on_in_every_forward_and_gradients_back_once(recompute, tokens):
+    """Parts of 16 tokens and a reach of 24: the second of four ranks has two after it, and one before it."""
+    share = Share(1, False, 4, 2, 64, 2, recompute, TORCH_ON_CPU)
+    message = halo_message(5, 24, share)
+    assert (message.dimension, message.operation, message.ranks, message.times) == ("context", "send", 4, 1)
+    assert message.handed_bytes == 2 * 2 * 5 * tokens  # bf16, sequences, width
+    assert halo_message(5, 3, replace(share, context_ranks=2)).handed_bytes == 2 * 2 * 5 * 3 * share.forwards
