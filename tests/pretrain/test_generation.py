@@ -226,13 +226,14 @@ def test_a_chat_with_a_template_reads_each_turn_once(rewrites, folder, generated
     assert len(pieces) == 2
     assert pieces[0].count(1) == 2, "the template's <s> are control tokens"
     model, tokenizer = load_for_generation(copy)
+    text = "</s><s>user: two</s><s>assistant: "  # what comes after the answer
     if rewrites:
         first = answers[0]
         messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": first}]
         messages.append({"role": "user", "content": "two"})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        tokenizer.backend_tokenizer.encode_special_tokens = False
-        assert pieces[1] == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    assert pieces[1] == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     seen = Stream.load(model, state).seen_tokens[0]
     assert seen == len(pieces[1]) + 4 + (0 if rewrites else len(pieces[0]) + 4)
 

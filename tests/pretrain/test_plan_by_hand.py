@@ -1,10 +1,13 @@
 """The planner's formulas on round numbers, each against the same reckoned by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from sambalm.model.mixers.counts import KernelNames, Scan, Share, Traffic, halo_message
+from sambalm.model.ops.reference.selective_scan import CHUNK_ELEMENTS
+from sambalm.model.registry import mixer
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner import activations, search
 from sambalm.pretrain.planner import time as step
@@ -210,3 +213,29 @@ def test_the_busiest_of_ranks_passes_tokens_on_in_every_forward_and_gradients_ba
     assert (message.dimension, message.operation, message.ranks, message.times) == ("context", "send", 4, 1)
     assert message.handed_bytes == 2 * 2 * 5 * tokens  # bf16, sequences, width
     assert halo_message(5, 3, replace(share, context_ranks=2)).handed_bytes == 2 * 2 * 5 * 3 * share.forwards
+
+
+@pytest.mark.parametrize("names", [TORCH_ON_CPU, KernelNames("cuda", "cuda", "flex", "compiled", "compiled")], ids=str)
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("letter", "M*-")
+def test_what_a_layer_takes_is_so_much_for_each_sequence(letter, context, names):
+    """But for Mamba's decay rates, two of which a layer keeps in fp32."""
+    model, one = config_of().model, mixer(letter)
+
+    def counted(sequences: int) -> list[float]:
+        share = Share(1, False, context, sequences, 192, 2, "selective", names)
+        sent = [each.handed_bytes for each in one.messages(model, share) if each.dimension == "context"]
+        kernels = [vars(each) for each in one.kernels(model, share)]
+        kept = one.saved_bytes(model, share, inside=False) - rates
+        return [kept, one.backward_bytes(model, share) - chunk_bytes(share), *sent, *map(work_of, kernels)]
+
+    def work_of(kernel: dict) -> float:
+        return math.prod(value for key, value in kernel.items() if key != "traffic")
+
+    def chunk_bytes(share: Share) -> int:  # of the scan in plain PyTorch, however many sequences
+        return 4 * 4 * CHUNK_ELEMENTS["cpu"] if letter == "M" and names.scan == "torch" else 0
+
+    rates = 2 * model.inner_size * model.d_state * 4 if letter == "M" else 0
+    assert all(counted(1)) or context == 1
+    for sequences in (2, 4):
+        assert counted(sequences) == pytest.approx([sequences * number for number in counted(1)])
