@@ -1,10 +1,13 @@
 """Steps that are not finite or beyond a limit: every rank skips that step, and no other, whoever found them."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from sambalm.parallel.zero.clipping import Clipping
 from tests.support.layout_runs import batches, run_values
 from tests.support.worlds import run_world
 
@@ -69,3 +72,15 @@ def test_a_step_that_is_not_finite_or_beyond_a_limit_is_skipped(ranks, parallel)
         if parallel.get("zero_stage", 1) == 1:  # the others leave it to DeepSpeed, whose norm is inf for both
             assert [norm for norm in norms if not math.isfinite(norm)] == pytest.approx([*BAD.values()], nan_ok=True)
             assert counted == [STEPS]
+
+
+@pytest.mark.parametrize(("gradients", "norm", "divisor"), [([0.6, 0.8], 1.0, 1.0), ([3.0, 4.0], 5.0, 2.5)])
+def test_gradients_are_shortened_and_never_made_longer(gradients, norm, divisor):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer: Any = torch.optim.AdamW([weight])
+    guard: Any = SimpleNamespace(skips=lambda norm: norm * 0)
+    clipping = Clipping(optimizer, max_norm=2.0, groups=[], guard=guard)
+    parts = [torch.tensor([number]) for number in gradients]
+    assert clipping.prepare(parts).item() == pytest.approx(norm)
+    assert optimizer.grad_scale.item() == pytest.approx(divisor, rel=1e-5)
+    assert optimizer.found_inf.item() == 0
