@@ -11,7 +11,7 @@ from sambalm.model.registry import mixer
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner import activations, search
 from sambalm.pretrain.planner import time as step
-from sambalm.pretrain.planner.communication import ReducedGroup, Transfer
+from sambalm.pretrain.planner.communication import ReducedGroup, Transfer, step_transfers
 from sambalm.pretrain.planner.hardware import DEVICES, H100
 from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import RankMemory, stage_memories
@@ -239,3 +239,10 @@ def test_what_a_layer_takes_is_so_much_for_each_sequence(letter, context, names)
     assert all(counted(1)) or context == 1
     for sequences in (2, 4):
         assert counted(sequences) == pytest.approx([sequences * number for number in counted(1)])
+
+
+def test_a_plan_tells_what_its_busiest_rank_sends():
+    config = config_of(parallel={"pipeline": 2, "pipeline_layers": [3, 1], "tensor": 2})
+    sent = [sum(each.wire_bytes for each in step_transfers(config, stage=stage, world_size=4)) for stage in range(2)]
+    assert min(sent) < max(sent)
+    assert plan_of(config, world_size=4, hardware=H100).wire_bytes == max(sent)
