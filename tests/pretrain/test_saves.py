@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,8 @@ from sambalm.pretrain.checkpointing.format import (
 )
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
-from sambalm.pretrain.errors import ExitCode, print_line, print_warning
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import ExitCode, SaveBrokenError, print_line, print_warning
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import program
@@ -128,6 +130,27 @@ def test_a_checkpoint_that_has_its_name_counts_whatever_fails_after_it(tmp_path,
     with pytest.raises(OSError, match="Input/output"):
         committed(tmp_path / "c", monkeypatch, fails="os.replace")
     assert [folder.name for folder in checkpoint_folders(tmp_path / "c")] == ["step_00000001"]
+
+
+def test_memory_of_copies_is_given_back_once_no_save_reads_it(run_values):
+    writer = write.CheckpointWriter(
+        parse_config(run_values, source="test"), world=SimpleNamespace(of_save_thread=None), data={}
+    )
+    released: list[bool] = []
+    writer._snapshot = SimpleNamespace(release=lambda: released.append(True))
+    writer._save = Future()
+    assert (writer.under_way, writer.is_done, writer.is_broken) == (True, False, False)
+    with pytest.raises(TimeoutError):
+        writer.result(timeout_s=0)
+    writer.close()
+    assert not released
+    writer._save.set_exception(RuntimeError("connection reset"))
+    assert (writer.under_way, writer.is_done, writer.is_broken) == (True, True, True)
+    with pytest.raises(SaveBrokenError, match=r"lost each other .*: RuntimeError: connection reset"):
+        writer.result()
+    assert (writer.under_way, writer.is_done, writer.is_broken) == (False, True, False)
+    writer.close()
+    assert released == [True]
 
 
 def slow(monkeypatch, seconds=SLOW_S):
