@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sambalm.parallel.zero.clipping import Clipping
+from sambalm.parallel.zero.step_guard import StepGuard
 from tests.support.layout_runs import batches, run_values
 from tests.support.worlds import run_world
 
@@ -84,3 +85,22 @@ def test_gradients_are_shortened_and_never_made_longer(gradients, norm, divisor)
     assert clipping.prepare(parts).item() == pytest.approx(norm)
     assert optimizer.grad_scale.item() == pytest.approx(divisor, rel=1e-5)
     assert optimizer.found_inf.item() == 0
+
+
+def test_a_guard_judges_the_mean_over_the_ranks():
+    """Of their losses; what is called before the update sees it, in the order in which it was added."""
+    world: Any = SimpleNamespace(device=torch.device("cpu"), replica_size=2, sum_over_replicas=lambda loss: loss + 3.0)
+    guard, seen = StepGuard(world), []
+    guard.before_update += [
+        lambda: seen.append(("a", guard.loss.item())),
+        lambda: seen.append(("b", guard.loss.item())),
+    ]
+    guard.after_backward(torch.tensor(1.0))
+    assert seen == [("a", 2.0), ("b", 2.0)]
+    for limits, skips in (
+        ({"loss": 2.0, "norm": 1.0}, 0),
+        ({"loss": 1.9, "norm": 9.0}, 1),
+        ({"loss": 9.0, "norm": 0.9}, 1),
+    ):
+        guard.set_limits(**limits)
+        assert guard.skips(torch.tensor(1.0)).item() == skips

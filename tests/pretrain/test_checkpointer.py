@@ -72,6 +72,7 @@ class Host:
         self.hook, self.number = Noting(), 0
         world: Any = SimpleNamespace(is_main=True, of_save_thread=None)
         made: dict[str, Any] = {"guards": self, "hooks": [Hook(), self.hook], "check_lease": lambda: None, "data": {}}
+        made["marks"] = None  # which only the thread of a real save uses
         self.checkpointer = Checkpointer(self.config, world=world, **made)
         self.writer = self.checkpointer.writer = Writer()
         self.checkpointer.parts = []
