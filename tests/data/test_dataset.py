@@ -102,6 +102,17 @@ def test_held_out_documents_are_the_last_and_never_trained_on(tmp_path):
         build_validation_dataset(config, num_samples=3, seed=0)[3]
 
 
+def test_a_short_validation_is_drawn_from_all_of_the_held_out_part(tmp_path):
+    """By the seed, and a longer one adds to it: losses of both are of the same text."""
+    config = _config(write_shard(tmp_path / "d", counting_documents(200)), validation_fraction=0.5)
+    whole = _samples(build_validation_dataset(config, num_samples=10**6, seed=0))
+    few, other = (_samples(build_validation_dataset(config, num_samples=len(whole) // 4, seed=seed)) for seed in (0, 1))
+    assert few == whole[: len(few)]
+    assert few != other
+    first, last = min(whole)[0][0], max(whole)[0][0]
+    assert max(few)[0][0] - first > (last - first) / 2
+
+
 def test_tiny_validation_fraction_still_holds_out_a_document(tmp_path):
     documents = [np.arange(60) + 60 * n for n in range(5)]
     config = _config(write_shard(tmp_path / "d", documents), validation_fraction=0.001)

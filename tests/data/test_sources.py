@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -244,6 +245,28 @@ def _nodes(tmp_path, number: int) -> None:
         (tmp_path / str(node)).mkdir()
         for name, start in (("a", 0), ("b", 10_000)):
             write_shard(tmp_path / str(node) / name, counting_documents(50, start=start))
+
+
+def test_a_rank_ends_for_what_is_wrong_on_another_node(tmp_path, monkeypatch):
+    from sambalm.data_pipeline import shared
+
+    sources = open_sources(_config(write_shard(tmp_path / "a", counting_documents(50))))
+
+    def broadcast(box: list, src: int) -> None:
+        box[0] = sources
+
+    def gather(found: list, mine: str | None) -> None:
+        found[:] = [None, mine, failure, None]
+
+    world = {"is_initialized": lambda: True, "get_rank": lambda: 1, "get_world_size": lambda: 4}
+    replaced = world | {"broadcast_object_list": broadcast, "all_gather_object": gather}
+    monkeypatch.setattr(shared, "dist", SimpleNamespace(**replaced))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    failure = None
+    assert shared.shared_sources(_config("nowhere")) is sources
+    failure = "b.bin has 10 bytes"
+    with pytest.raises(DataError, match=r"^on the node of rank 2: b\.bin has 10 bytes$"):
+        shared.shared_sources(_config("nowhere"))
 
 
 @pytest.mark.slow

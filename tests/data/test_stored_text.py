@@ -29,3 +29,13 @@ def test_another_tokenizer_is_refused(data, tmp_path):
     smaller = train_tokenizer([tmp_path / "text.jsonl"], vocab_size=290, output=tmp_path / "smaller.model")
     with pytest.raises(DataError, match="beyond the 290 pieces"):
         list(stored_documents(data, smaller))
+
+
+def test_the_highest_id_of_the_data_is_one_that_the_tokenizer_has(data, tmp_path):
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    highest = max(max(tokenizer.encode(text), default=0) for text in TEXTS)
+    tokenizer.vocab_size = highest + 1
+    assert len(list(stored_documents(data, tokenizer))) == len(TEXTS)
+    tokenizer.vocab_size = highest
+    with pytest.raises(DataError, match=f"holds token id {highest}, beyond the {highest} pieces"):
+        list(stored_documents(data, tokenizer))

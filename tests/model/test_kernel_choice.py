@@ -155,6 +155,15 @@ def test_a_kernel_that_cannot_keep_documents_apart_is_refused_by_name_in_a_sente
     )
 
 
+@pytest.mark.parametrize(
+    ("attention", "captured"), [("torch", True), ("flex", True), ("torch-flash", False), ("flash-attn", False)]
+)
+def test_kernels_say_whether_a_graph_may_hold_packed_documents(gpu, attention, captured):
+    gpu("flash_attn")
+    config = KernelConfig(**dict.fromkeys(KernelConfig.model_fields, "torch") | {"attention": attention})
+    assert build_kernels(config, KernelRequirements("cuda", "bf16")).captures_documents is captured
+
+
 def test_an_attention_kernel_passes_documents_on_to_no_other():
     q = torch.zeros(1, 1, 8, 16)
     documents = Documents(torch.zeros(1, 8, dtype=torch.int64), first=0, device=q.device)

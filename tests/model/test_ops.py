@@ -237,6 +237,8 @@ def dense_attention(q, k, v, *, window):
         (5, 8, 2, 2, 100),
         (16, 16, 2, 1, 16),
         (17, 17, 2, 1, 16),
+        # Where the first key that a block of 64 queries sees is the last one of a block, and one further on each side.
+        *((130, 130 + before, 2, 1, window) for window in (1, 2, 3, 63, 64) for before in (0, 1, 70)),
     ],
 )
 def test_window_attention_equals_dense(queries, keys, heads, kv_heads, window):
@@ -246,7 +248,9 @@ def test_window_attention_equals_dense(queries, keys, heads, kv_heads, window):
         lambda q, k, v: [dense_attention(q, k, v, window=window)],
         inputs,
         tolerance=1e-5,
-        zero_gradients=(0, 1) if keys == 1 else (),  # a query of one key gives it all its weight, whatever they are
+        zero_gradients=(0, 1)
+        if keys == 1 or window == 1
+        else (),  # a query of one key gives it all its weight, whatever they are
     )
 
 

@@ -1,10 +1,14 @@
 """Steps that are not finite or beyond a limit: every rank skips that step, and no other, whoever found them."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from sambalm.parallel.zero.clipping import Clipping
+from sambalm.parallel.zero.step_guard import StepGuard
 from tests.support.layout_runs import batches, run_values
 from tests.support.worlds import run_world
 
@@ -69,3 +73,34 @@ def test_a_step_that_is_not_finite_or_beyond_a_limit_is_skipped(ranks, parallel)
         if parallel.get("zero_stage", 1) == 1:  # the others leave it to DeepSpeed, whose norm is inf for both
             assert [norm for norm in norms if not math.isfinite(norm)] == pytest.approx([*BAD.values()], nan_ok=True)
             assert counted == [STEPS]
+
+
+@pytest.mark.parametrize(("gradients", "norm", "divisor"), [([0.6, 0.8], 1.0, 1.0), ([3.0, 4.0], 5.0, 2.5)])
+def test_gradients_are_shortened_and_never_made_longer(gradients, norm, divisor):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer: Any = torch.optim.AdamW([weight])
+    guard: Any = SimpleNamespace(skips=lambda norm: norm * 0)
+    clipping = Clipping(optimizer, max_norm=2.0, groups=[], guard=guard)
+    parts = [torch.tensor([number]) for number in gradients]
+    assert clipping.prepare(parts).item() == pytest.approx(norm)
+    assert optimizer.grad_scale.item() == pytest.approx(divisor, rel=1e-5)
+    assert optimizer.found_inf.item() == 0
+
+
+def test_a_guard_judges_the_mean_over_the_ranks():
+    """Of their losses; what is called before the update sees it, in the order in which it was added."""
+    world: Any = SimpleNamespace(device=torch.device("cpu"), replica_size=2, sum_over_replicas=lambda loss: loss + 3.0)
+    guard, seen = StepGuard(world), []
+    guard.before_update += [
+        lambda: seen.append(("a", guard.loss.item())),
+        lambda: seen.append(("b", guard.loss.item())),
+    ]
+    guard.after_backward(torch.tensor(1.0))
+    assert seen == [("a", 2.0), ("b", 2.0)]
+    for limits, skips in (
+        ({"loss": 2.0, "norm": 1.0}, 0),
+        ({"loss": 1.9, "norm": 9.0}, 1),
+        ({"loss": 9.0, "norm": 0.9}, 1),
+    ):
+        guard.set_limits(**limits)
+        assert guard.skips(torch.tensor(1.0)).item() == skips

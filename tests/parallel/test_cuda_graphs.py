@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches, run_in_turn
 from sambalm.parallel.errors import ParallelError
+from sambalm.parallel.execution import AccumulatingExecutor
 from sambalm.parallel.micro_batch import MicroBatch
 
 COUNTS = (1, 2, 4, 1, 3, 4, 1)  # micro-batches of each step
@@ -114,6 +115,16 @@ def test_captured_steps_are_those_run_in_turn():
 def test_packed_documents_are_captured_where_no_kernel_reads_them_on_the_host():
     assert captured_and_not(last_differs=True, documents=True, packed=True).captured
     assert not captured_and_not(last_differs=True, documents=False, packed=True).captured
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("reduces", [True, False])
+def test_an_executor_says_what_its_graphs_may_hold(documents, reduces):
+    model, rest = nn.Linear(2, 2), dict.fromkeys(("engine", "guard", "weights", "compute_weights", "fp8"))
+    gradients, captures = object() if reduces else None, {"cuda_graphs": True, "captures_documents": documents}
+    graphs = AccumulatingExecutor(model=model, gradients=gradients, **rest, **captures).graphs
+    assert (graphs.last_differs, graphs.documents) == (reduces, documents)
+    assert list(map(id, graphs.parameters)) == list(map(id, model.parameters()))
 
 
 def test_a_last_micro_batch_that_does_nothing_else_has_no_graph_of_its_own():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sambalm.parallel.replicas import position_factors, weights_hash
+from sambalm.parallel.replicas import Difference, _holders, position_factors, weights_hash
 from tests.support.layout_runs import batches, run_values
 from tests.support.worlds import run_world
 
@@ -94,3 +94,9 @@ def test_the_hash_sees_any_flipped_bit_and_any_exchange():
         assert int(weights_hash(tensor.flip(0), factors)) not in hashes
         assert weights_hash(tensor.t().contiguous().t(), factors) == weights_hash(tensor, factors)
     assert weights_hash(torch.zeros(3), factors) != weights_hash(-torch.zeros(3), factors)
+
+
+def test_most_ranks_are_taken_to_be_right():
+    found = [{"a": 5, "b": 1}, {"a": 7, "b": 1}, {"a": 5}, {"a": 5, "b": 2}, {"a": 8}]
+    assert str(Difference("a", _holders("a", found))) == "a is not the same on rank 1 and rank 4 as on ranks 0, 2, 3"
+    assert str(Difference("b", _holders("b", found))) == "b is not the same on rank 3 as on ranks 0, 1"

@@ -22,6 +22,8 @@ from sambalm.parallel.zero import engine
 from sambalm.pretrain import cli
 from sambalm.pretrain.check_layout import (
     LayoutCheck,
+    TensorDifference,
+    _farthest,
     _first_gradients,
     check_layout,
     checked_config,
@@ -147,6 +149,35 @@ def test_each_copy_and_each_element_counts():
     assert (worst.difference, worst.rank) == (math.inf, None)
     worst, _ = compare_slices([[right[0], ("b", (0,), np.array([0, np.nan, 0], np.float32))]], expected)
     assert (worst.name, worst.difference) == ("b", math.inf)
+
+
+def test_the_rank_that_is_farthest_from_one_process_is_told():
+    expected = [4.0, 2.0]
+    assert _farthest([[4.0, 2.0], [4.0, 2.5], [3.9, 2.1]], expected) == [4.0, 2.5]
+    assert _farthest([[4.0, 2.0], [math.nan, 2.0]], [4.0, 2.0])[0] is math.nan
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "difference", "worst"),
+    [
+        ([4.0, 2.0], [1.0, 8.0], 0.125, 0.125),
+        ([4.0, 1.5], [1.0, 8.0], 0.125, 0.25),
+        ([4.0, 2.0], [1.5, 8.0], 0.125, 0.5),
+        ([4.0, 2.0], [1.0, math.nan], 0.125, math.inf),
+        ([4.0, 2.0], [1.0, 8.0], math.inf, math.inf),
+    ],
+)
+def test_the_largest_difference_decides_whichever_number_it_is_of(losses, norms, difference, worst):
+    tensors = [TensorDifference("a", difference, 1, (2,), (3,)), TensorDifference("b", 0.0, 0, (0,), (5,))]
+    numbers = {"losses": losses, "norms": norms, "expected_losses": [4.0, 2.0], "expected_norms": [1.0, 8.0]}
+    for tolerance in (0.125, 0.25, 0.5):
+        found = LayoutCheck("DP2", "cpu", {}, tensors=tensors, tolerance=tolerance, **numbers)
+        assert found.worst == worst
+        assert found.passed is (worst <= tolerance)
+        told = found.as_json()
+        assert (told["worst"], told["passed"]) == (worst if math.isfinite(worst) else None, found.passed)
+        assert [one["difference"] for one in told["tensors"]] == [difference if math.isfinite(difference) else None, 0]
+        json.dumps(told, allow_nan=False)
 
 
 @pytest.mark.parametrize("size", ["421m", "1.3b", "1.7b", "3.8b"])

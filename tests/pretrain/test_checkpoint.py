@@ -29,6 +29,8 @@ from sambalm.pretrain.checkpointing.format import (
     open_checkpoint,
     remove_checkpoint,
 )
+from sambalm.pretrain.checkpointing.shard_file import write_shards
+from sambalm.pretrain.checkpointing.snapshot import SavedSlice
 from sambalm.pretrain.checkpointing.to_hf import _facts
 from sambalm.pretrain.checkpointing.write import _complete, save_checkpoint
 from sambalm.pretrain.config_file import parse_config
@@ -301,9 +303,10 @@ def test_a_committed_checkpoint_survives_a_power_loss(tmp_path, monkeypatch):
     final.mkdir(parents=True)  # of an earlier attempt
     partial.mkdir()
     calls = noted_operations(monkeypatch)
-    _complete(partial, {"step": 1, "samples": 8, "config": {}}, {})
+    written = write_shards(partial, [SavedSlice("model.w", (0,), torch.ones(3))] * 2, rank=0)  # in two files
+    _complete(partial, {"step": 1, "samples": 8, "config": {}}, written)
     commit(partial, final)
-    assert_lasts(calls, final, parts=[STATE, MANIFEST])
+    assert_lasts(calls, final, parts=[STATE, MANIFEST, *written])
     assert open_checkpoint(final).step == 1
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,11 @@ import yaml
 from sambalm.data_pipeline.shards import ShardWriter
 from sambalm.data_pipeline.sources import open_sources
 from sambalm.parallel.groups import ContextParallel, Pipeline
-from sambalm.pretrain.checkpointing.data_record import data_change
+from sambalm.pretrain.checkpointing.data_record import data_change, data_record
+from sambalm.pretrain.checkpointing.format import Checkpoint
+from sambalm.pretrain.checkpointing.load import check_data
 from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.reporting.data_index import index_data
 from sambalm.pretrain.validation import Validator
 from tests.support import program
@@ -116,6 +120,20 @@ def test_a_run_starts_on_the_index_that_was_made_ahead(blended_values, tmp_path)
     assert len(index) == 2
     train(blended_values, ranks=2)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".index_cache").iterdir()} == index
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_changed_data_is_refused_unless_the_config_allows_it(allowed, blended_values):
+    config = parse_config(changed(blended_values, data={"allow_changed": allowed}), source="test")
+    record = data_record(config, open_sources(config.data))
+    saved = Checkpoint(Path("step_3"), {"data": record})
+    check_data(saved, copy.deepcopy(record), config=config)
+    for other, message in (
+        (Checkpoint(Path("step_3"), {}), "it is unknown whether the data has changed since step_3 was saved"),
+        (Checkpoint(Path("step_3"), {"data": record | {"seed": 8}}), "run.seed has changed from 8 to 7 since step_3"),
+    ):
+        with nullcontext() if allowed else pytest.raises(ConfigError, match=message):
+            check_data(other, record, config=config)
 
 
 @pytest.mark.slow

@@ -5,19 +5,24 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.model.hf import HFError, Stream, load_for_generation
 from sambalm.model.hf.tokenizer import save_tokenizer
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.generation import source as source_file
 from sambalm.pretrain.generation.chat import Conversation
-from sambalm.pretrain.generation.command import Request, generate_text
+from sambalm.pretrain.generation.command import Request, _prompt_ids, generate_text
 from sambalm.pretrain.generation.errors import GenerationError
-from sambalm.pretrain.generation.output import Output
+from sambalm.pretrain.generation.output import Output, interruptible
 from sambalm.pretrain.generation.prompts import read_prompts
 from sambalm.pretrain.generation.sampling import Sampler, Sampling
 from sambalm.pretrain.generation.source import load_source
@@ -221,13 +226,14 @@ def test_a_chat_with_a_template_reads_each_turn_once(rewrites, folder, generated
     assert len(pieces) == 2
     assert pieces[0].count(1) == 2, "the template's <s> are control tokens"
     model, tokenizer = load_for_generation(copy)
+    text = "</s><s>user: two</s><s>assistant: "  # what comes after the answer
     if rewrites:
         first = answers[0]
         messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": first}]
         messages.append({"role": "user", "content": "two"})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        tokenizer.backend_tokenizer.encode_special_tokens = False
-        assert pieces[1] == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    assert pieces[1] == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     seen = Stream.load(model, state).seen_tokens[0]
     assert seen == len(pieces[1]) + 4 + (0 if rewrites else len(pieces[0]) + 4)
 
@@ -255,6 +261,41 @@ def test_a_mistake_ends_in_a_sentence(options, sentence, generated):
     assert sentence in str(raised.value)
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10))
+    request = Request(["a"], GREEDY)
+    for highest, fits in ((9, True), (10, False)):
+        source: Any = SimpleNamespace(model=model, encode=lambda text, highest=highest: [3, highest, 4])
+        if fits:
+            assert _prompt_ids(source, "a", 0, request) == [3, highest, 4]
+            continue
+        with pytest.raises(GenerationError, match="gives the id 10, but the model's vocab_size is 10: give the tok"):
+            _prompt_ids(source, "a", 0, request)
+
+
+@pytest.mark.parametrize(
+    ("given", "of_manifest", "own", "eos_ids"),
+    [(None, 5, 2, {5}), (None, None, 2, {2}), (None, -1, 2, set()), ("t.model", 5, 2, {2}), ("t.model", 5, -1, set())],
+)
+def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_manifest, own, eos_ids, monkeypatch):
+    """The manifest's token, which may be another than the tokenizer's own; but not where another tokenizer is given."""
+    data = SimpleNamespace(prefixes=["data/text"], tokenizer_path=lambda: Path("run.model"))
+    config, files = SimpleNamespace(data=data, model=None), []
+    manifest = None if of_manifest is None else SimpleNamespace(tokenizer=SimpleNamespace(eos_id=of_manifest))
+    stubs = {
+        "newest_checkpoint": lambda path, warn: SimpleNamespace(path=path, state={"config": {}}),
+        "parse_config": lambda values, source: config,
+        "read_manifest": {"data/text": manifest}.__getitem__,
+        "_training_tokenizer": lambda file: (files.append(str(file)), list, None, own)[1:],
+        "model_of_state": lambda *_, dtype: nn.Identity(),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(source_file, name, stub)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "tokenizer": given and Path(given)}
+    assert source_file._checkpoint_source(Path("run"), **options).eos_ids == eos_ids
+    assert files == [given or "run.model"]
 
 
 def test_states_that_do_not_fit_are_refused(folder, generated, tmp_path):
@@ -307,6 +348,25 @@ def test_the_penalty_meets_every_token_once_at_any_length():
         expected = RepetitionPenaltyLogitsProcessor(3.0)(ids[:, :end], logits).argmax(-1)
         assert torch.equal(sampler(logits), expected)
     assert sampler._buffer.shape[1] <= 100
+
+
+def end_of_a_block(ends: str) -> None:
+    with interruptible() as pressed:
+        assert not pressed()
+        if ends == "by Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+            assert pressed()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the second one ends the process
+        if ends == "by an error":
+            raise GenerationError("the text cannot go on")
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C", "by an error"])
+def test_ctrl_c_ends_the_process_as_ever_after_a_text(ends):
+    with pytest.raises(GenerationError) if ends == "by an error" else nullcontext():
+        end_of_a_block(ends)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_keeps_the_text_and_the_state(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Attempts, leases, signals and switches by themselves, without a run."""
+"""Attempts, leases, signals, switches and ways back by themselves, without a run."""
 
 import errno
 import json
@@ -14,10 +14,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, remove_leftovers
-from sambalm.pretrain.errors import ExitCode, NoProgressError, NotSavedError, RestartError, RunInUseError
+from sambalm.pretrain.checkpointing.format import (
+    Checkpoint,
+    checkpoint_folder,
+    checkpoint_folders,
+    remove_leftovers,
+)
+from sambalm.pretrain.errors import (
+    CheckpointError,
+    ExitCode,
+    NoProgressError,
+    NotSavedError,
+    RestartError,
+    RunInUseError,
+)
 from sambalm.pretrain.lifecycle import attempts as attempts_module
 from sambalm.pretrain.lifecycle import lease as lease_module
+from sambalm.pretrain.lifecycle import rollback
 from sambalm.pretrain.lifecycle.attempts import (
     AttemptRecord,
     attempt_folder,
@@ -433,3 +446,45 @@ def test_torchrun_restarts_what_did_not_end_on_purpose(variables, exit_code, ago
     with pytest.raises(RestartError, match="does not start this run again: so it is") as ended:
         check_restart(tmp_path)
     assert ended.value.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("newest_step", "found", "left", "aside"),
+    [
+        (9, True, [2, 4, 6], [8]),  # the newest is damaged
+        (5, True, [2, 4], [6, 8]),
+        (4, True, [2, 4], [6, 8]),
+        (3, True, [2], [4, 6, 8]),
+        (1, False, [2, 4, 6, 8], []),
+    ],
+)
+def test_a_run_goes_back_to_a_checkpoint_and_keeps_the_newer_ones(
+    newest_step, found, left, aside, tmp_path, monkeypatch
+):
+    def opened(folder: Path) -> Checkpoint:
+        if folder.name == "step_00000008":
+            raise CheckpointError("damaged")
+        return Checkpoint(folder, {"step": int(folder.name[-8:])})
+
+    monkeypatch.setattr(rollback, "open_checkpoint", opened)
+    (tmp_path / "checkpoints" / "abandoned_step_00000006" / "of an earlier time").mkdir(parents=True)
+    for step in (2, 4, 6, 8):
+        folder = checkpoint_folder(tmp_path, step)
+        folder.mkdir()
+        (folder / "content").write_text(str(step))
+    assert rollback._set_aside(tmp_path, newest_step) is found
+    assert [int(folder.name[-8:]) for folder in checkpoint_folders(tmp_path)] == left
+    for step in aside:
+        assert (tmp_path / "checkpoints" / f"abandoned_step_{step:08d}" / "content").read_text() == str(step)
+
+
+def test_a_run_goes_back_to_no_state_that_was_saved_while_steps_were_skipped(tmp_path, monkeypatch):
+    for step in (2, 4):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    states = {
+        2: {"step": 2, "hooks": {"guards": {"in_a_row": 0}}},
+        4: {"step": 4, "hooks": {"guards": {"in_a_row": 1}}},
+    }
+    monkeypatch.setattr(rollback, "open_checkpoint", lambda folder: Checkpoint(folder, states[int(folder.name[-8:])]))
+    assert rollback._set_aside(tmp_path, 9)
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step_00000002"]

@@ -1,21 +1,24 @@
 """The planner's formulas on round numbers, each against the same reckoned by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from sambalm.model.mixers.counts import KernelNames, Scan, Traffic
+from sambalm.model.mixers.counts import KernelNames, Scan, Share, Traffic, halo_message
+from sambalm.model.ops.reference.selective_scan import CHUNK_ELEMENTS
+from sambalm.model.registry import mixer
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner import activations, search
 from sambalm.pretrain.planner import time as step
-from sambalm.pretrain.planner.communication import ReducedGroup, Transfer
+from sambalm.pretrain.planner.communication import ReducedGroup, Transfer, step_transfers
 from sambalm.pretrain.planner.hardware import DEVICES, H100
 from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import RankMemory, stage_memories
 from sambalm.pretrain.planner.search import _parallel_sections, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
 from sambalm.pretrain.planner.table import _speed_table
-from tests.pretrain.test_plan import config_of
+from tests.support.planned_runs import config_of
 
 PASS_BYTES_PER_S = 3.0e12 * 0.84  # of fused kernels on an H100
 
@@ -198,3 +201,48 @@ def test_a_plan_is_shown_in_days_and_gigabytes():
     assert plan.run_days == pytest.approx(1000 * plan.time.total_s / 86_400)
     table = _speed_table([replace(plan, wire_bytes=5e9)])
     assert [list(column.cells) for column in table.columns][-2:] == [[f"{plan.days_to(3.2e12):.1f}"], ["5.0"]]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "tokens"), [("none", 16 + 8 + 16), ("selective", 40), ("full", 2 * (16 + 8) + 16)]
+)
+def test_the_busiest_of_ranks_passes_tokens_on_in_every_forward_and_gradients_back_once(recompute, tokens):
+    """Parts of 16 tokens and a reach of 24: the second of four ranks has two after it, and one before it."""
+    share = Share(1, False, 4, 2, 64, 2, recompute, TORCH_ON_CPU)
+    message = halo_message(5, 24, share)
+    assert (message.dimension, message.operation, message.ranks, message.times) == ("context", "send", 4, 1)
+    assert message.handed_bytes == 2 * 2 * 5 * tokens  # bf16, sequences, width
+    assert halo_message(5, 3, replace(share, context_ranks=2)).handed_bytes == 2 * 2 * 5 * 3 * share.forwards
+
+
+@pytest.mark.parametrize("names", [TORCH_ON_CPU, KernelNames("cuda", "cuda", "flex", "compiled", "compiled")], ids=str)
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("letter", "M*-")
+def test_what_a_layer_takes_is_so_much_for_each_sequence(letter, context, names):
+    """But for Mamba's decay rates, two of which a layer keeps in fp32."""
+    model, one = config_of().model, mixer(letter)
+
+    def counted(sequences: int) -> list[float]:
+        share = Share(1, False, context, sequences, 192, 2, "selective", names)
+        sent = [each.handed_bytes for each in one.messages(model, share) if each.dimension == "context"]
+        kernels = [vars(each) for each in one.kernels(model, share)]
+        kept = one.saved_bytes(model, share, inside=False) - rates
+        return [kept, one.backward_bytes(model, share) - chunk_bytes(share), *sent, *map(work_of, kernels)]
+
+    def work_of(kernel: dict) -> float:
+        return math.prod(value for key, value in kernel.items() if key != "traffic")
+
+    def chunk_bytes(share: Share) -> int:  # of the scan in plain PyTorch, however many sequences
+        return 4 * 4 * CHUNK_ELEMENTS["cpu"] if letter == "M" and names.scan == "torch" else 0
+
+    rates = 2 * model.inner_size * model.d_state * 4 if letter == "M" else 0
+    assert all(counted(1)) or context == 1
+    for sequences in (2, 4):
+        assert counted(sequences) == pytest.approx([sequences * number for number in counted(1)])
+
+
+def test_a_plan_tells_what_its_busiest_rank_sends():
+    config = config_of(parallel={"pipeline": 2, "pipeline_layers": [3, 1], "tensor": 2})
+    sent = [sum(each.wire_bytes for each in step_transfers(config, stage=stage, world_size=4)) for stage in range(2)]
+    assert min(sent) < max(sent)
+    assert plan_of(config, world_size=4, hardware=H100).wire_bytes == max(sent)

@@ -10,7 +10,9 @@ import resource
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +21,19 @@ import yaml
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from sambalm.parallel.rectangles import rectangles
+from sambalm.pretrain.checkpointing import format as format_of_checkpoints
 from sambalm.pretrain.checkpointing import write
-from sambalm.pretrain.checkpointing.format import checkpoint_folders, checksums, newest_checkpoint, open_checkpoint
+from sambalm.pretrain.checkpointing.format import (
+    checkpoint_folder,
+    checkpoint_folders,
+    checksums,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
-from sambalm.pretrain.errors import ExitCode, print_line, print_warning
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.errors import ExitCode, SaveBrokenError, print_line, print_warning
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -88,6 +98,52 @@ def test_replicas_write_the_shares_that_they_hold(stage, run_values):
     sizes = [sum(path.stat().st_size for path in folder.glob(f"shard-0000{rank}-*")) for rank in (1, 2)]
     assert min(sizes) > 0.4 * sum(sizes)
     assert sum(path.stat().st_size for path in folder.glob("shard-*-[12].safetensors")) < 0.1 * sum(sizes)
+
+
+def committed(tmp_path, monkeypatch, *, fails: str) -> list[str]:
+    """Commits the checkpoint of step 2 where an operation fails; returns the checkpoints that are there then."""
+    folders = [checkpoint_folder(tmp_path, step) for step in (1, 2)]
+    partial = folders[1].with_name(".step_00000002.partial")
+    for folder in (folders[0], partial):
+        folder.mkdir(parents=True)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    module, name = {"os.replace": (os, "replace"), "sync": (format_of_checkpoints, "sync")}[fails]
+    monkeypatch.setattr(module, name, fail)
+    write._commit(partial, folders[1])
+    return [folder.name for folder in checkpoint_folders(tmp_path)]
+
+
+def test_a_checkpoint_that_has_its_name_counts_whatever_fails_after_it(tmp_path, monkeypatch, capsys):
+    assert committed(tmp_path / "a", monkeypatch, fails="sync") == ["step_00000001", "step_00000002"]
+    assert "step_00000002 is complete, but a power loss may undo it: [Errno 5]" in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="Input/output"):
+        committed(tmp_path / "b", monkeypatch, fails="os.replace")
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "b")] == ["step_00000001"]
+
+
+def test_memory_of_copies_is_given_back_once_no_save_reads_it(run_values):
+    writer = write.CheckpointWriter(
+        parse_config(run_values, source="test"), world=SimpleNamespace(of_save_thread=None), data={}
+    )
+    released: list[bool] = []
+    writer._snapshot = SimpleNamespace(release=lambda: released.append(True))
+    writer._save = Future()
+    assert (writer.under_way, writer.is_done, writer.is_broken) == (True, False, False)
+    with pytest.raises(TimeoutError):
+        writer.result(timeout_s=0)
+    writer.close()
+    assert not released
+    writer._save.set_exception(RuntimeError("connection reset"))
+    assert (writer.under_way, writer.is_done, writer.is_broken) == (True, True, True)
+    with pytest.raises(SaveBrokenError, match=r"lost each other .*: RuntimeError: connection reset"):
+        writer.result()
+    assert (writer.under_way, writer.is_done, writer.is_broken) == (False, True, False)
+    writer.close()
+    assert released == [True]
 
 
 def slow(monkeypatch, seconds=SLOW_S):

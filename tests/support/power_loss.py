@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-Operation = tuple[str, ...]  # sync and a path, or rename and two
+Operation = tuple[str, ...]  # sync, a path and the bytes there; or rename and two paths
 
 
 def noted_operations(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
@@ -16,7 +16,7 @@ def noted_operations(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
 
     def noted_fsync(file) -> None:
         number = file if isinstance(file, int) else file.fileno()
-        calls.append(("sync", os.readlink(f"/proc/self/fd/{number}")))
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{number}"), str(os.fstat(number).st_size)))
         fsync(file)
 
     def noted(rename):
@@ -37,6 +37,8 @@ def assert_lasts(calls: list[Operation], final: Path, *, parts: Iterable[str] = 
     synced."""
     (place,) = (n for n, call in enumerate(calls) if call[0] == "rename" and call[2] == str(final))
     source = calls[place][1]
-    for path in (source, *(f"{source}/{part}" for part in parts)):
-        assert ("sync", path) in calls[:place], f"{path} may be renamed before its content is on the disk"
-    assert ("sync", str(final.parent)) in calls[place:], f"the rename to {final} may be lost"
+    for path, there in ((source, final), *((f"{source}/{part}", final / part) for part in parts)):
+        sizes = [int(call[2]) for call in calls[:place] if call[:2] == ("sync", path)]
+        assert sizes, f"{path} may be renamed before its content is on the disk"
+        assert there.is_dir() or sizes[-1] == there.stat().st_size, f"{path} is synced before all of it is written"
+    assert any(call[:2] == ("sync", str(final.parent)) for call in calls[place:]), f"the rename to {final} may be lost"

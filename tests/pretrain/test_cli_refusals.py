@@ -1,0 +1,205 @@
+"""Each mistake of a user ends the program in one line, and leaves nothing behind."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.support import program
+
+
+def listing(folder):
+    """Files by content. The cache of checked ids is left out: it is complete, and reused by the next start."""
+    paths = (path for path in sorted(folder.rglob("*")) if ".index_cache" not in path.parts)
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture
+def refused(sambalm, tmp_path):
+    """Runs a command that must fail as the user's mistake, in one line that names things, and leave no trace."""
+
+    def run(*arguments, names):
+        before = listing(tmp_path)
+        code, out, err = sambalm(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert err.endswith("\n")
+        for name in names:
+            assert str(name) in err
+        assert listing(tmp_path) == before
+
+    return run
+
+
+GOOD_LINE = json.dumps({"text": "a line of text"}) + "\n"
+BAD_TEXTS = {
+    "malformed JSON": (GOOD_LINE + '{"text": "cut', "text.jsonl:2: malformed JSON"),
+    "empty": ("", "the inputs hold no "),
+    "blank lines": ("\n\n", "the inputs hold no "),
+    "no text": (GOOD_LINE + '{"body": "x"}\n', "text.jsonl:2: no key 'text' (keys: body)"),
+    "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is int"),
+    "not an object": ("[1]\n", "text.jsonl:1: expected a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_bad_text_is_refused_by_file_and_line(name, refused, tokens, tmp_path):
+    content, message = BAD_TEXTS[name]
+    text = tmp_path / "text.jsonl"
+    text.write_text(content)
+    model = tokens.with_name("tokenizer.model")
+    refused(
+        "data", "tokenizer", "--input", text, "--vocab-size", 300, "--output", tmp_path / "new.model", names=[message]
+    )
+    for workers in (1, 2):
+        refused(
+            *("data", "preprocess", "--input", text, "--tokenizer", model),
+            *("--output", tmp_path / "tokens", "--workers", workers),
+            names=[message],
+        )
+
+
+@pytest.mark.slow
+def test_a_bad_line_costs_no_complete_shard(sambalm, tokens, tmp_path):
+    text, prefix = tmp_path / "text.jsonl", tmp_path / "tokens"
+    text.write_text(GOOD_LINE * 300_000 + "{}\n")  # more than is read at once
+    arguments = ("--input", text, "--tokenizer", tokens.with_name("tokenizer.model"), "--output", prefix)
+    command = ("data", "preprocess", *arguments, "--shard-tokens", 500_000)
+    code, out, err = sambalm(*command)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {text}:300001: no key 'text'")
+    assert err.count("\n") == 1
+    assert not prefix.with_suffix(".json").exists()
+    code, out, err = sambalm(*command, "--on-error", "skip")
+    assert (code, err) == (0, "")
+    assert "shards were there already" in out
+    assert "1 malformed documents were skipped" in out
+    assert prefix.with_suffix(".json").exists()
+
+
+def test_inputs_that_do_not_exist_are_refused(refused, tmp_path):
+    missing = tmp_path / "none*.jsonl"
+    refused("data", "tokenizer", "--input", missing, "--vocab-size", 300, "--output", tmp_path / "m", names=[missing])
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(refused, tmp_path):
+    (tmp_path / "text.jsonl").write_text(GOOD_LINE)
+    arguments = ("--input", tmp_path / "text.jsonl", "--vocab-size", 9000, "--output", tmp_path / "m")
+    refused("data", "tokenizer", *arguments, names=["vocab_size=9000 is too large"])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+def test_a_wrong_tokenizer_is_refused(content, refused, tmp_path):
+    (tmp_path / "text.jsonl").write_text(GOOD_LINE)
+    model = tmp_path / "tokenizer.model"
+    if content is not None:
+        model.write_bytes(content)
+    refused(
+        *("data", "preprocess", "--input", tmp_path / "text.jsonl", "--tokenizer", model, "--output", tmp_path / "out"),
+        names=[model, "does not exist" if content is None else "not a SentencePiece model"],
+    )
+
+
+def test_existing_shards_are_not_replaced_unasked(refused, tokens, tmp_path):
+    for path in tokens.parent.glob("t*"):
+        shutil.copy(path, tmp_path)
+    refused(
+        *("data", "preprocess", "--input", tmp_path / "text.jsonl", "--tokenizer", tmp_path / "tokenizer.model"),
+        *("--output", tmp_path / "tokens"),
+        names=["tokens.json exists already"],
+    )
+
+
+@pytest.fixture
+def config(run_values, tmp_path):
+    """Path of a run's YAML file whose values fit its data."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_values))
+    return path
+
+
+def test_a_missing_config_is_refused(refused, tmp_path):
+    for command in ("train", "params"):
+        refused(command, tmp_path / "none.yaml", names=[tmp_path / "none.yaml", "No such file"])
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("model.window=0", ["model.window is 0", "greater than 0"]),
+        ("model.num_query_heads=5", ["model.num_query_heads is 5", "hidden_size 32"]),
+        ("train.steps=abc", ["train.steps is 'abc'", "integer"]),
+        ("model.windw=4", ["unknown key model.windw", "window"]),
+        ("format_version=2", ["format_version is 2", "format 1"]),
+        ("run.dir=2026-13-45", ["not valid YAML"]),
+    ],
+)
+def test_a_bad_value_is_refused_by_every_command_that_reads_it(override, names, refused, config):
+    refused("train", config, override, names=names)
+    refused("params", config, override, names=names)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("data.train=nowhere/tokens", ["nowhere/tokens"]),
+        ("model.vocab_size=383", ["model.vocab_size=383", "384 ids of the tokenizer", "at least 384"]),
+        ("train.global_batch_tokens=288", ["train.global_batch_tokens is 288", "train.micro_batch_size 2"]),
+        ("parallel.tensor=2", ["1 processes", "parallel.tensor 2"]),
+    ],
+)
+def test_a_run_that_cannot_start_is_refused(override, names, refused, config):
+    refused("train", config, override, names=names)
+
+
+@pytest.fixture
+def patched_shard(tokens, tmp_path):
+    """A copy of the data with one id of its training part set by hand to one that no model has."""
+    shutil.copytree(tokens.parent, tmp_path / "data", ignore=shutil.ignore_patterns(".index_cache"))
+    ids = np.memmap(tmp_path / "data" / "tokens_00000.bin", dtype=np.uint16, mode="r+")
+    ids[5000] = 60_000
+    ids.flush()
+    return tmp_path / "data" / "tokens"
+
+
+def test_an_id_out_of_range_in_a_bare_shard_is_refused_before_the_run(refused, config, patched_shard):
+    patched_shard.with_suffix(".json").unlink()
+    override = f"data.train={patched_shard}_00000"
+    refused(
+        "train",
+        config,
+        override,
+        names=["tokens_00000.bin", "token id 60000 at byte 10000", "384 ids of model.vocab_size"],
+    )
+    refused("train", config, override, names=["token id 60000 at byte 10000"])  # from the cache
+
+
+def test_an_id_out_of_range_in_a_shard_with_a_manifest_is_refused_before_the_run(refused, config, patched_shard):
+    names = ["tokens_00000.bin", "token id 60000 at byte 10000", "384 ids of the tokenizer"]
+    refused("train", config, f"data.train={patched_shard}", names=names)
+    refused("data", "index", config, f"data.train={patched_shard}", names=names)
+
+
+@pytest.mark.long
+def test_an_id_out_of_range_in_a_shard_that_nobody_verified_ends_the_run(config, patched_shard):
+    """The batch that holds it is refused: in one epoch, one of the steps."""
+    size = ["train.global_batch_tokens=8192", "train.steps=200"]
+    arguments = ["train", config, f"data.train={patched_shard}", "data.verify=false", *size]
+    ended = program.run(*arguments, variables={"COLUMNS": "200"})
+    assert ended.returncode == 2, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
+    assert "tokens_00000.bin holds token id 60000 at byte 10000 (in sample " in line
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_that_is_something_else_is_refused(exists, refused, tmp_path):
+    folder = tmp_path / "folder"
+    if exists:
+        folder.mkdir()
+    refused("convert", "to-hf", folder, tmp_path / "hf", names=[folder, "neither a checkpoint nor a run"])
+    refused("generate", folder, "--prompt", "x", names=[folder, "config.json"])
+    refused("report", folder, names=[folder, "not a run"])
