@@ -29,6 +29,7 @@ class Cluster:
     gpu_hours_per_failure: float = 16_384 * 54 * 24 / 419
     node_disk_bytes_per_s: float = 2e9  # of one node to the shared file system, each way
     disk_bytes_per_s: float = 100e9  # of the file system in all
+    copy_bytes_per_s: float = 25e9  # from a device to the host's memory: PCI Express 5, half of what it can
     detection_s: float = 30.0  # from a failure to the end of the last rank
     health_check_s: float = 60.0
     start_s: float = 120.0  # imports, process groups, the first step's compilations
@@ -59,15 +60,21 @@ class Estimate:
         return STATE_TENSORS * FP32_BYTES * self.parameters
 
     @property
-    def save_s(self) -> float:
-        """All nodes write their shares and read them back for the checksums."""
-        return 2 * self.checkpoint_bytes / self._disk_bytes_per_s
+    def stall_s(self) -> float:
+        """What a save holds training up for: each rank copies its share to the host."""
+        return self.checkpoint_bytes / self.plan.world_size / self.cluster.copy_bytes_per_s
+
+    @property
+    def write_s(self) -> float:
+        """All nodes write their shares, beside the steps that follow."""
+        return self.checkpoint_bytes / self._disk_bytes_per_s
 
     @property
     def load_s(self) -> float:
-        """The main rank checks every checksum; then each node reads every tensor once."""
+        """The main rank checks every checksum; then all read each byte once, and weights go to every replica."""
         check_s = self.checkpoint_bytes / self.cluster.node_disk_bytes_per_s
-        return check_s + self.nodes * self.checkpoint_bytes / self._disk_bytes_per_s
+        sent_s = FP32_BYTES * self.parameters / H100.network_bytes_per_s
+        return check_s + self.checkpoint_bytes / self._disk_bytes_per_s + sent_s
 
     @property
     def _disk_bytes_per_s(self) -> float:
@@ -89,15 +96,16 @@ class Estimate:
 
     @property
     def best_save_steps(self) -> int:
-        """Young's interval: where saves cost as much as the steps that failures lose."""
-        return max(1, round(math.sqrt(2 * self.save_s * self.failure_interval_s) / self.step_s))
+        """Young's interval, where saves cost as much as the steps that failures lose; no save meets the one before."""
+        interval_s = max(math.sqrt(2 * self.stall_s * self.failure_interval_s), self.write_s)
+        return max(1, math.ceil(interval_s / self.step_s))
 
     @property
     def goodput(self) -> float:
         """Share of the time that is spent in steps that count."""
-        saves = self.save_s / self.save_interval_s
-        failures = (self.save_interval_s / 2 + self.restart_s) / self.failure_interval_s
-        limits = (self.save_s + self.cluster.requeue_s + self.restart_s) / self.cluster.time_limit_s
+        saves = self.stall_s / self.save_interval_s
+        failures = (self.save_interval_s / 2 + self.write_s + self.restart_s) / self.failure_interval_s
+        limits = (self.stall_s + self.write_s + self.cluster.requeue_s + self.restart_s) / self.cluster.time_limit_s
         return (1 - failures - limits) / (1 + saves)
 
     @property
@@ -111,23 +119,31 @@ class Estimate:
         return mean(self.training_s / self._simulate(generator) for _ in range(SIMULATED_RUNS))
 
     def _simulate(self, generator: random.Random) -> float:
-        """Seconds of one run: stretches of training that end in a save, cut by failures and time limits."""
+        """Seconds of one run: stretches of training that end in a save, cut by failures and time limits.
+
+        A save is of use once it is written. A run that leaves waits for it.
+        """
         now_s, left_s = 0.0, self.training_s
+        saved_left_s, written_s = left_s, 0.0  # what the newest checkpoint leaves to do, and when it is written
+        older_left_s = left_s  # and the one before
         failure_s, limit_s = generator.expovariate(1 / self.failure_interval_s), self.cluster.time_limit_s
         while left_s > 0:
             stretch_s = min(self.save_interval_s, left_s)
-            end_s = now_s + stretch_s + self.save_s
+            end_s = max(now_s + stretch_s, written_s) + self.stall_s
             if failure_s < min(end_s, limit_s):
+                left_s = saved_left_s if written_s <= failure_s else older_left_s
                 now_s = failure_s + self.restart_s
             elif limit_s < end_s:  # told in time, it saves what it has
-                left_s -= min(stretch_s, max(0.0, limit_s - self.save_s - now_s))
+                left_s -= min(stretch_s, max(0.0, limit_s - self.stall_s - self.write_s - now_s))
                 now_s = max(now_s, limit_s) + self.cluster.requeue_s + self.restart_s
                 limit_s = now_s + self.cluster.time_limit_s
             else:
                 now_s, left_s = end_s, left_s - stretch_s
+                older_left_s, saved_left_s, written_s = saved_left_s, left_s, now_s + self.write_s
                 continue
+            older_left_s, saved_left_s, written_s = left_s, left_s, now_s
             failure_s = now_s + generator.expovariate(1 / self.failure_interval_s)
-        return now_s
+        return now_s + self.write_s
 
 
 def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
@@ -163,7 +179,8 @@ def _cells(one: Estimate) -> dict[str, str]:
         "step (s)": f"{one.step_s:.2f}",
         "tokens/s": f"{config.train.global_batch_tokens / one.step_s:,.0f}",
         "checkpoint (GB)": f"{one.checkpoint_bytes / 1e9:.1f}",
-        "save (s)": f"{one.save_s:.0f}",
+        "stall of a save (s)": f"{one.stall_s:.3f}",
+        "written after (s)": f"{one.write_s:.1f}",
         "load (s)": f"{one.load_s:.0f}",
         "restart after a failure (s)": f"{one.restart_s:.0f}",
         "hours between failures": f"{one.failure_interval_s / HOUR_S:.1f}",
