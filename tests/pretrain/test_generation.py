@@ -285,7 +285,6 @@ def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_man
     config, files = SimpleNamespace(data=data, model=None), []
     manifest = None if of_manifest is None else SimpleNamespace(tokenizer=SimpleNamespace(eos_id=of_manifest))
     stubs = {
-        "newest_checkpoint": lambda path, warn: SimpleNamespace(path=path, state={"config": {}}),
         "parse_config": lambda values, source: config,
         "read_manifest": {"data/text": manifest}.__getitem__,
         "_training_tokenizer": lambda file: (files.append(str(file)), list, None, own)[1:],
@@ -294,7 +293,8 @@ def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_man
     for name, stub in stubs.items():
         monkeypatch.setattr(source_file, name, stub)
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "tokenizer": given and Path(given)}
-    assert source_file._checkpoint_source(Path("run"), **options).eos_ids == eos_ids
+    checkpoint: Any = SimpleNamespace(path=Path("run"), state={"config": {}})
+    assert source_file._checkpoint_source(checkpoint, **options).eos_ids == eos_ids
     assert files == [given or "run.model"]
 
 
@@ -350,6 +350,14 @@ def test_the_penalty_meets_every_token_once_at_any_length():
     assert sampler._buffer.shape[1] <= 100
 
 
+@pytest.fixture
+def python_s_ctrl_c():
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def end_of_a_block(ends: str) -> None:
     with interruptible() as pressed:
         assert not pressed()
@@ -362,6 +370,7 @@ def end_of_a_block(ends: str) -> None:
 
 
 @pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C", "by an error"])
+@pytest.mark.usefixtures("python_s_ctrl_c")
 def test_ctrl_c_ends_the_process_as_ever_after_a_text(ends):
     with pytest.raises(GenerationError) if ends == "by an error" else nullcontext():
         end_of_a_block(ends)

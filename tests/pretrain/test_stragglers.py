@@ -37,7 +37,7 @@ def slow_down_rank_1() -> None:
 def test_a_slow_rank_is_named(parallel, run_values, tmp_path):
     """Every step takes all ranks equally long, since the others wait: in forward passes, backward passes or steps."""
     values = changed(
-        run_values, parallel=parallel, stragglers={"every_steps": 3, "factor": 2.0}, train={"global_batch_tokens": 128}
+        run_values, parallel=parallel, stragglers={"every_steps": 3, "factor": 1.5}, train={"global_batch_tokens": 128}
     )
     run = Run(values, tmp_path)
     with run.started(before=slow_down_rank_1):
@@ -46,7 +46,7 @@ def test_a_slow_rank_is_named(parallel, run_values, tmp_path):
     assert [line.split(":")[:2] for line in lines] == [["step 6", " rank 1 is slow"]]  # for the second time
     records = read_metrics(run.dir)
     assert [record.get("stragglers") for record in records] == [None, None, 0, None, None, 1]
-    assert records[5]["straggler/rank_1"] == records[5]["slowest_rank_ratio"] > 2
+    assert records[5]["straggler/rank_1"] == records[5]["slowest_rank_ratio"] > 1.5
 
 
 def test_nobody_is_named_on_a_clean_run(run_values, tmp_path):
