@@ -1,7 +1,7 @@
 """The weights of a Hugging Face folder as canonical tensors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from sambalm.model.mixers.base import HFTensor
 
 from .configuration_samba import SambaConfig
 from .errors import HFError
-from .names import hf_tensors
+from .names import hf_shape, hf_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # all of which are exact in fp32
 _TIED = ("lm_head.weight", "backbone.embeddings.weight")
 
 
@@ -53,6 +54,27 @@ class FolderState:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every canonical tensor."""
         return {part: self._shape(part) for part in self._sources}
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """
+        Args:
+            expected: name and shape of the model's canonical tensors.
+
+        Raises:
+            HFError: a tensor of the folder has another shape than these make, or a dtype that is not exact in fp32.
+        """
+        for name, tensor, _ in self._sources.values():
+            whole = self._open(name, lambda file, key: file.get_slice(key))
+            shape, wanted = tuple(whole.get_shape()), hf_shape(tensor, expected)
+            if shape != wanted:
+                raise HFError(
+                    f"tensor {name} in {self._folder} has shape {shape} where config.json makes it {wanted}: its "
+                    "weights do not fit its config.json"
+                )
+            if whole.get_dtype() not in FLOAT_DTYPES:
+                raise HFError(
+                    f"tensor {name} in {self._folder} is {whole.get_dtype()}: only fp32, bf16 and fp16 are read"
+                )
 
     def _shape(self, part: str) -> tuple[int, ...]:
         name, tensor, _ = self._sources[part]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,11 @@ def verify_export(
     """
     compare_tokenizers(tokenizer_model, output, documents)
     _compare_weights(output, state, config)
+    hf = load_config(output)
     tokens = verification_tokens(output, documents, row_tokens=config.window + BEYOND_WINDOW_TOKENS)
     if int(tokens.max()) >= config.vocab_size:
         raise HFError(f"the tokenizer {tokenizer_model} gives ids beyond the model's vocab_size {config.vocab_size}")
-    with torch.inference_mode():
-        difference = _largest_difference(output, state, config, tokens)
+    difference = largest_difference(FolderState(output, hf), hf, state, config, tokens=tokens)
     if not difference <= MAX_LOGIT_DIFFERENCE:  # NaN counts as different
         raise HFError(
             f"the logits of the exported model differ from the training model's by {difference:.3g}, more than "
@@ -89,10 +90,25 @@ def _stored_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.d
     return {part: hf_dtype(tensor, dtype) for tensor in tensors for part in tensor.parts}
 
 
-def _largest_difference(output: Path, state: CanonicalState, config: ModelConfig, tokens: Tensor) -> float:
-    """Returns the largest difference of two logits, NaN where one is, from running both models block by block."""
-    hf_config = load_config(output)
-    exported = _ExportedModel(output, hf_config)
+class HFWeights(Protocol):
+    """The weights of a Hugging Face model, read one tensor at a time."""
+
+    def read_hf(self, name: str) -> Tensor:
+        """One tensor in fp32, by its name in the Hugging Face model."""
+
+
+@torch.inference_mode()
+def largest_difference(
+    weights: HFWeights, hf_config: SambaConfig, state: CanonicalState, config: ModelConfig, *, tokens: Tensor
+) -> float:
+    """Returns the largest difference of two logits, NaN where one is, from running both models block by block.
+
+    Args:
+        weights, hf_config: the model in transformers.
+        state, config: the training model, whose weights are rounded to the dtype of hf_config.
+        tokens: int64 [2, S]; the first model reads the second row in pieces.
+    """
+    exported = _ExportedModel(weights, hf_config)
     parts = partial(_training_part, state, config, dtype=hf_config.dtype)
     trained = None
     whole, pieces = (exported.embed(row) for row in tokens.split(1))
@@ -123,10 +139,10 @@ def _training_part(state: CanonicalState, config: ModelConfig, layers: range, *,
 
 
 class _ExportedModel:
-    """The folder's model, whose weights are in memory while they are used."""
+    """The model in transformers, whose weights are in memory while they are used."""
 
-    def __init__(self, output: Path, config: SambaConfig) -> None:
-        self.folder = FolderState(output, config)
+    def __init__(self, weights: HFWeights, config: SambaConfig) -> None:
+        self.weights = weights
         with torch.device("meta"):
             self.model = SambaForCausalLM(config).eval()
         self.tied = config.tie_word_embeddings
@@ -137,7 +153,7 @@ class _ExportedModel:
         module = self.model.get_submodule(name)
         names = [key for key, _ in module.named_parameters()]
         source = "backbone.embeddings" if self.tied and name == "lm_head" else name
-        module.load_state_dict({key: self.folder.read_hf(f"{source}.{key}") for key in names}, assign=True)
+        module.load_state_dict({key: self.weights.read_hf(f"{source}.{key}") for key in names}, assign=True)
         yield module
         module.to("meta")
 

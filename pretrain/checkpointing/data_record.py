@@ -7,6 +7,9 @@ from typing import Any
 from sambalm.data_pipeline.sources import Source
 from sambalm.pretrain.config import RunConfig
 
+NO_DATA_YET: dict[str, Any] = {}
+"""The record of a checkpoint that no data has been read for, such as a converted model's."""
+
 
 def data_record(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """As JSON: seed, sample length, and of each source its content's hash and its part in the blend."""
@@ -24,6 +27,8 @@ def data_change(saved: dict[str, Any] | None, now: dict[str, Any]) -> str | None
     """
     if saved is None:
         return "it is unknown whether the data has changed"
+    if saved == NO_DATA_YET:
+        return None
     for key, name in (("seed", "run.seed"), ("sequence_length", "data.sequence_length")):
         if saved[key] != now[key]:
             return f"{name} has changed from {saved[key]} to {now[key]}"

@@ -6,10 +6,13 @@ tensor, as under ZeRO, spreads them over several files.
 """
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import (
@@ -27,6 +30,44 @@ _BLOCK_BYTES = 1 << 24
 _ALIGNMENT = 8
 
 
+class Slice(Protocol):
+    """A rectangle of a canonical tensor; see `SavedSlice`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def offsets(self) -> tuple[int, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A whole canonical tensor that is in memory only while it is written.
+
+    Attributes:
+        name: with its kind before it, as of `SavedSlice`.
+        read: returns the tensor, fp32 on the host.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (0,) * len(self.shape)
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.read()
+
+
 def write_shards(folder: Path, slices: Sequence[SavedSlice], *, rank: int) -> dict[str, dict[str, int]]:
     """Writes a rank's slices durably; returns the size and CRC-32 of each file, by name.
 
@@ -36,7 +77,7 @@ def write_shards(folder: Path, slices: Sequence[SavedSlice], *, rank: int) -> di
     found = {}
     for number, held in enumerate(_dealt(slices)):
         name = f"shard-{rank + 1:05d}-{number}.safetensors"
-        found[name] = _write(folder / name, held)
+        found[name] = write_shard(folder / name, held)
     return found
 
 
@@ -52,7 +93,12 @@ def _dealt(slices: Sequence[SavedSlice]) -> list[list[SavedSlice]]:
     return files
 
 
-def _write(path: Path, slices: Sequence[SavedSlice]) -> dict[str, int]:
+def write_shard(path: Path, slices: Sequence[Slice]) -> dict[str, int]:
+    """Writes slices of different names durably, one after the other; returns the file's size and CRC-32.
+
+    Raises:
+        OSError: they could not all be written.
+    """
     crc, size = 0, 0
     try:
         with path.open("wb") as file:
@@ -67,16 +113,15 @@ def _write(path: Path, slices: Sequence[SavedSlice]) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-def _blocks(slices: Sequence[SavedSlice]) -> Iterator[bytes | memoryview]:
+def _blocks(slices: Sequence[Slice]) -> Iterator[bytes | memoryview]:
     """Yields the bytes of a file."""
     header = _header(slices)
     yield len(header).to_bytes(8, "little") + header
     for piece in slices:
-        for part in _contiguous(piece.tensor):
-            yield part.view(-1).numpy().data.cast("B")
+        yield from (part.view(-1).numpy().data.cast("B") for part in _contiguous(piece.tensor))
 
 
-def _header(slices: Sequence[SavedSlice]) -> bytes:
+def _header(slices: Sequence[Slice]) -> bytes:
     places = {piece.name: {SAVED_OFFSETS_KEY: list(piece.offsets)} for piece in slices}
     entries: dict[str, object] = {
         "__metadata__": {
@@ -87,8 +132,8 @@ def _header(slices: Sequence[SavedSlice]) -> bytes:
     }
     end = 0
     for piece in slices:
-        start, end = end, end + piece.tensor.numel() * FP32_BYTES
-        entries[piece.name] = {"dtype": "F32", "shape": list(piece.tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + math.prod(piece.shape) * FP32_BYTES
+        entries[piece.name] = {"dtype": "F32", "shape": list(piece.shape), "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
     return header + b" " * (-len(header) % _ALIGNMENT)
 

@@ -33,6 +33,10 @@ class SavedSlice:
     offsets: tuple[int, ...]
     tensor: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
 
 def all_slices(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter, CanonicalSlice]]:
     """Yields canonical name, parameter and slice, for every slice that model chunks hold."""

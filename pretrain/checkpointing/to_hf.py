@@ -22,8 +22,8 @@ from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
+from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import CheckpointError, print_warning
 from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -54,31 +54,33 @@ def checkpoint_to_hf(
     """
     disable_progress_bar()  # transformers' own, while the export is verified
     checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
-    config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
-    tokenizer_path = tokenizer or config.data.tokenizer_path()
+    run = saved_run(checkpoint)
+    tokenizer_path = tokenizer or (run.data.tokenizer_path() if run else None)
     if tokenizer_path is None:
         raise CheckpointError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
-    texts = _documents(documents, config.data, load_tokenizer(tokenizer_path))
+    if documents is None and run is None:
+        raise CheckpointError(f"{checkpoint.path} has no data: give texts to verify the export on with --documents")
+    texts = _documents(documents, run.data if run else None, load_tokenizer(tokenizer_path))
     with new_hf_folder(output, overwrite=overwrite) as folder:
         export_hf(
             checkpoint,
-            config.model,
+            saved_model(checkpoint),
             folder=folder,
             tokenizer_model=tokenizer_path,
             documents=texts,
             dtype=DTYPES[precision],
-            card=_facts(checkpoint, config),
+            card=_facts(checkpoint, run) if run else TrainingFacts(),
             progress=progress,
         )
     return checkpoint
 
 
-def _documents(pattern: str | None, data: DataConfig, tokenizer: Tokenizer) -> list[str]:
-    texts = (
-        stored_documents(data, tokenizer)
-        if pattern is None
-        else (document.text for file in expand_inputs([pattern]) for document in read_documents(file))
-    )
+def _documents(pattern: str | None, data: DataConfig | None, tokenizer: Tokenizer) -> list[str]:
+    """Returns texts of the files of a pattern; without one those of the data."""
+    if pattern is not None:
+        texts = (document.text for file in expand_inputs([pattern]) for document in read_documents(file))
+    else:
+        texts = stored_documents(data, tokenizer) if data else iter(())
     return list(itertools.islice(texts, VERIFIED_DOCUMENTS))
 
 

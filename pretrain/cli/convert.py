@@ -10,7 +10,7 @@ from sambalm.pretrain.cli.examples import example
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
-convert = typer.Typer(no_args_is_help=True, help="Checkpoints to other formats.")
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints to other formats, and back.")
 commands.add_typer(convert, name="convert")
 
 
@@ -52,3 +52,27 @@ def to_hf(
             progress=progress,
         )
     print(f"{output}: step {taken.step}, verified against the training model and the tokenizer")
+
+
+@convert.command("from-hf", epilog=example("sambalm convert from-hf runs/demo/hf runs/again"))
+def from_hf(
+    source: Annotated[
+        Path, typer.Argument(help="A Samba folder in the Hugging Face format, or a .pth file of microsoft/Samba.")
+    ],
+    output: Annotated[Path, typer.Argument(help="The run folder to make.")],
+    query_heads: Annotated[
+        int | None, typer.Option(min=1, help="Of a .pth file that names no model of the reference.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Attention window, of a .pth file that names no model of the reference.")
+    ] = None,
+) -> None:
+    """Make a run folder of a model, to train it on: a checkpoint of step 0, verified, and the config's section model.
+
+    A .pth file is read without executing any code of it.
+    """
+    from sambalm.pretrain.checkpointing.from_hf import MODEL_FILE, checkpoint_from_hf
+
+    with ProgressBar("converting") as progress:
+        checkpoint_from_hf(source, output, query_heads=query_heads, window=window, progress=progress)
+    print(f"{output}: step 0, verified against {source}; {output / MODEL_FILE} is the section model of its config")

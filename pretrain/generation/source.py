@@ -14,7 +14,7 @@ from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
 from sambalm.pretrain.checkpointing.format import MANIFEST, Checkpoint, checkpoint_folders, newest_checkpoint
-from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.errors import print_warning
 from sambalm.pretrain.generation.errors import GenerationError
 from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
@@ -135,15 +135,15 @@ def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
 def _checkpoint_source(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, tokenizer: Path | None
 ) -> Source:
-    config = parse_config(checkpoint.state["config"], source=str(checkpoint.path))
-    file = tokenizer or config.data.tokenizer_path()
+    run = saved_run(checkpoint)
+    file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
         raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
     encode, new_text, eos_id = _training_tokenizer(file)
-    manifest = None if tokenizer else read_manifest(config.data.prefixes[0])
+    manifest = None if tokenizer or run is None else read_manifest(run.data.prefixes[0])
     if manifest is not None:
         eos_id = manifest.tokenizer.eos_id  # which may be another than the tokenizer's own
-    model = model_of_state(checkpoint, config.model, dtype=dtype).to(device)
+    model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
     return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []))
 
 
