@@ -141,6 +141,7 @@ def model_config(config: SambaConfig) -> ModelConfig:
             **own,
         )
     except ValidationError as error:
-        raise HFError(
-            f"config.json describes a model that cannot be trained here: {error.errors()[0]['msg']}"
-        ) from error
+        first = error.errors()[0]
+        key = f"model.{'.'.join(map(str, first['loc']))} is {first['input']!r}: " if first["loc"] else ""
+        reason = first["msg"].removeprefix("Value error, ")
+        raise HFError(f"config.json describes a model that cannot be trained here: {key}{reason}") from error

@@ -131,6 +131,20 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step_00000003", "step_00000006"]
 
     assert "step 6, verified" in succeed("convert", "to-hf", run_dir, hf)
+    again = tmp_path / "again"
+    assert f"{again / 'model.yaml'} is the section model" in succeed("convert", "from-hf", hf, again)
+    texts = ("--tokenizer", model, "--documents", text)
+    assert "step 0, verified" in succeed("convert", "to-hf", again, tmp_path / "hf-again", *texts)
+    assert (tmp_path / "hf-again" / SHARD).read_bytes() == (hf / SHARD).read_bytes()
+    for wrong, sentence in (((), "no tokenizer"), (texts[:2], "--documents")):
+        code, out, err = sambalm("convert", "to-hf", again, tmp_path / "no", *wrong)
+        assert (code, out) == (2, "")
+        assert sentence in err
+    ended = program.run("train", tmp_path / "run.yaml", f"run.dir={again}", "train.steps=1", "checkpoint.every_steps=1")
+    assert ended.returncode == 0, ended.stderr
+    assert "step 1/1" in ended.stderr
+    code, out, err = sambalm("convert", "from-hf", hf, again)
+    assert (code, err) == (2, f"error: the output {again} exists: choose another run folder\n")
     out = succeed("generate", hf, "--prompt", "def main(", "--max-new-tokens", 8)
     assert out.startswith("def main(")
     assert len(out) > len("def main(\n")
@@ -192,6 +206,9 @@ def test_torchrun_trains_on_two_ranks(run_values, tmp_path):
     assert records[-1]["loss"] < records[0]["loss"]
     assert {"validation_loss_32", "validation_loss_64"} <= set(records[-1])
     assert ended.stderr.count("step 6/6") == 1  # one rank speaks
+
+
+SHARD = "model-00001-of-00001.safetensors"
 
 
 class Told(Exception):
@@ -256,6 +273,12 @@ CALLS = [
         ],
         (Path("run"), Path("out")),
         {"step": 3, "precision": "bf16", "documents": "*.jsonl", "tokenizer": Path("t"), "overwrite": False},
+    ),
+    (
+        "sambalm.pretrain.checkpointing.from_hf.checkpoint_from_hf",
+        ["convert", "from-hf", "w.pth", "run", "--query-heads", "6", "--window", "7"],
+        (Path("w.pth"), Path("run")),
+        {"query_heads": 6, "window": 7},
     ),
     (
         "sambalm.pretrain.generation.command.generate_text",
