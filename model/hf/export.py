@@ -18,10 +18,10 @@ from .folder import INDEX_FILE
 from .folder_code import folder_code
 from .model_card import TrainingFacts, model_card
 from .names import CanonicalState, hf_config, hf_dtype, hf_shape, hf_tensors
-from .tokenizer import read_model, save_tokenizer, token_ids
+from .tokenizer import read_model, save_chat_template, save_tokenizer, token_ids
 from .verify import verify_export
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 AUTO_MAP = {
     "AutoConfig": "configuration_samba.SambaConfig",
     "AutoModel": "modeling_samba.SambaModel",
@@ -40,6 +40,7 @@ def export_hf(
     documents: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
+    chat_template: str | None = None,
     card: TrainingFacts = TrainingFacts(),
     progress: Progress | None = None,
 ) -> None:
@@ -49,15 +50,17 @@ def export_hf(
         state: the canonical weights.
         folder: exists and is empty; it is of no use when this raises.
         documents: text for the verification, at least a few windows of it if there is so much.
-        dtype: of the weights, fp32 or bf16; tensors that a mixer marks as fp32 are so in any case.
+        dtype: of the weights, fp32, bf16 or fp16; tensors that a mixer marks as fp32 are so in any case.
         max_shard_bytes: weights in one file at most; a tensor that is larger has a file of its own.
+        chat_template: jinja text for the tokenizer's apply_chat_template; with one, control tokens that are written out
+            in a text are taken for what they name, as the template's own must be.
         progress: receives (bytes written, bytes in all).
 
     Raises HFError when the state does not fit the configuration, the tokenizer or a mixer's code cannot be converted,
     or the folder does not give the training model's logits and the tokenizer's ids.
     """
     if dtype not in DTYPES:
-        raise HFError(f"dtype is {dtype}; weights are exported as torch.float32 or torch.bfloat16")
+        raise HFError(f"dtype is {dtype}; weights are exported as torch.float32, torch.bfloat16 or torch.float16")
     tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings)
     _refuse_unfit_state(state, tensors)
     proto = read_model(tokenizer_model)
@@ -71,6 +74,8 @@ def export_hf(
     hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
     _write_config(folder, hf, tokens)
     save_tokenizer(tokenizer_model, folder)
+    if chat_template is not None:
+        save_chat_template(chat_template, folder)
     for name, text in folder_code(config.pattern).items():
         (folder / name).write_text(text, "utf-8")
     shapes = state.shapes()
@@ -155,12 +160,15 @@ def _write_shard(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             for part in tensor.parts:  # concatenated along the first dimension, so one after the other
-                _write_tensor(file, state.read(part).to(hf_dtype(tensor, dtype)), name=part, shape=shapes[part])
+                _write_tensor(file, state.read(part), hf_dtype(tensor, dtype), name=part, shape=shapes[part])
             start, end = header[name]["data_offsets"]
             yield end - start
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor, *, name: str, shape: tuple[int, ...]) -> None:
+def _write_tensor(file: BinaryIO, whole: Tensor, dtype: torch.dtype, *, name: str, shape: tuple[int, ...]) -> None:
+    tensor = whole.to(dtype)
+    if dtype == torch.float16 and bool((tensor.isinf() & ~whole.isinf()).any()):
+        raise HFError(f"tensor {name} holds values beyond fp16's {torch.finfo(dtype).max:g}: export it as bf16")
     if tuple(tensor.shape) != tuple(shape):
         raise HFError(f"tensor {name} of the checkpoint has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
     file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

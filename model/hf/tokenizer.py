@@ -1,8 +1,8 @@
 """A SentencePiece BPE model as Hugging Face's tokenizer files, with the same ids for every text.
 
 No BOS and no EOS is added to a text, as in training, which puts an EOS after each document by itself. A literal "</s>"
-in a text stays text: tokenizer_config.json sets split_special_tokens. A chat template, whose control tokens are to be
-recognised, needs tokenizer.split_special_tokens = False.
+in a text stays text: tokenizer_config.json sets split_special_tokens. With a chat template, whose control tokens are to
+be recognised, it is off.
 """
 
 import json
@@ -20,6 +20,8 @@ from .errors import HFError
 
 # Under the name that other tools look for; transformers takes tokenizer.json where there is one.
 SENTENCEPIECE_FILE = "tokenizer.model"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_SAID = "Which mixers does a Samba have?"
 
 Piece = ModelProto.SentencePiece
 _SPACE = "\u2581"
@@ -35,6 +37,27 @@ def save_tokenizer(model: Path, folder: Path) -> None:
     config = tokenizer_config(proto)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (folder / SENTENCEPIECE_FILE).write_bytes(model.read_bytes())
+
+
+def save_chat_template(template: str, folder: Path) -> None:
+    """Gives the tokenizer in a folder a chat template, and lets it recognise control tokens in texts.
+
+    Raises:
+        HFError: the template does not render a conversation.
+    """
+    (folder / CHAT_TEMPLATE_FILE).write_text(template, "utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"split_special_tokens": False}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    tokenizer = load_tokenizer(folder)
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _SAID}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # jinja2's, or what a template raises by itself
+        raise HFError(f"the chat template cannot be applied to a user's message ({_first_line(error)})") from error
+    if _SAID not in text:
+        raise HFError("the chat template leaves out what a user says: it must render the content of each message")
 
 
 def read_model(path: Path) -> ModelProto:
@@ -171,6 +194,7 @@ def compare_tokenizers(sp_model: Path, hf_dir: Path, documents: Iterable[str]) -
     """Raises HFError with the first document whose ids, or whose text decoded from them, differ between the two."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=read_model(sp_model).SerializeToString())
     tokenizer = load_tokenizer(hf_dir)
+    tokenizer.split_special_tokens = True  # as in training, whatever a chat template asks for
     for number, text in enumerate(documents):
         expected = processor.encode(text)
         given = tokenizer.encode(text)

@@ -3,17 +3,20 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.documents import read_documents
 from sambalm.data_pipeline.files import sync
 from sambalm.data_pipeline.inputs import expand_inputs
+from sambalm.data_pipeline.shards import read_manifest
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
@@ -29,6 +32,8 @@ from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 
 VERIFIED_DOCUMENTS = 1000
+EXPORT_DTYPES = DTYPES | {"fp16": torch.float16}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", re.IGNORECASE)
 
 
 def checkpoint_to_hf(
@@ -39,6 +44,8 @@ def checkpoint_to_hf(
     precision: str,
     documents: str | None,
     tokenizer: Path | None,
+    shard_size: str,
+    chat_template: Path | None,
     overwrite: bool,
     progress: Callable[[int, int | None], None],
 ) -> Checkpoint:
@@ -47,12 +54,16 @@ def checkpoint_to_hf(
     Args:
         step: takes the checkpoint of this step and no other.
         documents: a glob of JSONL files to verify on; None: the run's own data, held-out documents first.
+        precision: a key of EXPORT_DTYPES.
         tokenizer: a SentencePiece model; None: the one that the run's data names.
+        shard_size: of a file of weights at most, as "5GB" or "500MiB".
+        chat_template: a file with a jinja template for conversations.
 
     Raises:
         CheckpointError, DataError, HFError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, while the export is verified
+    max_shard_bytes, template = size_bytes(shard_size), _read_template(chat_template)
     checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     run = saved_run(checkpoint)
     tokenizer_path = tokenizer or (run.data.tokenizer_path() if run else None)
@@ -60,7 +71,10 @@ def checkpoint_to_hf(
         raise CheckpointError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
     if documents is None and run is None:
         raise CheckpointError(f"{checkpoint.path} has no data: give texts to verify the export on with --documents")
-    texts = _documents(documents, run.data if run else None, load_tokenizer(tokenizer_path))
+    loaded = load_tokenizer(tokenizer_path)
+    if run:
+        _check_tokenizer(loaded, run.data)
+    texts = _documents(documents, run.data if run else None, loaded)
     with new_hf_folder(output, overwrite=overwrite) as folder:
         export_hf(
             checkpoint,
@@ -68,11 +82,48 @@ def checkpoint_to_hf(
             folder=folder,
             tokenizer_model=tokenizer_path,
             documents=texts,
-            dtype=DTYPES[precision],
+            dtype=EXPORT_DTYPES[precision],
+            max_shard_bytes=max_shard_bytes,
+            chat_template=template,
             card=_facts(checkpoint, run) if run else TrainingFacts(),
             progress=progress,
         )
     return checkpoint
+
+
+def size_bytes(text: str) -> int:
+    """Returns the bytes that a size says, such as "5GB" or "500MiB".
+
+    Raises:
+        HFError: it says none.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    number = float(found[1]) if found else 0.0
+    unit = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
+    if number * unit < 1:
+        raise HFError(f"the shard size {text!r} is no size: give one as 5GB, 500MB or 2GiB")
+    return int(number * unit)
+
+
+def _read_template(path: Path | None) -> str | None:
+    try:
+        return path.read_text("utf-8") if path else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
+
+
+def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:
+    """
+    Raises:
+        CheckpointError: it is not the one that made the data's tokens.
+    """
+    for prefix in data.prefixes:
+        manifest = read_manifest(prefix)
+        if manifest and manifest.tokenizer.sha256 != tokenizer.sha256:
+            raise CheckpointError(
+                f"the tokenizer {tokenizer.path} is not the one that made the tokens of {prefix}, whose SHA-256 is "
+                f"{manifest.tokenizer.sha256[:12]}... by its manifest: give that one with --tokenizer"
+            )
 
 
 def _documents(pattern: str | None, data: DataConfig | None, tokenizer: Tokenizer) -> list[str]:

@@ -19,6 +19,7 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
 
 
 @convert.command("to-hf", epilog=example("sambalm convert to-hf runs/demo runs/demo/hf"))
@@ -35,6 +36,10 @@ def to_hf(
         str | None, typer.Option(help="JSONL files to verify on, a glob; default: the run's held-out documents.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Of a file of weights at most, as 500MB or 2GiB.")] = "5GB",
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A jinja file, for conversations; control tokens in texts are then recognised.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:
     """Convert a checkpoint to the Hugging Face format, and verify logits and tokenizer before it appears."""
@@ -48,6 +53,8 @@ def to_hf(
             precision=precision.value,
             documents=documents,
             tokenizer=tokenizer,
+            shard_size=shard_size,
+            chat_template=chat_template,
             overwrite=overwrite,
             progress=progress,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from sambalm.model.hf import HFError, SambaForCausalLM, load_for_generation
 from sambalm.model.hf import export as export_module
@@ -17,7 +18,7 @@ from sambalm.model.hf.export import export_hf, plan_shards
 from sambalm.model.hf.folder import INDEX_FILE, FolderState
 from sambalm.model.hf.generate import load_config, load_model
 from sambalm.model.hf.verify import verify_export
-from sambalm.pretrain.checkpointing.to_hf import new_hf_folder
+from sambalm.pretrain.checkpointing.to_hf import new_hf_folder, size_bytes
 from tests.support.hf import RandomState, hf_model, tiny_config
 from tests.support.power_loss import assert_lasts, noted_operations
 
@@ -117,6 +118,72 @@ def test_bf16_but_for_the_decay_and_the_step_bias(export):
     assert model.dtype == torch.bfloat16
     assert model.backbone.layers[0].mixer.A_log.dtype == torch.float32
     assert config.pattern in (folder / "README.md").read_text()
+
+
+def test_fp16_but_for_the_decay_and_the_step_bias(export):
+    folder, state, _ = export(dtype=torch.float16)
+    tensors = {name: tensor for name, (_, tensor) in stored(folder).items()}
+    fp32 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert {name.split(".mixer.")[1] for name in fp32} == {"A_log", "D", "dt_proj.bias"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16, torch.float32}
+    expected = state.read("final_norm.weight").half()
+    assert torch.equal(tensors["backbone.norm_f.weight"], expected)
+
+
+def test_a_weight_beyond_fp16_is_refused(export, tmp_path):
+    state = RandomState(tiny_config("M-*-", vocab_size=1200))
+    state.tensors["layers.2.mixer.o_proj.weight"][3, 4] = 70_000
+    with pytest.raises(HFError, match=r"o_proj\.weight holds values beyond fp16's 65504: export it as bf16"):
+        export(state, dtype=torch.float16)
+    assert leaves_nothing(tmp_path)
+    export(state, dtype=torch.bfloat16)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def test_a_chat_template_is_part_of_the_folder(export):
+    """Its control tokens are taken for what they name; plain text gives the ids of training all the same."""
+    folder, _, _ = export(chat_template=TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "def main("}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.bos_token_id != tokenizer.eos_token_id
+    assert (ids[0], ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (
+        tokenizer.bos_token_id,
+        2,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for m in messages %}", "chat template cannot be applied"),
+        ("{{ raise_exception('no users') }}", "chat template cannot be applied .*no users"),
+        ("hello", "leaves out what a user says"),
+    ],
+)
+def test_a_chat_template_that_does_not_render_is_refused(template, sentence, export, tmp_path):
+    with pytest.raises(HFError, match=sentence):
+        export(chat_template=template)
+    assert leaves_nothing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5GB", 5e9), ("500 mb", 5e8), ("1.5GiB", 1.5 * 2**30), ("64B", 64), ("2TiB", 2**41)]
+)
+def test_sizes_of_shards(text, expected):
+    assert size_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "5", "0GB", "-1GB", "5 gigabytes", "1e9B"])
+def test_what_is_no_size(text):
+    with pytest.raises(HFError, match="is no size: give one as 5GB"):
+        size_bytes(text)
 
 
 @pytest.mark.parametrize("pattern", ["M", "--M*", "MM*--"])
@@ -274,8 +341,8 @@ def test_an_empty_folder_is_filled_and_progress_reported(export, tmp_path):
 
 def test_unfit_arguments_are_refused(export, tmp_path):
     config = tiny_config("M-*-", vocab_size=1200)
-    with pytest.raises(HFError, match="float16"):
-        export(dtype=torch.float16)
+    with pytest.raises(HFError, match="float64"):
+        export(dtype=torch.float64)
     with pytest.raises(HFError, match="1200 pieces"):
         export(config=tiny_config("M-*-", vocab_size=1100))
     with pytest.raises(HFError, match=r"lacks tensor layers\.4"):

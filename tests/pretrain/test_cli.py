@@ -23,6 +23,7 @@ from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.generation.command import Request
 from sambalm.pretrain.generation.sampling import Sampling
 from sambalm.pretrain.planner.hardware import DEVICES
+from tests.support import program
 from tests.support.whole_runs import changed
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli"]
@@ -131,6 +132,11 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step_00000003", "step_00000006"]
 
     assert "step 6, verified" in succeed("convert", "to-hf", run_dir, hf)
+    other = tmp_path / "other.model"
+    succeed("data", "tokenizer", "--input", text, "--vocab-size", 380, "--output", other)
+    code, out, err = sambalm("convert", "to-hf", run_dir, tmp_path / "no", "--tokenizer", other)
+    assert (code, out) == (2, "")
+    assert f"the tokenizer {other} is not the one that made the tokens of {prefix}" in err
     again = tmp_path / "again"
     assert f"{again / 'model.yaml'} is the section model" in succeed("convert", "from-hf", hf, again)
     texts = ("--tokenizer", model, "--documents", text)
@@ -269,10 +275,18 @@ CALLS = [
         "sambalm.pretrain.checkpointing.to_hf.checkpoint_to_hf",
         [
             *("convert", "to-hf", "run", "out", "--precision", "bf16", "--documents", "*.jsonl"),
-            *("--tokenizer", "t", "--step", "3"),
+            *("--tokenizer", "t", "--step", "3", "--shard-size", "2GB", "--chat-template", "c"),
         ],
         (Path("run"), Path("out")),
-        {"step": 3, "precision": "bf16", "documents": "*.jsonl", "tokenizer": Path("t"), "overwrite": False},
+        {
+            "step": 3,
+            "precision": "bf16",
+            "documents": "*.jsonl",
+            "tokenizer": Path("t"),
+            "shard_size": "2GB",
+            "chat_template": Path("c"),
+            "overwrite": False,
+        },
     ),
     (
         "sambalm.pretrain.checkpointing.from_hf.checkpoint_from_hf",
