@@ -7,7 +7,6 @@ A block is `transformer.h.I` with norm_1, attn, norm_2 and mlp. Its attn is mamb
 projection holds each group's queries, then its key, then its value (lit_gpt/model.py of the reference).
 """
 
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -266,12 +265,12 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise HFError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise HFError(
-            f"{path} holds more than tensors and plain values, which only executing code of it would read: save its "
-            'weights alone, as torch.save({"model": state_dict}, ...) does'
-        ) from error
     except Exception as error:  # torch raises many kinds for damaged files, and for those of before its version 1.6
+        if type(error).__name__ == "UnpicklingError":  # of pickle, which no file of ours imports
+            raise HFError(
+                f"{path} holds more than tensors and plain values, which only executing code of it would read: save "
+                'its weights alone, as torch.save({"model": state_dict}, ...) does'
+            ) from error
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise HFError(f"{path} cannot be read as torch's checkpoint ({reason}): copy or save it again") from error
 
