@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ from .folder import INDEX_FILE
 from .folder_code import folder_code
 from .model_card import TrainingFacts, model_card
 from .names import CanonicalState, hf_config, hf_dtype, hf_shape, hf_tensors
-from .tokenizer import read_model, save_chat_template, save_tokenizer, token_ids
+from .tokenizer import save_chat_template, save_tokenizer, tokenizer_facts
 from .verify import verify_export
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -40,6 +40,7 @@ def export_hf(
     documents: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
+    token_ids: Mapping[str, int | None] | None = None,
     chat_template: str | None = None,
     card: TrainingFacts = TrainingFacts(),
     progress: Progress | None = None,
@@ -52,6 +53,7 @@ def export_hf(
         documents: text for the verification, at least a few windows of it if there is so much.
         dtype: of the weights, fp32, bf16 or fp16; tensors that a mixer marks as fp32 are so in any case.
         max_shard_bytes: weights in one file at most; a tensor that is larger has a file of its own.
+        token_ids: of bos and eos as training used them; None: those that the tokenizer's file names.
         chat_template: jinja text for the tokenizer's apply_chat_template; with one, control tokens that are written out
             in a text are taken for what they name, as the template's own must be.
         progress: receives (bytes written, bytes in all).
@@ -63,17 +65,17 @@ def export_hf(
         raise HFError(f"dtype is {dtype}; weights are exported as torch.float32, torch.bfloat16 or torch.float16")
     tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings)
     _refuse_unfit_state(state, tensors)
-    proto = read_model(tokenizer_model)
-    if len(proto.pieces) > config.vocab_size:
+    facts = tokenizer_facts(tokenizer_model, given=token_ids)
+    if facts.vocab_size > config.vocab_size:
         raise HFError(
-            f"the tokenizer {tokenizer_model} has {len(proto.pieces)} pieces but the model's vocab_size is "
+            f"the tokenizer {tokenizer_model} has {facts.vocab_size} pieces but the model's vocab_size is "
             f"{config.vocab_size}; give the tokenizer that the model was trained with"
         )
-    tokens = {f"{name}_token_id": token_ids(proto)[name] for name in ("bos", "eos", "pad")}
+    tokens = {f"{name}_token_id": facts.ids[name] for name in ("bos", "eos", "pad")}
     lengths = {} if card.sequence_tokens is None else {"training_sequence_tokens": card.sequence_tokens}
     hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
     _write_config(folder, hf, tokens)
-    save_tokenizer(tokenizer_model, folder)
+    save_tokenizer(tokenizer_model, folder, given=token_ids)
     if chat_template is not None:
         save_chat_template(chat_template, folder)
     for name, text in folder_code(config.pattern).items():

@@ -1,4 +1,6 @@
-"""A SentencePiece BPE model as Hugging Face's tokenizer files, with the same ids for every text.
+"""A tokenizer of training as Hugging Face's tokenizer files, with the same ids for every text.
+
+A SentencePiece BPE model is converted, and a tokenizer.json is taken as it is, without what would add tokens to a text.
 
 No BOS and no EOS is added to a text, as in training, which puts an EOS after each document by itself. A literal "</s>"
 in a text stays text: tokenizer_config.json sets split_special_tokens. With a chat template, whose control tokens are to
@@ -6,7 +8,8 @@ be recognised, it is off.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,19 @@ from .errors import HFError
 
 # Under the name that other tools look for; transformers takes tokenizer.json where there is one.
 SENTENCEPIECE_FILE = "tokenizer.model"
+JSON_SUFFIX = ".json"  # of a tokenizer.json's file; any other is a SentencePiece model
+ODD_TEXTS = (
+    "",
+    " ",
+    "  two spaces  and more   ",
+    "\n\n\ttabs\r\nand lines\n",
+    "</s><s><unk><|endoftext|> are text",
+    "na\u00efve cafe\u0301 \u00c5ngstr\u00f6m \ufb01 \uff21",
+    "\u4f60\u597d\u3001\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \ud7ff\ue000\ufffd",
+    "\u2581\u00a0\u200b\ufeff\u2028",
+    "1234567890 3.14e-10 0x1F don't WE'LL",
+)
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SAID = "Which mixers does a Samba have?"
 
@@ -27,16 +43,82 @@ Piece = ModelProto.SentencePiece
 _SPACE = "\u2581"
 
 
-def save_tokenizer(model: Path, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and a copy of the SentencePiece model into an existing folder.
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What a tokenizer's file says of itself.
 
-    Raises HFError for a file that is not a SentencePiece BPE model or has features without an exact equivalent.
+    Attributes:
+        vocab_size: the highest id plus one.
+        ids: of the tokens bos, eos, unk and pad; None where there is none.
+        names: how these tokens are written.
     """
-    proto = read_model(model)
-    convert_tokenizer(proto, source=model).save(str(folder / "tokenizer.json"))
-    config = tokenizer_config(proto)
+
+    vocab_size: int
+    ids: dict[str, int | None]
+    names: dict[str, str]
+
+
+def tokenizer_facts(path: Path, *, given: Mapping[str, int | None] | None = None) -> TokenizerFacts:
+    """
+    Args:
+        given: ids that training used, which take the place of the file's own.
+
+    Raises:
+        HFError: the file is neither a tokenizer.json nor a SentencePiece model.
+    """
+    if path.suffix == JSON_SUFFIX:
+        inner = _read_json(path)
+        by_id = {index: token for token, index in inner.get_vocab(with_added_tokens=True).items()}
+        ids = _ids_beside(path, inner)
+    else:
+        proto = read_model(path)
+        by_id, ids = {index: piece.piece for index, piece in enumerate(proto.pieces)}, token_ids(proto)
+    ids = ids | dict(given or {})
+    if ids["pad"] is None:
+        ids["pad"] = ids["eos"]
+    names = {f"{name}_token": by_id[index] for name, index in ids.items() if index in by_id}
+    return TokenizerFacts(max(by_id) + 1, ids, names)
+
+
+def save_tokenizer(path: Path, folder: Path, *, given: Mapping[str, int | None] | None = None) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, and a copy of a SentencePiece model, into an existing folder.
+
+    Raises HFError for a file that is no tokenizer, or has features without an exact equivalent; `given` is that of
+    `tokenizer_facts`.
+    """
+    if path.suffix == JSON_SUFFIX:
+        inner = _read_json(path)
+        if inner.encode("").ids:  # of the tokens that surround a text, training took none
+            inner.post_processor = None
+    else:
+        inner = convert_tokenizer(read_model(path), source=path)
+        (folder / SENTENCEPIECE_FILE).write_bytes(path.read_bytes())
+    inner.save(str(folder / "tokenizer.json"))
+    config = tokenizer_config(tokenizer_facts(path, given=given).names)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (folder / SENTENCEPIECE_FILE).write_bytes(model.read_bytes())
+
+
+def _read_json(path: Path) -> Tokenizer:
+    try:
+        inner = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise HFError(f"the tokenizer {path} cannot be read ({_first_line(error)}); give a tokenizer.json") from error
+    inner.no_truncation()
+    inner.no_padding()
+    inner.encode_special_tokens = True
+    return inner
+
+
+def _ids_beside(path: Path, inner: Tokenizer) -> dict[str, int | None]:
+    """Returns the ids of the tokens that a tokenizer_config.json beside a tokenizer.json names."""
+    beside = path.with_name("tokenizer_config.json")
+    try:
+        content = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        tokens = {name: content.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise HFError(f"{beside} cannot be read ({error}); mend or remove it") from error
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: inner.token_to_id(text) if isinstance(text, str) else None for name, text in texts.items()}
 
 
 def save_chat_template(template: str, folder: Path) -> None:
@@ -67,9 +149,9 @@ def read_model(path: Path) -> ModelProto:
     except OSError as error:
         raise HFError(f"the tokenizer {path} cannot be read ({error.strerror}); give a SentencePiece model") from error
     except DecodeError as error:
-        raise HFError(f"the tokenizer {path} is not a SentencePiece model; give a .model file") from error
+        raise HFError(f"the tokenizer {path} is not a SentencePiece model; give one or a tokenizer.json") from error
     if not proto.pieces:
-        raise HFError(f"the tokenizer {path} has no pieces, so it is no SentencePiece model; give a .model file")
+        raise HFError(f"the tokenizer {path} has no pieces, so it is no SentencePiece model; give one")
     return proto
 
 
@@ -84,16 +166,15 @@ def token_ids(proto: ModelProto) -> dict[str, int | None]:
     return ids
 
 
-def tokenizer_config(proto: ModelProto) -> dict[str, object]:
-    """The content of tokenizer_config.json."""
-    tokens = {f"{name}_token": proto.pieces[i].piece for name, i in token_ids(proto).items() if i is not None}
+def tokenizer_config(names: Mapping[str, str]) -> dict[str, object]:
+    """The content of tokenizer_config.json, of the control tokens by their keys there."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
-        **tokens,
+        **names,
     }
 
 
@@ -190,24 +271,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise HFError(f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}); export it again") from error
 
 
-def compare_tokenizers(sp_model: Path, hf_dir: Path, documents: Iterable[str]) -> None:
-    """Raises HFError with the first document whose ids, or whose text decoded from them, differ between the two."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=read_model(sp_model).SerializeToString())
+def compare_tokenizers(path: Path, hf_dir: Path, documents: Iterable[str]) -> None:
+    """Raises HFError with the first text whose ids, or whose text decoded from them, differ between the two.
+
+    Args:
+        path: the tokenizer of training.
+        documents: are compared after ODD_TEXTS.
+    """
+    encode, decode, is_lossless = _of_training(path)
     tokenizer = load_tokenizer(hf_dir)
     tokenizer.split_special_tokens = True  # as in training, whatever a chat template asks for
-    for number, text in enumerate(documents):
-        expected = processor.encode(text)
-        given = tokenizer.encode(text)
+    for number, text in enumerate((*ODD_TEXTS, *documents), start=-len(ODD_TEXTS)):
+        place = f"document {number}" if number >= 0 else "an odd text"
+        expected, given = encode(text), tokenizer.encode(text)
         if given != expected:
             raise HFError(
-                f"the tokenizer in {hf_dir} differs from {sp_model} in document {number} "
+                f"the tokenizer in {hf_dir} differs from {path} in {place} "
                 f"({_difference(given, expected)}): {_excerpt(text)}"
             )
-        lossless = processor.unk_id() not in expected  # SentencePiece writes a sign of its own for unknown characters
-        if lossless and tokenizer.decode(given, skip_special_tokens=True) != processor.decode(expected):
-            raise HFError(
-                f"the tokenizer in {hf_dir} decodes document {number} differently from {sp_model}: {_excerpt(text)}"
-            )
+        if is_lossless(expected) and tokenizer.decode(given, skip_special_tokens=True) != decode(expected):
+            raise HFError(f"the tokenizer in {hf_dir} decodes {place} differently from {path}: {_excerpt(text)}")
+
+
+def _of_training(
+    path: Path,
+) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str], Callable[[list[int]], bool]]:
+    """Returns a tokenizer's encode and decode, and whether ids decode to the text that they were made of."""
+    if path.suffix == JSON_SUFFIX:
+        inner = _read_json(path)
+        return lambda text: inner.encode(text, add_special_tokens=False).ids, inner.decode, lambda ids: True
+    processor = sentencepiece.SentencePieceProcessor(model_proto=read_model(path).SerializeToString())
+    # SentencePiece writes a sign of its own for unknown characters.
+    return processor.encode, processor.decode, lambda ids: processor.unk_id() not in ids
 
 
 def _difference(given: Sequence[int], expected: Sequence[int]) -> str:

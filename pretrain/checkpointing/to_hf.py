@@ -55,7 +55,7 @@ def checkpoint_to_hf(
         step: takes the checkpoint of this step and no other.
         documents: a glob of JSONL files to verify on; None: the run's own data, held-out documents first.
         precision: a key of EXPORT_DTYPES.
-        tokenizer: a SentencePiece model; None: the one that the run's data names.
+        tokenizer: a SentencePiece model or a tokenizer.json; None: the one that the run's data names.
         shard_size: of a file of weights at most, as "5GB" or "500MiB".
         chat_template: a file with a jinja template for conversations.
 
@@ -81,6 +81,7 @@ def checkpoint_to_hf(
             saved_model(checkpoint),
             folder=folder,
             tokenizer_model=tokenizer_path,
+            token_ids=_token_ids(loaded, run.data if run else None),
             documents=texts,
             dtype=EXPORT_DTYPES[precision],
             max_shard_bytes=max_shard_bytes,
@@ -124,6 +125,13 @@ def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:
                 f"the tokenizer {tokenizer.path} is not the one that made the tokens of {prefix}, whose SHA-256 is "
                 f"{manifest.tokenizer.sha256[:12]}... by its manifest: give that one with --tokenizer"
             )
+
+
+def _token_ids(tokenizer: Tokenizer, data: DataConfig | None) -> dict[str, int | None]:
+    """Returns the ids of bos and eos; eos is what ended the data's documents, where its manifest says it."""
+    manifest = read_manifest(data.prefixes[0]) if data else None
+    ids = {"bos": tokenizer.bos_id, "eos": manifest.tokenizer.eos_id if manifest else tokenizer.eos_id}
+    return {name: index if index >= 0 else None for name, index in ids.items()}
 
 
 def _documents(pattern: str | None, data: DataConfig | None, tokenizer: Tokenizer) -> list[str]:

@@ -2,13 +2,22 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer
 
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer as data_tokenizer
 from sambalm.model.hf.errors import HFError
-from sambalm.model.hf.tokenizer import SENTENCEPIECE_FILE, compare_tokenizers, load_tokenizer, save_tokenizer
+from sambalm.model.hf.tokenizer import (
+    SENTENCEPIECE_FILE,
+    compare_tokenizers,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_facts,
+)
 
 TEXTS = [
     "",
@@ -131,3 +140,60 @@ def test_files_that_are_no_models_are_refused(tmp_path, content, message):
         save_tokenizer(tmp_path / "x.model", tmp_path)
     with pytest.raises(HFError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def trained_json(folder: Path, documents: list[str], *, model: str) -> Path:
+    """A tokenizer.json that puts a BOS before every text, as Llama 3's does."""
+    if model == "byte-level":
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        inner.normalizer = None
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    else:
+        inner = Tokenizer(models.Unigram())
+        inner.normalizer = normalizers.NFKC()
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=600, special_tokens=["<bos>", "<eos>", "<unk>"], unk_token="<unk>", show_progress=False
+        )
+    inner.train_from_iterator(documents[:5], trainer)
+    bos = [("<bos>", inner.token_to_id("<bos>"))]
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("model", ["byte-level", "unigram"])
+def test_a_tokenizer_json_gives_the_ids_of_training(model, documents, tmp_path):
+    path, folder = trained_json(tmp_path / "trained", documents, model=model), tmp_path / "out"
+    folder.mkdir()
+    save_tokenizer(path, folder)
+    compare_tokenizers(path, folder, TEXTS + documents + random_texts(100))
+    training, tokenizer = data_tokenizer(path), AutoTokenizer.from_pretrained(folder)
+    for text in ("<eos> is text", "<bos>"):
+        assert tokenizer.encode(text) == training.encode(text)
+    if model == "byte-level":  # which has every character, so that no id stands for an unknown one
+        assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(tokenizer.encode("<eos> is text"))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (training.bos_id, training.eos_id)
+    assert tokenizer.pad_token_id == training.eos_id
+    assert tokenizer_facts(path, given={"eos": 5}).ids["eos"] == 5
+    assert tokenizer_facts(path).vocab_size == training.vocab_size
+
+
+def test_a_tokenizer_json_that_differs_is_refused(documents, tmp_path):
+    path, folder = trained_json(tmp_path / "trained", documents, model="byte-level"), tmp_path / "out"
+    folder.mkdir()
+    save_tokenizer(path, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(HFError, match=r"differs from .* in an odd text"):
+        compare_tokenizers(path, folder, [])
+    path.write_text("{}")
+    with pytest.raises(HFError, match=r"tokenizer\.json cannot be read"):
+        save_tokenizer(path, folder)
