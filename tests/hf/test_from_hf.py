@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from sambalm.model.config import ModelConfig
 from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
-from sambalm.model.hf.folder import INDEX_FILE, SINGLE_FILE
+from sambalm.model.hf.folder import INDEX_FILE, SINGLE_FILE, FolderState
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices, initialize_parameters
 from sambalm.pretrain.checkpointing import from_hf
@@ -96,6 +97,28 @@ def test_the_moments_are_zero_and_nothing_else_is_in_the_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
     left = {path.name for path in (tmp_path / "run").iterdir()} - {"saved.json"}
     assert left == {"checkpoints", MODEL_FILE}
+
+
+def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
+    """While the weights are written, which is before the models are compared block by block."""
+    read, write, alive, most = FolderState.read, from_hf.write_shard, [], []
+
+    def watched_read(self, name):
+        most.append(sum(one() is not None for one in alive))
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    def watched_write(path, slices):
+        monkeypatch.setattr(FolderState, "read", watched_read)
+        found = write(path, slices)
+        monkeypatch.setattr(FolderState, "read", read)
+        return found
+
+    monkeypatch.setattr(from_hf, "write_shard", watched_write)
+    convert(saved(tiny_config(), tmp_path / "hf"), tmp_path / "run")
+    assert len(most) == len(RandomState(tiny_config()).tensors)
+    assert max(most) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
