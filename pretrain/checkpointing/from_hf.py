@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,8 @@ def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _write_checkpoint(folder: Path, source: _Source, *, progress: Progress) -> files.Checkpoint:
     """Commits the checkpoint of step 0 in a run folder and opens it, which reads its checksums."""
     final = files.checkpoint_folder(folder, 0)
-    partial = final.with_name(f".{final.name}.partial")
-    partial.mkdir(parents=True)
+    draft = final.with_name(f".{final.name}.partial")
+    draft.mkdir(parents=True)
     shapes = source.state.shapes()
     done, total = 0, sum(FP32_BYTES * math.prod(shape) for shape in shapes.values())
 
@@ -130,17 +131,17 @@ def _write_checkpoint(folder: Path, source: _Source, *, progress: Progress) -> f
         progress(done, total)
         return tensor
 
-    slices = [UnreadTensor(f"{WEIGHT}.{name}", shape, lambda name=name: read(name)) for name, shape in shapes.items()]
+    slices = [UnreadTensor(f"{WEIGHT}.{name}", shape, partial(read, name)) for name, shape in shapes.items()]
     for kind in MOMENTS:
+        zeros = torch.zeros(())
         slices += [
-            UnreadTensor(f"{kind}.{name}", shape, lambda shape=shape: torch.zeros(()).expand(shape))
-            for name, shape in shapes.items()
+            UnreadTensor(f"{kind}.{name}", shape, partial(zeros.expand, shape)) for name, shape in shapes.items()
         ]
-    checksums = {SHARD: write_shard(partial / SHARD, slices)}
-    files.write_json(partial / files.STATE, _state(source.config))
-    files.write_manifest(partial, checksums | files.checksums(partial, [files.STATE]))
-    sync(partial)
-    files.commit(partial, final)
+    checksums = {SHARD: write_shard(draft / SHARD, slices)}
+    files.write_json(draft / files.STATE, _state(source.config))
+    files.write_manifest(draft, checksums | files.checksums(draft, [files.STATE]))
+    sync(draft)
+    files.commit(draft, final)
     return files.open_checkpoint(final)
 
 

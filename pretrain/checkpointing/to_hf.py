@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,10 +136,11 @@ def _token_ids(tokenizer: Tokenizer, data: DataConfig | None) -> dict[str, int |
 
 def _documents(pattern: str | None, data: DataConfig | None, tokenizer: Tokenizer) -> list[str]:
     """Returns texts of the files of a pattern; without one those of the data."""
+    texts: Iterable[str] = ()
     if pattern is not None:
         texts = (document.text for file in expand_inputs([pattern]) for document in read_documents(file))
-    else:
-        texts = stored_documents(data, tokenizer) if data else iter(())
+    elif data:
+        texts = stored_documents(data, tokenizer)
     return list(itertools.islice(texts, VERIFIED_DOCUMENTS))
 
 
