@@ -282,10 +282,11 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
 def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_manifest, own, eos_ids, monkeypatch):
     """The manifest's token, which may be another than the tokenizer's own; but not where another tokenizer is given."""
     data = SimpleNamespace(prefixes=["data/text"], tokenizer_path=lambda: Path("run.model"))
-    config, files = SimpleNamespace(data=data, model=None), []
+    config, files = SimpleNamespace(data=data), []
     manifest = None if of_manifest is None else SimpleNamespace(tokenizer=SimpleNamespace(eos_id=of_manifest))
     stubs = {
-        "parse_config": lambda values, source: config,
+        "saved_run": lambda checkpoint: config,
+        "saved_model": lambda checkpoint: None,
         "read_manifest": {"data/text": manifest}.__getitem__,
         "_training_tokenizer": lambda file: (files.append(str(file)), list, None, own)[1:],
         "model_of_state": lambda *_, dtype: nn.Identity(),
@@ -293,7 +294,7 @@ def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_man
     for name, stub in stubs.items():
         monkeypatch.setattr(source_file, name, stub)
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "tokenizer": given and Path(given)}
-    checkpoint: Any = SimpleNamespace(path=Path("run"), state={"config": {}})
+    checkpoint: Any = SimpleNamespace(path=Path("run"))
     assert source_file._checkpoint_source(checkpoint, **options).eos_ids == eos_ids
     assert files == [given or "run.model"]
 
