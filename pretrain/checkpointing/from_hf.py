@@ -5,8 +5,6 @@ has been read. `model.yaml` beside it is the section `model` for the config of t
 """
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.data_record import NO_DATA_YET
 from sambalm.pretrain.checkpointing.shard_file import UnreadTensor, write_shard
 from sambalm.pretrain.checkpointing.snapshot import FP32_BYTES
+from sambalm.pretrain.checkpointing.to_hf import appearing_folder
 from sambalm.pretrain.checkpointing.write import PACKAGES
 
 MODEL_FILE, SHARD = "model.yaml", "shard-00001-0.safetensors"
@@ -207,17 +206,5 @@ def _new_folder(output: Path) -> Iterator[Path]:
     output = output.absolute()
     if output.exists() or output.is_symlink():
         raise HFError(f"the output {output} exists: choose another run folder")
-    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
-    try:
-        folder.mkdir(parents=True)
+    with appearing_folder(output) as folder:
         yield folder
-        sync(folder)
-        os.rename(folder, output)
-        sync(output.parent)
-    except OSError as error:
-        if error.filename and not str(error.filename).startswith(str(output.parent)):
-            raise
-        raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -179,6 +179,17 @@ def new_hf_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
         raise HFError(f"the output folder {output} is not empty; choose another or allow it to be overwritten")
     if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
         raise HFError(f"the output {output} is something else than a Samba folder; choose another")
+    with appearing_folder(output) as folder:
+        yield folder
+
+
+@contextmanager
+def appearing_folder(output: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `output` when the block ends, and vanishes when it raises.
+
+    Raises:
+        HFError: `output`, an absolute path, cannot be written.
+    """
     folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had the same number
     try:
@@ -189,7 +200,7 @@ def new_hf_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
         _put_into_place(folder, output)
     except OSError as error:
         if error.filename and not str(error.filename).startswith(str(output.parent)):
-            raise  # the checkpoint's, not the output's
+            raise  # of what is read, not of the output
         raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

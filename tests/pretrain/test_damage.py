@@ -55,7 +55,7 @@ def test_a_damaged_folder_falls_back_or_says_why(whole_run, tmp_path):
 
 
 def test_a_lost_byte_of_the_manifest_costs_one_warning(run_values, capsys):
-    """Of its keys too, which crashed every start."""
+    """A byte of a key of the manifest counts like any other."""
     make_run(run_values, steps=(2, 4))
     whole = damages.checkpoints_of(run_dir(run_values))
     manifest = checkpoint_folder(run_dir(run_values), 4) / "manifest.json"

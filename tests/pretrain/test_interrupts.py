@@ -11,18 +11,12 @@ from sambalm.pretrain.lifecycle.signals import INTERRUPT_ONCE_S
 from tests.support import hangs
 from tests.support.program import wait_until
 from tests.support.runs import Run
-from tests.support.whole_runs import changed
+from tests.support.whole_runs import endless
 
 
 @pytest.fixture
 def values(run_values):
-    return changed(
-        run_values,
-        train={"steps": 4000},
-        validation={"every_steps": 100000},
-        checkpoint={"every_steps": 100000},
-        parallel={"zero_stage": 1},
-    )
+    return endless(run_values)
 
 
 def test_ctrl_c_saves_and_leaves(values, tmp_path):
@@ -42,7 +36,7 @@ def test_ctrl_c_saves_and_leaves(values, tmp_path):
 
 
 def test_a_second_ctrl_c_leaves_at_once(values, tmp_path):
-    """In the middle of a step that does not end."""
+    """The first Ctrl-C waits for a step that never ends."""
     run = Run(values, tmp_path, ranks=1)
     with run.started(before=hangs.in_the_loader) as (process,):
         run.wait_for_step(5)

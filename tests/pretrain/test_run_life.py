@@ -20,7 +20,7 @@ from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support import program
 from tests.support.program import wait_until
 from tests.support.runs import Run
-from tests.support.whole_runs import changed, train
+from tests.support.whole_runs import changed, endless, train
 from tests.support.worlds import run_world
 
 PROGRAM = [sys.executable, "-m", "sambalm.pretrain.cli", "train"]
@@ -30,13 +30,7 @@ ENVIRONMENT = os.environ | {"COLUMNS": "200"}
 @pytest.fixture
 def long_values(run_values):
     """Steps of tens of milliseconds, more of them than a test lets pass, and no checkpoint unasked."""
-    return changed(
-        run_values,
-        train={"steps": 4000},
-        validation={"every_steps": 100000},
-        checkpoint={"every_steps": 100000},
-        parallel={"zero_stage": 1},
-    )
+    return endless(run_values)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_status_is_reckoned_from_the_recent_steps(run_of_hours):
 
 @pytest.mark.parametrize(("age_s", "state"), [(5.0, State.TRAINING), (59.0, State.TRAINING), (61.0, State.KILLED)])
 def test_a_lease_that_beats_is_a_run_that_trains(age_s, state, run_of_hours):
-    """Of a process elsewhere: nothing else tells whether it lives."""
+    """The lease of a process on another machine: its age alone tells whether the process lives."""
     folder, now_s = run_of_hours
     (folder / "lease.json").write_text(json.dumps({"pids": "another machine", "pid": 1, "process_start": "1"}))
     os.utime(folder / "lease.json", (now_s[0] - age_s, now_s[0] - age_s))

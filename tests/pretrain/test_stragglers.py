@@ -61,7 +61,7 @@ def test_nobody_is_named_on_a_clean_run(run_values, tmp_path):
 
 
 def own_times(rounds: int) -> list[float]:
-    """Of a rank that sleeps a tenth of a second, or 20 ms, before it waits for the other."""
+    """Returns the own times of a rank that sleeps a tenth of a second, or 20 ms, before it waits for the other."""
     from sambalm.parallel.own_time import MESSAGES, OwnTime
 
     methods = [vars(owner).get(name) for owner, names in MESSAGES.items() for name in names]

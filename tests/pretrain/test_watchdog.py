@@ -15,19 +15,13 @@ from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.reporting.goodput import read_goodput
 from tests.support import hangs
 from tests.support.runs import Run
-from tests.support.whole_runs import changed
+from tests.support.whole_runs import changed, endless
 
 
 @pytest.fixture
 def values(run_values):
     """Steps of tens of milliseconds, without an end. Only the limits of a test are short."""
-    return changed(
-        run_values,
-        train={"steps": 4000},
-        validation={"every_steps": 100000},
-        checkpoint={"every_steps": 5},
-        parallel={"zero_stage": 1},
-    )
+    return endless(run_values, save_every_steps=5)
 
 
 def outcome(run: Run) -> tuple[int, str]:

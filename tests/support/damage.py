@@ -188,7 +188,7 @@ def read_all(run_dir: Path) -> None:
 
 
 def checkpoints_of(run_dir: Path) -> dict[int, dict[str, bytes]]:
-    """Of each step the files of its checkpoint."""
+    """Returns the files of each checkpoint of a run, by its step and their names."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
     assert all(open_checkpoint(folder).step == stored_step(folder) for folder in folders)
     return {stored_step(folder): {path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders}

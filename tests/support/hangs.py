@@ -30,28 +30,28 @@ def hang_at(owner: object, name: str, *, rank: int, when: Callable[..., bool], i
 
 
 def in_the_loader() -> None:
-    """Of rank 0, in the micro-batch of step 6."""
+    """Rank 0 hangs as it fetches the micro-batch of step 6."""
     from sambalm.data_pipeline.loader import BatchLoader
 
     hang_at(BatchLoader, "next_micro_batch", rank=0, when=lambda self: self.consumed_samples >= 40)
 
 
 def in_a_save() -> None:
-    """Of rank 1, when step 5 is saved."""
+    """Rank 1 hangs when step 5 is saved."""
     from sambalm.pretrain.lifecycle.checkpointer import Checkpointer
 
     hang_at(Checkpointer, "after_step", rank=1, when=lambda self, step: step.number == 5, in_c=True)
 
 
 def in_the_writing() -> None:
-    """Of rank 1, when a thread writes what was copied after step 5; training goes on."""
+    """A thread of rank 1 hangs as it writes what was copied after step 5; training goes on."""
     from sambalm.pretrain.checkpointing import write
 
     hang_at(write, "write_shards", rank=1, when=lambda *args, **named: True, in_c=True)
 
 
 def before_the_world() -> None:
-    """Of rank 1, before it meets the others."""
+    """Rank 1 hangs before it meets the others."""
     from sambalm.pretrain import trainer
 
     start_world = trainer.start_world
