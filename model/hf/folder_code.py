@@ -19,8 +19,19 @@ from .mixers import fp32_tensors
 from .names import hf_side
 
 HF, OPERATIONS = sambalm.model.hf.__name__, sambalm.model.ops.reference.__name__
-MODELING, LISTING = "modeling_samba", "mixers"
-SHARED = (MODELING, "configuration_samba", "layers", LISTING)  # of HF, what files may import
+MODELING, LISTING, KERNELS = "modeling_samba", "mixers", "kernels"
+SHARED = (MODELING, "configuration_samba", "layers", "operations", LISTING, KERNELS)  # of HF, what files may import
+
+# What takes the place of `sambalm.model.hf.kernels`.
+IN_TORCH_ALONE = '''"""The operations of every device, in PyTorch. The package sambalm has kernels for a GPU."""
+
+from .operations import IN_TORCH, Operations
+
+
+def operations_for(*_: object) -> Operations:
+    """Returns what computes on any device."""
+    return IN_TORCH
+'''
 
 
 def folder_code(pattern: str) -> dict[str, str]:
@@ -33,7 +44,7 @@ def folder_code(pattern: str) -> dict[str, str]:
     sides = {one: hf_side(one.letter) for one in mixers_of(pattern)}
     for one, side in sides.items():
         _add_name(names, side.module, "mixer_" + re.sub(r"\W", "_", one.name))
-    files = {f"{LISTING}.py": _listing(pattern, names)}
+    files = {f"{LISTING}.py": _listing(pattern, names), f"{KERNELS}.py": IN_TORCH_ALONE}
     own_packages = {side.module.rpartition(".")[0] for side in sides.values()}
     waiting = [f"{HF}.{MODELING}", *(side.module for side in sides.values())]
     while waiting:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from sambalm.model.ops.reference.rms_norm import rms_norm
-
 from .configuration_samba import SambaConfig
+from .operations import IN_TORCH, Operations
 
 # The attention implementations in whose place window_attention runs.
 DENSE_ATTENTION = (None, "eager", "sdpa")
@@ -77,6 +76,7 @@ class SequenceContext(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [B or 1, 1, S, d / 2]; None without attention
     documents: PackedDocuments | None = None  # None where each row is one document
     real_keys: Tensor | None = None  # bool [B, past + S], False for padding; None when every key in the window counts
+    operations: Operations = IN_TORCH
 
     @property
     def resets(self) -> Tensor | None:
@@ -121,12 +121,20 @@ class SambaRMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+    def forward(self, x: Tensor, operations: Operations = IN_TORCH) -> Tensor:
+        return operations.rms_norm(x, self.weight, eps=self.eps)
 
 
 class SambaResidualLinear(nn.Linear):
     """A projection that writes the residual stream, which has smaller initial weights."""
+
+
+def are_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether modules are exactly of these classes and have no hook: their weights can be read without calling them.
+
+    Adapters take a module's place, and offloading brings its weights by a hook when it is called.
+    """
+    return all(type(module) in kinds and not hasattr(module, "_hf_hook") for module in modules)
 
 
 def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:

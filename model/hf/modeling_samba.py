@@ -1,6 +1,6 @@
 """Samba for transformers, in PyTorch alone: [Mamba, MLP, sliding-window attention, MLP] repeated, or any other pattern.
 
-The layers run the operations that training runs, and stand in files of their own. Between calls the cache holds what
+The layers run the operations that training runs, on a GPU by its kernels, and stand in files of their own. Between calls the cache holds what
 each layer needs of the tokens before, so a sequence may be read in pieces of any length with the same result. Padding
 may be on either side of a row; only between its tokens would it take up places of the attention window.
 
@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from sambalm.model.ops.reference.window_attention import rotary_tables
 
 from .configuration_samba import Block, SambaConfig
+from .kernels import operations_for
 from .layers import (
     DENSE_ATTENTION,
     AttentionWeightsLayer,
@@ -71,10 +72,10 @@ class SambaBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
         if self.mixer is not None:
-            mixed = self.mixer(self.mixer_norm(hidden_states), context)
+            mixed = self.mixer(self.mixer_norm(hidden_states, context.operations), context)
             hidden_states = hidden_states + (mixed[0] if isinstance(mixed, tuple) else mixed)
         if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states), context)
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states, context.operations), context)
         return hidden_states
 
 
@@ -187,8 +188,9 @@ class SambaModel(SambaPreTrainedModel):
             raise ValueError("position_ids start again within a row: packed documents are read without a cache")
         if use_cache and past_key_values is None and not are_packed:
             past_key_values = new_cache(self.config)
+        operations = operations_for(x, self.config)
         context = self.sequence_context(
-            SequenceContext(past_key_values, padding, None, None, documents),
+            SequenceContext(past_key_values, padding, None, None, documents, operations=operations),
             x,
             mask=attention_mask,
             positions=position_ids,
@@ -198,7 +200,7 @@ class SambaModel(SambaPreTrainedModel):
             x = layer(x, context)
         if isinstance(past_key_values, AttentionFreeCache):
             past_key_values.seen_tokens += x.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x, operations), past_key_values=past_key_values)
 
     @staticmethod
     def _padding(mask: Tensor | None, *, length: int) -> Padding | None:

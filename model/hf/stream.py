@@ -2,7 +2,8 @@
 
 The state of a Samba model after any number of tokens is a few tensors of fixed size: of each attention layer the keys
 and values of the last window - 1 tokens, of each Mamba layer its convolution's inputs and its scan's state. A Stream
-owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped.
+owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped. On a GPU it steps by a
+`Decoder`, one CUDA graph a token, which holds the state from the first step until something else needs it.
 
 B: rows, V: vocabulary.
 """
@@ -12,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,11 @@ from .errors import HFError
 from .layers import carried_states
 from .modeling_samba import AttentionFreeCache, SambaForCausalLM, new_cache
 
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
 PIECE_TOKENS = 2048
+GPU_PIECE_TOKENS = 32768  # of all rows: enough to fill a GPU, and few enough for the memory of a small one
 FORMAT = "sambalm stream 1"
 SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
 _SLIDING = LAYER_TYPES["*"]
@@ -44,11 +49,15 @@ class Stream:
         self.seen_tokens = [0] * rows
         self.logits: Tensor | None = None
         self.extras: dict[str, Tensor] = {}
+        self._decoder: Decoder | None = None
+        self._may_decode = model.device.type == "cuda"  # Triton comes with PyTorch's CUDA build alone
+        self._decodes = False  # whether the decoder holds the state
         self._start(new_cache(model.config))
 
     def _start(self, cache: Any) -> None:
         """Takes a cache for the tokens of `seen_tokens`, and makes the buffers of one token."""
         self._cache = cache
+        self._decodes = False
         device = self.model.device
         self._ids = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
         self._positions = torch.tensor(self.seen_tokens, dtype=torch.int64, device=device)[:, None]
@@ -60,32 +69,61 @@ class Stream:
 
     @torch.no_grad()
     def read(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """Reads further tokens of every row, in pieces of PIECE_TOKENS, so that memory does not grow with their number.
+        """Reads further tokens of every row, in pieces, so that memory does not grow with their number.
 
         Args:
             ids: int64 [B, S], S at least 1, on any device.
-            progress: is told (tokens read, tokens in all) after each piece; an exception of its leaves a state that
-                has read so far.
+            progress: is told (tokens of a row read, tokens in all) after each piece; an exception of its leaves a state
+                that has read so far.
 
         Returns:
             the logits after the last of them, [B, V] in the model's dtype.
         """
         if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
             raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
-        for start in range(0, ids.shape[1], PIECE_TOKENS):
-            piece = ids[:, start : start + PIECE_TOKENS].to(self.model.device)
+        if self._decodes:
+            self._start(_filled_cache(self.model.config, self._tensors(), seen_tokens=max(self.seen_tokens)))
+        length = self._piece_tokens
+        for start in range(0, ids.shape[1], length):
+            piece = ids[:, start : start + length].to(self.model.device)
             positions = self._positions + torch.arange(piece.shape[1], device=piece.device)
             self._forward(piece, positions)
             if progress:
-                progress(min(start + PIECE_TOKENS, ids.shape[1]), ids.shape[1])
+                progress(min(start + length, ids.shape[1]), ids.shape[1])
         return self._last_logits()
+
+    @property
+    def _piece_tokens(self) -> int:
+        """Tokens of a row that are read together."""
+        return PIECE_TOKENS if self.model.device.type == "cpu" else max(PIECE_TOKENS, GPU_PIECE_TOKENS // self.rows)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """Reads one token of every row, int64 [B]; returns the logits after it, [B, V] in the model's dtype."""
+        """Reads one token of every row, int64 [B]; returns the logits after it, [B, V] in the model's dtype.
+
+        On a GPU the weights are taken as they are at the first step.
+        """
+        if self._is_decoded():
+            assert self._decoder is not None
+            self.logits = self._decoder(ids)
+            self.seen_tokens = list(self._decoder.seen_tokens)
+            return self.logits
         self._ids.copy_(ids[:, None])
         self._forward(self._ids, self._positions)
         return self._last_logits()
+
+    def _is_decoded(self) -> bool:
+        """Whether steps go through a decoder, which then has the state."""
+        if self._may_decode and not self._decodes:
+            from .decoder import Decoder, why_not
+
+            if self._decoder is None and why_not(self.model):
+                self._may_decode = False
+                return False
+            self._decoder = self._decoder or Decoder(self.model, rows=self.rows)
+            self._decoder.load(self._tensors(), seen_tokens=self.seen_tokens)
+            self._decodes, self._cache = True, None
+        return self._decodes
 
     def _forward(self, ids: Tensor, positions: Tensor) -> None:
         uneven = min(self.seen_tokens) != max(self.seen_tokens)
@@ -205,6 +243,9 @@ class Stream:
         if self.logits is None:
             return {}
         tensors = {"logits": self.logits}
+        if self._decodes:
+            assert self._decoder is not None
+            return tensors | self._decoder.state()
         for number, kind in enumerate(self.model.config.layer_types):
             if kind == _SLIDING:
                 layer = self._cache.layers[number]

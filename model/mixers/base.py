@@ -66,6 +66,10 @@ class HFSide(ABC):
     layer: ClassVar[str]
     """The class in `module`, a subclass of `sambalm.model.hf.layers.SambaLayer`, which says what it takes and gives."""
 
+    step: ClassVar[str | None] = None
+    """Where a `sambalm.model.hf.layer_steps.LayerStep` is that takes one token a row on a GPU, as MODULE:CLASS; None:
+    models with the mixer generate by the layer alone. An exported folder has no part in it."""
+
     cache_layer: ClassVar[str] = "moe"
     """The kind of cache layer that transformers makes for it: linear_attention (a convolution's last inputs and a
     state), sliding_attention (keys and values of the attention's window), or moe for none."""

@@ -13,7 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.layers import DENSE_ATTENTION, AttentionWeightsLayer, SambaResidualLinear, SequenceContext
-from sambalm.model.ops.reference.window_attention import apply_rotary, window_attention
 
 
 class FirstKeys(NamedTuple):
@@ -42,7 +41,7 @@ class SambaAttention(AttentionWeightsLayer):
         """Maps hidden_states [B, S, width] to the same; adds attention weights where the implementation gives them."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
-        q, k = (apply_rotary(t, *context.rotary) for t in (q, k))
+        q, k = (context.operations.rotary(t, *context.rotary) for t in (q, k))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
         weights = None
@@ -63,7 +62,8 @@ class SambaAttention(AttentionWeightsLayer):
             documents = FirstKeys(first_keys.clamp(min=0).expand(q.shape[0], -1))
         if real is not None:
             real = real[:, real.shape[1] - keys :]
-        return window_attention(q, k, v, window=self.window, documents=documents, real_keys=real)
+        attend = context.operations.window_attention
+        return attend(q, k, v, window=self.window, documents=documents, real_keys=real)
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

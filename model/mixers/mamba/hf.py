@@ -16,11 +16,11 @@ from sambalm.model.hf.layers import (
     SambaLayer,
     SambaResidualLinear,
     SequenceContext,
+    are_plain,
     carried_states,
     last_tokens,
 )
 from sambalm.model.ops.reference.causal_conv import causal_conv
-from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 
 # Before the softplus, a step this negative is exactly 0 whatever its bias: the state stays as it is.
 NO_STEP = -1e4
@@ -56,8 +56,8 @@ class StepProjection(nn.Linear):
 class SambaMamba(SambaLayer):
     """Mamba-1 (arXiv 2312.00752, section 3.4).
 
-    Convolution and step projection are called as the modules that they are: adapters wrap them, and hooks bring weights
-    that lie elsewhere.
+    Convolution and step projection are called as the modules that they are where adapters wrap them, or hooks bring
+    their weights from elsewhere; else the operations read their weights.
     """
 
     isolates_documents = True
@@ -97,11 +97,15 @@ class SambaMamba(SambaLayer):
         x_BSD, z_BSD = self.in_proj(hidden_states).chunk(2, dim=-1)
         u_BSD, conv_state = self._convolve(x_BSD, conv_state, context)
         dt, B, C = self.x_proj(u_BSD).split(self.split_sizes, dim=-1)
-        dt_BSD = self.dt_proj(dt)
+        work = torch.promote_types(x_BSD.dtype, torch.float32)
+        dt_bias = None
+        if are_plain(self.dt_proj, kinds=(StepProjection,)):
+            dt_BSD, dt_bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias.to(work)
+        else:
+            dt_BSD = self.dt_proj(dt)
         if padding:
             dt_BSD = dt_BSD.masked_fill(~padding.real[..., None], NO_STEP)
-        work = torch.promote_types(x_BSD.dtype, torch.float32)
-        y_BSD, scan_state = gated_selective_scan(
+        y_BSD, scan_state = context.operations.gated_selective_scan(
             u_BSD,
             dt_BSD,
             -torch.exp(self.A_log.to(work)),
@@ -109,7 +113,7 @@ class SambaMamba(SambaLayer):
             C,
             D=self.D.to(work),
             z=z_BSD,
-            dt_bias=None,
+            dt_bias=dt_bias,
             initial_state=scan_state,
             resets=context.resets,
         )
@@ -126,8 +130,13 @@ class SambaMamba(SambaLayer):
             state_BTD = x_BSD.new_zeros(x_BSD.shape[0], count, x_BSD.shape[2])
         else:
             state_BTD = state_BDT.transpose(1, 2).to(x_BSD.dtype)
-        whole_BDT = torch.cat((state_BTD, x_BSD), dim=1).transpose(1, 2)
         if resets is not None:
-            resets = F.pad(resets.expand(len(x_BSD), -1), (count, 0))
-        u_BSD = F.silu(self.conv1d(whole_BDT, resets=resets).transpose(1, 2))
+            resets = resets.expand(len(x_BSD), -1)
+        if are_plain(self.conv1d, kinds=(CausalConv1d,)):
+            weight, before = self.conv1d.weight.squeeze(1), None if state_BDT is None else state_BTD
+            u_BSD = context.operations.causal_conv_silu(x_BSD, weight, self.conv1d.bias, before, resets=resets)
+        else:
+            whole_BDT = torch.cat((state_BTD, x_BSD), dim=1).transpose(1, 2)
+            resets = None if resets is None else F.pad(resets, (count, 0))
+            u_BSD = F.silu(self.conv1d(whole_BDT, resets=resets).transpose(1, 2))
         return u_BSD, last_tokens(state_BTD, x_BSD, context.padding, count=count)

@@ -53,6 +53,7 @@ class MambaHF(HFSide):
         "out_proj.weight": HFTensor(("out_proj.weight",)),
     }
     module, layer = "sambalm.model.mixers.mamba.hf", "SambaMamba"
+    step = "sambalm.model.mixers.mamba.step:MambaStep"
     cache_layer = "linear_attention"
 
     def to_config(self, config: "ModelConfig") -> dict[str, Any]:

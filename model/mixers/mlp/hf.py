@@ -4,7 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambalm.model.hf.configuration_samba import SambaConfig
-from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext
+from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, are_plain
+
+# cuBLAS takes its fast kernels where rows begin at multiples of 16 bytes, and is faster still with whole tiles.
+ALIGNED_BY, ALIGNED_TO = 8, 64
 
 
 class SambaMLP(SambaLayer):
@@ -19,4 +22,11 @@ class SambaMLP(SambaLayer):
         self.down_proj = SambaResidualLinear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        projections, swiglu = (self.gate_proj, self.up_proj, self.down_proj), context.operations.swiglu
+        is_slow = hidden_states.is_cuda and self.config.mlp_size % ALIGNED_BY
+        if is_slow and are_plain(*projections, kinds=(nn.Linear, SambaResidualLinear)):
+            gate, up, down = (projection.weight for projection in projections)
+            more = -len(gate) % ALIGNED_TO  # of zeros, which change no result
+            gate, up = (F.linear(hidden_states, F.pad(weight, (0, 0, 0, more))) for weight in (gate, up))
+            return F.linear(swiglu(gate, up), F.pad(down, (0, more)))
+        return self.down_proj(swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))

@@ -35,6 +35,7 @@ class MLPHF(HFSide):
         "down_proj.weight": HFTensor(("down_proj.weight",)),
     }
     module, layer = "sambalm.model.mixers.mlp.hf", "SambaMLP"
+    step = "sambalm.model.mixers.mlp.step:MLPStep"
     is_mlp = True
 
     def to_config(self, config: "ModelConfig") -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""One token a row through a whole model as one CUDA graph: norms, SwiGLU, states and sums ride on the products.
+
+B: rows, V: vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sambalm.model.ops.decode.linear import Norm, RowLinear, Workspace, activations
+
+from .layer_steps import LayerStep, plain, step_class
+from .modeling_samba import SambaForCausalLM
+
+_CPU_MULTIPROCESSORS = 8  # where Triton's interpreter takes the place of a device
+
+
+class Decoder:
+    """A model's weights as they are now, the state of so many rows, and the graph that takes a token of each.
+
+    Projections whose width is no multiple of 256, and those of queries, keys and values, are copied; other weights are
+    read where they are. `seen_tokens` counts the tokens of each row.
+    """
+
+    def __init__(self, model: SambaForCausalLM, *, rows: int) -> None:
+        """Raises ValueError for a model that `why_not` declines."""
+        if reason := why_not(model):
+            raise ValueError(f"the model cannot be stepped as one graph: {reason}")
+        device, backbone = model.device, model.backbone
+        self.seen_tokens = [0] * rows
+        multiprocessors = _CPU_MULTIPROCESSORS
+        if device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        workspace = Workspace(rows, device=device, multiprocessors=multiprocessors)
+        self._embeddings = plain(backbone.embeddings)
+        width = self._embeddings.shape[1]
+        self._x = activations(rows, width, like=self._embeddings)
+        self._stream = self._x[:, :width]
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._steps = _steps(model, workspace)
+        norm = Norm(backbone.norm_f.weight.detach(), backbone.norm_f.eps)
+        self._head = RowLinear(plain(model.lm_head), workspace, norm=norm)
+        self._logits = self._embeddings.new_empty(rows, model.lm_head.weight.shape[0])
+        self._graph = self._captured() if device.type == "cuda" else None
+
+    def load(self, state: Mapping[str, Tensor], *, seen_tokens: list[int]) -> None:
+        """Takes the state of rows that have read so many tokens, as a `Stream` names its tensors."""
+        self.seen_tokens = list(seen_tokens)
+        self._positions.copy_(torch.tensor(seen_tokens))
+        for number, step in self._steps:
+            prefix = f"layers.{number}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            step.load(own, self.seen_tokens)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns copies of the state, by the names of a `Stream`'s tensors."""
+        return {
+            f"layers.{number}.{name}": tensor
+            for number, step in self._steps
+            for name, tensor in step.state(self.seen_tokens).items()
+        }
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Takes one token of every row, int64 [B]; returns the logits after it, [B, V] in the model's dtype."""
+        self._ids.copy_(ids)
+        if self._graph:
+            self._graph.replay()
+        else:
+            self._launch()
+        self.seen_tokens = [seen + 1 for seen in self.seen_tokens]
+        return self._logits.clone()
+
+    def _launch(self) -> None:
+        torch.index_select(self._embeddings, 0, self._ids, out=self._stream)
+        for _, step in self._steps:
+            step(self._x, self._positions)
+        self._head(self._x, self._logits)
+        self._positions += 1
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Compiles the kernels by a first run, which leaves a state of no meaning, and records a second one."""
+        with torch.cuda.device(self._x.device):
+            self._launch()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._launch()
+        return graph
+
+
+def _steps(model: SambaForCausalLM, workspace: Workspace) -> list[tuple[int, LayerStep]]:
+    """Returns the steps of all layers in order, each with the number of its block."""
+    steps = []
+    for number, (letters, block) in enumerate(zip(model.config.blocks, model.backbone.layers, strict=True)):
+        if letters.mixer is not None:
+            steps.append((number, step_class(letters.mixer)(block.mixer, block.mixer_norm, workspace)))
+        if letters.mlp is not None:
+            steps.append((number, step_class(letters.mlp)(block.mlp, block.mlp_norm, workspace)))
+    return steps
+
+
+def why_not(model: SambaForCausalLM) -> str | None:
+    """Why a model cannot be stepped as one graph; None where it can."""
+    letters = {letter for block in model.config.blocks for letter in (block.mixer, block.mlp) if letter is not None}
+    for letter in sorted(letters):
+        if step_class(letter) is None:
+            return f"its layers {letter!r} have no step of one token"
+    changed = next((module for module in model.modules() if _is_changed(module)), None)
+    if changed is not None:
+        return f"its {type(changed).__name__} is not as it was made (an adapter, quantised, or offloaded)"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights lie on several devices"
+    if model.dtype == torch.float64:
+        return "its weights are fp64"
+    return None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module computes something else than its class says, or is of a class that is not the model's."""
+    is_own = type(module).__module__.startswith(("sambalm.", "torch.nn.modules."))
+    return not is_own or hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,96 @@
+"""The operations of a GPU, by the registry of kernels that training has too.
+
+An exported folder has another file of this name, by which every device computes in PyTorch alone.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.window_attention import window_attention
+
+from .configuration_samba import SambaConfig
+from .operations import IN_TORCH, Operations
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+WHOLE_QUERIES = 1024  # cuDNN compiles a graph for each length; multiples of this are few
+
+
+def operations_for(x: Tensor, config: SambaConfig) -> Operations:
+    """Returns what computes on the device and in the dtype of x: kernels on a GPU, and PyTorch while it is compiled."""
+    if x.device.type != "cuda" or x.dtype not in _PRECISIONS or torch.compiler.is_compiling():
+        return IN_TORCH
+    return _of_device(x.device.index, _PRECISIONS[x.dtype], int(config.state_size), int(config.conv_kernel))
+
+
+@cache
+def _of_device(index: int, precision: str, d_state: int, d_conv: int) -> Operations:
+    # Of a CPU's model none of it is needed.
+    from sambalm.model.ops.config import KernelConfig
+    from sambalm.model.ops.implementations import KernelRequirements
+    from sambalm.model.ops.registry import build_kernels
+
+    needs = KernelRequirements("cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True)
+    with torch.cuda.device(index):
+        best = build_kernels(KernelConfig(), needs)
+        any_length = build_kernels(KernelConfig(attention="torch" if precision == "fp32" else "torch-flash"), needs)
+    return Operations(
+        rms_norm=lambda x, weight, *, eps: best.norm(x, None, weight, eps=eps)[1],
+        causal_conv_silu=partial(_continued_conv, best.conv),
+        gated_selective_scan=partial(_scan, best.scan),
+        window_attention=partial(_attention, best.attention, any_length.attention),
+        rotary=best.elementwise.rotary,
+        swiglu=best.elementwise.swiglu,
+    )
+
+
+def _continued_conv(
+    kernel: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+) -> Tensor:
+    """A kernel that starts from zero; the few tokens that see the state are computed with it a second time."""
+    y = kernel(x, weight, bias, resets=resets)
+    if initial_state is None:
+        return y
+    reach = initial_state.shape[1]
+    seen_resets = None if resets is None else resets[:, :reach]
+    start = causal_conv_silu(x[:, :reach], weight, bias, initial_state, resets=seen_resets)
+    if y.requires_grad:
+        return torch.cat((start, y[:, reach:]), dim=1)
+    y[:, :reach] = start
+    return y
+
+
+def _scan(kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, dt_bias: Tensor | None, **options: Any) -> Any:
+    """A kernel that adds the bias itself, where the step sizes have theirs already."""
+    if dt_bias is None:
+        dt_bias = torch.zeros_like(options["D"])
+    return kernel(*tensors, dt_bias=dt_bias, **options)
+
+
+def _attention(
+    whole: Callable[..., Tensor],
+    any_length: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    documents: Any = None,
+    real_keys: Tensor | None = None,
+) -> Tensor:
+    """The best kernel for lengths that are few, another for the rest, and PyTorch for documents and padding."""
+    head_dim = q.shape[3]
+    if documents is not None or real_keys is not None or head_dim % 8 or head_dim > 256:
+        return window_attention(q, k, v, window=window, documents=documents, real_keys=real_keys)
+    kernel = any_length if q.shape[2] % WHOLE_QUERIES else whole
+    return kernel(q, k[:, :, -(q.shape[2] + window - 1) :], v[:, :, -(q.shape[2] + window - 1) :], window=window)
