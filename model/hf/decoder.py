@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sambalm.model.ops.decode.linear import Norm, RowLinear, Workspace, activations
 
 from .layer_steps import LayerStep, plain, step_class
+from .layers import has_hooks
 from .modeling_samba import SambaForCausalLM
 
 _CPU_MULTIPROCESSORS = 8  # where Triton's interpreter takes the place of a device
@@ -120,4 +121,4 @@ def why_not(model: SambaForCausalLM) -> str | None:
 def _is_changed(module: nn.Module) -> bool:
     """Whether a module computes something else than its class says, or is of a class that is not the model's."""
     is_own = type(module).__module__.startswith(("sambalm.", "torch.nn.modules."))
-    return not is_own or hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
+    return not is_own or has_hooks(module)

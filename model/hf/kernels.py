@@ -70,7 +70,9 @@ def _continued_conv(
     return y
 
 
-def _scan(kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, dt_bias: Tensor | None, **options: Any) -> Any:
+def _scan(
+    kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, dt_bias: Tensor | None, **options: Any
+) -> Any:
     """A kernel that adds the bias itself, where the step sizes have theirs already."""
     if dt_bias is None:
         dt_bias = torch.zeros_like(options["D"])

@@ -134,7 +134,12 @@ def are_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 
     Adapters take a module's place, and offloading brings its weights by a hook when it is called.
     """
-    return all(type(module) in kinds and not hasattr(module, "_hf_hook") for module in modules)
+    return all(type(module) in kinds and not has_hooks(module) for module in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs when a module is called that would not if its weights were read."""
+    return hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:

@@ -1,8 +1,9 @@
 """Samba for transformers, in PyTorch alone: [Mamba, MLP, sliding-window attention, MLP] repeated, or any other pattern.
 
-The layers run the operations that training runs, on a GPU by its kernels, and stand in files of their own. Between calls the cache holds what
-each layer needs of the tokens before, so a sequence may be read in pieces of any length with the same result. Padding
-may be on either side of a row; only between its tokens would it take up places of the attention window.
+The layers run the operations that training runs, on a GPU by its kernels, and stand in files of their own. Between
+calls the cache holds what each layer needs of the tokens before, so a sequence may be read in pieces of any length with
+the same result. Padding may be on either side of a row; only between its tokens would it take up places of the
+attention window.
 
 B: batch, S: sequence, H: heads, d: head dim.
 """

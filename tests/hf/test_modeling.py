@@ -8,7 +8,7 @@ from sambalm.model.hf import modeling_samba
 from sambalm.model.hf.layers import carried_states
 from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config
-from sambalm.model.mixers.attention import hf as attention_hf
+from sambalm.model.hf.operations import Operations
 from sambalm.model.ops.reference.window_attention import window_attention
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.hf_reference import reference_logits
@@ -157,7 +157,7 @@ def test_without_padding_no_mask_is_built(monkeypatch):
         masked.append(real_keys is not None)
         return window_attention(*args, real_keys=real_keys, **options)
 
-    monkeypatch.setattr(attention_hf, "window_attention", noted)
+    monkeypatch.setattr(modeling_samba, "operations_for", lambda *_: Operations(window_attention=noted))
     tokens = random_tokens(1, 40)
     cache = new_cache(model.config)
     for piece in tokens.split([20, 1, 19], dim=1):

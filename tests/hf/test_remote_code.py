@@ -11,9 +11,10 @@ from sambalm.model.hf.generate import load_model
 from sambalm.model.registry import mixers_of
 from tests.support.remote_code import outputs_by_remote_code
 
-SHARED = {"configuration_samba.py", "layers.py", "mixers.py", "modeling_samba.py", "rms_norm.py", "window_attention.py"}
+SHARED = {"configuration_samba.py", "modeling_samba.py", "layers.py", "mixers.py", "kernels.py", "operations.py"}
+SHARED |= {f"{name}.py" for name in ("causal_conv", "elementwise", "rms_norm", "selective_scan", "window_attention")}
 OWN = {
-    "M": {"mixer_mamba.py", "causal_conv.py", "selective_scan.py"},
+    "M": {"mixer_mamba.py"},
     "*": {"mixer_attention.py"},
     "-": {"mixer_mlp.py"},
 }

@@ -1,7 +1,8 @@
 """Window attention of one token a row over keys and values in rings, which take the token in.
 
-A row's token at position p has the place p % window of its row's ring, so the place of the token that leaves the window.
-A program takes the query heads of one kv head and a part of the ring; the last one of a head puts the parts together.
+A row's token at position p has the place p % window of its row's ring, so the place of the token that leaves the
+window. A program takes the query heads of one kv head and a part of the ring; the last one of a head puts the parts
+together.
 
 B: rows, H: query heads, K: kv heads, W: window, d: head dim.
 """

@@ -1,7 +1,7 @@
 """Projections of one token a row: the time is that of reading the weights once, so everything else rides along.
 
-A program computes a few columns for up to 64 rows. The norm before a projection, SwiGLU between two, and the residual sum
-behind one are computed in it. Where columns alone would not fill the device, the width is split over programs, of
+A program computes a few columns for up to 64 rows. The norm before a projection, SwiGLU between two, and the residual
+sum behind one are computed in it. Where columns alone would not fill the device, the width is split over programs, of
 which the last one to arrive adds up what all have left in memory, in a fixed order: two runs give the same bits.
 
 B: rows, K: width that is read, N: columns.

@@ -22,14 +22,22 @@ def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, out: Tenso
     """
     rows, (channels, taps) = len(x), weight.shape
     _convolve[triton.cdiv(channels, CONV_CHANNELS), rows](
-        x, state, weight, bias, out, channels, x.stride(0), out.stride(0), TAPS=taps, CHANNELS=CONV_CHANNELS, num_warps=2
+        x,
+        state,
+        weight,
+        bias,
+        out,
+        channels,
+        x.stride(0),
+        out.stride(0),
+        TAPS=taps,
+        CHANNELS=CONV_CHANNELS,
+        num_warps=2,
     )
 
 
 @triton.jit
-def _convolve(
-    x, state, weight, bias, out, channels, x_stride, out_stride, TAPS: tl.constexpr, CHANNELS: tl.constexpr
-):
+def _convolve(x, state, weight, bias, out, channels, x_stride, out_stride, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
     row = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
