@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.ops.decode.linear import Norm, RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
 from sambalm.model.ops.reference.elementwise import swiglu
 from sambalm.model.ops.reference.rms_norm import rms_norm
 from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables
@@ -89,25 +89,24 @@ class LlamaDecoder:
 
         config, device = model.config, model.device
         self.attend, self.config, self.model = flash_attn_with_kvcache, config, model
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        workspace = Workspace(rows, device=device, multiprocessors=multiprocessors)
+        workspace = Workspace(rows, device=device)
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.x = activations(rows, config.hidden_size, like=model.embedding)
-        self.qkv = activations(rows, sum(model.sizes), like=self.x)
-        self.between = activations(rows, model.mlp_size, like=self.x)
+        self.stream = ResidualStream(workspace, like=model.embedding)
+        self.qkv = activations(rows, sum(model.sizes), like=model.embedding)
+        self.between = activations(rows, model.mlp_size, like=model.embedding)
         self.layers = []
         for layer in model.layers:
-            norm, mlp_norm = (Norm(layer[name], config.norm_eps) for name in ("norm", "mlp_norm"))
             linears = (
-                RowLinear(layer["qkv"], workspace, norm=norm),
+                RowLinear(layer["qkv"], workspace),
                 RowLinear(layer["o"], workspace),
-                RowLinear(layer["gate"], workspace, up=layer["up"], norm=mlp_norm),
+                RowLinear(layer["gate"], workspace, up=layer["up"]),
                 RowLinear(layer["down"], workspace),
             )
             shape = (2, rows, cache_tokens, config.num_kv_heads, config.head_dim)
             self.layers.append((linears, torch.randn(shape, device=device, dtype=torch.bfloat16)))
-        self.head = RowLinear(model.embedding, workspace, norm=Norm(model.final_norm, config.norm_eps))
+        self.norms = [layer[name] for layer in model.layers for name in ("norm", "mlp_norm")] + [model.final_norm]
+        self.head = RowLinear(model.embedding, workspace)
         self.logits = model.embedding.new_empty(rows, config.vocab_size)
         places = torch.arange(cache_tokens, device=device)
         self.cos, self.sin = (
@@ -120,14 +119,19 @@ class LlamaDecoder:
             self._launch()
 
     def _launch(self) -> None:
-        torch.index_select(self.model.embedding, 0, self.ids, out=self.x)
+        eps, norms = self.config.norm_eps, iter(self.norms)
+        self.stream.start(self.ids, self.model.embedding, next(norms))
         for (qkv, o, gate_up, down), cache in self.layers:
-            heads = qkv(self.x, self.qkv)[:, : qkv.columns].unflatten(1, (-1, self.config.head_dim)).unsqueeze(1)
+            heads = (
+                qkv.of_stream(self.stream, self.qkv, eps=eps)[:, : qkv.columns]
+                .unflatten(1, (-1, self.config.head_dim))
+                .unsqueeze(1)
+            )
             q, k, v = heads.split([size // self.config.head_dim for size in self.model.sizes], dim=2)
             y = self.attend(q, *cache, k, v, self.cos, self.sin, self.positions, causal=True, rotary_interleaved=False)
-            o(y.flatten(1), self.x, adds=True)
-            down(gate_up(self.x, self.between), self.x, adds=True)
-        self.head(self.x, self.logits)
+            o.into_stream(y.flatten(1), self.stream, next(norms))
+            down.into_stream(gate_up.of_stream(self.stream, self.between, eps=eps), self.stream, next(norms))
+        self.head.of_stream(self.stream, self.logits, eps=eps)
         self.positions += 1
 
     def load(self, *, seen_tokens: int) -> None:

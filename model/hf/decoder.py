@@ -8,13 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sambalm.model.ops.decode.linear import Norm, RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import Norm, ResidualStream, RowLinear, Workspace
 
 from .layer_steps import LayerStep, plain, step_class
 from .layers import has_hooks
 from .modeling_samba import SambaForCausalLM
-
-_CPU_MULTIPROCESSORS = 8  # where Triton's interpreter takes the place of a device
 
 
 class Decoder:
@@ -30,19 +28,14 @@ class Decoder:
             raise ValueError(f"the model cannot be stepped as one graph: {reason}")
         device, backbone = model.device, model.backbone
         self.seen_tokens = [0] * rows
-        multiprocessors = _CPU_MULTIPROCESSORS
-        if device.type == "cuda":
-            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        workspace = Workspace(rows, device=device, multiprocessors=multiprocessors)
+        workspace = Workspace(rows, device=device)
         self._embeddings = plain(backbone.embeddings)
-        width = self._embeddings.shape[1]
-        self._x = activations(rows, width, like=self._embeddings)
-        self._stream = self._x[:, :width]
+        self._stream = ResidualStream(workspace, like=self._embeddings)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._steps = _steps(model, workspace)
-        norm = Norm(backbone.norm_f.weight.detach(), backbone.norm_f.eps)
-        self._head = RowLinear(plain(model.lm_head), workspace, norm=norm)
+        self._norm = Norm(backbone.norm_f.weight.detach(), backbone.norm_f.eps)
+        self._head = RowLinear(plain(model.lm_head), workspace)
         self._logits = self._embeddings.new_empty(rows, model.lm_head.weight.shape[0])
         self._graph = self._captured() if device.type == "cuda" else None
 
@@ -74,15 +67,16 @@ class Decoder:
         return self._logits.clone()
 
     def _launch(self) -> None:
-        torch.index_select(self._embeddings, 0, self._ids, out=self._stream)
-        for _, step in self._steps:
-            step(self._x, self._positions)
-        self._head(self._x, self._logits)
+        norms = [step.norm.weight for _, step in self._steps] + [self._norm.weight]
+        self._stream.start(self._ids, self._embeddings, norms[0])
+        for (_, step), following in zip(self._steps, norms[1:], strict=True):
+            step(self._stream, self._positions, following)
+        self._head.of_stream(self._stream, self._logits, eps=self._norm.eps)
         self._positions += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """Compiles the kernels by a first run, which leaves a state of no meaning, and records a second one."""
-        with torch.cuda.device(self._x.device):
+        with torch.cuda.device(self._ids.device):
             self._launch()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

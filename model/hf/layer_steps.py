@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sambalm.model.ops.decode.linear import Norm, Workspace
+from sambalm.model.ops.decode.linear import Norm, ResidualStream, Workspace
 
 from .layers import SambaLayer, SambaRMSNorm
 from .names import hf_side
@@ -24,12 +24,12 @@ class LayerStep(ABC):
         self.norm = Norm(norm.weight.detach(), norm.eps)
 
     @abstractmethod
-    def __call__(self, x: Tensor, positions: Tensor) -> None:
-        """Adds the layer's result to the residual stream.
+    def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:
+        """Adds the layer's result to the residual stream, which is scaled by the weight of the layer's norm.
 
         Args:
-            x: [B, held width], which it changes.
             positions: int64 [B], how many tokens each row has read before.
+            following: the weight of the norm that comes next, by which it leaves the stream scaled.
         """
 
     def load(self, state: Mapping[str, Tensor], seen_tokens: list[int]) -> None:  # noqa: B027 - most layers hold none

@@ -241,7 +241,7 @@ class SambaModel(SambaPreTrainedModel):
         if positions is None:
             positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
         cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
-        context = context._replace(rotary=(cos.unsqueeze(1), sin.unsqueeze(1)))
+        context = context._replace(rotary=(cos.unsqueeze(2), sin.unsqueeze(2)))
         is_dense = config._attn_implementation in DENSE_ATTENTION and (mask is None or mask.ndim == 2)
         if is_dense and not (output_attentions or config.output_attentions):
             if mask is None or _is_known(mask[:, -(x.shape[1] + config.sliding_window - 1) :].all()):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .decoder import Decoder
 
 PIECE_TOKENS = 2048
-GPU_PIECE_TOKENS = 32768  # of all rows: enough to fill a GPU, and few enough for the memory of a small one
+GPU_PIECE_TOKENS = 65536  # of all rows: enough to fill a GPU, and few enough for the memory of a small one
 FORMAT = "sambalm stream 1"
 SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
 _SLIDING = LAYER_TYPES["*"]

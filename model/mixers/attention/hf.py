@@ -40,8 +40,9 @@ class SambaAttention(AttentionWeightsLayer):
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor | None]:
         """Maps hidden_states [B, S, width] to the same; adds attention weights where the implementation gives them."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
         q, k = (context.operations.rotary(t, *context.rotary) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
         weights = None

@@ -9,7 +9,7 @@ from sambalm.model.hf.layer_steps import LayerStep, plain
 from sambalm.model.hf.layers import SambaRMSNorm
 from sambalm.model.mixers.attention.hf import SambaAttention
 from sambalm.model.ops.decode.attention import RingAttention
-from sambalm.model.ops.decode.linear import RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
 
 
 class AttentionStep(LayerStep):
@@ -19,7 +19,7 @@ class AttentionStep(LayerStep):
         super().__init__(layer, norm, workspace)
         config, rows = layer.config, workspace.rows
         qkv = torch.cat([plain(projection) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)])
-        self.qkv_proj = RowLinear(qkv, workspace, norm=self.norm)
+        self.qkv_proj = RowLinear(qkv, workspace)
         self.o_proj = RowLinear(plain(layer.o_proj), workspace)
         ring = (rows, config.num_key_value_heads, config.sliding_window, config.head_dim)
         self.keys, self.values = qkv.new_zeros(ring), qkv.new_zeros(ring)
@@ -33,10 +33,10 @@ class AttentionStep(LayerStep):
         self.qkv = activations(rows, len(qkv), like=qkv)
         self.y = activations(rows, config.hidden_size, like=qkv)
 
-    def __call__(self, x: Tensor, positions: Tensor) -> None:
-        self.qkv_proj(x, self.qkv)
+    def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:
+        self.qkv_proj.of_stream(stream, self.qkv, eps=self.norm.eps)
         self.attend(self.qkv, positions, self.y)
-        self.o_proj(self.y, x, adds=True)
+        self.o_proj.into_stream(self.y, stream, following)
 
     def load(self, state: Mapping[str, Tensor], seen_tokens: list[int]) -> None:
         for ring, name in ((self.keys, "keys"), (self.values, "values")):

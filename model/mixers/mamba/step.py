@@ -8,7 +8,7 @@ from torch import Tensor
 from sambalm.model.hf.layer_steps import LayerStep, plain, taken
 from sambalm.model.hf.layers import SambaRMSNorm
 from sambalm.model.mixers.mamba.hf import SambaMamba
-from sambalm.model.ops.decode.linear import RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
 from sambalm.model.ops.decode.mamba import conv_step, scan_step
 
 
@@ -19,7 +19,7 @@ class MambaStep(LayerStep):
         super().__init__(layer, norm, workspace)
         in_weight, x_weight = plain(layer.in_proj), plain(layer.x_proj)
         rows, self.channels = workspace.rows, layer.A_log.shape[0]
-        self.in_proj = RowLinear(in_weight, workspace, norm=self.norm)
+        self.in_proj = RowLinear(in_weight, workspace)
         self.x_proj = RowLinear(x_weight, workspace)
         self.out_proj = RowLinear(plain(layer.out_proj), workspace)
         self.conv_weight = plain(layer.conv1d).squeeze(1).contiguous()
@@ -37,13 +37,13 @@ class MambaStep(LayerStep):
         self.conv_state = in_weight.new_zeros(rows, self.conv_weight.shape[1] - 1, self.channels)
         self.scan_state = in_weight.new_zeros(rows, *layer.A_log.shape, dtype=torch.float32)
 
-    def __call__(self, x: Tensor, positions: Tensor) -> None:
-        self.in_proj(x, self.xz)
+    def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:
+        self.in_proj.of_stream(stream, self.xz, eps=self.norm.eps)
         conv_step(self.xz, self.conv_state, self.conv_weight, self.conv_bias, self.u)
         self.x_proj(self.u, self.projected)
         z = self.xz[:, self.channels :]
         scan_step(self.u, z, self.projected, **self.scan, state=self.scan_state, out=self.y)
-        self.out_proj(self.y, x, adds=True)
+        self.out_proj.into_stream(self.y, stream, following)
 
     def load(self, state: Mapping[str, Tensor], seen_tokens: list[int]) -> None:
         conv = state.get("conv")

@@ -5,7 +5,7 @@ from torch import Tensor
 from sambalm.model.hf.layer_steps import LayerStep, plain
 from sambalm.model.hf.layers import SambaRMSNorm
 from sambalm.model.mixers.mlp.hf import SambaMLP
-from sambalm.model.ops.decode.linear import RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
 
 
 class MLPStep(LayerStep):
@@ -14,9 +14,10 @@ class MLPStep(LayerStep):
     def __init__(self, layer: SambaMLP, norm: SambaRMSNorm, workspace: Workspace) -> None:
         super().__init__(layer, norm, workspace)
         gate = plain(layer.gate_proj)
-        self.gate_up = RowLinear(gate, workspace, up=plain(layer.up_proj), norm=self.norm)
+        self.gate_up = RowLinear(gate, workspace, up=plain(layer.up_proj))
         self.down = RowLinear(plain(layer.down_proj), workspace)
         self.between = activations(workspace.rows, len(gate), like=gate)
 
-    def __call__(self, x: Tensor, positions: Tensor) -> None:
-        self.down(self.gate_up(x, self.between), x, adds=True)
+    def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:
+        self.gate_up.of_stream(stream, self.between, eps=self.norm.eps)
+        self.down.into_stream(self.between, stream, following)

@@ -35,7 +35,7 @@ class RingAttention:
         self.group = query_heads // self.kv_heads
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=keys.device) / self.head_dim
         self.turns = rotary_base**-exponents / (2 * math.pi)  # of each pair, a position
-        self.splits = workspace.splits(rows * self.kv_heads, most=max(1, self.window // BLOCK_KEYS))
+        self.splits = workspace.splits(rows * self.kv_heads, most=max(1, self.window // BLOCK_KEYS), waves=2)
         self.heads = max(16, triton.next_power_of_2(self.group))
         self.dims = max(16, triton.next_power_of_2(self.head_dim))
         tiles = rows * self.kv_heads
@@ -67,19 +67,29 @@ class RingAttention:
             GROUP=self.group,
             HEADS=self.heads,
             DIM=self.head_dim,
-            HALVES=max(16, triton.next_power_of_2(self.head_dim // 2)),
             DIMS=self.dims,
             KEYS=BLOCK_KEYS,
-            num_warps=4,
-            num_stages=3,
+            LINES=triton.next_power_of_2(triton.cdiv(share * self.head_dim * self.keys.element_size(), 128)),
+            PREFETCHES=self.keys.is_cuda,
+            num_warps=2,
+            num_stages=2,
         )
 
 
 @triton.jit
-def _rotated(at, mask, cos, sin, half, dtype: tl.constexpr):
-    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(at + half, mask=mask, other=0.0).to(tl.float32)
-    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+def _prefetch(at):
+    """Has the cache lines at these addresses brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _rotated(at, dim, other_dim, mask, cos, sin, dtype: tl.constexpr):
+    """Rotates pairs of a first and a second half; sin is negative for the first."""
+    values = tl.load(at + dim, mask=mask, other=0.0).to(tl.float32)
+    others = tl.load(at + other_dim, mask=mask, other=0.0).to(tl.float32)
+    return (values * cos + others * sin).to(dtype)
 
 
 @triton.jit
@@ -101,57 +111,61 @@ def _attend(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    HALVES: tl.constexpr,
     DIMS: tl.constexpr,
     KEYS: tl.constexpr,
+    LINES: tl.constexpr,
+    PREFETCHES: tl.constexpr,
 ):
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(0)
     dtype: tl.constexpr = keys.dtype.element_ty
     HALF: tl.constexpr = DIM // 2
-    head, half, dim, key = tl.arange(0, HEADS), tl.arange(0, HALVES), tl.arange(0, DIMS), tl.arange(0, KEYS)
-    is_half, is_dim = half < HALF, dim < DIM
-    is_query = (head < GROUP)[:, None]
-    position = tl.load(positions + row)
-    angle = position.to(tl.float64) * tl.load(turns + half, mask=is_half, other=0.0)
-    angle = ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    qkv += row * qkv_stride
-    query_at = qkv + (kv_head * GROUP + head)[:, None] * DIM + half[None, :]
-    q1, q2 = _rotated(query_at, is_query & is_half[None, :], cos[None, :], sin[None, :], HALF, dtype)
+    head, dim, key = tl.arange(0, HEADS), tl.arange(0, DIMS), tl.arange(0, KEYS)
     ring = (row.to(tl.int64) * kv_heads + kv_head) * WINDOW * DIM
     keys += ring
     values += ring
+    first = split * SHARE
+    if PREFETCHES:  # they come while angles and queries are computed
+        line = tl.arange(0, LINES) * (128 * 8 // dtype.primitive_bitwidth)
+        line = tl.where(line < (tl.minimum(first + SHARE, WINDOW) - first) * DIM, line, 0) + tl.minimum(first, WINDOW - 1) * DIM
+        _prefetch(keys + line)
+        _prefetch(values + line)
+    is_dim, is_query = dim < DIM, (head < GROUP)[:, None]
+    other_dim = tl.where(dim < HALF, dim + HALF, dim - HALF)
+    position = tl.load(positions + row)
+    angle = position.to(tl.float64) * tl.load(turns + dim % HALF)
+    angle = ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
+    cos, sin = tl.cos(angle), tl.where(dim < HALF, -tl.sin(angle), tl.sin(angle))
+    qkv += row * qkv_stride
+    query_at = qkv + (kv_head * GROUP + head)[:, None] * DIM
+    inside = is_query & is_dim[None, :]
+    query = _rotated(query_at, dim[None, :], other_dim[None, :], inside, cos[None, :], sin[None, :], dtype)
     own = position % WINDOW
     greatest = tl.full([HEADS], -1.0e30, dtype=tl.float32)
     weight = tl.zeros([HEADS], dtype=tl.float32)
     total = tl.zeros([HEADS, DIMS], dtype=tl.float32)
-    first = split * SHARE
     if (own >= first) & (own < first + SHARE):
         new_at = qkv + (kv_heads * GROUP + kv_head) * DIM
-        k1, k2 = _rotated(new_at + half, is_half, cos, sin, HALF, dtype)
-        tl.store(keys + own * DIM + half, k1, mask=is_half)
-        tl.store(keys + own * DIM + HALF + half, k2, mask=is_half)
+        new = _rotated(new_at, dim, other_dim, is_dim, cos, sin, dtype)
+        tl.store(keys + own * DIM + dim, new, mask=is_dim)
         value = tl.load(new_at + kv_heads * DIM + dim, mask=is_dim, other=0.0)
         tl.store(values + own * DIM + dim, value, mask=is_dim)
-        products = q1.to(tl.float32) * k1.to(tl.float32)[None, :] + q2.to(tl.float32) * k2.to(tl.float32)[None, :]
-        greatest = tl.sum(products, 1) * scale
+        greatest = tl.sum(query.to(tl.float32) * new.to(tl.float32)[None, :], 1) * scale
         weight += 1
         total += value.to(tl.float32)[None, :]
     for start in range(first, tl.minimum(tl.minimum(first + SHARE, WINDOW), position), KEYS):
         place = start + key
         # The ring's own place holds a key that has left the window, or the one that was stored above.
         is_key = (place < WINDOW) & (place < position) & (place != own)
-        key_at = keys + place[:, None] * DIM + half[None, :]
-        k1 = tl.load(key_at, mask=is_key[:, None] & is_half[None, :], other=0.0)
-        k2 = tl.load(key_at + HALF, mask=is_key[:, None] & is_half[None, :], other=0.0)
-        scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
+        at = place[:, None] * DIM + dim[None, :]
+        is_inside = is_key[:, None] & is_dim[None, :]
+        kept = tl.load(keys + at, mask=is_inside, other=0.0)
+        scores = tl.dot(query, tl.trans(kept), input_precision="ieee") * scale
         scores = tl.where(is_key[None, :], scores, -1.0e30)
         greater = tl.maximum(greatest, tl.max(scores, 1))
         shrinks = tl.exp(greatest - greater)
         weights = tl.where(is_key[None, :], tl.exp(scores - greater[:, None]), 0.0)
-        value = tl.load(values + place[:, None] * DIM + dim[None, :], mask=is_key[:, None] & is_dim[None, :], other=0.0)
+        value = tl.load(values + at, mask=is_inside, other=0.0)
         weight = weight * shrinks + tl.sum(weights, 1)
         total = total * shrinks[:, None]
         total = tl.dot(weights.to(dtype), value, total, input_precision="ieee")

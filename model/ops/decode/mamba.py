@@ -37,7 +37,18 @@ def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, out: Tenso
 
 
 @triton.jit
-def _convolve(x, state, weight, bias, out, channels, x_stride, out_stride, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
+def _convolve(
+    x,
+    state,
+    weight,
+    bias,
+    out,
+    channels,
+    x_stride,
+    out_stride,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     row = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -98,7 +109,7 @@ def scan_step(
         RANK=triton.next_power_of_2(rank),
         STATES=triton.next_power_of_2(states),
         CHANNELS=SCAN_CHANNELS,
-        num_warps=4,
+        num_warps=1,
     )
 
 
@@ -129,9 +140,9 @@ def _scan(
     number, factor = tl.arange(0, STATES), tl.arange(0, RANK)
     inside, is_state, is_factor = channel < channels, number < states, factor < rank
     projected += row * projected_stride
-    factors = tl.load(projected + factor, mask=is_factor, other=0.0).to(tl.float32)
     at = channel[:, None] * rank + factor[None, :]
     weights = tl.load(dt_weight + at, mask=inside[:, None] & is_factor[None, :], other=0.0).to(tl.float32)
+    factors = tl.load(projected + factor, mask=is_factor, other=0.0).to(tl.float32)
     dt = tl.sum(weights * factors[None, :], 1).to(u.dtype.element_ty).to(tl.float32)
     dt = _softplus(dt + tl.load(dt_bias + channel, mask=inside, other=0.0))
     at = channel[:, None] * states + number[None, :]
