@@ -18,6 +18,9 @@ from sambalm.model.ops.reference.elementwise import swiglu
 from sambalm.model.ops.reference.rms_norm import rms_norm
 from sambalm.model.ops.reference.window_attention import apply_rotary, rotary_tables
 
+# Over how many programs flash-attn cuts the keys of a row. By itself (0) it chooses for a full cache, and leaves most
+# of the device idle before.
+KEY_SPLITS = (0, 8, 16, 32)
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 
 
@@ -84,11 +87,11 @@ class Llama:
 class LlamaDecoder:
     """One token a row as one CUDA graph, over a static cache of so many tokens whose contents are random."""
 
-    def __init__(self, model: Llama, *, rows: int, cache_tokens: int) -> None:
+    def __init__(self, model: Llama, *, rows: int, cache_tokens: int, splits: int) -> None:
         from flash_attn import flash_attn_with_kvcache
 
         config, device = model.config, model.device
-        self.attend, self.config, self.model = flash_attn_with_kvcache, config, model
+        self.attend, self.config, self.model, self.splits = flash_attn_with_kvcache, config, model, splits
         workspace = Workspace(rows, device=device)
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -128,7 +131,18 @@ class LlamaDecoder:
                 .unsqueeze(1)
             )
             q, k, v = heads.split([size // self.config.head_dim for size in self.model.sizes], dim=2)
-            y = self.attend(q, *cache, k, v, self.cos, self.sin, self.positions, causal=True, rotary_interleaved=False)
+            y = self.attend(
+                q,
+                *cache,
+                k,
+                v,
+                self.cos,
+                self.sin,
+                self.positions,
+                causal=True,
+                rotary_interleaved=False,
+                num_splits=self.splits,
+            )
             o.into_stream(y.flatten(1), self.stream, next(norms))
             down.into_stream(gate_up.of_stream(self.stream, self.between, eps=eps), self.stream, next(norms))
         self.head.of_stream(self.stream, self.logits, eps=eps)

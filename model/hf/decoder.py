@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sambalm.model.ops.decode.linear import Norm, ResidualStream, RowLinear, Workspace
 
 from .layer_steps import LayerStep, plain, step_class
-from .layers import has_hooks
+from .layers import SambaLayer, SambaRMSNorm, has_hooks
 from .modeling_samba import SambaForCausalLM
 
 
@@ -34,7 +34,7 @@ class Decoder:
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._steps = _steps(model, workspace)
-        self._norm = Norm(backbone.norm_f.weight.detach(), backbone.norm_f.eps)
+        self._norm = _norm(backbone.norm_f)
         self._head = RowLinear(plain(model.lm_head), workspace)
         self._logits = self._embeddings.new_empty(rows, model.lm_head.weight.shape[0])
         self._graph = self._captured() if device.type == "cuda" else None
@@ -89,11 +89,17 @@ def _steps(model: SambaForCausalLM, workspace: Workspace) -> list[tuple[int, Lay
     """Returns the steps of all layers in order, each with the number of its block."""
     steps = []
     for number, (letters, block) in enumerate(zip(model.config.blocks, model.backbone.layers, strict=True)):
-        if letters.mixer is not None:
-            steps.append((number, step_class(letters.mixer)(block.mixer, block.mixer_norm, workspace)))
-        if letters.mlp is not None:
-            steps.append((number, step_class(letters.mlp)(block.mlp, block.mlp_norm, workspace)))
+        layers = ((letters.mixer, block.mixer, "mixer_norm"), (letters.mlp, block.mlp, "mlp_norm"))
+        for letter, layer, norm in layers:
+            kind = None if letter is None else step_class(letter)
+            if kind is not None and isinstance(layer, SambaLayer):
+                steps.append((number, kind(layer, _norm(block.get_submodule(norm)), workspace)))
     return steps
+
+
+def _norm(module: nn.Module) -> Norm:
+    assert isinstance(module, SambaRMSNorm)
+    return Norm(plain(module), module.eps)
 
 
 def why_not(model: SambaForCausalLM) -> str | None:
@@ -114,5 +120,5 @@ def why_not(model: SambaForCausalLM) -> str | None:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether a module computes something else than its class says, or is of a class that is not the model's."""
-    is_own = type(module).__module__.startswith(("sambalm.", "torch.nn.modules."))
+    is_own = isinstance(module, SambaLayer) or type(module).__module__.startswith(("sambalm.", "torch.nn.modules."))
     return not is_own or has_hooks(module)

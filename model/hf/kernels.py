@@ -5,7 +5,7 @@ An exported folder has another file of this name, by which every device computes
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from sambalm.model.ops.reference.window_attention import window_attention
 from .configuration_samba import SambaConfig
 from .operations import IN_TORCH, Operations
 
-_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+Precision = Literal["bf16", "fp16", "fp32"]
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 WHOLE_QUERIES = 1024  # cuDNN compiles a graph for each length; multiples of this are few
 
 
@@ -28,7 +29,7 @@ def operations_for(x: Tensor, config: SambaConfig) -> Operations:
 
 
 @cache
-def _of_device(index: int, precision: str, d_state: int, d_conv: int) -> Operations:
+def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> Operations:
     # Of a CPU's model none of it is needed.
     from sambalm.model.ops.config import KernelConfig
     from sambalm.model.ops.implementations import KernelRequirements

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sambalm.model.ops.decode.linear import Norm, ResidualStream, Workspace
 
-from .layers import SambaLayer, SambaRMSNorm
+from .layers import SambaLayer
 from .names import hf_side
 
 
@@ -19,9 +19,8 @@ class LayerStep(ABC):
     are. What it launches depends on no value of any tensor.
     """
 
-    def __init__(self, layer: SambaLayer, norm: SambaRMSNorm, workspace: Workspace) -> None:
-        self.config, self.workspace = layer.config, workspace
-        self.norm = Norm(norm.weight.detach(), norm.eps)
+    def __init__(self, layer: SambaLayer, norm: Norm, workspace: Workspace) -> None:
+        self.config, self.norm, self.workspace = layer.config, norm, workspace
 
     @abstractmethod
     def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:
@@ -50,7 +49,7 @@ def step_class(letter: str) -> type[LayerStep] | None:
 
 
 def plain(module: nn.Module) -> Tensor:
-    """Returns the weight of a projection as it is, [rows, columns]."""
+    """Returns a module's weight as it is."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from sambalm.model.hf.layer_steps import LayerStep, plain
-from sambalm.model.hf.layers import SambaRMSNorm
 from sambalm.model.mixers.attention.hf import SambaAttention
 from sambalm.model.ops.decode.attention import RingAttention
-from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import Norm, ResidualStream, RowLinear, Workspace, activations
 
 
 class AttentionStep(LayerStep):
     """Three kernels: norm and qkv_proj; rotation, attention and the token's way into the ring; o_proj."""
 
-    def __init__(self, layer: SambaAttention, norm: SambaRMSNorm, workspace: Workspace) -> None:
+    def __init__(self, layer: SambaAttention, norm: Norm, workspace: Workspace) -> None:
         super().__init__(layer, norm, workspace)
         config, rows = layer.config, workspace.rows
         qkv = torch.cat([plain(projection) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)])

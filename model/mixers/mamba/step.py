@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from sambalm.model.hf.layer_steps import LayerStep, plain, taken
-from sambalm.model.hf.layers import SambaRMSNorm
 from sambalm.model.mixers.mamba.hf import SambaMamba
-from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import Norm, ResidualStream, RowLinear, Workspace, activations
 from sambalm.model.ops.decode.mamba import conv_step, scan_step
 
 
 class MambaStep(LayerStep):
     """Five kernels: norm and in_proj, convolution, x_proj, dt_proj with the recurrence and the gate, out_proj."""
 
-    def __init__(self, layer: SambaMamba, norm: SambaRMSNorm, workspace: Workspace) -> None:
+    def __init__(self, layer: SambaMamba, norm: Norm, workspace: Workspace) -> None:
         super().__init__(layer, norm, workspace)
         in_weight, x_weight = plain(layer.in_proj), plain(layer.x_proj)
         rows, self.channels = workspace.rows, layer.A_log.shape[0]

@@ -3,15 +3,14 @@
 from torch import Tensor
 
 from sambalm.model.hf.layer_steps import LayerStep, plain
-from sambalm.model.hf.layers import SambaRMSNorm
 from sambalm.model.mixers.mlp.hf import SambaMLP
-from sambalm.model.ops.decode.linear import ResidualStream, RowLinear, Workspace, activations
+from sambalm.model.ops.decode.linear import Norm, ResidualStream, RowLinear, Workspace, activations
 
 
 class MLPStep(LayerStep):
     """Two kernels: norm, both projections and their product; the way back and the sum."""
 
-    def __init__(self, layer: SambaMLP, norm: SambaRMSNorm, workspace: Workspace) -> None:
+    def __init__(self, layer: SambaMLP, norm: Norm, workspace: Workspace) -> None:
         super().__init__(layer, norm, workspace)
         gate = plain(layer.gate_proj)
         self.gate_up = RowLinear(gate, workspace, up=plain(layer.up_proj))

@@ -127,7 +127,10 @@ def _attend(
     first = split * SHARE
     if PREFETCHES:  # they come while angles and queries are computed
         line = tl.arange(0, LINES) * (128 * 8 // dtype.primitive_bitwidth)
-        line = tl.where(line < (tl.minimum(first + SHARE, WINDOW) - first) * DIM, line, 0) + tl.minimum(first, WINDOW - 1) * DIM
+        line = (
+            tl.where(line < (tl.minimum(first + SHARE, WINDOW) - first) * DIM, line, 0)
+            + tl.minimum(first, WINDOW - 1) * DIM
+        )
         _prefetch(keys + line)
         _prefetch(values + line)
     is_dim, is_query = dim < DIM, (head < GROUP)[:, None]
