@@ -49,6 +49,7 @@ class Source:
             "weight": self.weight,
             "validation_fraction": self.validation_fraction,
             "content": self.content(),
+            "tokenizer": self.tokenizer.sha256 if self.tokenizer else None,
         }
 
 

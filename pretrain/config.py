@@ -40,6 +40,17 @@ class TrainSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run")
+    init_from: str | None = Field(
+        None,
+        description="What a new run takes its weights from, with a fresh optimizer, schedule and data order: a run "
+        "folder (its newest good checkpoint), a checkpoint, a Hugging Face folder, or a .pth file of microsoft/Samba; "
+        "null: it draws them. Read once: a run that has saved goes on from its own checkpoints",
+    )
+    grow_vocabulary: bool = Field(
+        False,
+        description="Whether model.vocab_size may be more than the weights of train.init_from have, for a tokenizer "
+        "that adds tokens to theirs; the new rows are drawn as a new model's",
+    )
     global_batch_tokens: int = Field(gt=0, description="Tokens of one optimizer step over all ranks")
     batch_ramp: BatchRamp | None = Field(
         None, description="Smaller global batches at first; null: train.global_batch_tokens from the first step on"
@@ -74,6 +85,15 @@ class TrainSection(BaseModel):
         description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2 and "
         "ZeRO-3 never do, nor packed documents whose attention is a flash kernel",
     )
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> "TrainSection":
+        if self.grow_vocabulary and self.init_from is None:
+            raise ValueError(
+                "train.grow_vocabulary is true without train.init_from, whose vocabulary it is about: give that, or "
+                "leave it out"
+            )
+        return self
 
 
 class ValidationSection(BaseModel):

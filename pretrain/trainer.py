@@ -1,7 +1,7 @@
 """The training loop: fetch, forward and backward, step, and the hooks that do everything else."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record
+from sambalm.pretrain.checkpointing.initial_weights import (
+    STARTED_FROM,
+    InitialWeights,
+    check_started_from,
+    find_initial_weights,
+)
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode, print_line
@@ -57,26 +63,37 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
     config.check_world(world_size())
     signals, marks = signals or Signals(), Marks()
     with watching(config, signals=signals, marks=marks) as watchdog:
+        initial: InitialWeights | None = None
         if is_main_process():  # the others wait for it where the process group is made
             check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
+            initial = find_initial_weights(config)
         with open_run_folder(config, marks) as folder:
             if is_main_process():
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
-                exit_code, step = _train(config, world, folder=folder, signals=signals, marks=marks)
+                initial = world.broadcast_object(initial)
+                exit_code, step = _train(config, world, initial, folder=folder, signals=signals, marks=marks)
                 folder.end(exit_code, step=step, world=world)
                 return exit_code
 
 
 def _train(
-    config: RunConfig, world: World, *, folder: RunFolder, signals: Signals, marks: Marks
+    config: RunConfig,
+    world: World,
+    initial: InitialWeights | None,
+    *,
+    folder: RunFolder,
+    signals: Signals,
+    marks: Marks,
 ) -> tuple[ExitCode, int]:
     """Trains, again after each way back to an earlier checkpoint; returns how the attempt ends, and at which step."""
     rollback: RollBack | None = None
     while True:
-        trainer = Trainer(config, world, folder=folder, signals=signals, marks=marks, rollback=rollback)
+        trainer = Trainer(
+            config, world, folder=folder, signals=signals, marks=marks, initial=initial, rollback=rollback
+        )
         try:
             return trainer.fit(), trainer.step
         except RollBack as found:
@@ -100,6 +117,7 @@ class Trainer:
 
     Args:
         marks: told of the phases that this rank comes through.
+        initial: what a run without a checkpoint starts from; None: it draws its weights.
         rollback: why an earlier trainer of the attempt ended; None for the attempt's first.
     """
 
@@ -111,6 +129,7 @@ class Trainer:
         folder: RunFolder,
         signals: Signals,
         marks: Marks,
+        initial: InitialWeights | None = None,
         rollback: RollBack | None = None,
     ) -> None:
         self.config, self.world, self.folder, self.signals, self.marks = config, world, folder, signals, marks
@@ -119,12 +138,16 @@ class Trainer:
         sources = shared_sources(config.data)
         record = data_record(config, sources)
         if checkpoint:
+            check_started_from(checkpoint, config)
             check_data(checkpoint, record, config=config)
+            started_from = checkpoint.state.get(STARTED_FROM)
+        else:
+            started_from = initial.record() if initial else None
         self.step: int = checkpoint.step if checkpoint else 0
         self.samples: int = checkpoint.state["samples"] if checkpoint else 0
         self.rollbacks = Rollbacks(config.train.max_rollbacks)
         self.stragglers = Stragglers(config.stragglers, world=world)
-        self.hooks = self._hooks(sources, record)
+        self.hooks = self._hooks(sources, record, started_from)
         states = checkpoint.state.get("hooks", {}) if checkpoint else {}  # none in one of an older version
         for hook in self.hooks:
             if hook.name in states:
@@ -132,11 +155,13 @@ class Trainer:
         if rollback:
             self.rollbacks.load_state(rollback.record)
             folder.ledger.roll_back(self.step)
-        self.training = build_training(config, world=world, checkpoint=checkpoint)
+        self.training = build_training(config, world=world, checkpoint=checkpoint, initial=initial)
         if world.is_main:
             if rollback:
                 print_line(f"{rollback}; instead, the run goes back to step {self.step}")
-            lines = start_lines(config, world=world, training=self.training, checkpoint=checkpoint)
+            lines = start_lines(
+                config, world=world, training=self.training, checkpoint=checkpoint, started_from=started_from
+            )
             print_line("\n".join(lines))
         self.loader = BatchLoader(
             build_train_dataset(config.data, sources, seed=config.run.seed),
@@ -149,14 +174,23 @@ class Trainer:
             workers=config.data.workers,
         )
 
-    def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
+    def _hooks(
+        self, sources: Sequence[Source], record: dict[str, Any], started_from: Mapping[str, Any] | None
+    ) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world, ledger = self.config, self.world, self.folder.ledger
         hooks: list[Hook] = []
         folder = self.folder
         guards = Guards(config, world=world, rollbacks=self.rollbacks, ledger=ledger)
         checkpointer = Checkpointer(
-            config, world=world, data=record, folder=folder, guards=guards, marks=self.marks, hooks=hooks
+            config,
+            world=world,
+            data=record,
+            started_from=started_from,
+            folder=folder,
+            guards=guards,
+            marks=self.marks,
+            hooks=hooks,
         )
         hooks += [
             LeaseGuard(folder, world=world),

@@ -5,7 +5,7 @@ rank: each rank says with every step whether its thread is through, and the slow
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -40,6 +40,7 @@ class Checkpointer(Hook):
 
     Args:
         data: what `data_record` says of the run's data.
+        started_from: what `InitialWeights.record` says; None for a run that drew its weights.
         folder: the run's, as every rank knows it.
         guards: say whether a state may be saved.
         marks: those of this rank; the thread that writes is in the phase of a save, too.
@@ -54,6 +55,7 @@ class Checkpointer(Hook):
         *,
         world: World,
         data: dict[str, Any],
+        started_from: Mapping[str, Any] | None,
         folder: RunFolder,
         guards: Guards,
         marks: Marks,
@@ -64,6 +66,7 @@ class Checkpointer(Hook):
             config,
             world=world,
             data=data,
+            started_from=started_from,
             token=folder.token,
             check_lease=folder.check_lease,
             marked=lambda: marks.during_beside(Phase.SAVE),

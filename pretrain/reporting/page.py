@@ -95,6 +95,8 @@ def _facts(run: RunData) -> dict[str, str]:
         facts["left"] = duration(run.status.left_s)
     if run.status and run.status.training_share is not None:
         facts["time in training"] = f"{run.status.training_share:.1%}"
+    if run.started_from:
+        facts["started from"] = run.started_from
     facts["folder"] = str(run.path)
     return facts
 
