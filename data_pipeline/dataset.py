@@ -119,17 +119,31 @@ def build_train_dataset(config: DataConfig, sources: Sequence[Source], *, seed: 
 
 
 def build_validation_dataset(
-    config: DataConfig, sources: Sequence[Source], *, num_samples: int, seed: int, length_multiple: int = 1
+    config: DataConfig,
+    sources: Sequence[Source],
+    *,
+    num_samples: int,
+    seed: int,
+    length_multiple: int = 1,
+    held_out: bool = True,
 ) -> ValidationDataset:
     """At most `num_samples` samples of the held-out parts, `length_multiple` times the training length.
+
+    held_out: false takes the training parts of `sources`, which of data.validation are all that there is.
 
     Where there are fewer, `len` of the result says how many. Sources keep their training proportions as far as their
     held-out parts last, but each gives at least one where it can.
     Raises DataError where no held-out part makes one sample.
     """
     length = config.sequence_length * length_multiple
-    streams = [source.stream(held_out=True) for source in sources]
+    streams = [source.stream(held_out=held_out) for source in sources]
     available = np.array([max(0, len(stream) - 1) // length for stream in streams])
+    if not available.any() and not held_out:
+        raise DataError(
+            f"data.validation ({', '.join(source.prefix for source in sources)}) has {max(map(len, streams))} tokens "
+            f"at most, and one validation sample needs {length + 1}; give more, or lower validation.length_multiples "
+            "or data.sequence_length"
+        )
     if not available.any():
         raise DataError(
             f"the held-out parts of {', '.join(source.prefix for source in sources)} have "

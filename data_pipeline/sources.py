@@ -105,6 +105,17 @@ def check_vocabulary(config: DataConfig, sources: Sequence[Source], *, vocab_siz
                 check_ids(shard.prefix, shard.ids, vocab_size=vocab_size, of="model.vocab_size")
 
 
+def check_separate(sources: Sequence[Source], validation: Sequence[Source]) -> None:
+    """Raises DataError where data to validate on are data that are trained on, under whatever prefix."""
+    trained = {source.content(): source.prefix for source in sources}
+    for source in validation:
+        if source.content() in trained:
+            raise DataError(
+                f"data.validation {source.prefix} holds the very tokens of {trained[source.content()]} in data.train: "
+                "give other data"
+            )
+
+
 def _check_tokenizers(config: DataConfig, made_by: dict[str, str]) -> None:
     if config.tokenizer and Path(config.tokenizer).is_file():
         made_by = {f"data.tokenizer {config.tokenizer}": sha256_file(Path(config.tokenizer)), **made_by}

@@ -40,17 +40,6 @@ class TrainSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run")
-    init_from: str | None = Field(
-        None,
-        description="What a new run takes its weights from, with a fresh optimizer, schedule and data order: a run "
-        "folder (its newest good checkpoint), a checkpoint, a Hugging Face folder, or a .pth file of microsoft/Samba; "
-        "null: it draws them. Read once: a run that has saved goes on from its own checkpoints",
-    )
-    grow_vocabulary: bool = Field(
-        False,
-        description="Whether model.vocab_size may be more than the weights of train.init_from have, for a tokenizer "
-        "that adds tokens to theirs; the new rows are drawn as a new model's",
-    )
     global_batch_tokens: int = Field(gt=0, description="Tokens of one optimizer step over all ranks")
     batch_ramp: BatchRamp | None = Field(
         None, description="Smaller global batches at first; null: train.global_batch_tokens from the first step on"
@@ -63,6 +52,17 @@ class TrainSection(BaseModel):
         None,
         description="Of the large products of mixers and MLPs, forward and backward; fp8 takes a GPU of compute "
         "capability 8.9 or later; null: train.precision",
+    )
+    init_from: str | None = Field(
+        None,
+        description="What a new run takes its weights from, with a fresh optimizer, schedule and data order: a run "
+        "folder (its newest good checkpoint), a checkpoint, a Hugging Face folder, or a .pth file of microsoft/Samba; "
+        "null: it draws them. Read once: a run that has saved goes on from its own checkpoints",
+    )
+    grow_vocabulary: bool = Field(
+        False,
+        description="Whether model.vocab_size may be more than the weights of train.init_from have, for a tokenizer "
+        "that adds tokens to theirs; the new rows are drawn as a new model's",
     )
     max_skipped_steps: int = Field(
         10,

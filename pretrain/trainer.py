@@ -11,7 +11,7 @@ import torch
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
-from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
+from sambalm.data_pipeline.sources import Source, check_separate, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
@@ -65,7 +65,7 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
     with watching(config, signals=signals, marks=marks) as watchdog:
         initial: InitialWeights | None = None
         if is_main_process():  # the others wait for it where the process group is made
-            check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
+            _check_data(config)
             initial = find_initial_weights(config)
         with open_run_folder(config, marks) as folder:
             if is_main_process():
@@ -77,6 +77,17 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
                 exit_code, step = _train(config, world, initial, folder=folder, signals=signals, marks=marks)
                 folder.end(exit_code, step=step, world=world)
                 return exit_code
+
+
+def _check_data(config: RunConfig) -> None:
+    """
+    Raises:
+        DataError: data are missing, damaged, not of the model's vocabulary, or validated on and trained on as well.
+    """
+    separate = config.data.separate_validation
+    sources, validation = open_sources(config.data), open_sources(separate) if separate else []
+    check_vocabulary(config.data, [*sources, *validation], vocab_size=config.model.vocab_size)
+    check_separate(sources, validation)
 
 
 def _train(
@@ -179,6 +190,7 @@ class Trainer:
     ) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world, ledger = self.config, self.world, self.folder.ledger
+        separate = config.data.separate_validation
         hooks: list[Hook] = []
         folder = self.folder
         guards = Guards(config, world=world, rollbacks=self.rollbacks, ledger=ledger)
@@ -195,7 +207,7 @@ class Trainer:
         hooks += [
             LeaseGuard(folder, world=world),
             SaveOutcomes(checkpointer),
-            Validator(config, sources, world=world),
+            Validator(config, sources, separate=shared_sources(separate) if separate else (), world=world),
             self.stragglers,
             RunReport(config, world=world, done_steps=self.step),
             self.rollbacks,

@@ -22,7 +22,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.optimizer import OptimizerConfig
 from sambalm.pretrain.reporting.durations import duration
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT
 from sambalm.pretrain.training import Training
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -121,6 +121,13 @@ class RunConsole:
         if losses := {name.removeprefix(LOSS_AT): v for name, v in record.items() if name.startswith(LOSS_AT)}:
             held_out = ", ".join(f"{loss:.4f} at {length} tokens" for length, loss in losses.items())
             self._say(f"step {self._step}: held-out loss {held_out}")
+        named: dict[str, list[str]] = {}
+        for name, value in record.items():
+            if name.startswith(NAMED_LOSS_AT):
+                length, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
+                named.setdefault(source, []).append(f"{value:.4f} at {length} tokens")
+        for source, shown_losses in named.items():
+            self._say(f"step {self._step}: loss on {source} {', '.join(shown_losses)}")
 
     def saved(self, checkpoint: Path, *, seconds: float) -> None:
         """Tells of a checkpoint."""

@@ -19,11 +19,12 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
 from sambalm.pretrain.reporting.page import render_page
 from sambalm.pretrain.reporting.plot import plot_losses
 from sambalm.pretrain.reporting.run_data import RunData, read_runs
 
+_VALIDATION = (LOSS_AT, SOURCE_LOSS_AT, NAMED_LOSS_AT)
 HF_FOLDER, PAGE = "hf", "report.html"
 
 
@@ -54,7 +55,7 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
                 "run_dir": str(run.path),
                 "started_from": run.started_from,
                 "last_record": run.records[-1],
-                "held_out": {name: v for name, v in record.items() if name.startswith((LOSS_AT, SOURCE_LOSS_AT))},
+                "held_out": {name: v for name, v in record.items() if name.startswith(_VALIDATION)},
                 "held_out_step": record["step"],
                 "baselines": _named(baselines),
                 "tokens_per_s": median(record["tokens_per_second"] for record in run.records),
@@ -71,13 +72,15 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
 
 def _last_validation(run_dir: Path) -> dict[str, Any]:
     for record in reversed(read_steps(run_dir)):
-        if any(name.startswith(LOSS_AT) for name in record):
+        if any(name.startswith((LOSS_AT, NAMED_LOSS_AT)) for name in record):
             return record
     raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
 
 
 def _baselines(config: RunConfig) -> Baselines | None:
-    """On the tokens that the run validates on at its training length; None where its data is not there any more."""
+    """On the held-out tokens of the training length; None where there are none, or the data is not there any more."""
+    if not any(config.data.validation_fractions):
+        return None
     try:
         return baseline_losses(
             config.data,
@@ -106,6 +109,10 @@ def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines | No
     for name, value in record.items():
         if name.startswith(of_source):
             table.add_row(f"Samba, {name.removeprefix(of_source)} alone", f"{value:.4f}")
+    for name, value in record.items():
+        if name.startswith(NAMED_LOSS_AT):
+            tokens, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
+            table.add_row(escape(f"Samba, {tokens} tokens of {source} (data.validation)"), f"{value:.4f}")
     if baselines:
         table.add_row("unigram entropy of these tokens", f"{baselines.unigram_entropy:.4f}")
         table.add_row("bigram, Kneser-Ney, of the training tokens", f"{baselines.bigram:.4f}")
