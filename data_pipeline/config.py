@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,6 +39,11 @@ class DataConfig(BaseModel):
         ge=0,
         lt=1,
         description="Fraction of each shard's documents, its last ones, held out; 0 (nothing) takes data.validation.",
+    )
+    packing: Literal["stream", "documents"] = Field(
+        default="stream",
+        description="What a sample is: consecutive tokens of the stream of documents, wherever they begin and end, or "
+        "whole documents, as many consecutive ones as fit; what is left of the sample then does not count in the loss.",
     )
     reset_at_document: bool = Field(
         default=False,

@@ -26,6 +26,11 @@ class Source:
     tokenizer: TokenizerEntry | None
     shards: list[Shard]
 
+    @property
+    def masked(self) -> bool:
+        """Whether some of its tokens do not count in the loss."""
+        return any(shard.masked for shard in self.shards)
+
     def tokens(self, *, held_out: bool) -> int:
         """Tokens in the held-out or in the training part."""
         train = sum(shard.train_tokens for shard in self.shards)

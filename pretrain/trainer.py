@@ -16,7 +16,7 @@ from sambalm.model.registry import weight_copies
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
 from sambalm.parallel.groups import World, start_world
-from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.micro_batch import MicroBatch, weighted
 from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record
 from sambalm.pretrain.checkpointing.initial_weights import (
@@ -274,7 +274,8 @@ class Trainer:
             group["lr"] = lr
         executor = self.training.executor
         with self.stragglers.watching(self.step + 1):
-            executor.train_step([self._micro_batch() for _ in range(self._micro_batches(batch_samples))])
+            micro_batches = [self._micro_batch() for _ in range(self._micro_batches(batch_samples))]
+            executor.train_step(weighted(micro_batches, self.world))
         norm = gradient_norm(self.training.engine)
         self.samples += batch_samples
         self.step += 1

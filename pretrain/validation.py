@@ -52,20 +52,24 @@ class Validator(Hook):
             step.metrics.update(self.losses(self.executor))
 
     def losses(self, executor: Executor) -> dict[str, float]:
-        """Mean loss in nats by metric name; every token counts once. Collective."""
+        """Mean loss in nats by metric name; every token that counts does so once. Collective."""
         found: dict[str, float] = {}
         for multiple, dataset in self.held_out.items():
-            sums = self._sums(executor, dataset, multiple)
-            found[f"{LOSS_AT}{dataset.sequence_length}"] = sum(sums) / (len(dataset) * dataset.sequence_length)
+            sums, counts = self._sums(executor, dataset, multiple)
+            if any(counts):
+                found[f"{LOSS_AT}{dataset.sequence_length}"] = sum(sums) / sum(counts)
             if len(self.sources) > 1:
-                found |= _by_name(SOURCE_LOSS_AT, dataset, self.sources, sums)
+                found |= _by_name(f"{SOURCE_LOSS_AT}{dataset.sequence_length}", self.sources, sums, counts)
         for multiple, dataset in self.named.items():
-            found |= _by_name(NAMED_LOSS_AT, dataset, self.separate, self._sums(executor, dataset, multiple))
+            sums, counts = self._sums(executor, dataset, multiple)
+            found |= _by_name(f"{NAMED_LOSS_AT}{dataset.sequence_length}", self.separate, sums, counts)
         return found
 
-    def _sums(self, executor: Executor, dataset: ValidationDataset, multiple: int) -> list[float]:
-        """Sum over the tokens of each source. Collective."""
-        totals = torch.zeros(len(dataset.source_counts()), dtype=torch.float64, device=self.world.device)
+    def _sums(self, executor: Executor, dataset: ValidationDataset, multiple: int) -> tuple[list[float], list[float]]:
+        """Sums of the losses of each source, and how many tokens count there. Collective."""
+        samples = torch.tensor(dataset.source_counts(), dtype=torch.float64, device=self.world.device)
+        totals, counts = torch.zeros_like(samples), torch.zeros_like(samples)
+        is_weighted = False
         batches = validation_batches(
             dataset,
             make_batch=MicroBatch,
@@ -76,10 +80,14 @@ class Validator(Hook):
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
             parts = [item.batch.on_rank(self.world) for item in group]
-            for item, losses in zip(group, executor.losses(parts), strict=True):
-                of_rows = losses.double().sum(dim=1) * item.weights.to(totals.device)
-                totals.index_add_(0, item.sources.to(totals.device), of_rows)
-        return self.world.sum_over_replicas(totals).tolist()
+            for item, part, losses in zip(group, parts, executor.losses(parts), strict=True):
+                rows, sources = item.weights.to(totals.device), item.sources.to(totals.device)
+                if (weights := part.loss_weights) is not None:
+                    losses, is_weighted = losses * weights, True
+                    counts.index_add_(0, sources, weights.double().sum(dim=1) * rows)
+                totals.index_add_(0, sources, losses.double().sum(dim=1) * rows)
+        counts = self.world.sum_over_replicas(counts) if is_weighted else samples * dataset.sequence_length
+        return self.world.sum_over_replicas(totals).tolist(), counts.tolist()
 
     def _dataset(self, multiple: int, sources: Sequence[Source], *, held_out: bool) -> ValidationDataset:
         length = multiple * self.config.data.sequence_length
@@ -94,12 +102,11 @@ class Validator(Hook):
 
 
 def _by_name(
-    metric: str, dataset: ValidationDataset, sources: Sequence[Source], sums: Sequence[float]
+    metric: str, sources: Sequence[Source], sums: Sequence[float], counts: Sequence[float]
 ) -> dict[str, float]:
-    """Mean loss of each source that has samples, by metric name."""
-    length = dataset.sequence_length
+    """Mean loss of each source that has tokens that count, by metric name."""
     return {
-        f"{metric}{length}/{source.name}": total / (count * length)
-        for source, count, total in zip(sources, dataset.source_counts(), sums, strict=True)
+        f"{metric}/{source.name}": total / count
+        for source, total, count in zip(sources, sums, counts, strict=True)
         if count
     }

@@ -40,3 +40,8 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
         tokens = f"{source.tokens(held_out=False):,}"
         table.add_row(source.prefix, f"{len(source.shards):,}", "0", tokens, "validation", "")
     Console().print(table)
+    for source, packing in zip(sources, dataset.packings, strict=True):
+        if packing:
+            share = packing.tokens / (len(packing) * (config.data.sequence_length + 1))
+            cut = f"; {packing.cut_documents:,} documents are longer, and cut off" if packing.cut_documents else ""
+            print(f"{source.prefix}: {len(packing):,} samples of whole documents, which fill {share:.1%} of them{cut}")
