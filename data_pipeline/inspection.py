@@ -1,6 +1,7 @@
 """What a prefix holds, for people to read: statistics, single documents, and training samples with their documents."""
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .tokenizer_formats import load_tokenizer
 
 _CHUNK_TOKENS = 1 << 24
 _OPEN, _CLOSE = "[[", "]]"  # around what counts in the loss
+_BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")  # how SentencePiece writes the bytes of unknown characters
 _FREQUENT, _BAR_WIDTH = 15, 40
 
 
@@ -174,9 +176,20 @@ class Inspector:
         bounds = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(ids)]
         parts = []
         for begin, end in itertools.pairwise(bounds):
-            text = "".join(self._decoder().piece(int(token)) for token in ids[begin:end]).replace("\u2581", " ")
+            text = self._exact(ids[begin:end])
             parts.append(f"{_OPEN}{text}{_CLOSE}" if counts[begin] else text)
         return "".join(parts)
+
+    def _exact(self, ids: np.ndarray) -> str:
+        """The text of ids with first space and control tokens, where the tokenizer writes them in its pieces."""
+        tokenizer = self._decoder()
+        if tokenizer.kind != "sentencepiece":
+            return tokenizer.decode(ids.tolist())
+        pieces = "".join(map(tokenizer.piece, ids.tolist())).replace("\u2581", " ")
+        return _BYTES.sub(
+            lambda found: bytes.fromhex(found[0][1:-1].replace("><", "").replace("0x", "")).decode(errors="replace"),
+            pieces,
+        )
 
     def _end(self, ids: np.ndarray) -> str:
         return "end-of-text" if len(ids) and ids[-1] == self._decoder().eos_id else "no end-of-text"

@@ -57,13 +57,13 @@ def checkpoint_to_hf(
         precision: a key of EXPORT_DTYPES.
         tokenizer: a SentencePiece model or a tokenizer.json; None: the one that the run's data names.
         shard_size: of a file of weights at most, as "5GB" or "500MiB".
-        chat_template: a file with a jinja template for conversations.
+        chat_template: a file with a jinja template for conversations; None: that of the run's data, if they have one.
 
     Raises:
         CheckpointError, DataError, HFError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, while the export is verified
-    max_shard_bytes, template = size_bytes(shard_size), _read_template(chat_template)
+    max_shard_bytes, given = size_bytes(shard_size), _read_template(chat_template)
     checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     run = saved_run(checkpoint)
     tokenizer_path = tokenizer or (run.data.tokenizer_path() if run else None)
@@ -85,7 +85,7 @@ def checkpoint_to_hf(
             documents=texts,
             dtype=EXPORT_DTYPES[precision],
             max_shard_bytes=max_shard_bytes,
-            chat_template=template,
+            chat_template=given or (_trained_template(run.data) if run else None),
             card=_facts(checkpoint, run) if run else TrainingFacts(),
             progress=progress,
         )
@@ -111,6 +111,14 @@ def _read_template(path: Path | None) -> str | None:
         return path.read_text("utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
         raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
+
+
+def _trained_template(data: DataConfig) -> str | None:
+    """The one chat template that the run's data were made with; None where there is none, or several."""
+    manifests = [manifest for prefix in data.prefixes if (manifest := read_manifest(prefix))]
+    templates = {manifest.options.get("chat_template") for manifest in manifests} - {None}
+    (template,) = templates if len(templates) == 1 else (None,)
+    return template if isinstance(template, str) else None
 
 
 def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:

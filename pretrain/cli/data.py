@@ -71,6 +71,13 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+class Loss(StrEnum):
+    """Which tokens of a conversation count in the loss."""
+
+    assistant = "assistant"
+    all = "all"
+
+
 class TextDocuments(StrEnum):
     """What a document is in a .txt file."""
 
@@ -83,6 +90,8 @@ class TextDocuments(StrEnum):
     epilog=example(
         "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
         "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
+        "sambalm data preprocess --input chats.jsonl --tokenizer tokenizer.model --output data/chats "
+        "--chat-template configs/finetune/chat_template.jinja",
     ),
 )
 def preprocess(
@@ -109,6 +118,13 @@ def preprocess(
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Let special tokens written out in the text become their ids.")
     ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A jinja template: the input is JSONL with a list of messages on each line.")
+    ] = None,
+    messages_key: Annotated[str, typer.Option(help="Key of the messages, each with role and content.")] = "messages",
+    loss: Annotated[
+        Loss, typer.Option(help="Of conversations, the tokens that count: what the assistant says, or all.")
+    ] = Loss.assistant,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
 ) -> None:
     """Tokenise documents into megatron-core's indexed shards, in input order, an end-of-text after each.
@@ -134,6 +150,9 @@ def preprocess(
             eos_token=eos_token,
             special_tokens=special_tokens,
             on_error=on_error.value,
+            chat_template=chat_template,
+            messages_key=messages_key,
+            loss=loss.value,
         )
     print(summary.describe(output))
 
