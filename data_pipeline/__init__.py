@@ -12,6 +12,8 @@ loss_mask     which tokens count in the loss, beside the shards
 shard_sequence   token batches packed into shards, each committed when it is full
 progress      the log of committed shards, from which a run goes on
 output        what lies under a prefix, and the manifest over all parts
+chat          conversations to ids by a chat template, and what the assistant says
+made_documents  passkeys and phone books, made from a seed
 preprocess    text to token shards: read this first
 verify        every byte against the manifest
 inspection    statistics, documents and samples for people to read

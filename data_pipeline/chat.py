@@ -17,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import DataError, first_line
+from .loss_mask import counts_of_parts
 from .tokenizer import Tokenizer
 
 ASSISTANT: Final = "assistant"
@@ -137,12 +138,8 @@ class ChatEncoder:
 
     def _encode_text(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
         """Encodes text as a whole, as whoever talks to the model does; a token across parts is the later one's."""
-        texts = list(itertools.accumulate(text for text, _ in parts))
-        *prefixes, whole = self._tokenizer.encode_batch(texts)
-        counts: list[bool] = []
-        for prefix, (_, counted) in zip([*prefixes, whole], parts, strict=True):
-            counts += [counted] * (_common(prefix, whole) - len(counts))
-        return whole, counts
+        prefixes = self._tokenizer.encode_batch(list(itertools.accumulate(text for text, _ in parts)))
+        return prefixes[-1], counts_of_parts(prefixes, [counted for _, counted in parts])
 
 
 @dataclass(frozen=True)
@@ -150,12 +147,6 @@ class _Text:
     """Text without control tokens, in parts that each count in the loss or do not."""
 
     parts: list[tuple[str, bool]]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two lists begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _checked(messages: Any) -> list[Message]:

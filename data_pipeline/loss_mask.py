@@ -5,6 +5,7 @@ tokens count. megatron-core reads the other two files, which are as they always 
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,19 @@ def unpacked(content: bytes, *, first: int, count: int) -> np.ndarray:
     """Bits [count], bool, from bit `first` of `content` on."""
     bits = np.unpackbits(np.frombuffer(content, dtype=np.uint8), bitorder="little")
     return bits[first : first + count].astype(bool)
+
+
+def counts_of_parts(prefixes: Sequence[Sequence[int]], are_counted: Sequence[bool]) -> list[bool]:
+    """Which tokens of a text count, of parts of it that do or do not; a token across parts is the later part's.
+
+    prefixes: ids of the text up to the end of each part, the last those of the whole text.
+    """
+    whole, counts = np.array(prefixes[-1]), list[bool]()
+    for prefix, counted in zip(prefixes, are_counted, strict=True):
+        common = min(len(prefix), len(whole))
+        different = np.flatnonzero(np.array(prefix[:common]) != whole[:common])
+        counts += [counted] * ((int(different[0]) if different.size else common) - len(counts))
+    return counts
 
 
 class MaskWriter:

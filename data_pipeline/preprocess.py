@@ -26,7 +26,7 @@ from .output import foreign_files, merge_parts, shard_files
 from .parts import Part, Span, part_spans, spans_from
 from .progress import Position, Progress, ProgressLog, RunIdentity
 from .shard_sequence import ShardSequence
-from .shards import Manifest, TokenizerEntry, manifest_path, read_manifest
+from .shards import Manifest, manifest_path, read_manifest, tokenizer_entry
 from .tokenizer import Tokenizer
 
 _PIECES_IN_FLIGHT_PER_WORKER = 3
@@ -204,7 +204,7 @@ class _Run:
                 part=self._part,
                 run=self._identity,
                 files=self._files,
-                tokenizer=self._tokenizer_entry(),
+                tokenizer=tokenizer_entry(self._tokenizer, self._prefix),
             )
             return self._summary(manifest or log.progress, resumed_shards=resumed)
 
@@ -286,16 +286,6 @@ class _Run:
             and [(source.path, source.size_bytes) for source in manifest.sources]
             == [(file.name, file.size_bytes) for file in self._files]
             and all(int(file.modified) <= made_ns for file in self._files if file.modified.isdigit())
-        )
-
-    def _tokenizer_entry(self) -> TokenizerEntry:
-        model = self._tokenizer
-        return TokenizerEntry(
-            path=os.path.relpath(model.path.resolve(), self._prefix.parent.resolve()),
-            kind=model.kind,
-            sha256=model.sha256,
-            vocab_size=model.vocab_size,
-            eos_id=model.eos_id,
         )
 
     def _summary(self, made: Manifest | Progress, *, resumed_shards: int) -> PreprocessSummary:

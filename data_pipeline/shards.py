@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import DataError
 from .files import atomic_write, create, flush_to_disk, sha256_file, sync
 from .loss_mask import MaskWriter, mask_bytes, mask_path
+from .tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
 # A flipped bit is found in one of these, and a shard of 2 GiB takes 4 KiB of checksums in the manifest.
@@ -81,6 +82,17 @@ class TokenizerEntry(BaseModel):
     sha256: str
     vocab_size: int
     eos_id: int
+
+
+def tokenizer_entry(tokenizer: Tokenizer, prefix: Path) -> TokenizerEntry:
+    """What a manifest says of a tokenizer."""
+    return TokenizerEntry(
+        path=os.path.relpath(tokenizer.path.resolve(), prefix.parent.resolve()),
+        kind=tokenizer.kind,
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
 
 
 class SourceEntry(BaseModel):

@@ -3,7 +3,7 @@
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -75,6 +75,13 @@ class Loss(StrEnum):
     """Which tokens of a conversation count in the loss."""
 
     assistant = "assistant"
+    all = "all"
+
+
+class AnswerLoss(StrEnum):
+    """Which tokens of a made document count in the loss."""
+
+    answer = "answer"
     all = "all"
 
 
@@ -155,6 +162,70 @@ def preprocess(
             loss=loss.value,
         )
     print(summary.describe(output))
+
+
+MadeTokenizer = Annotated[Path, typer.Option("--tokenizer", help="That of the model to train.")]
+MadeOutput = Annotated[Path, typer.Option("--output", help="Prefix of the shards.")]
+Documents = Annotated[int, typer.Option("--documents", min=1, help="How many to make.")]
+MadeTokens = Annotated[int, typer.Option("--tokens", min=1, help="Of a document at most, its end-of-text included.")]
+MadeSeed = Annotated[int, typer.Option("--seed", help="What the documents follow from.")]
+MadeLoss = Annotated[AnswerLoss, typer.Option("--loss", help="The tokens that count: of answers alone, or all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")]
+
+
+@data.command(
+    "passkey",
+    epilog=example("sambalm data passkey --tokenizer tokenizer.model --output data/passkey --documents 100000"),
+)
+def passkey(
+    tokenizer: MadeTokenizer,
+    output: MadeOutput,
+    documents: Documents,
+    tokens: MadeTokens = 4096,
+    seed: MadeSeed = 0,
+    loss: MadeLoss = AnswerLoss.answer,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make documents that hide a key of five digits and ask for it at their end, as shards to train on."""
+    _make("Passkey", tokenizer, output, documents=documents, tokens=tokens, seed=seed, loss=loss, overwrite=overwrite)
+
+
+@data.command(
+    "phonebook",
+    epilog=example("sambalm data phonebook --tokenizer tokenizer.model --output data/phonebook --documents 50000"),
+)
+def phonebook(
+    tokenizer: MadeTokenizer,
+    output: MadeOutput,
+    documents: Documents,
+    tokens: MadeTokens = 4096,
+    seed: MadeSeed = 0,
+    loss: MadeLoss = AnswerLoss.answer,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make phone books that end in three of their names with the numbers to look up, as shards to train on."""
+    _make("Phonebook", tokenizer, output, documents=documents, tokens=tokens, seed=seed, loss=loss, overwrite=overwrite)
+
+
+def _make(
+    kind: Literal["Passkey", "Phonebook"],
+    tokenizer: Path,
+    output: Path,
+    *,
+    documents: int,
+    tokens: int,
+    seed: int,
+    loss: AnswerLoss,
+    overwrite: bool,
+) -> None:
+    from sambalm.data_pipeline import made_documents as made
+
+    config = made.MadeConfig(tokenizer, documents=documents, tokens=tokens, seed=seed, loss=loss.value)
+    maker = made.Passkey() if kind == "Passkey" else made.Phonebook()
+    with ProgressBar("making documents") as progress:
+        manifest = made.make_documents(maker, config, output, overwrite=overwrite, progress=progress)
+    total = sum(shard.tokens for shard in manifest.shards)
+    print(f"{output}: {documents:,} documents, {total:,} tokens")
 
 
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]
