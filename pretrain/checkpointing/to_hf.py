@@ -85,7 +85,7 @@ def checkpoint_to_hf(
             documents=texts,
             dtype=EXPORT_DTYPES[precision],
             max_shard_bytes=max_shard_bytes,
-            chat_template=given or (_trained_template(run.data) if run else None),
+            chat_template=given or (trained_template(run.data) if run else None),
             card=_facts(checkpoint, run) if run else TrainingFacts(),
             progress=progress,
         )
@@ -113,7 +113,7 @@ def _read_template(path: Path | None) -> str | None:
         raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
 
 
-def _trained_template(data: DataConfig) -> str | None:
+def trained_template(data: DataConfig) -> str | None:
     """The one chat template that the run's data were made with; None where there is none, or several."""
     manifests = [manifest for prefix in data.prefixes if (manifest := read_manifest(prefix))]
     templates = {manifest.options.get("chat_template") for manifest in manifests} - {None}
