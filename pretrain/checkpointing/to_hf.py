@@ -25,6 +25,7 @@ from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
+from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM, described
 from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import CheckpointError, print_warning
@@ -156,7 +157,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
     """What the run's own files say of the training."""
     records = {record["step"]: record for record in read_metrics(Path(config.run.dir))}
     record = records.get(checkpoint.step, {})
-    optimizer = config.optimizer
+    optimizer, begun = config.optimizer, checkpoint.state.get(STARTED_FROM)
     return TrainingFacts(
         tokens_seen=checkpoint.state["tokens"],
         step=checkpoint.step,
@@ -167,6 +168,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
             f"precision: {config.train.precision} with fp32 weights and optimizer",
             f"AdamW, peak learning rate {optimizer.peak_lr}, {optimizer.schedule} schedule, "
             f"weight decay {optimizer.weight_decay}",
+            *([f"started from the weights of {described(begun)}"] if begun else []),
         ),
     )
 
