@@ -134,7 +134,7 @@ def _read_other_model(path: Path, model: ModelConfig, wanted: Sequence[WantedSli
                 region = (slice(o, o + n) for o, n in zip(one.offsets, one.target.shape, strict=True))
                 one.target.copy_(whole[tuple(region)])
 
-    read_together(read, world=world)
+    read_together(read, world=world, source=f"train.init_from {path}")
 
 
 def _name(wanted: WantedSlice) -> str:

@@ -71,8 +71,11 @@ def read_slices(stored: Stored, wanted: Iterable[WantedSlice], *, world: World) 
     read_together(lambda: _read_all([read for slice_ in wanted for read in _reads(stored, slice_)]), world=world)
 
 
-def read_together(read: Callable[[], None], *, world: World) -> None:
+def read_together(read: Callable[[], None], *, world: World, source: str = "a checkpoint") -> None:
     """Reads what this rank needs. Collective, also where a rank needs nothing.
+
+    Args:
+        source: what is read, as messages call it.
 
     Raises:
         CheckpointError: on every rank, when one of them cannot read.
@@ -84,7 +87,7 @@ def read_together(read: Callable[[], None], *, world: World) -> None:
         failure = f"rank {world.rank}: {one_sentence(error)}"
     failures = [reason for reason in world.all_gather_object(failure) if reason]
     if failures:
-        raise CheckpointError(f"the weights cannot be read: {failures[0]}")
+        raise CheckpointError(f"{source} cannot be read: {failures[0]}")
 
 
 def readers(parameters: Sequence[nn.Parameter], *, ranks: int) -> list[int]:

@@ -40,11 +40,11 @@ class Checkpointer(Hook):
 
     Args:
         data: what `data_record` says of the run's data.
-        started_from: what `InitialWeights.record` says; None for a run that drew its weights.
         folder: the run's, as every rank knows it.
         guards: say whether a state may be saved.
         marks: those of this rank; the thread that writes is in the phase of a save, too.
         hooks: those of the run, which hear of each save in their order.
+        started_from: what `InitialWeights.record` says; None for a run that drew its weights.
     """
 
     phase = Phase.SAVE
@@ -55,11 +55,11 @@ class Checkpointer(Hook):
         *,
         world: World,
         data: dict[str, Any],
-        started_from: Mapping[str, Any] | None,
         folder: RunFolder,
         guards: Guards,
         marks: Marks,
         hooks: Sequence[Hook],
+        started_from: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.guards, self.hooks, self.is_main = config, guards, hooks, world.is_main
         self.writer = CheckpointWriter(

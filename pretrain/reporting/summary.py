@@ -22,7 +22,7 @@ from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
 from sambalm.pretrain.reporting.page import render_page
 from sambalm.pretrain.reporting.plot import plot_losses
-from sambalm.pretrain.reporting.run_data import RunData, read_runs
+from sambalm.pretrain.reporting.run_data import read_runs
 
 _VALIDATION = (LOSS_AT, SOURCE_LOSS_AT, NAMED_LOSS_AT)
 HF_FOLDER, PAGE = "hf", "report.html"
@@ -49,7 +49,7 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
         plot_losses(run.path, plot, baselines=_named(baselines))
         if not as_json:
             console.print(_losses(record, config, baselines))
-            console.print(_facts(run, plot))
+            console.print(_facts(list(run.records), run.path, plot, started_from=run.started_from))
         found.append(
             {
                 "run_dir": str(run.path),
@@ -119,14 +119,13 @@ def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines | No
     return table
 
 
-def _facts(run: RunData, plot: Path) -> Table:
-    records, run_dir = run.records, run.path
+def _facts(records: list[dict[str, Any]], run_dir: Path, plot: Path, *, started_from: str | None = None) -> Table:
     last = records[-1]
     table = Table.grid(padding=(0, 2))
     table.add_row("steps", f"{last['step']:,} ({last['tokens']:,} tokens)")
     table.add_row("speed", f"{median(record['tokens_per_second'] for record in records):,.0f} tokens/s (median step)")
-    if run.started_from:
-        table.add_row("started from", escape(run.started_from))
+    if started_from:
+        table.add_row("started from", escape(started_from))
     for name, path in (
         ("TensorBoard logs", run_dir / "tensorboard"),
         ("loss plot", plot),

@@ -13,7 +13,7 @@ from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import open_sources
 from sambalm.parallel.groups import ContextParallel, Pipeline
 from sambalm.pretrain.checkpointing.format import newest_checkpoint
-from sambalm.pretrain.checkpointing.to_hf import trained_template
+from sambalm.pretrain.checkpointing.to_hf import checkpoint_to_hf, trained_template
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.planner.search import describe_run
 from sambalm.pretrain.reporting.data_index import index_data
@@ -94,6 +94,15 @@ def test_what_is_packed_is_told_ahead_and_the_template_stays_with_the_data(value
     index_data(config, progress=lambda *_: None)
     assert "samples of whole documents, which fill " in capsys.readouterr().out
     assert trained_template(config.data) == TEMPLATE.read_text()
+
+
+@pytest.mark.slow
+def test_an_exported_folder_has_the_template_of_its_data(values, tmp_path):
+    train(changed(values, train={"steps": 1}))
+    options = {"step": None, "precision": "fp32", "documents": None, "tokenizer": None, "shard_size": "1GB"}
+    options |= {"chat_template": None, "overwrite": False, "progress": lambda *_: None}
+    checkpoint_to_hf(run_dir(values), tmp_path / "hf", **options)
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TEMPLATE.read_text()
 
 
 @pytest.mark.parametrize(
