@@ -51,6 +51,7 @@ class TrainDataset:
         self._reader = _Reader(config, sources, length=config.sequence_length)
         self._blend = Blend([source.weight for source in sources])
         self._streams = [source.stream(held_out=False) for source in sources]
+        self._prefixes = [source.prefix for source in sources]
         self.packings = _packings(config, self._streams, length=config.sequence_length)
         self._samples = [
             len(packing) if packing else (len(stream) - 1) // self.sequence_length
@@ -67,6 +68,11 @@ class TrainDataset:
     def token_place(self, number: int, position: int) -> tuple[str, int]:
         stream, start, _ = self._locate(number)
         return stream.place(start + position)
+
+    def cut_documents(self) -> dict[str, int]:
+        """By prefix how many documents lose their ends, where samples are whole documents and some are longer."""
+        pairs = zip(self._prefixes, self.packings, strict=True)
+        return {prefix: packing.cut_documents for prefix, packing in pairs if packing and packing.cut_documents}
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often the first `num_samples` of the run go through each source."""

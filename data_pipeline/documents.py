@@ -288,7 +288,8 @@ def _value(line: bytes, key: str, *, what: str) -> Any:
         return _NoValue(f"expected a JSON object, found {type(record).__name__}")
     if key not in record:
         keys = ", ".join(list(record)[:5]) or "none"
-        return _NoValue(f"no key {key!r} (keys: {keys}); choose the key of the {what}")
+        hint = ", or give a chat template for messages" if what == "text" and "messages" in record else ""
+        return _NoValue(f"no key {key!r} (keys: {keys}); choose the key of the {what}{hint}")
     return record[key]
 
 

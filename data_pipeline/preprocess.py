@@ -111,7 +111,8 @@ class PreprocessConfig:
             return ChatOptions(self.chat_template.read_text("utf-8"), self.loss)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"the chat template {self.chat_template} cannot be read ({error}); give a text file with jinja"
+                f"the chat template {self.chat_template} cannot be read "
+                f"({getattr(error, 'strerror', None) or error}); give a text file with jinja"
             ) from error
 
     def encoder(self) -> EncoderConfig:

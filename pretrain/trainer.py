@@ -27,7 +27,7 @@ from sambalm.pretrain.checkpointing.initial_weights import (
 )
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode, print_line
+from sambalm.pretrain.errors import ExitCode, print_line, print_warning
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.guards import Guards
@@ -174,8 +174,14 @@ class Trainer:
                 config, world=world, training=self.training, checkpoint=checkpoint, started_from=started_from
             )
             print_line("\n".join(lines))
+        dataset = build_train_dataset(config.data, sources, seed=config.run.seed)
+        for prefix, count in dataset.cut_documents().items() if world.is_main and not rollback else ():
+            print_warning(
+                f"{count:,} documents of {prefix} have more tokens than data.sequence_length "
+                f"{config.data.sequence_length} and one label, and lose their ends: raise it, or leave them out"
+            )
         self.loader = BatchLoader(
-            build_train_dataset(config.data, sources, seed=config.run.seed),
+            dataset,
             make_batch=MicroBatch,
             micro_batch_samples=config.train.micro_batch_size,
             data_rank=world.data_rank,

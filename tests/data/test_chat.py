@@ -199,6 +199,11 @@ def test_a_bad_line_is_named_or_counted(line, reason, chats, template, tokenizer
     assert preprocess([chats], on_error="skip", **options).malformed_documents == 1
 
 
+def test_messages_without_a_template_are_told_of_it(chats, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"no key 'text' \(keys: messages\); .* or give a chat template for messages"):
+        preprocess([chats], tokenizer=tokenizer.path, output_prefix=tmp_path / "d")
+
+
 def test_what_holds_no_conversations_is_refused_before_anything_is_written(chats, template, tokenizer, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("stone")

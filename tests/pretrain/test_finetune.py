@@ -1,12 +1,14 @@
 """Fine-tuning as whole runs: conversations, masks and whole documents, on layouts, over a resume, in validation."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from sambalm.data_pipeline.dataset import build_validation_dataset
 from sambalm.data_pipeline.preprocess import preprocess
@@ -18,6 +20,7 @@ from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.planner.search import describe_run
 from sambalm.pretrain.reporting.data_index import index_data
 from sambalm.pretrain.validation import Validator
+from tests.support import program
 from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, run_dir, stopped_after, train
 
@@ -67,6 +70,13 @@ def test_a_fine_tuning_run_goes_on_with_the_same_bits(values, tmp_path):
     assert train(stopped_after(values, 2, tmp_path / "stopped")) == records
     data = newest_checkpoint(run_dir(values), warn=pytest.fail).state["data"]
     assert data["packing"] == "documents"
+
+
+def test_documents_that_lose_their_ends_are_told_of(values, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(changed(values, data={"sequence_length": 32}, train={"steps": 1})))
+    said = program.run("train", config).stderr
+    assert re.search(r"warning: \d+ documents of .*chats have more tokens than data.sequence_length 32", said)
 
 
 def test_validation_is_the_mean_over_the_tokens_that_count(values):
