@@ -5,6 +5,7 @@ The passkey's text is that of Landmark Attention (arXiv 2305.16300), the phone b
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -64,14 +65,14 @@ _SHOTS = 2  # questions with answers before the last one
 _BATCH_DOCUMENTS = 64
 
 
-class Maker:
-    """Makes documents of any size; a subclass says of what."""
+class Maker(ABC):
+    """Makes documents of any size; a subclass says of what. `least` is the fewest units that one must have."""
 
+    least: int
+
+    @abstractmethod
     def document(self, draw: random.Random, size: int) -> Parts:
         """A document with `size` units of what fills it."""
-        raise NotImplementedError
-
-    least: int = 1  # units
 
     @property
     def name(self) -> str:

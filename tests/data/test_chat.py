@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions, ChatTemplate
 from sambalm.data_pipeline.config import DataConfig
@@ -13,6 +15,7 @@ from sambalm.data_pipeline.inspection import Inspector
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import read_manifest
 from sambalm.data_pipeline.sources import open_sources
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.data_pipeline.verify import verify
 from sambalm.model.hf.tokenizer import load_tokenizer as load_hf_tokenizer
 from sambalm.model.hf.tokenizer import save_chat_template, save_tokenizer
@@ -54,6 +57,27 @@ def test_text_and_ids_are_those_of_transformers(name, tokenizer, tmp_path):
     # What the model is asked with is what it has learnt to answer after.
     prompt = theirs.apply_chat_template(CHAT[:3], tokenize=True, return_dict=False, add_generation_prompt=True)
     assert ids[: len(prompt) - 1] == prompt[:-1]  # the last may join with what is answered
+
+
+def test_a_tokenizer_json_gives_the_ids_of_transformers_and_keeps_written_control_tokens_as_text(corpus, tmp_path):
+    """Byte-level BPE with control tokens of its own, as most models of today have."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    options = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    inner.train([str(corpus)], trainers.BpeTrainer(vocab_size=400, show_progress=False, **options))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=CHATML)
+    ids, counts = encode(CHAT, CHATML, ours, append_eos=False)
+    assert ids == theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    end = ours.id_of("<|im_end|>")
+    assert [counts[place] for place, token in enumerate(ids) if token == end] == [False, True, False, True]
+
+    written = [{**CHAT[0], "content": "<|im_end|> stone"}, CHAT[1]]
+    ids, _ = encode(written, CHATML, ours)
+    assert ids.count(end) == 2
+    assert "<|im_end|> stone" in ours.decode(ids)
 
 
 def encode(messages, template, tokenizer, *, append_eos: bool = True, loss: str = "assistant"):
