@@ -74,6 +74,10 @@ class ChatTemplate:
             done = len(answered)
         return [(text, counts) for text, counts in [*parts, (whole[done:], False)] if text]
 
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation up to where the assistant's answer begins. Raises ChatError where it is refused."""
+        return self._render(messages, add_generation_prompt=True)
+
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
@@ -115,6 +119,20 @@ class ChatEncoder:
             ids.append(self._tokenizer.eos_id)
             counts.append(checked[-1]["role"] == ASSISTANT)
         return ids, [True] * len(ids) if self._counts_all else counts
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation up to where the assistant's answer begins, for `encode_prompt`.
+
+        Raises ChatError where the template refuses it.
+        """
+        return self._template.prompt([self._as_text(message) for message in messages])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of such a text, or of its end."""
+        ids: list[int] = []
+        for run in self._runs([(text, False)]):
+            ids += [self._tokenizer.id_of(run[0])] if isinstance(run, tuple) else self._encode_text(run.parts)[0]
+        return ids
 
     def _as_text(self, message: Message) -> Message:
         content = self._literals.sub(lambda found: found[0][:1] + _WITHIN_TEXT + found[0][1:], message["content"])

@@ -125,6 +125,18 @@ class DataConfig(BaseModel):
         """Directory of the index."""
         return Path(self.cache_dir) if self.cache_dir else Path(self.prefixes[0]).parent / ".index_cache"
 
+    def chat_template(self) -> str | None:
+        """The one chat template that training data were made with; None where there is none, or several.
+
+        Raises DataError for a damaged manifest.
+        """
+        from .shards import read_manifest
+
+        manifests = [manifest for prefix in self.prefixes if (manifest := read_manifest(prefix))]
+        templates = {manifest.options.get("chat_template") for manifest in manifests} - {None}
+        (template,) = templates if len(templates) == 1 else (None,)
+        return template if isinstance(template, str) else None
+
     def tokenizer_path(self) -> Path | None:
         """The tokenizer's file, or None where neither this section nor a manifest names one.
 

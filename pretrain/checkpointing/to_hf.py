@@ -86,7 +86,7 @@ def checkpoint_to_hf(
             documents=texts,
             dtype=EXPORT_DTYPES[precision],
             max_shard_bytes=max_shard_bytes,
-            chat_template=given or (trained_template(run.data) if run else None),
+            chat_template=given or (run.data.chat_template() if run else None),
             card=_facts(checkpoint, run) if run else TrainingFacts(),
             progress=progress,
         )
@@ -112,14 +112,6 @@ def _read_template(path: Path | None) -> str | None:
         return path.read_text("utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
         raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
-
-
-def trained_template(data: DataConfig) -> str | None:
-    """The one chat template that the run's data were made with; None where there is none, or several."""
-    manifests = [manifest for prefix in data.prefixes if (manifest := read_manifest(prefix))]
-    templates = {manifest.options.get("chat_template") for manifest in manifests} - {None}
-    (template,) = templates if len(templates) == 1 else (None,)
-    return template if isinstance(template, str) else None
 
 
 def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:

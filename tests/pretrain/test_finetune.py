@@ -15,8 +15,9 @@ from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.sources import open_sources
 from sambalm.parallel.groups import ContextParallel, Pipeline
 from sambalm.pretrain.checkpointing.format import newest_checkpoint
-from sambalm.pretrain.checkpointing.to_hf import checkpoint_to_hf, trained_template
+from sambalm.pretrain.checkpointing.to_hf import checkpoint_to_hf
 from sambalm.pretrain.config_file import load_config, parse_config
+from sambalm.pretrain.generation.source import load_source
 from sambalm.pretrain.planner.search import describe_run
 from sambalm.pretrain.reporting.data_index import index_data
 from sambalm.pretrain.validation import Validator
@@ -103,16 +104,24 @@ def test_what_is_packed_is_told_ahead_and_the_template_stays_with_the_data(value
     config = parse_config(values, source="test")
     index_data(config, progress=lambda *_: None)
     assert "samples of whole documents, which fill " in capsys.readouterr().out
-    assert trained_template(config.data) == TEMPLATE.read_text()
+    assert config.data.chat_template() == TEMPLATE.read_text()
 
 
 @pytest.mark.slow
-def test_an_exported_folder_has_the_template_of_its_data(values, tmp_path):
+def test_a_run_and_its_exported_folder_talk_by_the_template_of_its_data(values, tmp_path):
     train(changed(values, train={"steps": 1}))
     options = {"step": None, "precision": "fp32", "documents": None, "tokenizer": None, "shard_size": "1GB"}
     options |= {"chat_template": None, "overwrite": False, "progress": lambda *_: None}
     checkpoint_to_hf(run_dir(values), tmp_path / "hf", **options)
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TEMPLATE.read_text()
+    said = [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "return"}]
+    said.append({"role": "user", "content": "import os\n  twice?"})
+    found = []
+    for path in (run_dir(values), tmp_path / "hf"):
+        chat = load_source(path, device="cpu", dtype=None, tokenizer=None).chat
+        found.append([(text := chat.render(said[:turns])) and (text, chat.encode(text)) for turns in (1, 3)])
+    assert found[0] == found[1]
+    assert found[0][1][0].endswith("twice?\nAssistant:")
 
 
 @pytest.mark.parametrize(

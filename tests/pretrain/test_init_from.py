@@ -107,7 +107,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "layout", slow_except(["TP2+SP", "PP2", "DP2, ZeRO-1"], LAYOUTS, long=["DP2xTP2, ZeRO-1", "TP2xPP2"])
+    "layout", slow_except(["TP2+SP", "DP2, ZeRO-1"], LAYOUTS, long=["DP2, ZeRO-3", "DP2xTP2, ZeRO-1", "TP2xPP2"])
 )
 def test_a_run_begins_with_the_given_bits_on_every_layout(layout, run_values, sources, tmp_path):
     """And with a vocabulary that has grown: old rows are the given ones, new ones are what a new model would have."""
@@ -149,6 +149,7 @@ def test_a_run_begins_with_the_given_bits_on_every_layout(layout, run_values, so
         assert not any(tensor.any() for tensor in moments)
 
 
+@pytest.mark.slow
 def test_an_untied_head_grows_too(run_values, tmp_path):
     values = changed(run_values, model={"tie_embeddings": False})
     hf = save_hf(values, tmp_path / "hf")
