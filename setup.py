@@ -28,6 +28,7 @@ setup(
         "deepspeed==0.19.8",
         "fsspec>=2024.6",
         "gigatoken>=0.10,<0.11",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "megatron-core==0.16.1",
         "numpy>=1.26",

@@ -8,9 +8,12 @@ tokenizer     what tokenizers do. tokenizer_formats: SentencePiece's, Hugging Fa
 encoding      documents to ids, fast where that is proven to change nothing
 parts         shares of the input for several machines
 shards        write and check token shards in megatron-core's IndexedDataset format, and their manifest
+loss_mask     which tokens count in the loss, beside the shards
 shard_sequence   token batches packed into shards, each committed when it is full
 progress      the log of committed shards, from which a run goes on
 output        what lies under a prefix, and the manifest over all parts
+chat          conversations to ids by a chat template, and what the assistant says
+made_documents  passkeys and phone books, made from a seed
 preprocess    text to token shards: read this first
 verify        every byte against the manifest
 inspection    statistics, documents and samples for people to read
@@ -20,6 +23,7 @@ shard_index   the checked shards of a source, found once and kept in a file
 sources       the sources of a run: shards, shares, held-out parts, and their content's hash
 token_stream  one part of a source as a single run of tokens, across its shards
 order         which sample comes when, as a function of its number: blends and shuffles
+packing       samples of whole documents
 dataset       training and validation samples by number
 loader        micro-batches in a global sample order
 shared        the same sources on every rank

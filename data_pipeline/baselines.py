@@ -26,7 +26,7 @@ def baseline_losses(
     vocab_size: int,
     max_train_tokens: int = 20_000_000,
 ) -> Baselines:
-    """Baselines on the tokens and labels of `build_validation_dataset` with the same arguments.
+    """Baselines on the tokens and labels of `build_validation_dataset` with the same arguments, those that count.
 
     Counts the training documents in stored order, all sources alike, up to `max_train_tokens`.
     Raises DataError where the data is missing, damaged or too short.
@@ -34,8 +34,9 @@ def baseline_losses(
     sources = open_sources(config)
     dataset = build_validation_dataset(config, sources, num_samples=validation_samples, seed=seed)
     samples = [dataset[number] for number in range(len(dataset))]
-    tokens = np.concatenate([sample.tokens.numpy() for sample in samples])
-    labels = np.concatenate([sample.labels.numpy() for sample in samples])
+    counted = [slice(None) if s.loss_weights is None else s.loss_weights.numpy() > 0 for s in samples]
+    tokens = np.concatenate([sample.tokens.numpy()[which] for sample, which in zip(samples, counted, strict=True)])
+    labels = np.concatenate([sample.labels.numpy()[which] for sample, which in zip(samples, counted, strict=True)])
     train_tokens = _train_tokens(sources, limit_tokens=max_train_tokens)
     return Baselines(
         unigram_entropy=entropy(labels),

@@ -9,19 +9,24 @@ import torch
 from .config import DataConfig
 from .errors import DataError
 from .order import Blend, drawn, permuted
+from .packing import DocumentPacking
 from .sources import Source
 from .token_stream import TokenStream
+
+PADDING_ID = 0  # behind a sample that documents do not fill; it never counts in the loss
 
 
 class Sample(NamedTuple):
     """int64 [S] each: tokens; labels, the tokens one position later; and for each token where its document begins.
 
-    `document_starts` is None unless data.reset_at_document.
+    `document_starts` is None unless data.reset_at_document. `loss_weights`, float32 [S], is 1 for a label that counts
+    in the loss and 0 for one that does not; None where all labels of all samples count.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     document_starts: torch.Tensor | None
+    loss_weights: torch.Tensor | None = None
 
 
 class Samples(Protocol):
@@ -43,52 +48,69 @@ class TrainDataset:
     def __init__(self, sources: Sequence[Source], config: DataConfig, *, seed: int) -> None:
         self.sequence_length = config.sequence_length
         self._seed = seed
-        self._reset_at_document = config.reset_at_document
+        self._reader = _Reader(config, sources, length=config.sequence_length)
         self._blend = Blend([source.weight for source in sources])
         self._streams = [source.stream(held_out=False) for source in sources]
-        self._samples = [(len(stream) - 1) // self.sequence_length for stream in self._streams]
+        self._prefixes = [source.prefix for source in sources]
+        self.packings = _packings(config, self._streams, length=config.sequence_length)
+        self._samples = [
+            len(packing) if packing else (len(stream) - 1) // self.sequence_length
+            for stream, packing in zip(self._streams, self.packings, strict=True)
+        ]
 
     def __getitem__(self, number: int) -> Sample:
-        return _sample(*self._locate(number), self.sequence_length, reset_at_document=self._reset_at_document)
+        return self._reader.read(*self._locate(number))
 
     def source_number(self, number: int) -> int:
         """Which source a sample comes from."""
         return self._blend.locate(number)[0]
 
     def token_place(self, number: int, position: int) -> tuple[str, int]:
-        stream, start = self._locate(number)
+        stream, start, _ = self._locate(number)
         return stream.place(start + position)
+
+    def cut_documents(self) -> dict[str, int]:
+        """By prefix how many documents lose their ends, where samples are whole documents and some are longer."""
+        pairs = zip(self._prefixes, self.packings, strict=True)
+        return {prefix: packing.cut_documents for prefix, packing in pairs if packing and packing.cut_documents}
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often the first `num_samples` of the run go through each source."""
         counts = self._blend.counts(num_samples)
         return [int(count) / samples for count, samples in zip(counts, self._samples, strict=True)]
 
-    def _locate(self, number: int) -> tuple[TokenStream, int]:
+    def _locate(self, number: int) -> tuple[TokenStream, int, int]:
+        """The stream of a sample, its first token there, and the one after its last."""
         source, in_source = self._blend.locate(number)
         stream, samples = self._streams[source], self._samples[source]
         epoch, in_epoch = divmod(in_source, samples)
         seed = (self._seed, source, epoch)
+        if packing := self.packings[source]:
+            return stream, *packing.place(permuted(in_epoch, size=samples, seed=seed))
         # Tokens that an epoch has beyond whole samples leave room to begin later.
         spare = len(stream) - 1 - samples * self.sequence_length
-        return stream, permuted(in_epoch, size=samples, seed=seed) * self.sequence_length + drawn(spare + 1, seed=seed)
+        start = permuted(in_epoch, size=samples, seed=seed) * self.sequence_length + drawn(spare + 1, seed=seed)
+        return stream, start, start + self.sequence_length + 1
 
 
 class ValidationDataset:
-    """Different samples of the held-out parts, source by source. `len` counts them."""
+    """Different samples of the held-out parts, source by source. `len` counts them.
 
-    def __init__(self, places: list[tuple[int, int]], streams: list[TokenStream], *, length: int, reset: bool) -> None:
-        self.sequence_length = length
+    places: of each sample its source, its first token in the source's stream, and the one after its last.
+    """
+
+    def __init__(self, places: list[tuple[int, int, int]], streams: list[TokenStream], reader: "_Reader") -> None:
+        self.sequence_length = reader.length
         self._places = places
         self._streams = streams
-        self._reset_at_document = reset
+        self._reader = reader
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Sample:
-        source, start = self._places[number]
-        return _sample(self._streams[source], start, self.sequence_length, reset_at_document=self._reset_at_document)
+        source, start, stop = self._places[number]
+        return self._reader.read(self._streams[source], start, stop)
 
     def source_number(self, number: int) -> int:
         """Which source a sample comes from."""
@@ -96,10 +118,10 @@ class ValidationDataset:
 
     def source_counts(self) -> list[int]:
         """Samples of each source."""
-        return np.bincount([source for source, _ in self._places], minlength=len(self._streams)).tolist()
+        return np.bincount([source for source, *_ in self._places], minlength=len(self._streams)).tolist()
 
     def token_place(self, number: int, position: int) -> tuple[str, int]:
-        source, start = self._places[number]
+        source, start, _ = self._places[number]
         return self._streams[source].place(start + position)
 
 
@@ -110,7 +132,7 @@ def build_train_dataset(config: DataConfig, sources: Sequence[Source], *, seed: 
     """
     for source in sources:
         tokens = source.tokens(held_out=False)
-        if tokens <= config.sequence_length:
+        if tokens <= config.sequence_length and config.packing == "stream":
             raise DataError(
                 f"{source.prefix} has {tokens} training tokens and one sample needs {config.sequence_length + 1}; "
                 "give more data or lower data.sequence_length"
@@ -119,17 +141,37 @@ def build_train_dataset(config: DataConfig, sources: Sequence[Source], *, seed: 
 
 
 def build_validation_dataset(
-    config: DataConfig, sources: Sequence[Source], *, num_samples: int, seed: int, length_multiple: int = 1
+    config: DataConfig,
+    sources: Sequence[Source],
+    *,
+    num_samples: int,
+    seed: int,
+    length_multiple: int = 1,
+    held_out: bool = True,
 ) -> ValidationDataset:
     """At most `num_samples` samples of the held-out parts, `length_multiple` times the training length.
+
+    held_out: false takes the training parts of `sources`, which of data.validation are all that there is.
 
     Where there are fewer, `len` of the result says how many. Sources keep their training proportions as far as their
     held-out parts last, but each gives at least one where it can.
     Raises DataError where no held-out part makes one sample.
     """
     length = config.sequence_length * length_multiple
-    streams = [source.stream(held_out=True) for source in sources]
-    available = np.array([max(0, len(stream) - 1) // length for stream in streams])
+    streams = [source.stream(held_out=held_out) for source in sources]
+    packings = _packings(config, streams, length=length)
+    available = np.array(
+        [
+            len(packing) if packing else max(0, len(stream) - 1) // length
+            for stream, packing in zip(streams, packings, strict=True)
+        ]
+    )
+    if not available.any() and not held_out:
+        raise DataError(
+            f"data.validation ({', '.join(source.prefix for source in sources)}) has {max(map(len, streams))} tokens "
+            f"at most, and one validation sample needs {length + 1}; give more, or lower validation.length_multiples "
+            "or data.sequence_length"
+        )
     if not available.any():
         raise DataError(
             f"the held-out parts of {', '.join(source.prefix for source in sources)} have "
@@ -138,18 +180,48 @@ def build_validation_dataset(
         )
     weights = np.array([source.weight for source in sources])
     counts = _allocate(num_samples, shares=weights / weights.sum(), available=available)
-    places = [
-        (number, permuted(sample, size=int(available[number]), seed=(seed, number)) * length)
-        for number, count in enumerate(counts)
-        for sample in range(count)
-    ]
-    return ValidationDataset(places, streams, length=length, reset=config.reset_at_document)
+    places = []
+    for number, (count, packing) in enumerate(zip(counts, packings, strict=True)):
+        for sample in range(count):
+            chosen = permuted(sample, size=int(available[number]), seed=(seed, number))
+            places.append(
+                (number, *(packing.place(chosen) if packing else (chosen * length, (chosen + 1) * length + 1)))
+            )
+    return ValidationDataset(places, streams, _Reader(config, sources, length=length))
 
 
-def _sample(stream: TokenStream, start: int, length: int, *, reset_at_document: bool) -> Sample:
-    tokens = torch.from_numpy(stream.read(start, length + 1))
-    starts = torch.from_numpy(stream.document_starts(start, length)) if reset_at_document else None
-    return Sample(tokens[:-1], tokens[1:], starts)
+class _Reader:
+    """Makes samples of `length` tokens of ranges of streams, a shorter one with padding behind it."""
+
+    def __init__(self, config: DataConfig, sources: Sequence[Source], *, length: int) -> None:
+        self.length = length
+        self._resets, self._packed = config.reset_at_document, config.packing == "documents"
+        self._weighs = self._packed or any(source.masked for source in sources)
+
+    def read(self, stream: TokenStream, start: int, stop: int) -> Sample:
+        """The sample of the tokens [start, stop) of a stream, length + 1 of them at most."""
+        count, whole = stop - start, self.length + 1
+        ids = np.full(whole, PADDING_ID, dtype=np.int64)
+        ids[:count] = stream.read(start, count)
+        tokens = torch.from_numpy(ids)
+        begins = None
+        if self._resets or self._packed:
+            begins = np.full(whole, count, dtype=np.int64)  # what pads a sample is a document of its own
+            begins[:count] = stream.document_starts(start, count)
+        weights = None
+        if self._weighs:
+            counted = np.zeros(whole, dtype=np.float32)
+            counted[:count] = stream.counts(start, count)
+            if self._packed and begins is not None:
+                counted[begins[:count]] = 0  # nothing of its document foretells a document's first token
+            weights = torch.from_numpy(counted[1:])
+        starts = torch.from_numpy(begins[:-1]) if self._resets and begins is not None else None
+        return Sample(tokens[:-1], tokens[1:], starts, weights)
+
+
+def _packings(config: DataConfig, streams: Sequence[TokenStream], *, length: int) -> list[DocumentPacking | None]:
+    packed = config.packing == "documents"
+    return [DocumentPacking(stream, capacity=length + 1) if packed else None for stream in streams]
 
 
 def _allocate(asked: int, *, shares: np.ndarray, available: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 
@@ -23,12 +23,13 @@ _MAX_TEXT_FILE_BYTES = 1 << 28
 class Document:
     """One text. `position` is the offset of its record in the decompressed file in bytes, or its row in Parquet.
 
-    `size_bytes` is what the record takes up there.
+    `size_bytes` is what the record takes up there. `messages` is what its JSON has in place of a text, unchecked.
     """
 
     text: str
     position: int
     size_bytes: int
+    messages: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,14 @@ class BadRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How files become documents: the key or column of the text, and whether a .txt file is one or one a line."""
+    """How files become documents: the key or column of the text, and whether a .txt file is one or one a line.
+
+    With a `messages_key` the lines of JSON hold conversations, and there is no other text.
+    """
 
     text_key: str = "text"
     text_documents: Literal["file", "line"] = "file"
+    messages_key: str | None = None
 
     def has_lines(self, file: InputFile) -> bool:
         """Whether the file's records are lines."""
@@ -241,7 +246,9 @@ def _lines(content: bytes, position: int, file: InputFile, options: ReadOptions)
         if not line or line.isspace():
             position += size_bytes
             continue
-        if file.kind == "text":
+        if options.messages_key is not None:
+            yield _conversation(line, options.messages_key, position=position)
+        elif file.kind == "text":
             yield _decode(line.removesuffix(b"\r"), position=position, size_bytes=size_bytes)
         else:
             try:
@@ -255,24 +262,46 @@ def _lines(content: bytes, position: int, file: InputFile, options: ReadOptions)
         position += size_bytes
 
 
+def _conversation(line: bytes, messages_key: str, *, position: int) -> Document | BadRecord:
+    value = _value(line, messages_key, what="messages")
+    if isinstance(value, _NoValue):
+        return BadRecord(value.reason, position, len(line) + 1)
+    contents = [one.get("content") for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    text = "".join(content for content in contents if isinstance(content, str))
+    return Document(text, position, len(line) + 1, messages=value)
+
+
+@dataclass(frozen=True, slots=True)
+class _NoValue:
+    reason: str
+
+
+def _value(line: bytes, key: str, *, what: str) -> Any:
+    """What a line of JSON has under a key, or why it has nothing there."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _NoValue(f"byte {error.start} of the line is not UTF-8; convert the file to UTF-8")
+    except (ValueError, RecursionError) as error:
+        return _NoValue(f"malformed JSON ({error}); each line must hold one JSON object")
+    if not isinstance(record, dict):
+        return _NoValue(f"expected a JSON object, found {type(record).__name__}")
+    if key not in record:
+        keys = ", ".join(list(record)[:5]) or "none"
+        hint = ", or give a chat template for messages" if what == "text" and "messages" in record else ""
+        return _NoValue(f"no key {key!r} (keys: {keys}); choose the key of the {what}{hint}")
+    return record[key]
+
+
 def _parse_carefully(line: bytes, text_key: str, *, position: int) -> Document | BadRecord:
     """What orjson refused or was not what it should be: numbers such as NaN may still be fine."""
 
     def bad(reason: str) -> BadRecord:
         return BadRecord(reason, position, len(line) + 1)
 
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return bad(f"byte {error.start} of the line is not UTF-8; convert the file to UTF-8")
-    except (ValueError, RecursionError) as error:
-        return bad(f"malformed JSON ({error}); each line must hold one JSON object")
-    if not isinstance(record, dict):
-        return bad(f"expected a JSON object, found {type(record).__name__}")
-    if text_key not in record:
-        keys = ", ".join(list(record)[:5]) or "none"
-        return bad(f"no key {text_key!r} (keys: {keys}); choose the key of the text")
-    text = record[text_key]
+    text = _value(line, text_key, what="text")
+    if isinstance(text, _NoValue):
+        return bad(text.reason)
     if not isinstance(text, str):
         return bad(f"the value of {text_key!r} is {type(text).__name__}, not a string")
     # Only an escape can bring in half of a surrogate pair, which no tokenizer accepts.

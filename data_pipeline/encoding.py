@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .chat import ASSISTANT, ChatEncoder, ChatError, ChatOptions, token_arrays
 from .documents import BadRecord, Document, Piece, ReadOptions
 from .errors import DataError
 from .shards import narrow_ids
@@ -25,7 +26,8 @@ class TokenBatch:
     """The records of a piece, in order.
 
     tokens [sum of lengths] in the shards' dtype; for each record lengths int64, with NO_DOCUMENT for a bad one,
-    positions int64 as in Document, and text_bytes int64 of its UTF-8. `bad` are the bad ones.
+    positions int64 as in Document, and text_bytes int64 of its UTF-8. `bad` are the bad ones. `counts`, bool [sum of
+    lengths], tells which tokens count in the loss; None: all do.
     """
 
     tokens: np.ndarray
@@ -33,11 +35,15 @@ class TokenBatch:
     positions: np.ndarray
     text_bytes: np.ndarray
     bad: list[BadRecord]
+    counts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What decides the ids of a text; `fast` is for the one who has proven that it does not."""
+    """What decides the ids of a text; `fast` is for the one who has proven that it does not.
+
+    With `chat` documents are conversations.
+    """
 
     tokenizer: Path
     reading: ReadOptions
@@ -45,11 +51,17 @@ class EncoderConfig:
     eos_token: str | None = None
     special_tokens: bool = False
     fast: bool = False
+    chat: ChatOptions | None = None
 
     def build(self) -> "Encoder":
         """Load the tokenizer. Raises DataError as `tokenizer_formats.load_tokenizer` does."""
         tokenizer = self.load_tokenizer()
         return Encoder(self, tokenizer, fast_path=FastPath(tokenizer) if self.fast else None)
+
+    @property
+    def masks(self) -> bool:
+        """Whether some tokens do not count in the loss."""
+        return self.chat is not None and self.chat.loss == ASSISTANT
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer alone."""
@@ -63,11 +75,13 @@ class Encoder:
         self._config = config
         self._tokenizer = tokenizer
         self._fast = fast_path
+        self._chat = ChatEncoder(config.chat, tokenizer, append_eos=config.append_eos) if config.chat else None
 
     def encode_piece(self, piece: Piece) -> TokenBatch:
         """All records of the piece. Raises DataError for a spoilt file and for ids outside the vocabulary."""
         try:
-            return self._encode_records(piece.records(self._config.reading))
+            records = piece.records(self._config.reading)
+            return self._encode_chats(records, self._chat) if self._chat else self._encode_records(records)
         except OSError as error:
             raise DataError(f"cannot read {piece.file.name}: {error.strerror or error}") from error
 
@@ -110,6 +124,33 @@ class Encoder:
             positions=np.array(positions, dtype=np.int64),
             text_bytes=np.array(text_bytes, dtype=np.int64),
             bad=bad,
+        )
+
+    def _encode_chats(self, records: Iterator[Document | BadRecord], chat: ChatEncoder) -> TokenBatch:
+        documents: list[tuple[list[int], list[bool]]] = []
+        lengths, positions, text_bytes, bad = [], [], [], []
+        for record in records:
+            found = None
+            if isinstance(record, Document):
+                try:
+                    found = chat.encode(record.messages)
+                except ChatError as error:
+                    record = BadRecord(str(error), record.position, record.size_bytes)
+            if isinstance(record, BadRecord):
+                bad.append(record)
+            if found:
+                documents.append(found)
+            lengths.append(len(found[0]) if found else NO_DOCUMENT)
+            text_bytes.append(_utf8_bytes(record.text) if isinstance(record, Document) else 0)
+            positions.append(record.position)
+        tokens, counts = token_arrays(documents)
+        return TokenBatch(
+            tokens=narrow_ids(tokens, self._tokenizer.vocab_size),
+            lengths=np.array(lengths, dtype=np.int64),
+            positions=np.array(positions, dtype=np.int64),
+            text_bytes=np.array(text_bytes, dtype=np.int64),
+            bad=bad,
+            counts=counts if self._config.masks else None,
         )
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, list[int]]:

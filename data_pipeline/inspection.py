@@ -1,5 +1,7 @@
 """What a prefix holds, for people to read: statistics, single documents, and training samples with their documents."""
 
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
+from .loss_mask import mask_bytes, mask_path, unpacked
 from .shards import Manifest, ShardIndex, check_shard, read_manifest, shard_prefixes
 from .tokenizer import Tokenizer
 from .tokenizer_formats import load_tokenizer
 
 _CHUNK_TOKENS = 1 << 24
+_OPEN, _CLOSE = "[[", "]]"  # around what counts in the loss
+_BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")  # how SentencePiece writes the bytes of unknown characters
 _FREQUENT, _BAR_WIDTH = 15, 40
 
 
@@ -145,10 +150,46 @@ class Inspector:
                 place = (
                     f"document {left} of {shard.prefix}, {len(ids):,} tokens from byte {start * shard.dtype.itemsize}"
                 )
-                return f"--- document {number}: {place}\n{self.text(ids)}\n--- {self._end(ids)}"
+                counts = self._counts(shard, start, len(ids))
+                shown, end = self.text(ids), self._end(ids)
+                if counts is not None:
+                    shown, end = (
+                        self._marked(ids, counts),
+                        f"{end}; {int(counts.sum()):,} tokens count, in {_OPEN} {_CLOSE}",
+                    )
+                return f"--- document {number}: {place}\n{shown}\n--- {end}"
             left -= len(shard.lengths)
         documents = sum(len(shard.lengths) for shard in self._shards)
         raise DataError(f"{self.prefix} has no document {number}: its {documents:,} documents are numbered from 0")
+
+    def _counts(self, shard: ShardIndex, start: int, count: int) -> np.ndarray | None:
+        """Which tokens of a shard count in the loss, bool [count]; None where it has no mask."""
+        path = mask_path(shard.prefix)
+        if not path.exists():
+            return None
+        first = start // 8
+        content = np.memmap(path, dtype=np.uint8, mode="r")[first : mask_bytes(start + count)].tobytes()
+        return unpacked(content, first=start - 8 * first, count=count)
+
+    def _marked(self, ids: np.ndarray, counts: np.ndarray) -> str:
+        """The text of ids, with marks around what counts in the loss."""
+        bounds = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(ids)]
+        parts = []
+        for begin, end in itertools.pairwise(bounds):
+            text = self._exact(ids[begin:end])
+            parts.append(f"{_OPEN}{text}{_CLOSE}" if counts[begin] else text)
+        return "".join(parts)
+
+    def _exact(self, ids: np.ndarray) -> str:
+        """The text of ids with first space and control tokens, where the tokenizer writes them in its pieces."""
+        tokenizer = self._decoder()
+        if tokenizer.kind != "sentencepiece":
+            return tokenizer.decode(ids.tolist())
+        pieces = "".join(map(tokenizer.piece, ids.tolist())).replace("\u2581", " ")
+        return _BYTES.sub(
+            lambda found: bytes.fromhex(found[0][1:-1].replace("><", "").replace("0x", "")).decode(errors="replace"),
+            pieces,
+        )
 
     def _end(self, ids: np.ndarray) -> str:
         return "end-of-text" if len(ids) and ids[-1] == self._decoder().eos_id else "no end-of-text"

@@ -12,8 +12,9 @@ from .errors import DataError
 
 B = TypeVar("B")
 MakeBatch = Callable[..., B]
-"""Makes a micro-batch of the keywords tokens and labels, int64 [micro_batch, S], and document_starts, the same or None:
-for each token the position in its row of the first token of its document, 0 where that began in an earlier sample."""
+"""Makes a micro-batch of the keywords tokens and labels, int64 [micro_batch, S], document_starts, the same or None: for
+each token the position in its row of the first token of its document, 0 where that began in an earlier sample; and
+loss_weights, float32 [micro_batch, S] or None: 1 for a label that counts in the loss."""
 
 
 class ValidationBatch(NamedTuple, Generic[B]):
@@ -122,7 +123,13 @@ def _read_rows(dataset: Samples, numbers: Sequence[int], *, vocab_size: int) -> 
     ids = torch.cat([tokens[:, :1], labels], dim=1)
     if ids.min() < 0 or ids.max() >= vocab_size:
         _raise_bad_id(dataset, numbers, ids, vocab_size=vocab_size)
-    return {"tokens": tokens, "labels": labels, "document_starts": torch.stack(starts) if starts else None}
+    weights = [sample.loss_weights for sample in samples if sample.loss_weights is not None]
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "document_starts": torch.stack(starts) if starts else None,
+        "loss_weights": torch.stack(weights) if weights else None,
+    }
 
 
 def _raise_bad_id(dataset: Samples, numbers: Sequence[int], ids: torch.Tensor, *, vocab_size: int) -> None:

@@ -24,7 +24,7 @@ def _listing(prefix: Path) -> Iterator[tuple[Path, re.Match]]:
         return
     name = re.compile(
         re.escape(prefix.name) + r"(?:\.json|(?:\.\d{5}-of-(?P<parts>\d{5}))?\.progress"
-        r"|(?:_(?P<part>\d{5}))?_(?P<number>\d{5,})\.(?:bin|idx))"
+        r"|(?:_(?P<part>\d{5}))?_(?P<number>\d{5,})\.(?:bin|idx|mask))"
     )
     for path in sorted(prefix.parent.iterdir()):
         if match := name.fullmatch(path.name):
@@ -35,13 +35,13 @@ def _listing(prefix: Path) -> Iterator[tuple[Path, re.Match]]:
 
 
 def shard_files(prefix: Path, part: Part) -> list[Path]:
-    """The .bin and .idx files of one part, sorted by name."""
+    """The .bin, .idx and .mask files of one part, sorted by name."""
     wanted = f"{part.index:05d}" if part.count > 1 else None
     return [path for path, match in _listing(prefix) if match["number"] and match["part"] == wanted]
 
 
 def shard_files_of_any_part(prefix: Path) -> list[Path]:
-    """All .bin and .idx files under the prefix, sorted by name."""
+    """All .bin, .idx and .mask files under the prefix, sorted by name."""
     return [path for path, match in _listing(prefix) if match["number"]]
 
 

@@ -13,9 +13,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from .chat import ChatOptions, ChatTemplate
 from .documents import PIECE_BYTES, Document, LineRange, Piece, ReadOptions, pieces, place
 from .encoding import Encoder, EncoderConfig, FastPath, NotProven, TokenBatch, encode_in_worker, start_in_worker
 from .errors import DataError
@@ -24,7 +26,8 @@ from .output import foreign_files, merge_parts, shard_files
 from .parts import Part, Span, part_spans, spans_from
 from .progress import Position, Progress, ProgressLog, RunIdentity
 from .shard_sequence import ShardSequence
-from .shards import Manifest, TokenizerEntry, manifest_path, read_manifest
+from .shards import Manifest, manifest_path, read_manifest, tokenizer_entry
+from .tokenizer import Tokenizer
 
 _PIECES_IN_FLIGHT_PER_WORKER = 3
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 15
@@ -69,6 +72,8 @@ class PreprocessConfig:
     """How text becomes shards.
 
     shard_tokens: a shard takes at most so many, or one longer document.
+    chat_template: a file with a jinja template. Documents are then conversations under `messages_key` of lines of JSON,
+        and with `loss` "assistant" only what the assistant says counts in the loss.
     on_error: "stop" at a malformed record, or "skip" and count it.
     eos_token, special_tokens: as in `load_tokenizer`.
     """
@@ -82,6 +87,9 @@ class PreprocessConfig:
     eos_token: str | None = None
     special_tokens: bool = False
     on_error: Literal["stop", "skip"] = "stop"
+    chat_template: Path | None = None
+    messages_key: str = "messages"
+    loss: Literal["assistant", "all"] = "assistant"
 
     def __post_init__(self) -> None:
         for name in ("workers", "shard_tokens"):
@@ -91,7 +99,21 @@ class PreprocessConfig:
     @property
     def reading(self) -> ReadOptions:
         """How files become documents."""
-        return ReadOptions(self.text_key, self.text_documents)
+        messages_key = self.messages_key if self.chat_template else None
+        return ReadOptions(self.text_key, self.text_documents, messages_key)
+
+    @cached_property
+    def chat(self) -> ChatOptions | None:
+        """How conversations become ids; None where documents are texts. Raises DataError for a file that is none."""
+        if self.chat_template is None:
+            return None
+        try:
+            return ChatOptions(self.chat_template.read_text("utf-8"), self.loss)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"the chat template {self.chat_template} cannot be read "
+                f"({getattr(error, 'strerror', None) or error}); give a text file with jinja"
+            ) from error
 
     def encoder(self) -> EncoderConfig:
         """How documents become ids."""
@@ -101,12 +123,16 @@ class PreprocessConfig:
             append_eos=self.append_eos,
             eos_token=self.eos_token,
             special_tokens=self.special_tokens,
+            chat=self.chat,
         )
 
     def recorded(self) -> dict[str, str | int | bool | None]:
         """The options that the shards depend on."""
         names = ("append_eos", "eos_token", "shard_tokens", "special_tokens", "text_documents", "text_key")
-        return {name: getattr(self, name) for name in names}
+        recorded = {name: getattr(self, name) for name in names}
+        if self.chat:
+            recorded |= {"chat_template": self.chat.template, "loss": self.loss, "messages_key": self.messages_key}
+        return recorded
 
 
 def preprocess(
@@ -142,6 +168,8 @@ class _Run:
         self._prefix = prefix
         self._part = part
         self._tokenizer = config.encoder().load_tokenizer()
+        if config.chat:
+            _check_conversations(files, config.chat, self._tokenizer)
         if config.append_eos and self._tokenizer.eos_id < 0:
             raise DataError(
                 f"the tokenizer {config.tokenizer} names no EOS; name the token that ends a document, or append none"
@@ -177,7 +205,7 @@ class _Run:
                 part=self._part,
                 run=self._identity,
                 files=self._files,
-                tokenizer=self._tokenizer_entry(),
+                tokenizer=tokenizer_entry(self._tokenizer, self._prefix),
             )
             return self._summary(manifest or log.progress, resumed_shards=resumed)
 
@@ -194,6 +222,7 @@ class _Run:
             vocab_size=self._tokenizer.vocab_size,
             shard_tokens=self._config.shard_tokens,
             before_first_commit=lambda: _remove(replaced),
+            masked=self._config.encoder().masks,
         )
         try:
             with closing(self._encoded(spans)) as batches:
@@ -236,6 +265,8 @@ class _Run:
             yield from _in_order(work, pool, encoder, workers=self._config.workers)
 
     def _prove(self) -> FastPath | None:
+        if self._config.chat:
+            return None
         try:
             return FastPath.proven(self._tokenizer, _sample(self._files, self._config.reading))
         except NotProven as reason:
@@ -258,16 +289,6 @@ class _Run:
             and all(int(file.modified) <= made_ns for file in self._files if file.modified.isdigit())
         )
 
-    def _tokenizer_entry(self) -> TokenizerEntry:
-        model = self._tokenizer
-        return TokenizerEntry(
-            path=os.path.relpath(model.path.resolve(), self._prefix.parent.resolve()),
-            kind=model.kind,
-            sha256=model.sha256,
-            vocab_size=model.vocab_size,
-            eos_id=model.eos_id,
-        )
-
     def _summary(self, made: Manifest | Progress, *, resumed_shards: int) -> PreprocessSummary:
         ranges = [found for shard in made.shards for found in shard.sources]
         if isinstance(made, Progress):
@@ -284,6 +305,14 @@ class _Run:
             complete=isinstance(made, Manifest),
             slow_because=self._slow_because,
         )
+
+
+def _check_conversations(files: list[InputFile], chat: ChatOptions, tokenizer: Tokenizer) -> None:
+    """Raises DataError where the template is none, or a file cannot hold conversations."""
+    ChatTemplate(chat.template, tokenizer)
+    for file in files:
+        if file.kind != "jsonl":
+            raise DataError(f"{file.name} is no JSONL, which conversations are read from: give lines of JSON")
 
 
 def _remove(paths: list[Path]) -> None:

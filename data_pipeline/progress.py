@@ -177,7 +177,13 @@ class ProgressLog:
         """Go on after the last shard before one that is gone or has another size."""
         for number, shard in enumerate(progress.shards):
             path = self.path.with_name(f"{shard.name}.bin")
-            if path.exists() and path.stat().st_size == shard.bin_bytes and path.with_suffix(".idx").exists():
+            if (
+                path.exists()
+                and path.stat().st_size == shard.bin_bytes
+                and all(
+                    path.with_suffix(suffix).exists() for suffix in (".idx", *([".mask"] if shard.mask_sha256 else []))
+                )
+            ):
                 continue
             self._file.seek(0)
             kept = self._file.read().splitlines(keepends=True)[: number + 1]

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import DataError
 from .files import atomic_write, sha256_file
-from .shards import Manifest, ShardEntry, check_shard, manifest_path, read_manifest, shard_prefixes
+from .loss_mask import mask_path
+from .shards import Manifest, ShardEntry, check_shard, is_masked, manifest_path, read_manifest, shard_prefixes
 from .verify import changed_blocks, read_bin
 
 FORMAT_VERSION = 1
@@ -44,7 +45,8 @@ class IdRange(BaseModel):
 class Shard(BaseModel):
     """A checked shard, of which the first `train_documents` are trained on and the others held out.
 
-    `content` changes whenever the tokens do; `dtype` is that of .bin; `ids` is None where data.verify is off.
+    `content` changes whenever the tokens do, or which of them count in the loss; `masked` tells
+    whether some do not. `dtype` is that of .bin; `ids` is None where data.verify is off.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +58,7 @@ class Shard(BaseModel):
     train_documents: int
     train_tokens: int
     content: str
+    masked: bool = False
     ids: IdRange | None
 
 
@@ -129,7 +132,8 @@ def _key(request: IndexRequest, prefixes: list[str]) -> str:
 
 def _file_states(prefix: str) -> list[int]:
     states = []
-    for path in (f"{prefix}.idx", f"{prefix}.bin"):
+    masks = [mask_path(prefix)] if mask_path(prefix).exists() else []
+    for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin"), *masks):
         try:
             status = os.stat(path)
         except OSError as error:
@@ -196,6 +200,12 @@ def _checked(prefix: str, entry: ShardEntry | None, *, vocab_size: int | None, r
     else:
         status = os.stat(f"{prefix}.bin")
         bin_sha256 = f"unread {status.st_size} {status.st_mtime_ns}"
+    content, masked = f"{idx_sha256} {bin_sha256}", is_masked(prefix, entry)
+    if masked:
+        mask_sha256 = sha256_file(mask_path(prefix))
+        if entry and mask_sha256 != entry.mask_sha256:
+            raise DataError(f"{mask_path(prefix)} has changed since it was written; fetch or preprocess it again")
+        content += f" {mask_sha256}"
     documents = len(index.lengths)
     train_documents = documents - _held_out_documents(documents, request.validation_fraction)
     return Shard(
@@ -205,7 +215,8 @@ def _checked(prefix: str, entry: ShardEntry | None, *, vocab_size: int | None, r
         tokens=int(index.lengths.sum(dtype=np.int64)),
         train_documents=train_documents,
         train_tokens=int(index.lengths[:train_documents].sum(dtype=np.int64)),
-        content=f"{idx_sha256} {bin_sha256}",
+        content=content,
+        masked=masked,
         ids=ids,
     )
 

@@ -15,6 +15,7 @@ class ShardSequence:
 
     A shard takes at most `shard_tokens` tokens, or one longer document. Each ends where the next document would not
     fit, so that the shards depend on the documents alone. `before_first_commit` runs once, before anything appears.
+    `masked`: batches say which tokens count in the loss.
     The owner calls `finish`, and `discard` in any case.
     """
 
@@ -26,11 +27,13 @@ class ShardSequence:
         vocab_size: int,
         shard_tokens: int,
         before_first_commit: Callable[[], None],
+        masked: bool = False,
     ) -> None:
         self._log = log
         self._shard_prefix = shard_prefix
         self._vocab_size = vocab_size
         self._shard_tokens = shard_tokens
+        self._masked = masked
         self._before_first_commit: Callable[[], None] | None = before_first_commit
         self._writer: ShardWriter | None = None
         self._ranges: list[SourceRange] = []
@@ -65,8 +68,11 @@ class ShardSequence:
         first, count = self._record(source), len(lengths)
         if documents.size:
             if self._writer is None:
-                self._writer = ShardWriter(self._shard_prefix(len(self._log.progress.shards)), self._vocab_size)
-            self._writer.add_documents(batch.tokens[token : token + int(documents.sum())], documents)
+                prefix = self._shard_prefix(len(self._log.progress.shards))
+                self._writer = ShardWriter(prefix, self._vocab_size, masked=self._masked)
+            taken = slice(token, token + int(documents.sum()))
+            counts = None if batch.counts is None else batch.counts[taken]
+            self._writer.add_documents(batch.tokens[taken], documents, counts)
         self._text_bytes += int(batch.text_bytes[records][lengths > 0].sum())
         skipped, malformed = int((lengths == 0).sum()), int((lengths < 0).sum())
         if self._ranges and self._ranges[-1].source == source:

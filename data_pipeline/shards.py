@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import DataError
 from .files import atomic_write, create, flush_to_disk, sha256_file, sync
+from .loss_mask import MaskWriter, mask_bytes, mask_path
+from .tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
 # A flipped bit is found in one of these, and a shard of 2 GiB takes 4 KiB of checksums in the manifest.
@@ -52,7 +54,8 @@ class ShardEntry(BaseModel):
     """One shard in a manifest. `name` is the file stem beside the manifest.
 
     `text_bytes` are those of its documents' texts, in UTF-8. `bin_crc32` holds 8 hexadecimal digits for every
-    CHECKSUM_BLOCK_BYTES of the .bin. `sources` say where its documents come from, in their order.
+    CHECKSUM_BLOCK_BYTES of the .bin. `sources` say where its documents come from, in their order. `mask_sha256` is None
+    where every token counts in the loss.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,6 +68,7 @@ class ShardEntry(BaseModel):
     bin_sha256: str
     bin_crc32: str = ""
     idx_sha256: str
+    mask_sha256: str | None = None
     sources: list[SourceRange] = []
 
 
@@ -78,6 +82,17 @@ class TokenizerEntry(BaseModel):
     sha256: str
     vocab_size: int
     eos_id: int
+
+
+def tokenizer_entry(tokenizer: Tokenizer, prefix: Path) -> TokenizerEntry:
+    """What a manifest says of a tokenizer."""
+    return TokenizerEntry(
+        path=os.path.relpath(tokenizer.path.resolve(), prefix.parent.resolve()),
+        kind=tokenizer.kind,
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
 
 
 class SourceEntry(BaseModel):
@@ -158,25 +173,28 @@ class _Checksums:
 class ShardWriter:
     """Writes one shard under temporary names until `commit`. One process at a time may write a shard.
 
-    Memory grows by 4 bytes a document. The owner calls `finish` and `commit`, or `discard`.
+    Memory grows by 4 bytes a document. The owner calls `finish` and `commit`, or `discard`. With `masked`, each
+    document comes with which of its tokens count in the loss, bool [tokens].
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int, *, masked: bool = False) -> None:
         self.tokens = 0
         self._prefix = str(prefix)
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._lengths = array("i")
-        self._paths = {extension: Path(f"{prefix}.{extension}") for extension in ("bin", "idx")}
+        extensions = ("bin", "mask", "idx") if masked else ("bin", "idx")
+        self._paths = {extension: Path(f"{prefix}.{extension}") for extension in extensions}
         self._checksums = _Checksums()
         self._bin = create(temporary_shard_file(self._paths["bin"]))
+        self._mask = MaskWriter(create(temporary_shard_file(self._paths["mask"]))) if masked else None
 
-    def add(self, tokens: np.ndarray | list[int]) -> None:
+    def add(self, tokens: np.ndarray | list[int], counts: np.ndarray | None = None) -> None:
         """Append one document of integer ids [tokens]. Raises DataError for no tokens and ids not in the vocabulary."""
         ids = np.asarray(tokens)
-        self.add_documents(ids, np.array([ids.size]))
+        self.add_documents(ids, np.array([ids.size]), counts)
 
-    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append documents of `lengths` [documents] whose integer ids [sum of lengths] lie in a row.
 
         Raises DataError for a document without tokens and ids not in the vocabulary.
@@ -190,16 +208,20 @@ class ShardWriter:
             bad = int(np.argmax((tokens < 0) | (tokens >= self._vocab_size)))
             number = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), bad, side="right"))
             raise DataError(f"document {number} of {self._prefix}: {error}") from None
+        assert (counts is None) == (self._mask is None), "a masked shard, and no other, is told what counts"
+        if self._mask and counts is not None:
+            self._mask.add(counts)
         self._bin.write(content)
         self._checksums.update(content)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += tokens.size
 
     def finish(self) -> ShardEntry:
-        """Complete both files, still under their temporary names."""
+        """Complete the files, still under their temporary names."""
         flush_to_disk(self._bin)
         bin_bytes = self._bin.tell()
         self._bin.close()
+        mask_sha256 = self._mask.finish() if self._mask else None
         idx = temporary_shard_file(self._paths["idx"])
         with create(idx) as file:
             for content in self._index_parts():
@@ -213,10 +235,11 @@ class ShardWriter:
             bin_sha256=self._checksums.sha256(),
             bin_crc32=self._checksums.crc32(),
             idx_sha256=sha256_file(idx),
+            mask_sha256=mask_sha256,
         )
 
     def commit(self) -> None:
-        """Move both files to their names, replacing what is there; the .idx, without which no reader starts, last."""
+        """Move the files to their names, replacing what is there; the .idx, without which no reader starts, last."""
         for path in self._paths.values():
             os.replace(temporary_shard_file(path), path)
         sync(self._paths["bin"].parent)
@@ -224,6 +247,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Remove what has not been committed."""
         self._bin.close()
+        if self._mask:
+            self._mask.close()
         for path in self._paths.values():
             temporary_shard_file(path).unlink(missing_ok=True)
 
@@ -253,8 +278,13 @@ def _pointer_chunks(lengths: np.ndarray, *, itemsize: int) -> Iterator[np.ndarra
         offset = int(ends[-1])
 
 
+def is_masked(prefix: str | Path, entry: ShardEntry | None) -> bool:
+    """Whether a shard has a mask: by its manifest's entry, and without one where the file is there."""
+    return entry.mask_sha256 is not None if entry else mask_path(prefix).exists()
+
+
 def check_shard(prefix: str | Path, entry: ShardEntry | None = None) -> ShardIndex:
-    """Check that PREFIX.idx is well formed, that PREFIX.bin has the size it says, and both agree with `entry`.
+    """Check that PREFIX.idx is well formed, that .bin and .mask have the sizes it says, and that `entry` agrees.
 
     Reads the whole index but no tokens. Raises DataError naming the file.
     """
@@ -268,6 +298,8 @@ def check_shard(prefix: str | Path, entry: ShardEntry | None = None) -> ShardInd
     expected_bytes = tokens * index.dtype.itemsize
     if bin_bytes != expected_bytes:
         raise DataError(f"{bin_path} has {bin_bytes} bytes where its index says {expected_bytes}; preprocess it again")
+    if is_masked(prefix, entry):
+        _check_mask_size(mask_path(prefix), tokens)
     if tokens == 0:
         raise DataError(f"{bin_path} holds no tokens; preprocess it again")
     if entry and (entry.documents, entry.tokens) != (len(index.lengths), tokens):
@@ -276,6 +308,17 @@ def check_shard(prefix: str | Path, entry: ShardEntry | None = None) -> ShardInd
             f"{entry.documents} and {entry.tokens}; preprocess the data again"
         )
     return index
+
+
+def _check_mask_size(path: Path, tokens: int) -> None:
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read the loss mask {path}: {error.strerror}; restore it") from error
+    if size_bytes != mask_bytes(tokens):
+        raise DataError(
+            f"{path} has {size_bytes} bytes where {tokens} tokens take {mask_bytes(tokens)}; preprocess the data again"
+        )
 
 
 def _read_index(path: Path, *, prefix: str) -> ShardIndex:

@@ -26,6 +26,11 @@ class Source:
     tokenizer: TokenizerEntry | None
     shards: list[Shard]
 
+    @property
+    def masked(self) -> bool:
+        """Whether some of its tokens do not count in the loss."""
+        return any(shard.masked for shard in self.shards)
+
     def tokens(self, *, held_out: bool) -> int:
         """Tokens in the held-out or in the training part."""
         train = sum(shard.train_tokens for shard in self.shards)
@@ -49,6 +54,7 @@ class Source:
             "weight": self.weight,
             "validation_fraction": self.validation_fraction,
             "content": self.content(),
+            "tokenizer": self.tokenizer.sha256 if self.tokenizer else None,
         }
 
 
@@ -102,6 +108,17 @@ def check_vocabulary(config: DataConfig, sources: Sequence[Source], *, vocab_siz
         for shard in source.shards:
             if shard.ids:
                 check_ids(shard.prefix, shard.ids, vocab_size=vocab_size, of="model.vocab_size")
+
+
+def check_separate(sources: Sequence[Source], validation: Sequence[Source]) -> None:
+    """Raises DataError where data to validate on are data that are trained on, under whatever prefix."""
+    trained = {source.content(): source.prefix for source in sources}
+    for source in validation:
+        if source.content() in trained:
+            raise DataError(
+                f"data.validation {source.prefix} holds the very tokens of {trained[source.content()]} in data.train: "
+                "give other data"
+            )
 
 
 def _check_tokenizers(config: DataConfig, made_by: dict[str, str]) -> None:

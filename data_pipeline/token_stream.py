@@ -11,6 +11,7 @@ from io import FileIO
 import numpy as np
 
 from .errors import DataError
+from .loss_mask import mask_bytes, mask_path, unpacked
 from .shard_index import Shard
 from .shards import LENGTHS_OFFSET_BYTES
 
@@ -115,6 +116,20 @@ class TokenStream:
             parts.append(np.frombuffer(content, dtype=dtype))
         return np.concatenate(parts, dtype=np.int64)
 
+    def counts(self, start: int, count: int) -> np.ndarray:
+        """Which of `count` tokens from `start` on count in the loss, bool [count]. Raises DataError as `read` does."""
+        parts = []
+        for piece in self._pieces(start, count):
+            tokens = piece.stop - piece.start
+            if not piece.shard.masked:
+                parts.append(np.ones(tokens, dtype=bool))
+                continue
+            first = piece.start // 8
+            path = str(mask_path(piece.shard.prefix))
+            content = self._files.read(path, first, mask_bytes(piece.stop) - first)
+            parts.append(unpacked(content, first=piece.start - 8 * first, count=tokens))
+        return np.concatenate(parts)
+
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """For each of `count` tokens from `start` on, where among them its document begins (0 for the first one).
 
@@ -129,6 +144,17 @@ class TokenStream:
         marks = np.zeros(count, dtype=np.int64)
         marks[begins] = begins
         return np.maximum.accumulate(marks)
+
+    def document_ends(self) -> np.ndarray:
+        """Where each document ends in the stream, int64 [documents]."""
+        parts = [np.empty(0, dtype=np.int64)]
+        for number, shard in enumerate(self._shards):
+            first = shard.train_documents if self.held_out else 0
+            last = shard.documents if self.held_out else shard.train_documents
+            if first < last:
+                ends = _DocumentEnds(self._files, shard).block(first, last)
+                parts.append(ends + (int(self._bounds[number]) - self._begins[number]))
+        return np.concatenate(parts)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Every document in stored order, int64 [tokens] each."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import sha256_file
+from .loss_mask import mask_path
 from .output import shard_files_of_any_part
 from .shards import CHECKSUM_BLOCK_BYTES, Manifest, ShardEntry, ShardIndex, check_shard, read_manifest, shard_prefixes
 
@@ -100,6 +101,13 @@ def _problems_of_a_shard(
     idx = prefix.with_name(f"{prefix.name}.idx")
     if entry and idx.exists() and sha256_file(idx) != entry.idx_sha256:
         yield f"{idx} has changed since it was written; fetch or preprocess it again"
+    if (
+        entry
+        and entry.mask_sha256
+        and mask_path(prefix).exists()
+        and sha256_file(mask_path(prefix)) != entry.mask_sha256
+    ):
+        yield f"{mask_path(prefix)} has changed since it was written; fetch or preprocess it again"
     if not _bin(prefix).exists():
         return
     dtype = index.dtype if index else None

@@ -79,6 +79,20 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
             raise TypeError(f"the mixer {one.name} has no sizes of its own")
         return _checked_sizes(one, one.sizes, self.mixers.get(one.name, {}))
 
+    def keys_of_weights(self) -> list[str]:
+        """Returns the attributes that must be equal in a model that is to have these weights, but for vocab_size.
+
+        Keys of mixers that the pattern lacks are not among them.
+        """
+        keys = ["pattern", "hidden_size", "tie_embeddings", "mixers"]
+        own = {"M": ["d_state", "d_conv", "expand", "dt_rank_size"], "*": ["num_query_heads", "num_kv_heads"]}
+        own["-"] = ["mlp_size"]
+        return keys + [key for letter, names in own.items() if letter in self.pattern for key in names]
+
+    def keys_beside_weights(self) -> list[str]:
+        """Returns the keys of what a model computes that its weights do not depend on in shape or meaning."""
+        return ["norm_eps", *(["window", "rope_base"] if "*" in self.pattern else [])]
+
     @cached_property
     def _hash(self) -> int:
         return hash(self.model_dump_json())

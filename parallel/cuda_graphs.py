@@ -98,6 +98,8 @@ class CapturedMicroBatches:
         captured.batch.labels.copy_(batch.labels)
         if captured.batch.document_starts is not None and batch.document_starts is not None:
             captured.batch.document_starts.copy_(to_device(batch.document_starts, batch.tokens.device))
+        if captured.batch.loss_weights is not None and batch.loss_weights is not None:
+            captured.batch.loss_weights.copy_(batch.loss_weights)
         captured.micro_batches.fill_(micro_batches)
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients, strict=True):
@@ -109,7 +111,8 @@ class CapturedMicroBatches:
         device, starts = batch.tokens.device, batch.document_starts
         # Starts come from the CPU, so that moving them makes a tensor of the graph's own.
         starts = None if starts is None else to_device(starts, device)
-        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone(), starts)
+        weights = None if batch.loss_weights is None else batch.loss_weights.clone()
+        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone(), starts, weights)
         micro_batches = torch.ones((), device=device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self.captured.values()), None)

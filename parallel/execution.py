@@ -36,7 +36,11 @@ class Executor(Protocol):
     guard: StepGuard
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Takes an optimizer step on this rank's micro-batches, or skips it; returns their mean loss, fp32 []."""
+        """Takes an optimizer step on this rank's micro-batches, or skips it; returns their mean loss, fp32 [].
+
+        Args:
+            micro_batches: whose loss weights, where they have some, `weighted` has scaled.
+        """
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Returns losses of each micro-batch without training, fp32 [batch, this rank's sequence shard]."""
@@ -139,7 +143,7 @@ class AccumulatingExecutor(Executor):
             self.weights.arriving() if self.weights and is_first else nullcontext(),
             self.fp8.renewing() if self.fp8 and is_first else nullcontext(),
         ):
-            loss = self._forward(batch).mean()
+            loss = batch.mean(self._forward(batch))
         with (
             self.gradients.overwritten() if self.gradients and is_first else nullcontext(),
             self.gradients.overlapped() if self.gradients and is_last else nullcontext(),
@@ -162,7 +166,7 @@ class PartitioningExecutor(Executor):
             # The engine would count micro-batches over all steps, which goes wrong once steps differ in size.
             is_last = number == len(micro_batches)
             self.engine.set_gradient_accumulation_boundary(is_last)
-            loss = self._forward(batch).mean()
+            loss = batch.mean(self._forward(batch))
             self.engine.backward(loss)
             losses.append(loss.detach())
             if is_last:

@@ -53,6 +53,17 @@ class TrainSection(BaseModel):
         description="Of the large products of mixers and MLPs, forward and backward; fp8 takes a GPU of compute "
         "capability 8.9 or later; null: train.precision",
     )
+    init_from: str | None = Field(
+        None,
+        description="What a new run takes its weights from, with a fresh optimizer, schedule and data order: a run "
+        "folder (its newest good checkpoint), a checkpoint, a Hugging Face folder, or a .pth file of microsoft/Samba; "
+        "null: it draws them. Read once: a run that has saved goes on from its own checkpoints",
+    )
+    grow_vocabulary: bool = Field(
+        False,
+        description="Whether model.vocab_size may be more than the weights of train.init_from have, for a tokenizer "
+        "that adds tokens to theirs; the new rows are drawn as a new model's",
+    )
     max_skipped_steps: int = Field(
         10,
         ge=0,
@@ -74,6 +85,15 @@ class TrainSection(BaseModel):
         description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2 and "
         "ZeRO-3 never do, nor packed documents whose attention is a flash kernel",
     )
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> "TrainSection":
+        if self.grow_vocabulary and self.init_from is None:
+            raise ValueError(
+                "train.grow_vocabulary is true without train.init_from, whose vocabulary it is about: give that, or "
+                "leave it out"
+            )
+        return self
 
 
 class ValidationSection(BaseModel):

@@ -1,7 +1,7 @@
 """The training loop: fetch, forward and backward, step, and the hooks that do everything else."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,23 @@ import torch
 from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.shared import shared_sources
-from sambalm.data_pipeline.sources import Source, check_vocabulary, open_sources
+from sambalm.data_pipeline.sources import Source, check_separate, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
 from sambalm.parallel.groups import World, start_world
-from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.micro_batch import MicroBatch, weighted
 from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.checkpointing.data_record import data_record
+from sambalm.pretrain.checkpointing.initial_weights import (
+    STARTED_FROM,
+    InitialWeights,
+    check_started_from,
+    find_initial_weights,
+)
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode, print_line
+from sambalm.pretrain.errors import ExitCode, print_line, print_warning
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.guards import Guards
@@ -57,26 +63,48 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
     config.check_world(world_size())
     signals, marks = signals or Signals(), Marks()
     with watching(config, signals=signals, marks=marks) as watchdog:
+        initial: InitialWeights | None = None
         if is_main_process():  # the others wait for it where the process group is made
-            check_vocabulary(config.data, open_sources(config.data), vocab_size=config.model.vocab_size)
+            _check_data(config)
+            initial = find_initial_weights(config)
         with open_run_folder(config, marks) as folder:
             if is_main_process():
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
-                exit_code, step = _train(config, world, folder=folder, signals=signals, marks=marks)
+                initial = world.broadcast_object(initial)
+                exit_code, step = _train(config, world, initial, folder=folder, signals=signals, marks=marks)
                 folder.end(exit_code, step=step, world=world)
                 return exit_code
 
 
+def _check_data(config: RunConfig) -> None:
+    """
+    Raises:
+        DataError: data are missing, damaged, not of the model's vocabulary, or validated on and trained on as well.
+    """
+    separate = config.data.separate_validation
+    sources, validation = open_sources(config.data), open_sources(separate) if separate else []
+    check_vocabulary(config.data, [*sources, *validation], vocab_size=config.model.vocab_size)
+    check_separate(sources, validation)
+
+
 def _train(
-    config: RunConfig, world: World, *, folder: RunFolder, signals: Signals, marks: Marks
+    config: RunConfig,
+    world: World,
+    initial: InitialWeights | None,
+    *,
+    folder: RunFolder,
+    signals: Signals,
+    marks: Marks,
 ) -> tuple[ExitCode, int]:
     """Trains, again after each way back to an earlier checkpoint; returns how the attempt ends, and at which step."""
     rollback: RollBack | None = None
     while True:
-        trainer = Trainer(config, world, folder=folder, signals=signals, marks=marks, rollback=rollback)
+        trainer = Trainer(
+            config, world, folder=folder, signals=signals, marks=marks, initial=initial, rollback=rollback
+        )
         try:
             return trainer.fit(), trainer.step
         except RollBack as found:
@@ -100,6 +128,7 @@ class Trainer:
 
     Args:
         marks: told of the phases that this rank comes through.
+        initial: what a run without a checkpoint starts from; None: it draws its weights.
         rollback: why an earlier trainer of the attempt ended; None for the attempt's first.
     """
 
@@ -111,6 +140,7 @@ class Trainer:
         folder: RunFolder,
         signals: Signals,
         marks: Marks,
+        initial: InitialWeights | None = None,
         rollback: RollBack | None = None,
     ) -> None:
         self.config, self.world, self.folder, self.signals, self.marks = config, world, folder, signals, marks
@@ -119,12 +149,16 @@ class Trainer:
         sources = shared_sources(config.data)
         record = data_record(config, sources)
         if checkpoint:
+            check_started_from(checkpoint, config)
             check_data(checkpoint, record, config=config)
+            started_from = checkpoint.state.get(STARTED_FROM)
+        else:
+            started_from = initial.record() if initial else None
         self.step: int = checkpoint.step if checkpoint else 0
         self.samples: int = checkpoint.state["samples"] if checkpoint else 0
         self.rollbacks = Rollbacks(config.train.max_rollbacks)
         self.stragglers = Stragglers(config.stragglers, world=world)
-        self.hooks = self._hooks(sources, record)
+        self.hooks = self._hooks(sources, record, started_from)
         states = checkpoint.state.get("hooks", {}) if checkpoint else {}  # none in one of an older version
         for hook in self.hooks:
             if hook.name in states:
@@ -132,14 +166,22 @@ class Trainer:
         if rollback:
             self.rollbacks.load_state(rollback.record)
             folder.ledger.roll_back(self.step)
-        self.training = build_training(config, world=world, checkpoint=checkpoint)
+        self.training = build_training(config, world=world, checkpoint=checkpoint, initial=initial)
         if world.is_main:
             if rollback:
                 print_line(f"{rollback}; instead, the run goes back to step {self.step}")
-            lines = start_lines(config, world=world, training=self.training, checkpoint=checkpoint)
+            lines = start_lines(
+                config, world=world, training=self.training, checkpoint=checkpoint, started_from=started_from
+            )
             print_line("\n".join(lines))
+        dataset = build_train_dataset(config.data, sources, seed=config.run.seed)
+        for prefix, count in dataset.cut_documents().items() if world.is_main and not rollback else ():
+            print_warning(
+                f"{count:,} documents of {prefix} have more tokens than data.sequence_length "
+                f"{config.data.sequence_length} and one label, and lose their ends: raise it, or leave them out"
+            )
         self.loader = BatchLoader(
-            build_train_dataset(config.data, sources, seed=config.run.seed),
+            dataset,
             make_batch=MicroBatch,
             micro_batch_samples=config.train.micro_batch_size,
             data_rank=world.data_rank,
@@ -149,19 +191,29 @@ class Trainer:
             workers=config.data.workers,
         )
 
-    def _hooks(self, sources: Sequence[Source], record: dict[str, Any]) -> list[Hook]:
+    def _hooks(
+        self, sources: Sequence[Source], record: dict[str, Any], started_from: Mapping[str, Any] | None
+    ) -> list[Hook]:
         """What happens around the steps, in this order: a record of a step holds its validation and precedes a save."""
         config, world, ledger = self.config, self.world, self.folder.ledger
+        separate = config.data.separate_validation
         hooks: list[Hook] = []
         folder = self.folder
         guards = Guards(config, world=world, rollbacks=self.rollbacks, ledger=ledger)
         checkpointer = Checkpointer(
-            config, world=world, data=record, folder=folder, guards=guards, marks=self.marks, hooks=hooks
+            config,
+            world=world,
+            data=record,
+            started_from=started_from,
+            folder=folder,
+            guards=guards,
+            marks=self.marks,
+            hooks=hooks,
         )
         hooks += [
             LeaseGuard(folder, world=world),
             SaveOutcomes(checkpointer),
-            Validator(config, sources, world=world),
+            Validator(config, sources, separate=shared_sources(separate) if separate else (), world=world),
             self.stragglers,
             RunReport(config, world=world, done_steps=self.step),
             self.rollbacks,
@@ -228,7 +280,8 @@ class Trainer:
             group["lr"] = lr
         executor = self.training.executor
         with self.stragglers.watching(self.step + 1):
-            executor.train_step([self._micro_batch() for _ in range(self._micro_batches(batch_samples))])
+            micro_batches = [self._micro_batch() for _ in range(self._micro_batches(batch_samples))]
+            executor.train_step(weighted(micro_batches, self.world))
         norm = gradient_norm(self.training.engine)
         self.samples += batch_samples
         self.step += 1

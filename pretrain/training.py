@@ -17,7 +17,8 @@ from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.zero.deepspeed_adapter import Engine
 from sambalm.parallel.zero.engine import zero_engine
 from sambalm.pretrain.checkpointing.format import Checkpoint
-from sambalm.pretrain.checkpointing.load import load_fp8_scales, load_moments, load_weights
+from sambalm.pretrain.checkpointing.initial_weights import InitialWeights
+from sambalm.pretrain.checkpointing.load import load_fp8_scales, load_initial_weights, load_moments, load_weights
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
@@ -37,11 +38,17 @@ class Training:
 
 
 def build_training(
-    config: RunConfig, *, world: World, checkpoint: Checkpoint | None, bucket_elements: int = BUCKET_ELEMENTS
+    config: RunConfig,
+    *,
+    world: World,
+    checkpoint: Checkpoint | None,
+    initial: InitialWeights | None = None,
+    bucket_elements: int = BUCKET_ELEMENTS,
 ) -> Training:
     """This rank's chunks of the model under ZeRO, freshly initialised or as a checkpoint left them. Collective.
 
     Args:
+        initial: what a new run starts from; None: it draws its weights.
         bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
@@ -67,6 +74,8 @@ def build_training(
     # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
     if checkpoint:
         load_weights(chunks, checkpoint.path, world=world)
+    elif initial:
+        load_initial_weights(chunks, initial, config, world=world)
     else:
         for chunk in chunks:
             initialize_parameters(chunk, seed=config.run.seed)

@@ -1,4 +1,6 @@
-"""Held-out losses at the training length and at multiples of it, of all sources together and of each."""
+"""Validation losses at the training length and at multiples of it: of the held-out parts together and of each source's,
+and of separate validation data by name.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, is_due
 from sambalm.pretrain.lifecycle.phases import Phase
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT
 from sambalm.pretrain.training import Training
 
 
@@ -22,13 +24,22 @@ class Validator(Hook):
     """Validates a run on the same held-out samples each time and adds the losses to the step's metrics.
 
     The samples are found when it is made, so that a run without them does not start.
+
+    Args:
+        sources: of the training data, whose held-out parts are validated on.
+        separate: of data.validation.
     """
 
     phase = Phase.VALIDATION
 
-    def __init__(self, config: RunConfig, sources: Sequence[Source], *, world: World) -> None:
-        self.config, self.sources, self.world = config, sources, world
-        self.datasets = {multiple: self._dataset(multiple) for multiple in config.validation.length_multiples}
+    def __init__(
+        self, config: RunConfig, sources: Sequence[Source], *, world: World, separate: Sequence[Source] = ()
+    ) -> None:
+        self.config, self.sources, self.separate, self.world = config, sources, separate, world
+        multiples = config.validation.length_multiples
+        holds_out = any(config.data.validation_fractions)
+        self.held_out = {m: self._dataset(m, sources, held_out=True) for m in multiples if holds_out}
+        self.named = {m: self._dataset(m, separate, held_out=False) for m in multiples if separate}
 
     def on_start(self, training: Training) -> None:
         self.executor = training.executor
@@ -41,21 +52,24 @@ class Validator(Hook):
             step.metrics.update(self.losses(self.executor))
 
     def losses(self, executor: Executor) -> dict[str, float]:
-        """Mean loss in nats by metric name; every held-out token counts once. Collective."""
+        """Mean loss in nats by metric name; every token that counts does so once. Collective."""
         found: dict[str, float] = {}
-        for multiple, dataset in self.datasets.items():
-            length = dataset.sequence_length
-            samples, sums = dataset.source_counts(), self._sums(executor, dataset, multiple)
-            found[f"{LOSS_AT}{length}"] = sum(sums) / (len(dataset) * length)
+        for multiple, dataset in self.held_out.items():
+            sums, counts = self._sums(executor, dataset, multiple)
+            if any(counts):
+                found[f"{LOSS_AT}{dataset.sequence_length}"] = sum(sums) / sum(counts)
             if len(self.sources) > 1:
-                for source, count, total in zip(self.sources, samples, sums, strict=True):
-                    if count:
-                        found[f"{SOURCE_LOSS_AT}{length}/{source.name}"] = total / (count * length)
+                found |= _by_name(f"{SOURCE_LOSS_AT}{dataset.sequence_length}", self.sources, sums, counts)
+        for multiple, dataset in self.named.items():
+            sums, counts = self._sums(executor, dataset, multiple)
+            found |= _by_name(f"{NAMED_LOSS_AT}{dataset.sequence_length}", self.separate, sums, counts)
         return found
 
-    def _sums(self, executor: Executor, dataset: ValidationDataset, multiple: int) -> list[float]:
-        """Sum over the tokens of each source. Collective."""
-        totals = torch.zeros(len(self.sources), dtype=torch.float64, device=self.world.device)
+    def _sums(self, executor: Executor, dataset: ValidationDataset, multiple: int) -> tuple[list[float], list[float]]:
+        """Sums of the losses of each source, and how many tokens count there. Collective."""
+        samples = torch.tensor(dataset.source_counts(), dtype=torch.float64, device=self.world.device)
+        totals, counts = torch.zeros_like(samples), torch.zeros_like(samples)
+        is_weighted = False
         batches = validation_batches(
             dataset,
             make_batch=MicroBatch,
@@ -66,17 +80,33 @@ class Validator(Hook):
         )
         while group := list(itertools.islice(batches, self.world.pipeline.size)):  # a round of the pipeline
             parts = [item.batch.on_rank(self.world) for item in group]
-            for item, losses in zip(group, executor.losses(parts), strict=True):
-                of_rows = losses.double().sum(dim=1) * item.weights.to(totals.device)
-                totals.index_add_(0, item.sources.to(totals.device), of_rows)
-        return self.world.sum_over_replicas(totals).tolist()
+            for item, part, losses in zip(group, parts, executor.losses(parts), strict=True):
+                rows, sources = item.weights.to(totals.device), item.sources.to(totals.device)
+                if (weights := part.loss_weights) is not None:
+                    losses, is_weighted = losses * weights, True
+                    counts.index_add_(0, sources, weights.double().sum(dim=1) * rows)
+                totals.index_add_(0, sources, losses.double().sum(dim=1) * rows)
+        counts = self.world.sum_over_replicas(counts) if is_weighted else samples * dataset.sequence_length
+        return self.world.sum_over_replicas(totals).tolist(), counts.tolist()
 
-    def _dataset(self, multiple: int) -> ValidationDataset:
+    def _dataset(self, multiple: int, sources: Sequence[Source], *, held_out: bool) -> ValidationDataset:
         length = multiple * self.config.data.sequence_length
         return build_validation_dataset(
             self.config.data,
-            self.sources,
+            sources,
             num_samples=max(1, self.config.validation.tokens // length),
             seed=self.config.run.seed,
             length_multiple=multiple,
+            held_out=held_out,
         )
+
+
+def _by_name(
+    metric: str, sources: Sequence[Source], sums: Sequence[float], counts: Sequence[float]
+) -> dict[str, float]:
+    """Mean loss of each source that has tokens that count, by metric name."""
+    return {
+        f"{metric}/{source.name}": total / count
+        for source, total, count in zip(sources, sums, counts, strict=True)
+        if count
+    }

@@ -102,6 +102,11 @@ class FolderState:
             ) from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that hold a folder's weights. Raises HFError where they cannot be told."""
+    return sorted(set(_tensor_files(folder).values()))
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Each tensor's name and the file that holds it."""
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE

@@ -82,17 +82,25 @@ class LitGPTState:
 
     Args:
         query_heads, window: of the attention; None: those of the model that the file names.
+        assumed: those of a file that names none of the reference's models.
 
     Raises:
         HFError: the file cannot be read, or not without executing its code; or it is not a Samba model.
     """
 
-    def __init__(self, path: Path, *, query_heads: int | None = None, window: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        query_heads: int | None = None,
+        window: int | None = None,
+        assumed: ReferenceSizes | None = None,
+    ) -> None:
         self._path = path
         content = _load(path)
         self._tensors = _tensors(content, path)
         name = _model_name(content)
-        known = REFERENCE_MODELS.get(name or "")
+        known = REFERENCE_MODELS.get(name or "", assumed)
         pattern = self._pattern()
         heads = query_heads or (known.query_heads if known else None)
         window = window or (known.window if known else None)
@@ -165,7 +173,9 @@ class LitGPTState:
             )
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise HFError(f"the weights in {self._path} make no model ({reason}): check --query-heads") from error
+            raise HFError(
+                f"the weights in {self._path} make no model ({reason}): check the number of query heads"
+            ) from error
 
     def _all_parts(self) -> Iterator[tuple[str, _Part]]:
         config = self.config
@@ -193,7 +203,7 @@ class LitGPTState:
             if tuple(tensor.shape) != shape:
                 raise HFError(
                     f"tensor {name} in {self._path} has shape {tuple(tensor.shape)} where its model has {shape}: the "
-                    "weights do not fit each other, or --query-heads does not fit them"
+                    "weights do not fit each other, or the number of query heads does not fit them"
                 )
             if tensor.dtype not in FLOAT_DTYPES.values():
                 raise HFError(f"tensor {name} in {self._path} is {tensor.dtype}: only fp32, bf16 and fp16 are read")

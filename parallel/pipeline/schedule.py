@@ -1,6 +1,7 @@
 """Pipeline parallelism: megatron-core's schedules (1F1B and interleaved) over this rank's chunks of a model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from sambalm.parallel.compat.megatron_core import ModelParallelConfig, ModelType
 from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
 
-Reduce = Callable[[Tensor], Tensor]
+Reduce = Callable[[MicroBatch, Tensor], Tensor]
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -61,7 +62,7 @@ class PipelineSchedule:
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Adds a step's gradients (of the mean over the micro-batches) to the parameters' and returns the mean loss."""
-        losses = self._run(micro_batches, forward_only=False, reduce=torch.mean)
+        losses = self._run(micro_batches, forward_only=False, reduce=MicroBatch.mean)
         mean = torch.stack(losses).mean() if losses else torch.zeros((), device=self.world.device)
         return self.world.from_last_stage(mean)
 
@@ -70,17 +71,18 @@ class PipelineSchedule:
         """Losses of each micro-batch, fp32 [batch, this rank's part of the sequence], on every stage."""
         # The interleaved schedule takes whole rounds of the stages; what fills the last one up is dropped.
         filled = [*micro_batches, *[micro_batches[-1]] * (-len(micro_batches) % self.world.pipeline.size)]
-        found = self._run(filled, forward_only=True, reduce=lambda losses: losses)
+        found = self._run(filled, forward_only=True, reduce=lambda _, losses: losses)
         found = found or [torch.zeros_like(batch.tokens, dtype=torch.float32) for batch in filled]
         return list(self.world.from_last_stage(torch.stack(found)))[: len(micro_batches)]
 
     def _run(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool, reduce: Reduce) -> list[Tensor]:
-        def loss(output: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             # The schedule multiplies by the context-parallel size, for losses that are sums over it; ours are means.
-            return output.mean() / self.world.context.size, reduce(output.detach())
+            return batch.mean(output) / self.world.context.size, reduce(batch, output.detach())
 
         def forward(iterator: Iterator[MicroBatch], chunk: ScheduledChunk) -> tuple[Tensor, Loss]:
-            return chunk(next(iterator)), loss
+            batch = next(iterator)
+            return chunk(batch), partial(loss, batch)
 
         tokens = micro_batches[0].tokens
         return schedules.get_forward_backward_func()(

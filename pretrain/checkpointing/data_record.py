@@ -16,6 +16,7 @@ def data_record(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     return {
         "seed": config.run.seed,
         "sequence_length": config.data.sequence_length,
+        "packing": config.data.packing,
         "sources": [source.record() for source in sources],
     }
 
@@ -29,7 +30,9 @@ def data_change(saved: dict[str, Any] | None, now: dict[str, Any]) -> str | None
         return "it is unknown whether the data has changed"
     if saved == NO_DATA_YET:
         return None
-    for key, name in (("seed", "run.seed"), ("sequence_length", "data.sequence_length")):
+    saved, now = ({"packing": "stream"} | record for record in (saved, now))  # of before there was another
+    keys = {"seed": "run.seed", "sequence_length": "data.sequence_length", "packing": "data.packing"}
+    for key, name in keys.items():
         if saved[key] != now[key]:
             return f"{name} has changed from {saved[key]} to {now[key]}"
     if len(saved["sources"]) != len(now["sources"]):

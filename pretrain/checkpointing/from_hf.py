@@ -7,7 +7,6 @@ has been read. `model.yaml` beside it is the section `model` for the config of t
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +18,12 @@ from torch import Tensor
 
 from sambalm.data_pipeline.files import sync
 from sambalm.model.config import ModelConfig
-from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.errors import HFError
-from sambalm.model.hf.folder import FolderState
-from sambalm.model.hf.generate import load_config
-from sambalm.model.hf.lit_gpt import LitGPTState
-from sambalm.model.hf.names import CanonicalState, hf_config, hf_shape, hf_tensors, model_config
-from sambalm.model.hf.verify import MAX_LOGIT_DIFFERENCE, ROWS, HFWeights, largest_difference
-from sambalm.model.samba import Samba
-from sambalm.parallel.sharding import canonical_slices
+from sambalm.model.hf.verify import MAX_LOGIT_DIFFERENCE, ROWS, largest_difference
 from sambalm.parallel.zero.engine import MOMENTS, WEIGHT
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.data_record import NO_DATA_YET
+from sambalm.pretrain.checkpointing.other_models import OtherModel, open_other_model
 from sambalm.pretrain.checkpointing.shard_file import UnreadTensor, write_shard
 from sambalm.pretrain.checkpointing.snapshot import FP32_BYTES
 from sambalm.pretrain.checkpointing.to_hf import appearing_folder
@@ -61,7 +54,7 @@ def checkpoint_from_hf(
     Raises:
         HFError: one sentence, for the user; nothing is left at `output`.
     """
-    opened = _open_source(source, query_heads=query_heads, window=window)
+    opened = open_other_model(source, query_heads=query_heads, window=window)
     with _new_folder(output) as folder:
         checkpoint = _write_checkpoint(folder, opened, progress=progress)
         _verify(checkpoint, opened, source=source)
@@ -70,52 +63,7 @@ def checkpoint_from_hf(
     return opened.config
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is converted.
-
-    Attributes:
-        state: the weights as canonical tensors, whose shapes have been held against the configuration.
-        config: the model in training.
-        hf: the model in transformers, in fp32.
-        hf_weights: the weights as that model has them.
-    """
-
-    state: CanonicalState
-    config: ModelConfig
-    hf: SambaConfig
-    hf_weights: HFWeights
-
-
-def _open_source(source: Path, *, query_heads: int | None, window: int | None) -> _Source:
-    if source.is_file():
-        state = LitGPTState(source, query_heads=query_heads, window=window)
-        config = _with_default_rank(state.config)
-        return _Source(state, config, hf_config(config, dtype="float32"), _AsInTransformers(state, config))
-    if not source.is_dir():
-        raise HFError(f"{source} does not exist: give a Hugging Face folder or a .pth file of microsoft/Samba")
-    if query_heads is not None or window is not None:
-        raise HFError(f"--query-heads and --window are for .pth files, and {source} has a config.json: leave them out")
-    hf = load_config(source)
-    hf.dtype = torch.float32
-    config, folder = _with_default_rank(model_config(hf)), FolderState(source, hf)
-    folder.check_shapes(_canonical_shapes(config))
-    return _Source(folder, config, hf, folder)
-
-
-def _with_default_rank(config: ModelConfig) -> ModelConfig:
-    """The model without the key dt_rank where it says what it is without it, as a run's config is most likely to be."""
-    plain = ModelConfig.model_validate(config.model_dump() | {"dt_rank": None})
-    return plain if plain.dt_rank_size == config.dt_rank_size else config
-
-
-def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = Samba(config)
-    return {name: tuple(piece.shape) for name, _, piece in canonical_slices(model)}
-
-
-def _write_checkpoint(folder: Path, source: _Source, *, progress: Progress) -> files.Checkpoint:
+def _write_checkpoint(folder: Path, source: OtherModel, *, progress: Progress) -> files.Checkpoint:
     """Commits the checkpoint of step 0 in a run folder and opens it, which reads its checksums."""
     final = files.checkpoint_folder(folder, 0)
     draft = final.with_name(f".{final.name}.partial")
@@ -157,7 +105,7 @@ def _state(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _verify(checkpoint: files.Checkpoint, opened: _Source, *, source: Path) -> None:
+def _verify(checkpoint: files.Checkpoint, opened: OtherModel, *, source: Path) -> None:
     """
     Raises:
         HFError: the checkpoint's weights are not the source's, or the two models' logits differ.
@@ -174,18 +122,6 @@ def _verify(checkpoint: files.Checkpoint, opened: _Source, *, source: Path) -> N
             f"the training model's logits differ by {difference:.3g} from those that {source} gives in transformers, "
             f"more than {MAX_LOGIT_DIFFERENCE:g}: its weights make no usable model"
         )
-
-
-class _AsInTransformers:
-    """A state's weights by their names in the Hugging Face model."""
-
-    def __init__(self, state: CanonicalState, config: ModelConfig) -> None:
-        self._state, self._shapes = state, state.shapes()
-        self._tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings)
-
-    def read_hf(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        return torch.cat([self._state.read(part) for part in tensor.parts]).view(hf_shape(tensor, self._shapes))
 
 
 def _model_yaml(config: ModelConfig, *, source: Path) -> str:

@@ -4,7 +4,7 @@ One rank reads where everything is stored, for all. A rank reads what it alone n
 them reads and sends to the others.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +68,26 @@ def read_slices(stored: Stored, wanted: Iterable[WantedSlice], *, world: World) 
     Raises:
         CheckpointError: on every rank, when one of them cannot read what it wants.
     """
+    read_together(lambda: _read_all([read for slice_ in wanted for read in _reads(stored, slice_)]), world=world)
+
+
+def read_together(read: Callable[[], None], *, world: World, source: str = "a checkpoint") -> None:
+    """Reads what this rank needs. Collective, also where a rank needs nothing.
+
+    Args:
+        source: what is read, as messages call it.
+
+    Raises:
+        CheckpointError: on every rank, when one of them cannot read.
+    """
     failure = None
     try:
-        _read_all([read for slice_ in wanted for read in _reads(stored, slice_)])
+        read()
     except Exception as error:  # whatever it is: the other ranks would wait for this one
         failure = f"rank {world.rank}: {one_sentence(error)}"
     failures = [reason for reason in world.all_gather_object(failure) if reason]
     if failures:
-        raise CheckpointError(f"a checkpoint cannot be read: {failures[0]}")
+        raise CheckpointError(f"{source} cannot be read: {failures[0]}")
 
 
 def readers(parameters: Sequence[nn.Parameter], *, ranks: int) -> list[int]:

@@ -25,6 +25,7 @@ from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
+from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM, described
 from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import CheckpointError, print_warning
@@ -57,13 +58,13 @@ def checkpoint_to_hf(
         precision: a key of EXPORT_DTYPES.
         tokenizer: a SentencePiece model or a tokenizer.json; None: the one that the run's data names.
         shard_size: of a file of weights at most, as "5GB" or "500MiB".
-        chat_template: a file with a jinja template for conversations.
+        chat_template: a file with a jinja template for conversations; None: that of the run's data, if they have one.
 
     Raises:
         CheckpointError, DataError, HFError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, while the export is verified
-    max_shard_bytes, template = size_bytes(shard_size), _read_template(chat_template)
+    max_shard_bytes, given = size_bytes(shard_size), _read_template(chat_template)
     checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     run = saved_run(checkpoint)
     tokenizer_path = tokenizer or (run.data.tokenizer_path() if run else None)
@@ -85,7 +86,7 @@ def checkpoint_to_hf(
             documents=texts,
             dtype=EXPORT_DTYPES[precision],
             max_shard_bytes=max_shard_bytes,
-            chat_template=template,
+            chat_template=given or (run.data.chat_template() if run else None),
             card=_facts(checkpoint, run) if run else TrainingFacts(),
             progress=progress,
         )
@@ -148,7 +149,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
     """What the run's own files say of the training."""
     records = {record["step"]: record for record in read_metrics(Path(config.run.dir))}
     record = records.get(checkpoint.step, {})
-    optimizer = config.optimizer
+    optimizer, begun = config.optimizer, checkpoint.state.get(STARTED_FROM)
     return TrainingFacts(
         tokens_seen=checkpoint.state["tokens"],
         step=checkpoint.step,
@@ -159,6 +160,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
             f"precision: {config.train.precision} with fp32 weights and optimizer",
             f"AdamW, peak learning rate {optimizer.peak_lr}, {optimizer.schedule} schedule, "
             f"weight decay {optimizer.weight_decay}",
+            *([f"started from the weights of {described(begun)}"] if begun else []),
         ),
     )
 

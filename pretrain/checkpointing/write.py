@@ -23,6 +23,7 @@ from torch import nn
 from sambalm.data_pipeline.files import sync
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing import format as files
+from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM
 from sambalm.pretrain.checkpointing.retention import Retention
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice, Snapshot, fp8_scales
@@ -67,6 +68,7 @@ class CheckpointWriter:
 
     Args:
         data: what `data_record` says of the run's data.
+        started_from: what `InitialWeights.record` says; None for a run that drew its weights.
         token: of the run's lease, the same on every rank; see `format.partial_folder`.
         check_lease: raises RunInUseError when another process has taken the run's folder over; called on the main rank
             before anything is written, committed or removed.
@@ -79,11 +81,13 @@ class CheckpointWriter:
         *,
         world: World,
         data: dict[str, Any],
+        started_from: Mapping[str, Any] | None = None,
         token: str = "",
         check_lease: Callable[[], None] = lambda: None,
         marked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._config, self._data, self._token = config, data, token
+        self._started_from = started_from
         self._check_lease, self._marked = check_lease, marked
         self._world = world.of_save_thread
         self._run_dir, kept = Path(config.run.dir), config.checkpoint
@@ -208,6 +212,7 @@ class CheckpointWriter:
             "versions": {package: version(package) for package in PACKAGES},
             "hooks": copied.hooks,
         }
+        state |= {STARTED_FROM: self._started_from} if self._started_from else {}
         return state | ({"fp8_scales": fp8_scales} if fp8_scales else {})
 
     def _remove_old(self) -> None:

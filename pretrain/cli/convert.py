@@ -38,7 +38,10 @@ def to_hf(
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
     shard_size: Annotated[str, typer.Option(help="Of a file of weights at most, as 500MB or 2GiB.")] = "5GB",
     chat_template: Annotated[
-        Path | None, typer.Option(help="A jinja file, for conversations; control tokens in texts are then recognised.")
+        Path | None,
+        typer.Option(
+            help="A jinja file for conversations, whose control tokens are recognised; default: the data's, if any."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:

@@ -3,7 +3,7 @@
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -71,6 +71,20 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+class Loss(StrEnum):
+    """Which tokens of a conversation count in the loss."""
+
+    assistant = "assistant"
+    all = "all"
+
+
+class AnswerLoss(StrEnum):
+    """Which tokens of a made document count in the loss."""
+
+    answer = "answer"
+    all = "all"
+
+
 class TextDocuments(StrEnum):
     """What a document is in a .txt file."""
 
@@ -83,6 +97,8 @@ class TextDocuments(StrEnum):
     epilog=example(
         "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
         "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
+        "sambalm data preprocess --input chats.jsonl --tokenizer tokenizer.model --output data/chats "
+        "--chat-template configs/finetune/chat_template.jinja",
     ),
 )
 def preprocess(
@@ -109,6 +125,13 @@ def preprocess(
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Let special tokens written out in the text become their ids.")
     ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A jinja template: the input is JSONL with a list of messages on each line.")
+    ] = None,
+    messages_key: Annotated[str, typer.Option(help="Key of the messages, each with role and content.")] = "messages",
+    loss: Annotated[
+        Loss, typer.Option(help="Of conversations, the tokens that count: what the assistant says, or all.")
+    ] = Loss.assistant,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
 ) -> None:
     """Tokenise documents into megatron-core's indexed shards, in input order, an end-of-text after each.
@@ -134,8 +157,75 @@ def preprocess(
             eos_token=eos_token,
             special_tokens=special_tokens,
             on_error=on_error.value,
+            chat_template=chat_template,
+            messages_key=messages_key,
+            loss=loss.value,
         )
     print(summary.describe(output))
+
+
+MadeTokenizer = Annotated[Path, typer.Option("--tokenizer", help="That of the model to train.")]
+MadeOutput = Annotated[Path, typer.Option("--output", help="Prefix of the shards.")]
+Documents = Annotated[int, typer.Option("--documents", min=1, help="How many to make.")]
+MadeTokens = Annotated[int, typer.Option("--tokens", min=1, help="Of a document at most, its end-of-text included.")]
+MadeSeed = Annotated[int, typer.Option("--seed", help="What the documents follow from.")]
+MadeLoss = Annotated[AnswerLoss, typer.Option("--loss", help="The tokens that count: of answers alone, or all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")]
+
+
+@data.command(
+    "passkey",
+    epilog=example("sambalm data passkey --tokenizer tokenizer.model --output data/passkey --documents 100000"),
+)
+def passkey(
+    tokenizer: MadeTokenizer,
+    output: MadeOutput,
+    documents: Documents,
+    tokens: MadeTokens = 4096,
+    seed: MadeSeed = 0,
+    loss: MadeLoss = AnswerLoss.answer,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make documents that hide a key of five digits and ask for it at their end, as shards to train on."""
+    _make("Passkey", tokenizer, output, documents=documents, tokens=tokens, seed=seed, loss=loss, overwrite=overwrite)
+
+
+@data.command(
+    "phonebook",
+    epilog=example("sambalm data phonebook --tokenizer tokenizer.model --output data/phonebook --documents 50000"),
+)
+def phonebook(
+    tokenizer: MadeTokenizer,
+    output: MadeOutput,
+    documents: Documents,
+    tokens: MadeTokens = 4096,
+    seed: MadeSeed = 0,
+    loss: MadeLoss = AnswerLoss.answer,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make phone books that end in three of their names with the numbers to look up, as shards to train on."""
+    _make("Phonebook", tokenizer, output, documents=documents, tokens=tokens, seed=seed, loss=loss, overwrite=overwrite)
+
+
+def _make(
+    kind: Literal["Passkey", "Phonebook"],
+    tokenizer: Path,
+    output: Path,
+    *,
+    documents: int,
+    tokens: int,
+    seed: int,
+    loss: AnswerLoss,
+    overwrite: bool,
+) -> None:
+    from sambalm.data_pipeline import made_documents as made
+
+    config = made.MadeConfig(tokenizer, documents=documents, tokens=tokens, seed=seed, loss=loss.value)
+    maker = made.Passkey() if kind == "Passkey" else made.Phonebook()
+    with ProgressBar("making documents") as progress:
+        manifest = made.make_documents(maker, config, output, overwrite=overwrite, progress=progress)
+    total = sum(shard.tokens for shard in manifest.shards)
+    print(f"{output}: {documents:,} documents, {total:,} tokens")
 
 
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions
 from sambalm.data_pipeline.shards import read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
@@ -144,7 +145,22 @@ def _checkpoint_source(
     if manifest is not None:
         eos_id = manifest.tokenizer.eos_id  # which may be another than the tokenizer's own
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
-    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []))
+    template = None if tokenizer or run is None else run.data.chat_template()
+    chat = _trained_chat(template, file) if template else None
+    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []), chat=chat)
+
+
+def _trained_chat(template: str, tokenizer: Path) -> Chat:
+    """The template of a run's data, with ids as in training."""
+    encoder = ChatEncoder(ChatOptions(template), load_tokenizer(tokenizer), append_eos=False)
+
+    def render(messages: list[dict[str, str]]) -> str:
+        try:
+            return encoder.prompt(messages)
+        except ChatError as error:
+            raise GenerationError(f"the conversation cannot go on: {error}") from error
+
+    return Chat(render, encoder.encode_prompt)
 
 
 def _training_tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int]:

@@ -5,7 +5,7 @@ rank: each rank says with every step whether its thread is through, and the slow
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -44,6 +44,7 @@ class Checkpointer(Hook):
         guards: say whether a state may be saved.
         marks: those of this rank; the thread that writes is in the phase of a save, too.
         hooks: those of the run, which hear of each save in their order.
+        started_from: what `InitialWeights.record` says; None for a run that drew its weights.
     """
 
     phase = Phase.SAVE
@@ -58,12 +59,14 @@ class Checkpointer(Hook):
         guards: Guards,
         marks: Marks,
         hooks: Sequence[Hook],
+        started_from: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.guards, self.hooks, self.is_main = config, guards, hooks, world.is_main
         self.writer = CheckpointWriter(
             config,
             world=world,
             data=data,
+            started_from=started_from,
             token=folder.token,
             check_lease=folder.check_lease,
             marked=lambda: marks.during_beside(Phase.SAVE),

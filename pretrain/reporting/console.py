@@ -17,11 +17,12 @@ from sambalm.model.parameters import count_parameters
 from sambalm.parallel.config import layout_name
 from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.format import Checkpoint
+from sambalm.pretrain.checkpointing.initial_weights import described
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.optimizer import OptimizerConfig
 from sambalm.pretrain.reporting.durations import duration
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT
 from sambalm.pretrain.training import Training
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -30,12 +31,25 @@ _GIB = 2**30
 _CURVE = ("peak_lr", "final_lr_ratio", "schedule", "warmup_fraction", "decay_fraction")
 
 
-def start_lines(config: RunConfig, *, world: World, training: Training, checkpoint: Checkpoint | None) -> list[str]:
-    """What starts: layout and kernels, then precision, size, memory and the checkpoint, and a changed learning rate."""
+def start_lines(
+    config: RunConfig,
+    *,
+    world: World,
+    training: Training,
+    checkpoint: Checkpoint | None,
+    started_from: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What starts: layout and kernels, then precision, size, memory and the checkpoint, and a changed learning rate.
+
+    Args:
+        started_from: the given weights that the run began with, as `InitialWeights.record` has them.
+    """
     step = checkpoint.step if checkpoint else 0
     layout = layout_name(config.parallel, world_size=world.size)
     products = f", products in {config.train.matmul_precision}" if config.train.matmul_precision else ""
     origin = f"goes on from {checkpoint.path}" if checkpoint else "a new run"
+    begin = "started" if checkpoint else "starts"
+    origin += f", which {begin} from {described(started_from)}" if started_from else ""
     lines = [
         f"{world.size} x {world.device.type}, {layout}, from step {step}; {' '.join(training.kernels.names)}",
         f"{config.train.precision}{products}, {_millions(count_parameters(config.model)['total'])} parameters, "
@@ -107,6 +121,13 @@ class RunConsole:
         if losses := {name.removeprefix(LOSS_AT): v for name, v in record.items() if name.startswith(LOSS_AT)}:
             held_out = ", ".join(f"{loss:.4f} at {length} tokens" for length, loss in losses.items())
             self._say(f"step {self._step}: held-out loss {held_out}")
+        named: dict[str, list[str]] = {}
+        for name, value in record.items():
+            if name.startswith(NAMED_LOSS_AT):
+                length, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
+                named.setdefault(source, []).append(f"{value:.4f} at {length} tokens")
+        for source, shown_losses in named.items():
+            self._say(f"step {self._step}: loss on {source} {', '.join(shown_losses)}")
 
     def saved(self, checkpoint: Path, *, seconds: float) -> None:
         """Tells of a checkpoint."""

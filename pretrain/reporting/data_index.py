@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sambalm.data_pipeline.dataset import build_train_dataset
-from sambalm.data_pipeline.sources import check_vocabulary, open_sources
+from sambalm.data_pipeline.sources import check_separate, check_vocabulary, open_sources
 from sambalm.pretrain.config import RunConfig
 
 
@@ -17,7 +17,10 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
         DataError: a shard is missing or damaged, or holds an id outside the vocabulary.
     """
     sources = open_sources(config.data, progress=progress)
-    check_vocabulary(config.data, sources, vocab_size=config.model.vocab_size)
+    separate = config.data.separate_validation
+    validation = open_sources(separate, progress=progress) if separate else []
+    check_vocabulary(config.data, [*sources, *validation], vocab_size=config.model.vocab_size)
+    check_separate(sources, validation)
     dataset = build_train_dataset(config.data, sources, seed=config.run.seed)
     samples = config.run_tokens // config.data.sequence_length
     table = Table(title=f"Training data of {config.run.dir}: {config.run_tokens:,} tokens", title_justify="left")
@@ -33,4 +36,12 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
             f"{source.weight / total:.2%}",
             f"{epochs:.2f}",
         )
+    for source in validation:
+        tokens = f"{source.tokens(held_out=False):,}"
+        table.add_row(source.prefix, f"{len(source.shards):,}", "0", tokens, "validation", "")
     Console().print(table)
+    for source, packing in zip(sources, dataset.packings, strict=True):
+        if packing:
+            share = packing.tokens / (len(packing) * (config.data.sequence_length + 1))
+            cut = f"; {packing.cut_documents:,} documents are longer, and cut off" if packing.cut_documents else ""
+            print(f"{source.prefix}: {len(packing):,} samples of whole documents, which fill {share:.1%} of them{cut}")

@@ -10,7 +10,7 @@ from typing import Any
 from sambalm.pretrain.lifecycle.ledger import Account
 from sambalm.pretrain.reporting.charts import Chart, Series, draw
 from sambalm.pretrain.reporting.durations import date, duration
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT
 from sambalm.pretrain.reporting.run_data import RunData
 
 _STYLE = Path(__file__).with_name("page.css")
@@ -91,10 +91,15 @@ def _facts(run: RunData) -> dict[str, str]:
         facts["speed"] = f"{median(record['tokens_per_second'] for record in run.records):,.0f} tokens/s (median step)"
     for name, value in sorted(_last_held_out(run).items(), key=lambda item: _length(item[0])):
         facts[f"held-out loss at {_length(name):,} tokens"] = f"{value:.4f}"
+    for name, value in _last_held_out(run, NAMED_LOSS_AT).items():
+        length, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
+        facts[f"loss on {source} at {int(length):,} tokens"] = f"{value:.4f}"
     if run.status and run.status.left_s and run.status.state == "training":
         facts["left"] = duration(run.status.left_s)
     if run.status and run.status.training_share is not None:
         facts["time in training"] = f"{run.status.training_share:.1%}"
+    if run.started_from:
+        facts["started from"] = run.started_from
     facts["folder"] = str(run.path)
     return facts
 
@@ -103,9 +108,9 @@ def _length(name: str) -> int:
     return int(name.removeprefix(LOSS_AT))
 
 
-def _last_held_out(run: RunData) -> dict[str, float]:
+def _last_held_out(run: RunData, prefix: str = LOSS_AT) -> dict[str, float]:
     for record in reversed(run.records):
-        if found := {name: value for name, value in record.items() if name.startswith(LOSS_AT)}:
+        if found := {name: value for name, value in record.items() if name.startswith(prefix)}:
             return found
     return {}
 
@@ -122,11 +127,13 @@ def _charts(runs: Sequence[RunData], baselines: Mapping[str, float]) -> str:
 
     held_out = _held_out_series(runs, x_key, LOSS_AT)
     of_sources = _held_out_series(runs, x_key, SOURCE_LOSS_AT)
+    named = _held_out_series(runs, x_key, NAMED_LOSS_AT)
     memory = "peak_memory_bytes" if any("peak_memory_bytes" in r for run in runs for r in run.records[-1:]) else ""
     charts = [
         Chart("Training loss", lines("loss"), x_name, "nats per token", baselines=list(baselines.items())),
-        Chart("Held-out loss by length", held_out, x_name, "nats per token"),
+        *([Chart("Held-out loss by length", held_out, x_name, "nats per token")] if held_out else []),
         *([Chart("Held-out loss by source", of_sources, x_name, "nats per token")] if of_sources else []),
+        *([Chart("Loss on validation data by name", named, x_name, "nats per token")] if named else []),
         Chart("Throughput", lines("tokens_per_second"), x_name, "tokens/s", from_zero=True),
         Chart(
             "Peak memory of the first GPU" if memory else "Peak memory of the first process",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, read_steps
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, read_steps
 
 
 def plot_losses(run_dir: Path, path: Path, *, baselines: dict[str, float]) -> None:
@@ -19,6 +19,10 @@ def plot_losses(run_dir: Path, path: Path, *, baselines: dict[str, float]) -> No
     for name in names:
         points = [(r["step"], r[name]) for r in records if name in r]
         axes.plot(*zip(*points, strict=True), "o-", label=f"validation, {_length(name)} tokens", markersize=4)
+    for name in sorted({name for r in records for name in r if name.startswith(NAMED_LOSS_AT)}):
+        length, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points, strict=True), "s-", label=f"{source}, {length} tokens", markersize=4)
     for label, value in baselines.items():
         axes.axhline(value, linestyle="--", color="grey", linewidth=0.8)
         axes.annotate(label, (records[-1]["step"], value), ha="right", va="bottom", color="grey", fontsize=8)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM, described
 from sambalm.pretrain.errors import NoRunError
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT
 from sambalm.pretrain.reporting.durations import duration
@@ -40,6 +41,7 @@ class RunData:
     config: dict[str, Any]  # by section.key
     environment: dict[str, str]
     data: Sequence[dict[str, Any]]  # of its sources, as the newest checkpoint has them
+    started_from: str | None  # the given weights that it began with, in words; None where it drew them
     events: Sequence[HappenedEvent]
 
 
@@ -56,6 +58,8 @@ def _read_run(path: Path, name: str) -> RunData:
         status: RunStatus | None = read_status(path)
     except NoRunError:
         status = None
+    state = _newest_state(path)
+    data = state.get("data")
     attempt = path / "attempts" / status.attempts[-1].name if status else path
     return RunData(
         name=name,
@@ -64,7 +68,8 @@ def _read_run(path: Path, name: str) -> RunData:
         status=status,
         config=_config(path / "config.yaml"),
         environment=_environment(attempt) if status else {},
-        data=_data(path),
+        data=list(data.get("sources", [])) if isinstance(data, dict) else [],
+        started_from=_described(state.get(STARTED_FROM)),
         events=_events(path, status) if status else [],
     )
 
@@ -117,12 +122,17 @@ def _environment(attempt: Path) -> dict[str, str]:
     return {name: str(value) for name, value in shown.items() if value is not None}
 
 
-def _data(run_dir: Path) -> list[dict[str, Any]]:
-    for state in sorted(run_dir.glob("checkpoints/step_*/state.json"), reverse=True):
-        record = _json(state).get("data")
-        if isinstance(record, dict):
-            return list(record.get("sources", []))
-    return []
+def _newest_state(run_dir: Path) -> dict[str, Any]:
+    """Empty for a run without a checkpoint that can be read."""
+    paths = sorted(run_dir.glob("checkpoints/step_*/state.json"), reverse=True)
+    return next(filter(None, map(_json, paths)), {})
+
+
+def _described(record: Any) -> str | None:
+    try:
+        return described(record) if record else None
+    except (KeyError, TypeError):  # of a file that is damaged
+        return None
 
 
 def _events(run_dir: Path, status: RunStatus) -> list[HappenedEvent]:

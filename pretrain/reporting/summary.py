@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sambalm.data_pipeline.baselines import Baselines, baseline_losses
@@ -18,11 +19,12 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
 from sambalm.pretrain.reporting.page import render_page
 from sambalm.pretrain.reporting.plot import plot_losses
 from sambalm.pretrain.reporting.run_data import read_runs
 
+_VALIDATION = (LOSS_AT, SOURCE_LOSS_AT, NAMED_LOSS_AT)
 HF_FOLDER, PAGE = "hf", "report.html"
 
 
@@ -47,12 +49,13 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
         plot_losses(run.path, plot, baselines=_named(baselines))
         if not as_json:
             console.print(_losses(record, config, baselines))
-            console.print(_facts(list(run.records), run.path, plot))
+            console.print(_facts(list(run.records), run.path, plot, started_from=run.started_from))
         found.append(
             {
                 "run_dir": str(run.path),
+                "started_from": run.started_from,
                 "last_record": run.records[-1],
-                "held_out": {name: v for name, v in record.items() if name.startswith((LOSS_AT, SOURCE_LOSS_AT))},
+                "held_out": {name: v for name, v in record.items() if name.startswith(_VALIDATION)},
                 "held_out_step": record["step"],
                 "baselines": _named(baselines),
                 "tokens_per_s": median(record["tokens_per_second"] for record in run.records),
@@ -69,13 +72,15 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
 
 def _last_validation(run_dir: Path) -> dict[str, Any]:
     for record in reversed(read_steps(run_dir)):
-        if any(name.startswith(LOSS_AT) for name in record):
+        if any(name.startswith((LOSS_AT, NAMED_LOSS_AT)) for name in record):
             return record
     raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
 
 
 def _baselines(config: RunConfig) -> Baselines | None:
-    """On the tokens that the run validates on at its training length; None where its data is not there any more."""
+    """On the held-out tokens of the training length; None where there are none, or the data is not there any more."""
+    if not any(config.data.validation_fractions):
+        return None
     try:
         return baseline_losses(
             config.data,
@@ -104,17 +109,23 @@ def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines | No
     for name, value in record.items():
         if name.startswith(of_source):
             table.add_row(f"Samba, {name.removeprefix(of_source)} alone", f"{value:.4f}")
+    for name, value in record.items():
+        if name.startswith(NAMED_LOSS_AT):
+            tokens, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
+            table.add_row(escape(f"Samba, {tokens} tokens of {source} (data.validation)"), f"{value:.4f}")
     if baselines:
         table.add_row("unigram entropy of these tokens", f"{baselines.unigram_entropy:.4f}")
         table.add_row("bigram, Kneser-Ney, of the training tokens", f"{baselines.bigram:.4f}")
     return table
 
 
-def _facts(records: list[dict[str, Any]], run_dir: Path, plot: Path) -> Table:
+def _facts(records: list[dict[str, Any]], run_dir: Path, plot: Path, *, started_from: str | None = None) -> Table:
     last = records[-1]
     table = Table.grid(padding=(0, 2))
     table.add_row("steps", f"{last['step']:,} ({last['tokens']:,} tokens)")
     table.add_row("speed", f"{median(record['tokens_per_second'] for record in records):,.0f} tokens/s (median step)")
+    if started_from:
+        table.add_row("started from", escape(started_from))
     for name, path in (
         ("TensorBoard logs", run_dir / "tensorboard"),
         ("loss plot", plot),

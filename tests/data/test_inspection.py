@@ -75,7 +75,7 @@ def test_documents_are_counted_over_all_shards(prefix, texts):
 
 def test_a_samples_parts_are_its_documents(prefix, tokenizer):
     config = DataConfig(train=str(prefix), sequence_length=600, reset_at_document=True)
-    tokens, _, starts = build_train_dataset(config, open_sources(config), seed=0)[2]
+    tokens, _, starts, _ = build_train_dataset(config, open_sources(config), seed=0)[2]
     text = Inspector(prefix).sample(tokens.numpy(), starts.numpy())
     parts = text.split("\n--- tokens ")
     ends = np.flatnonzero(tokens.numpy()[:-1] == tokenizer.eos_id) + 1

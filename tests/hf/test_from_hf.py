@@ -17,13 +17,11 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.folder import INDEX_FILE, SINGLE_FILE, FolderState
-from sambalm.model.samba import Samba
-from sambalm.parallel.sharding import canonical_slices, initialize_parameters
-from sambalm.pretrain.checkpointing import from_hf
+from sambalm.pretrain.checkpointing import from_hf, other_models
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.checkpointing.from_hf import MODEL_FILE, checkpoint_from_hf
 from sambalm.pretrain.errors import CheckpointError
-from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
+from tests.support.hf import DrawnState, RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.lit_gpt import lit_gpt_logits, lit_gpt_weights
 from tests.support.whole_runs import changed, train
 
@@ -200,7 +198,7 @@ PTH_REFUSALS = {
     "unknown": (renamed(f"{PLACE}norm_1.weight", f"{PLACE}norm_3.weight"), {}, "lacks tensor transformer.h.0.norm_1"),
     "extra": (lambda w: w.update({"transformer.x": torch.ones(1)}), {}, "has an unknown tensor transformer.x"),
     "shape": (replaced(f"{PLACE}attn.D", lambda t: t[:-1]), {}, "attn.D in .* has shape .63,. where its model has .64"),
-    "odd heads": (lambda w: None, {"query_heads": 5}, "make no model .* check --query-heads"),
+    "odd heads": (lambda w: None, {"query_heads": 5}, "make no model .* check the number of query heads"),
     "other mixers": (renamed(f"{PLACE}attn.A_log", f"{PLACE}attn.g_proj"), {}, "transformer.h.0 in .* is not a Samba"),
     "other names": (lambda w: [w.pop(n) for n in list(w) if ".h." in n], {}, "holds no Samba model by lit-gpt's names"),
     "integers": (replaced(f"{PLACE}attn.D", lambda t: t.int()), {}, "is torch.int32: only fp32, bf16 and fp16"),
@@ -323,38 +321,18 @@ def test_weights_that_were_read_differently_never_appear(monkeypatch, tmp_path):
 
 def test_logits_of_another_model_are_refused(monkeypatch, tmp_path):
     """The weights are right, and the model that the checkpoint says is not the folder's."""
-    original = from_hf.model_config
+    original = other_models.model_config
     monkeypatch.setattr(
-        from_hf, "model_config", lambda hf: original(hf).model_copy(update={"window": 5, "rope_base": 9e3})
+        other_models, "model_config", lambda hf: original(hf).model_copy(update={"window": 5, "rope_base": 9e3})
     )
     with pytest.raises(HFError, match="the training model's logits differ by"):
         convert(saved(tiny_config(), tmp_path / "hf"), tmp_path / "run")
 
 
-class InitialWeights:
-    """What a new run of a seed begins with."""
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        model = Samba(config)
-        initialize_parameters(model, seed=seed)
-        self.tensors = {name: p.detach() for name, p in _whole(model)}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-def _whole(model: Samba):
-    for name, parameter, piece in canonical_slices(model):
-        yield name, piece.of_local(parameter).clone()
-
-
 def test_training_goes_on_from_a_converted_model_on_any_layout(run_values, tmp_path):
     """With the initial weights of a run as the model, the converted one trains as that run does, bit by bit."""
     config = ModelConfig(**run_values["model"])
-    hf_model(config, InitialWeights(config, run_values["run"]["seed"])).save_pretrained(tmp_path / "hf")
+    hf_model(config, DrawnState(config, seed=run_values["run"]["seed"])).save_pretrained(tmp_path / "hf")
     fresh = train(run_values)
     for name in ("alone", "two"):
         convert(tmp_path / "hf", tmp_path / name)

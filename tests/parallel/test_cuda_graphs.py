@@ -5,6 +5,7 @@ Whether a GPU captures what a step does is in tests/gpu/test_captured_step.py.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,30 +74,36 @@ class Model:
     def run(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
         self.runs.append((is_first, is_last))
         found = self.weight[batch.tokens] * batch.labels
-        loss = (found if batch.document_starts is None else found + batch.document_starts).square().mean()
+        loss = batch.mean((found if batch.document_starts is None else found + batch.document_starts).square())
         (loss / micro_batches).backward()
         if is_last:
             self.weight.grad.mul_(0.5)
         return loss.detach()
 
 
-def steps_of(count: int, *, packed: bool) -> list[MicroBatch]:
+def steps_of(count: int, *, packed: bool, weighted: bool = False) -> list[MicroBatch]:
     def drawn() -> Tensor:
         return torch.randint(8, (1, 4))
 
-    return [MicroBatch(drawn(), drawn(), drawn() if packed else None) for _ in range(count)]
+    return [
+        MicroBatch(drawn(), drawn(), drawn() if packed else None, torch.rand(1, 4) if weighted else None)
+        for _ in range(count)
+    ]
 
 
-def captured_and_not(*, last_differs: bool, documents: bool, packed: bool) -> CapturedMicroBatches:
+def captured_and_not(
+    *, last_differs: bool, documents: bool, packed: bool, weighted: bool = False
+) -> CapturedMicroBatches:
     """Compares losses and gradients of captured steps with those of steps run in turn; returns the captured."""
     torch.manual_seed(0)
     ours, plain = Model(), Model()
     graphs = CapturedMicroBatches(ours.run, [ours.weight], last_differs=last_differs, documents=documents)
     for count in COUNTS:
-        batches = steps_of(count, packed=packed)
+        batches = steps_of(count, packed=packed, weighted=weighted)
         ours.weight.grad = plain.weight.grad = None
         expected = run_in_turn(plain.run, batches)
-        found = graphs.losses([MicroBatch(b.tokens.clone(), b.labels.clone(), b.document_starts) for b in batches])
+        copies = [replace(batch, tokens=batch.tokens.clone(), labels=batch.labels.clone()) for batch in batches]
+        found = graphs.losses(copies)
         assert [loss.item() for loss in found] == [loss.item() for loss in expected]
         assert torch.equal(ours.weight.grad, plain.weight.grad)
     uncaptured = sum(COUNTS[:UNCAPTURED_STEPS])
@@ -115,6 +122,10 @@ def test_captured_steps_are_those_run_in_turn():
 def test_packed_documents_are_captured_where_no_kernel_reads_them_on_the_host():
     assert captured_and_not(last_differs=True, documents=True, packed=True).captured
     assert not captured_and_not(last_differs=True, documents=False, packed=True).captured
+
+
+def test_each_launch_takes_the_loss_weights_of_its_micro_batch():
+    assert captured_and_not(last_differs=True, documents=True, packed=False, weighted=True).captured
 
 
 @pytest.mark.parametrize("documents", [True, False])

@@ -20,9 +20,9 @@ def batches_on_rank(values: dict) -> tuple[int, int, list]:
 
     steps, worlds, build = [], [], trainer.build_training
 
-    def build_recorded(config, *, world, checkpoint):
+    def build_recorded(config, *, world, **options):
         worlds.append(world)
-        training = build(config, world=world, checkpoint=checkpoint)
+        training = build(config, world=world, **options)
         train_step = training.executor.train_step
 
         def recorded(micro_batches):

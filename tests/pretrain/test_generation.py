@@ -281,7 +281,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
 )
 def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_manifest, own, eos_ids, monkeypatch):
     """The manifest's token, which may be another than the tokenizer's own; but not where another tokenizer is given."""
-    data = SimpleNamespace(prefixes=["data/text"], tokenizer_path=lambda: Path("run.model"))
+    data = SimpleNamespace(prefixes=["data/text"], tokenizer_path=lambda: Path("run.model"), chat_template=lambda: None)
     config, files = SimpleNamespace(data=data), []
     manifest = None if of_manifest is None else SimpleNamespace(tokenizer=SimpleNamespace(eos_id=of_manifest))
     stubs = {

@@ -6,9 +6,9 @@ import torch
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.hf.modeling_samba import SambaForCausalLM
-from sambalm.model.hf.names import hf_config, hf_shape, hf_tensors
+from sambalm.model.hf.names import CanonicalState, hf_config, hf_shape, hf_tensors
 from sambalm.model.samba import Samba
-from sambalm.parallel.sharding import canonical_slices
+from sambalm.parallel.sharding import canonical_slices, initialize_parameters
 
 VOCABULARY = 97
 
@@ -46,7 +46,24 @@ class RandomState:
         return self.tensors[name].clone()
 
 
-def hf_model(config: ModelConfig, state: RandomState, **others) -> SambaForCausalLM:
+class DrawnState:
+    """What a new run of a seed begins with, as a canonical state."""
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+        model = Samba(config)
+        initialize_parameters(model, seed=seed)
+        self.tensors = {
+            name: piece.of_local(parameter).detach().clone() for name, parameter, piece in canonical_slices(model)
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def hf_model(config: ModelConfig, state: CanonicalState, **others) -> SambaForCausalLM:
     model = SambaForCausalLM(hf_config(config, pad_token_id=0, eos_token_id=None, **others))
     tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings)
     weights = {}

@@ -1,0 +1,157 @@
+"""Masks of what counts in the loss: beside shards that stay as they are, through streams and samples, never lost."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sambalm.data_pipeline.baselines import baseline_losses
+from sambalm.data_pipeline.config import DataConfig
+from sambalm.data_pipeline.dataset import PADDING_ID, build_train_dataset, build_validation_dataset
+from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.loss_mask import mask_path
+from sambalm.data_pipeline.shards import ShardWriter, check_shard
+from sambalm.data_pipeline.sources import Source, open_sources
+from tests.support.data import counting_documents, write_shard
+
+S = 32
+
+
+def masks(documents: list[np.ndarray], *, seed: int = 1) -> list[np.ndarray]:
+    draw = np.random.RandomState(seed)
+    return [draw.rand(len(document)) < 0.5 for document in documents]
+
+
+def write_masked(prefix: Path, documents: list[np.ndarray], counts: list[np.ndarray]) -> str:
+    writer = ShardWriter(prefix, 60_000, masked=True)
+    for number, (document, counted) in enumerate(zip(documents, counts, strict=True)):
+        if number % 3:  # one by one and several together
+            writer.add(document, counted)
+        else:
+            writer.add_documents(document, np.array([len(document)]), counted)
+    writer.finish()
+    writer.commit()
+    return str(prefix)
+
+
+def source(prefix: str, **options) -> Source:
+    (found,) = open_sources(DataConfig(train=prefix, sequence_length=S, **options))
+    return found
+
+
+@pytest.fixture
+def documents() -> list[np.ndarray]:
+    return counting_documents(60)
+
+
+def test_the_files_that_megatron_reads_are_those_of_a_shard_without_mask(documents, tmp_path):
+    write_masked(tmp_path / "masked", documents, masks(documents))
+    write_shard(tmp_path / "plain", documents)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"masked{suffix}").read_bytes() == (tmp_path / f"plain{suffix}").read_bytes()
+    assert mask_path(tmp_path / "masked").stat().st_size == -(-sum(map(len, documents)) // 8)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_any_range_of_a_stream_says_what_counts(held_out, documents, tmp_path):
+    counts = masks(documents)
+    stream = source(write_masked(tmp_path / "d", documents, counts), validation_fraction=0.5).stream(held_out=held_out)
+    expected = np.concatenate(counts[30:] if held_out else counts[:30])
+    assert len(stream) == len(expected)
+    for start in range(0, len(expected), 7):
+        for count in (1, 5, 8, 40):
+            stop = min(start + count, len(expected))
+            assert np.array_equal(stream.counts(start, stop - start), expected[start:stop])
+    assert 0.3 < expected.mean() < 0.7
+
+
+def test_a_sample_s_weights_are_its_labels(documents, tmp_path):
+    counts = masks(documents)
+    config = DataConfig(train=write_masked(tmp_path / "d", documents, counts), sequence_length=S)
+    by_id = np.concatenate(counts)  # ids count up, so that an id is its place
+    trained = build_train_dataset(config, open_sources(config), seed=0)
+    held_out = build_validation_dataset(config, open_sources(config), num_samples=1, seed=0)
+    for sample in [held_out[0], *(trained[number] for number in range(10))]:
+        assert np.array_equal(sample.loss_weights.numpy(), by_id[sample.labels.numpy()])
+
+
+def test_beside_a_masked_source_all_of_another_counts_and_alone_it_has_no_weights(documents, tmp_path):
+    masked, plain = write_masked(tmp_path / "m", documents, masks(documents)), write_shard(tmp_path / "p", documents)
+    sources = [{"prefix": prefix, "weight": 1} for prefix in (masked, plain)]
+    config = DataConfig(train=sources, sequence_length=S)
+    dataset = build_train_dataset(config, open_sources(config), seed=0)
+    means = [dataset[n].loss_weights.numpy().mean() for n in range(20) if dataset.source_number(n) == 1]
+    assert means
+    assert set(means) == {1.0}
+    alone = DataConfig(train=plain, sequence_length=S)
+    assert build_train_dataset(alone, open_sources(alone), seed=0)[0].loss_weights is None
+
+
+def test_a_mask_that_is_gone_cut_or_changed_is_refused(documents, tmp_path):
+    prefix = write_masked(tmp_path / "d", documents, masks(documents))
+    content = source(prefix).content()
+    path = mask_path(prefix)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"d\.mask has \d+ bytes where \d+ tokens take \d+"):
+        source(prefix)
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert source(prefix).content() != content  # so that no run goes on from a checkpoint unasked
+    assert check_shard(prefix)
+
+
+@pytest.mark.parametrize("length", [16, S, 100])
+def test_packed_samples_are_whole_documents_each_once(length, documents, tmp_path):
+    config = DataConfig(
+        train=write_masked(tmp_path / "d", documents, masks(documents)),
+        sequence_length=length,
+        packing="documents",
+        reset_at_document=True,
+        validation_fraction=0,
+        validation="other",
+    )
+    dataset = build_train_dataset(config, open_sources(config), seed=3)
+    (packing,) = dataset.packings
+    counts = np.concatenate(masks(documents))
+    stops = dict(packing.place(number) for number in range(len(packing)))
+    found: list[int] = []
+    for number in range(len(packing)):
+        sample = dataset[number]
+        ids = np.append(sample.tokens.numpy(), sample.labels.numpy()[-1])
+        weights = np.append(0, sample.loss_weights.numpy())
+        used = stops[int(ids[0])] - int(ids[0])  # ids are places in the stream
+        begins = set(sample.document_starts.numpy()[:used].tolist())
+        starts = {int(document[0]) for document in documents}
+        assert all(int(ids[begin]) in starts for begin in begins)  # a document each, from its first token
+        if used <= length:
+            assert set(ids[used:]) <= {PADDING_ID}
+            assert not weights[used:].any()
+            assert set(sample.document_starts.numpy()[used:]) <= {used}  # which sees nothing of what is before it
+        expected = counts[ids[:used]].astype(float)
+        expected[sorted(begins)] = 0
+        if used <= length:
+            assert np.array_equal(weights[:used], expected)
+        else:  # the last token is a label alone, and whether a document begins there no start says
+            assert np.array_equal(weights[:length], expected[:length])
+        found += ids[:used].tolist()
+    kept = [document[: length + 1] for document in documents]
+    assert sorted(found) == sorted(np.concatenate(kept).tolist())
+    assert packing.cut_documents == sum(len(document) > length + 1 for document in documents)
+    epochs = [
+        [tuple(dataset[epoch * len(packing) + n].tokens.tolist()) for n in range(len(packing))] for epoch in (0, 1)
+    ]
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1] or len(packing) < 4
+
+
+def test_baselines_count_what_counts(documents, tmp_path):
+    """Labels of one id alone count: their entropy is 0, which that of all labels is not."""
+    fives = [np.where(np.arange(len(d)) % 2, 5, d % 50) for d in documents]
+    entropies = {}
+    for name, counts in (("all", [np.ones(len(d), bool) for d in fives]), ("fives", [d == 5 for d in fives])):
+        config = DataConfig(
+            train=write_masked(tmp_path / name, fives, counts), sequence_length=16, validation_fraction=0.3
+        )
+        entropies[name] = baseline_losses(config, validation_samples=4, seed=0, vocab_size=100).unigram_entropy
+    assert entropies["fives"] == 0
+    assert entropies["all"] > 1
