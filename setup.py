@@ -77,5 +77,8 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["sambalm = sambalm.pretrain.cli:main"]},
+    entry_points={
+        "console_scripts": ["sambalm = sambalm.pretrain.cli:main"],
+        "vllm.general_plugins": ["sambalm = sambalm.model.vllm:register"],
+    },
 )
