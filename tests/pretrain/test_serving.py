@@ -35,6 +35,7 @@ from tests.support import program
 from tests.support.hf import RandomState, hf_model, tiny_config
 
 PROMPTS = ["one", "don't stop", "  two spaces first, and a long prompt that is longer than the window of the model"]
+EOS_ID = 341  # what follows the second prompt has it, and what follows the others has not
 MAX_BATCH, MAX_TOKENS = 4, 100_000
 ENDLESS = {"prompt": "one", "max_tokens": MAX_TOKENS, "extra_body": {"ignore_eos": True}}
 
@@ -49,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     model.unlink()
     config = tiny_config("M-*-", tie_embeddings=False, vocab_size=400)
     hf = hf_model(config, RandomState(config))
-    hf.config.eos_token_id = hf.generation_config.eos_token_id = 2
+    hf.config.eos_token_id, hf.generation_config.eos_token_id = 2, [2, EOS_ID]
     hf.save_pretrained(path)
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
@@ -112,6 +113,9 @@ def test_greedy_texts_are_those_of_generate(client, generated):
         assert "".join(piece.choices[0].text for piece in pieces) == record["text"]
         assert len(pieces) > 2, "the text comes as it is made"
         assert [bool(piece.choices[0].finish_reason) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [record["reason"] for record in wanted] == ["length", "eos", "length"]
+    ignoring = complete(client, prompt=PROMPTS[1], extra_body={"ignore_eos": True})
+    assert (ignoring.choices[0].finish_reason, ignoring.usage.completion_tokens) == ("length", 20)
     several = complete(client, prompt=PROMPTS)
     assert [choice.text for choice in several.choices] == [record["text"] for record in wanted]
     assert [choice.index for choice in several.choices] == [0, 1, 2]
