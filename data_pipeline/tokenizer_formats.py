@@ -156,7 +156,7 @@ class _Scheme:
 class TiktokenTokenizer(Tokenizer):
     """A .tiktoken rank file: one of OpenAI's by its name, any other with NAME.tiktoken.json beside it.
 
-    That file holds {"pattern": REGEX, "special_tokens": {TOKEN: ID}}.
+    That file holds {"pattern": REGEX, "special_tokens": {TOKEN: ID}}, which `pattern` and `special_tokens` then are.
     """
 
     kind = "tiktoken"
@@ -179,6 +179,7 @@ class TiktokenTokenizer(Tokenizer):
         except Exception as error:  # ValueError for a bad line, a panic's message for a bad pattern
             raise DataError(f"the tokenizer {path} is not a tiktoken rank file ({error})") from error
         self._allowed: Literal["all"] | set[str] = "all" if special_tokens else set()
+        self.pattern, self.special_tokens = self._scheme.pattern, self._scheme.special_tokens
         self.vocab_size = self._inner.n_vocab
         self.eos_id = next((self.id_of(token) for token in _END_TOKENS if self.id_of(token) >= 0), -1)
         self.bos_id = next((self.id_of(token) for token in _BEGIN_TOKENS if self.id_of(token) >= 0), -1)

@@ -18,7 +18,7 @@ from .folder import INDEX_FILE
 from .folder_code import folder_code
 from .model_card import TrainingFacts, model_card
 from .names import CanonicalState, hf_config, hf_dtype, hf_shape, hf_tensors
-from .tokenizer import save_chat_template, save_tokenizer, tokenizer_facts
+from .tokenizer import TokenizerFile, save_chat_template, save_tokenizer, tokenizer_facts
 from .verify import verify_export
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -36,7 +36,7 @@ def export_hf(
     config: ModelConfig,
     *,
     folder: Path,
-    tokenizer_model: Path,
+    tokenizer_model: TokenizerFile,
     documents: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,

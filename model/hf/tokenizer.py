@@ -1,6 +1,7 @@
 """A tokenizer of training as Hugging Face's tokenizer files, with the same ids for every text.
 
-A SentencePiece BPE model is converted, and a tokenizer.json is taken as it is, without what would add tokens to a text.
+A SentencePiece BPE model and a tiktoken rank file are converted, and a tokenizer.json is taken as it is, without what
+would add tokens to a text.
 
 No BOS and no EOS is added to a text, as in training, which puts an EOS after each document by itself. A literal "</s>"
 in a text stays text: tokenizer_config.json sets split_special_tokens. With a chat template, whose control tokens are to
@@ -20,6 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from .errors import HFError
+from .tiktoken import TiktokenFile, convert_tiktoken
 
 # Under the name that other tools look for; transformers takes tokenizer.json where there is one.
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -35,10 +37,12 @@ ODD_TEXTS = (
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \ud7ff\ue000\ufffd",
     "\u2581\u00a0\u200b\ufeff\u2028",
     "1234567890 3.14e-10 0x1F don't WE'LL",
+    "    aaaaaaa =======    \n\n\n     \n -------------------------------- 000000000000",
 )
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SAID = "Which mixers does a Samba have?"
 
+TokenizerFile = Path | TiktokenFile
 Piece = ModelProto.SentencePiece
 _SPACE = "\u2581"
 
@@ -58,7 +62,7 @@ class TokenizerFacts:
     names: dict[str, str]
 
 
-def tokenizer_facts(path: Path, *, given: Mapping[str, int | None] | None = None) -> TokenizerFacts:
+def tokenizer_facts(path: TokenizerFile, *, given: Mapping[str, int | None] | None = None) -> TokenizerFacts:
     """
     Args:
         given: ids that training used, which take the place of the file's own.
@@ -66,7 +70,10 @@ def tokenizer_facts(path: Path, *, given: Mapping[str, int | None] | None = None
     Raises:
         HFError: the file is neither a tokenizer.json nor a SentencePiece model.
     """
-    if path.suffix == JSON_SUFFIX:
+    if isinstance(path, TiktokenFile):
+        by_id = dict.fromkeys(path.ranks.values(), "") | {index: name for name, index in path.special_tokens.items()}
+        ids = dict.fromkeys(("bos", "eos", "unk", "pad"))
+    elif path.suffix == JSON_SUFFIX:
         inner = _read_json(path)
         by_id = {index: token for token, index in inner.get_vocab(with_added_tokens=True).items()}
         ids = _ids_beside(path, inner)
@@ -80,13 +87,15 @@ def tokenizer_facts(path: Path, *, given: Mapping[str, int | None] | None = None
     return TokenizerFacts(max(by_id) + 1, ids, names)
 
 
-def save_tokenizer(path: Path, folder: Path, *, given: Mapping[str, int | None] | None = None) -> None:
+def save_tokenizer(path: TokenizerFile, folder: Path, *, given: Mapping[str, int | None] | None = None) -> None:
     """Writes tokenizer.json and tokenizer_config.json, and a copy of a SentencePiece model, into an existing folder.
 
     Raises HFError for a file that is no tokenizer, or has features without an exact equivalent; `given` is that of
     `tokenizer_facts`.
     """
-    if path.suffix == JSON_SUFFIX:
+    if isinstance(path, TiktokenFile):
+        inner = convert_tiktoken(path)
+    elif path.suffix == JSON_SUFFIX:
         inner = _read_json(path)
         if inner.encode("").ids:  # of the tokens that surround a text, training took none
             inner.post_processor = None
@@ -204,8 +213,13 @@ def _refuse_unsupported(proto: ModelProto, source: Path) -> None:
     spec = proto.trainer_spec
     kinds = {piece.type for piece in proto.pieces}
     if spec.model_type != spec.BPE:
+        # Of a Unigram model SentencePiece adds scores in fp32 and tokenizers in fp64: ways to split a text that are
+        # equally likely, such as the pieces of a run of spaces in another order, are then told apart by rounding.
         name = spec.ModelType.Name(spec.model_type).lower()
-        raise HFError(f"the tokenizer {source} is a SentencePiece {name} model; only bpe models can be converted")
+        raise HFError(
+            f"the tokenizer {source} is a SentencePiece {name} model; only bpe models can be converted, and a "
+            "tokenizer.json of any kind is taken as it is"
+        )
     if spec.treat_whitespace_as_suffix:
         raise HFError(
             f"the tokenizer {source} has treat_whitespace_as_suffix, which has no equivalent; train without it"
@@ -271,17 +285,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise HFError(f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}); export it again") from error
 
 
-def compare_tokenizers(path: Path, hf_dir: Path, documents: Iterable[str]) -> None:
+def compare_tokenizers(path: TokenizerFile, hf_dir: Path, documents: Iterable[str]) -> None:
     """Raises HFError with the first text whose ids, or whose text decoded from them, differ between the two.
 
     Args:
         path: the tokenizer of training.
-        documents: are compared after ODD_TEXTS.
+        documents: are compared after ODD_TEXTS and the names of control tokens.
     """
     encode, decode, is_lossless = _of_training(path)
     tokenizer = load_tokenizer(hf_dir)
     tokenizer.split_special_tokens = True  # as in training, whatever a chat template asks for
-    for number, text in enumerate((*ODD_TEXTS, *documents), start=-len(ODD_TEXTS)):
+    controls = tuple(path.special_tokens) if isinstance(path, TiktokenFile) else ()
+    odd = (*ODD_TEXTS, *controls, "".join(controls), "".join(f" {name}" for name in controls))
+    for number, text in enumerate((*odd, *documents), start=-len(odd)):
         place = f"document {number}" if number >= 0 else "an odd text"
         expected, given = encode(text), tokenizer.encode(text)
         if given != expected:
@@ -294,9 +310,12 @@ def compare_tokenizers(path: Path, hf_dir: Path, documents: Iterable[str]) -> No
 
 
 def _of_training(
-    path: Path,
+    path: TokenizerFile,
 ) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str], Callable[[list[int]], bool]]:
     """Returns a tokenizer's encode and decode, and whether ids decode to the text that they were made of."""
+    if isinstance(path, TiktokenFile):
+        encoding = path.encoding()
+        return lambda text: encoding.encode(text, disallowed_special=()), encoding.decode, lambda ids: True
     if path.suffix == JSON_SUFFIX:
         inner = _read_json(path)
         return lambda text: inner.encode(text, add_special_tokens=False).ids, inner.decode, lambda ids: True

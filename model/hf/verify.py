@@ -21,7 +21,7 @@ from .generate import load_config
 from .layers import SequenceContext
 from .modeling_samba import SambaForCausalLM, new_cache
 from .names import CanonicalState, hf_dtype, hf_tensors
-from .tokenizer import compare_tokenizers, load_tokenizer
+from .tokenizer import TokenizerFile, compare_tokenizers, load_tokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 ROWS = 2
@@ -31,7 +31,7 @@ LOGIT_TOKENS = 512  # of each row, whose logits are in memory at once
 
 
 def verify_export(
-    output: Path, state: CanonicalState, config: ModelConfig, documents: Sequence[str], tokenizer_model: Path
+    output: Path, state: CanonicalState, config: ModelConfig, documents: Sequence[str], tokenizer_model: TokenizerFile
 ) -> float:
     """Compare the folder with the training model, both in fp32 on the CPU, and its tokenizer with SentencePiece's.
 

@@ -19,11 +19,13 @@ from sambalm.data_pipeline.inputs import expand_inputs
 from sambalm.data_pipeline.shards import read_manifest
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
-from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.data_pipeline.tokenizer_formats import TiktokenTokenizer, load_tokenizer
 from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
+from sambalm.model.hf.tiktoken import TiktokenFile
+from sambalm.model.hf.tokenizer import TokenizerFile
 from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
 from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM, described
 from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
@@ -56,7 +58,7 @@ def checkpoint_to_hf(
         step: takes the checkpoint of this step and no other.
         documents: a glob of JSONL files to verify on; None: the run's own data, held-out documents first.
         precision: a key of EXPORT_DTYPES.
-        tokenizer: a SentencePiece model or a tokenizer.json; None: the one that the run's data names.
+        tokenizer: a file that training takes; None: the one that the run's data names.
         shard_size: of a file of weights at most, as "5GB" or "500MiB".
         chat_template: a file with a jinja template for conversations; None: that of the run's data, if they have one.
 
@@ -81,7 +83,7 @@ def checkpoint_to_hf(
             checkpoint,
             saved_model(checkpoint),
             folder=folder,
-            tokenizer_model=tokenizer_path,
+            tokenizer_model=_tokenizer_file(loaded),
             token_ids=_token_ids(loaded, run.data if run else None),
             documents=texts,
             dtype=EXPORT_DTYPES[precision],
@@ -126,6 +128,12 @@ def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:
                 f"the tokenizer {tokenizer.path} is not the one that made the tokens of {prefix}, whose SHA-256 is "
                 f"{manifest.tokenizer.sha256[:12]}... by its manifest: give that one with --tokenizer"
             )
+
+
+def _tokenizer_file(tokenizer: Tokenizer) -> TokenizerFile:
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return TiktokenFile(tokenizer.path, tokenizer.pattern, tokenizer.special_tokens)
+    return tokenizer.path
 
 
 def _token_ids(tokenizer: Tokenizer, data: DataConfig | None) -> dict[str, int | None]:
