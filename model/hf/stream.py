@@ -25,6 +25,7 @@ from .layers import carried_states
 from .modeling_samba import AttentionFreeCache, SambaForCausalLM, new_cache
 
 PIECE_TOKENS = 2048
+_LOGIT_BYTES = 1 << 28  # of the logits that are held at once while tokens are scored
 FORMAT = "sambalm stream 1"
 SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
 _SLIDING = LAYER_TYPES["*"]
@@ -70,8 +71,7 @@ class Stream:
         Returns:
             the logits after the last of them, [B, V] in the model's dtype.
         """
-        if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
-            raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
+        self._check(ids)
         for start in range(0, ids.shape[1], PIECE_TOKENS):
             piece = ids[:, start : start + PIECE_TOKENS].to(self.model.device)
             positions = self._positions + torch.arange(piece.shape[1], device=piece.device)
@@ -87,21 +87,57 @@ class Stream:
         self._forward(self._ids, self._positions)
         return self._last_logits()
 
+    @torch.no_grad()
+    def score(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Reads further tokens as `read` does, and tells how likely each was after those before it.
+
+        Returns:
+            natural logarithms of probabilities, fp32 [B, S] on the model's device. They are nan for the first token of
+            rows that had read none.
+        """
+        self._check(ids)
+        scores = torch.empty(ids.shape, dtype=torch.float32, device=self.model.device)
+        for start in range(0, ids.shape[1], PIECE_TOKENS):
+            piece = ids[:, start : start + PIECE_TOKENS].to(self.model.device)
+            positions = self._positions + torch.arange(piece.shape[1], device=piece.device)
+            before = self.logits
+            hidden = self._advance(piece, positions)
+            first = torch.full((self.rows,), float("nan")) if before is None else _log_likelihoods(before, piece[:, 0])
+            scores[:, start] = first
+            at_once = max(1, _LOGIT_BYTES // (4 * self.rows * self.model.config.vocab_size))
+            for begin in range(0, piece.shape[1], at_once):
+                logits = self.model.lm_head(hidden[:, begin : begin + at_once])
+                next_ids = piece[:, begin + 1 : begin + 1 + logits.shape[1]]
+                place = start + begin + 1
+                scored = _log_likelihoods(logits[:, : next_ids.shape[1]], next_ids)
+                scores[:, place : place + next_ids.shape[1]] = scored
+            self.logits = logits[:, -1].clone()  # not a view, which would keep the others
+            if progress:
+                progress(min(start + PIECE_TOKENS, ids.shape[1]), ids.shape[1])
+        return scores
+
+    def _check(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
+            raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
+
     def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        self.logits = self.model.lm_head(self._advance(ids, positions)[:, -1])
+
+    def _advance(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Reads tokens; returns what the head makes logits of, [B, S, width]."""
         uneven = min(self.seen_tokens) != max(self.seen_tokens)
-        outputs = self.model(
+        outputs = self.model.backbone(
             input_ids=ids,
             attention_mask=self._mask(ids.shape[1]),
             position_ids=positions if uneven else None,  # which the cache counts
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        self.logits = outputs.logits[:, -1]
         self.seen_tokens = [seen + ids.shape[1] for seen in self.seen_tokens]
         self._positions += ids.shape[1]
         if self.model.config.sliding_window == 1:
             _forget_keys(self._cache, self.model.config)
+        return outputs.last_hidden_state
 
     def _last_logits(self) -> Tensor:
         assert self.logits is not None
@@ -240,6 +276,12 @@ def _filled_cache(config: SambaConfig, tensors: Mapping[str, Tensor], *, seen_to
     if isinstance(cache, AttentionFreeCache):
         cache.seen_tokens = seen_tokens
     return cache
+
+
+def _log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
+    """Natural logarithms of the ids' probabilities: logits [..., V], ids [...], fp32 [...]."""
+    flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
+    return -flat.view(ids.shape)
 
 
 def _forget_keys(cache: Any, config: SambaConfig) -> None:

@@ -43,6 +43,7 @@ class Source:
         new_text: makes the text of a new list of ids, as it comes.
         eos_ids: the tokens that end a text.
         chat: None where the tokenizer has no template.
+        checkpoint: where the weights come from; None for a Hugging Face folder.
     """
 
     model: SambaForCausalLM
@@ -50,6 +51,7 @@ class Source:
     new_text: Callable[[], TextStream]
     eos_ids: frozenset[int]
     chat: Chat | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def load_source(
@@ -68,7 +70,7 @@ def load_source(
         GenerationError, HFError, CheckpointError, DataError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, for loading a few files
-    place, kind = _device(device), DTYPES[dtype] if dtype else None
+    place, kind = device_named(device), DTYPES[dtype] if dtype else None
     is_checkpoint = (path / MANIFEST).is_file() or checkpoint_folders(path)
     if not is_checkpoint and not (path / "config.json").is_file():
         raise GenerationError(
@@ -86,7 +88,12 @@ def load_source(
         raise GenerationError(f"{path} does not fit the memory of {place}; take another --device or --dtype") from error
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """Returns the device of a name, None for the GPU where there is one.
+
+    Raises:
+        GenerationError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -144,7 +151,7 @@ def _checkpoint_source(
     if manifest is not None:
         eos_id = manifest.tokenizer.eos_id  # which may be another than the tokenizer's own
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
-    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []))
+    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []), checkpoint=checkpoint)
 
 
 def _training_tokenizer(file: Path) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int]:

@@ -1,0 +1,202 @@
+"""Any causal language model that transformers loads without executing code from its folder, to compare with."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
+from sambalm.model.hf.stream import fingerprint
+from sambalm.pretrain.errors import one_sentence
+
+_PIECE_TOKENS = 2048
+_LOGIT_BYTES = 1 << 28  # of the logits of a piece in fp32
+_PROBE_TOKENS, _PROBE_TOLERANCE = 24, 0.05  # nats
+
+
+class CausalLM(LanguageModel):
+    """A model of transformers with its tokenizer.
+
+    `carries_state` tells whether pieces are read as a whole text is. Some models with recurrent layers lose their state
+    where a piece of several tokens follows another; these get the first piece whole and the rest token by token.
+    """
+
+    def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype | None, tokenizer: Path | None) -> None:
+        """Loads the model.
+
+        Args:
+            dtype: None for that of the weights.
+            tokenizer: a file that training takes; None for the folder's own tokenizer.
+
+        Raises:
+            EvaluationError: the folder cannot be loaded.
+            DataError: the file is no tokenizer.
+        """
+        disable_progress_bar()  # transformers' own, for loading a few files
+        self._encode, self._decode, self.end_id = _tokenizer(path, tokenizer)
+        self.model = _model(path, dtype=dtype).to(device).eval()
+        self.device = device
+        self.vocab_size = self.model.get_input_embeddings().num_embeddings
+        self.eos_ids = _ends_of_text(self.model) | ({self.end_id} if self.end_id is not None else frozenset())
+        self.max_tokens = _learned_positions(self.model)
+        self.identity = Identity(
+            path=str(path),
+            kind=type(self.model).__name__,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(device),
+            fingerprint=fingerprint(self.model),
+        )
+        self.carries_state = self._reads_pieces_as_a_whole()
+
+    def new_reader(self, rows: int) -> Reader:
+        return _CacheReader(self, rows)
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decode(list(ids))
+
+    def _reads_pieces_as_a_whole(self) -> bool:
+        self.carries_state = True
+        count = min(_PROBE_TOKENS, self.max_tokens or _PROBE_TOKENS)
+        ids = torch.arange(count, device=self.device)[None] * 7919 % self.vocab_size
+        whole, pieces = self.new_reader(1), self.new_reader(1)
+        expected = whole.score(ids)[:, 1:]
+        found = torch.cat([pieces.score(ids[:, :9]), pieces.score(ids[:, 9:16]), pieces.score(ids[:, 16:])], dim=1)
+        return bool((found[:, 1:] - expected).abs().max() < _PROBE_TOLERANCE)
+
+
+class _CacheReader(Reader):
+    """Tokens read with the cache that the model makes itself."""
+
+    def __init__(self, owner: CausalLM, rows: int) -> None:
+        self._owner, self._model, self._rows = owner, owner.model, rows
+        self._cache: Any = None
+        self._cache_name = _cache_name(owner.model)
+        self._seen_tokens = 0
+        self.logits: Tensor | None = None
+
+    @torch.no_grad()
+    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+        scores = []
+        for piece in self._pieces(ids):
+            before = self.logits
+            logits = self._forward(piece).float()
+            if before is None:
+                first = torch.full((self._rows, 1), float("nan"), device=piece.device)
+            else:
+                first = _log_likelihoods(before.float()[:, None], piece[:, :1])
+            scores += [first, _log_likelihoods(logits[:, :-1], piece[:, 1:])]
+            if progress:
+                progress(piece.numel())
+        return torch.cat(scores, dim=1)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+        for piece in self._pieces(ids):
+            self._forward(piece)
+            if progress:
+                progress(piece.numel())
+        assert self.logits is not None
+        return self.logits
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        return self._forward(ids[:, None])[:, -1]
+
+    def _pieces(self, ids: Tensor) -> Iterator[Tensor]:
+        limit = self._owner.max_tokens
+        if limit is not None and self._seen_tokens + ids.shape[1] > limit:
+            raise EvaluationError(
+                f"{self._owner.identity.path} has learned positions for {limit} tokens, and a text of "
+                f"{self._seen_tokens + ids.shape[1]} was to be read; give shorter lengths"
+            )
+        size = max(1, min(_PIECE_TOKENS, _LOGIT_BYTES // (4 * self._rows * self._owner.vocab_size)))
+        if not self._owner.carries_state:
+            size = 1 if self._seen_tokens else ids.shape[1]
+        yield from ids.to(self._owner.device).split(size, dim=1)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        given = {} if self._cache is None else {self._cache_name: self._cache}
+        positions = torch.arange(self._seen_tokens, self._seen_tokens + ids.shape[1], device=ids.device)
+        if "cache_position" in inspect.signature(self._model.forward).parameters:
+            given["cache_position"] = positions
+        outputs = self._model(input_ids=ids, use_cache=True, **given)
+        self._cache = getattr(outputs, self._cache_name, None)
+        self._seen_tokens += ids.shape[1]
+        self.logits = outputs.logits[:, -1].clone()  # not a view, which would keep the others
+        return outputs.logits
+
+
+def _log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
+    """Natural logarithms of the ids' probabilities: logits [B, S, V], ids [B, S]; fp32 [B, S]."""
+    flat = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return -flat.view(ids.shape)
+
+
+def _model(path: Path, *, dtype: torch.dtype | None) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
+        raise EvaluationError(
+            f"transformers cannot load a causal language model from {path} ({_first_line(error)}); give a whole folder "
+            "of a model that needs no code of its own"
+        ) from error
+
+
+def _tokenizer(
+    path: Path, file: Path | None
+) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str], int | None]:
+    """Returns how text is encoded, how ids become text, and the token that ends a text, if any."""
+    if file is not None:
+        own = load_tokenizer(file)
+        return own.encode, own.decode, own.eos_id if own.eos_id >= 0 else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise EvaluationError(
+            f"the tokenizer in {path} cannot be loaded ({_first_line(error)}); give one with --tokenizer"
+        ) from error
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return encode, decode, tokenizer.eos_token_id
+
+
+def _ends_of_text(model: Any) -> frozenset[int]:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _learned_positions(model: Any) -> int | None:
+    """Returns how many positions a table of the model holds, None where positions are computed or there are none."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    has_table = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+    return limit if has_table else None
+
+
+def _cache_name(model: Any) -> str:
+    """Returns what the model calls its cache; Mamba's has a name of its own."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in parameters else "past_key_values"
+
+
+def _first_line(error: Exception) -> str:
+    return one_sentence((str(error).strip() or type(error).__name__).split("\n")[0])
