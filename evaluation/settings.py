@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.pretrain.config_file import apply_override, sentence
@@ -19,7 +19,15 @@ def _parse_tokens(value: Any) -> Any:
 
 
 Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(gt=0)]
-Lengths = Annotated[list[Tokens], Field(min_length=1)]
+
+
+def _check_distinct(values: list[int]) -> list[int]:
+    if len(set(values)) < len(values):
+        raise ValueError("name each of them once")
+    return values
+
+
+Lengths = Annotated[list[Tokens], Field(min_length=1), AfterValidator(_check_distinct)]
 
 
 class TaskSettings(BaseModel):
