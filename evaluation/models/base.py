@@ -9,8 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sambalm.pretrain.generation.text import TextStream
 
 _PROBE = "The grass is green.\nKey: 12345; def f(x):\n    return x ** 2  # caf\u00e9, \u6f22\u5b57 \U0001f600\t<s>"
 # The text before one whose ids should be those of a text that goes on: a letter, which joins no space and no newline.
@@ -90,12 +93,23 @@ class LanguageModel(ABC):
         """Returns the ids of a text, without tokens that only begin or end one."""
 
     @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids; tokens that end a text add nothing."""
+    def new_text(self) -> TextStream:
+        """Makes the text of a new list of ids; tokens that end a text add nothing."""
 
-    def text_bytes(self, ids: Sequence[int]) -> int:
-        """Counts the bytes of the text of ids, in UTF-8."""
-        return len(self.decode(ids).encode("utf-8", "surrogatepass"))
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        text = self.new_text()
+        return "".join([*(text.push(number) for number in ids), text.flush()])
+
+    def bytes_until(self, ids: Sequence[int]) -> np.ndarray:
+        """Counts the bytes of text, in UTF-8, up to each token and with it, int64 [tokens].
+
+        Those of a character count for the token that completes it.
+        """
+        text = self.new_text()
+        sizes = [len(text.push(number).encode()) for number in ids]
+        sizes[-1] += len(text.flush().encode())
+        return np.cumsum(sizes, dtype=np.int64)
 
     def tokenizer_hash(self) -> str:
         """Returns a hexadecimal SHA-256 that another tokenizer would change: of the ids of a text of many kinds."""

@@ -1,7 +1,7 @@
 """Any causal language model that transformers loads without executing code from its folder, to compare with."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
 from sambalm.model.hf.stream import fingerprint
 from sambalm.pretrain.errors import one_sentence
+from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
 
 _PIECE_TOKENS = 2048
 _LOGIT_BYTES = 1 << 28  # of the logits of a piece in fp32
@@ -40,7 +41,7 @@ class CausalLM(LanguageModel):
             DataError: the file is no tokenizer.
         """
         disable_progress_bar()  # transformers' own, for loading a few files
-        self._encode, self._decode, self.end_id = _tokenizer(path, tokenizer)
+        self._encode, self._new_text, self.end_id = _tokenizer(path, tokenizer)
         self.model = _model(path, dtype=dtype).to(device).eval()
         self.device = device
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
@@ -62,8 +63,8 @@ class CausalLM(LanguageModel):
     def encode(self, text: str) -> list[int]:
         return self._encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._decode(list(ids))
+    def new_text(self) -> TextStream:
+        return self._new_text()
 
     def _reads_pieces_as_a_whole(self) -> bool:
         self.carries_state = True
@@ -157,13 +158,15 @@ def _model(path: Path, *, dtype: torch.dtype | None) -> Any:
 
 def _tokenizer(
     path: Path, file: Path | None
-) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str], int | None]:
+) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int | None]:
     """Returns how text is encoded, how ids become text, and the token that ends a text, if any."""
     if file is not None:
         own = load_tokenizer(file)
-        return own.encode, own.decode, own.eos_id if own.eos_id >= 0 else None
+        return own.encode, training_text(own), own.eos_id if own.eos_id >= 0 else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError("it cannot be made a tokenizer.json")
     except Exception as error:  # as above
         raise EvaluationError(
             f"the tokenizer in {path} cannot be loaded ({_first_line(error)}); give one with --tokenizer"
@@ -172,10 +175,7 @@ def _tokenizer(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    return encode, decode, tokenizer.eos_token_id
+    return encode, huggingface_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id
 
 
 def _ends_of_text(model: Any) -> frozenset[int]:

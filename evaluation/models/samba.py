@@ -1,6 +1,6 @@
 """A Samba model, read as a stream whose memory does not grow with what it has read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
 from sambalm.model.hf import Stream
 from sambalm.model.hf.stream import fingerprint
 from sambalm.pretrain.generation.source import Source
+from sambalm.pretrain.generation.text import TextStream
 
 
 class SambaModel(LanguageModel):
@@ -38,9 +39,8 @@ class SambaModel(LanguageModel):
     def encode(self, text: str) -> list[int]:
         return self._source.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        text = self._source.new_text()
-        return "".join([*(text.push(number) for number in ids), text.flush()])
+    def new_text(self) -> TextStream:
+        return self._source.new_text()
 
 
 class _StreamReader(Reader):

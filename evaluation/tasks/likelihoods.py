@@ -25,7 +25,7 @@ def ends_until(last: int) -> list[int]:
 
 def measure(
     model: LanguageModel, texts: Sequence[np.ndarray], tick: Callable[[int], None], *, ends: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> list[list[float]]:
     """Reads texts of equal length from their beginning, and adds up how unlikely their tokens were.
 
     Args:
@@ -33,8 +33,7 @@ def measure(
         ends: numbers of tokens, ascending, up to which sums are kept.
 
     Returns:
-        of each text {"nats": sums in nats, "bytes": of the same tokens}, one for each end. The first token counts for
-        nothing, since nothing is before it.
+        of each text the sums in nats at the ends. The first token counts for nothing, since nothing is before it.
     """
     ids = torch.from_numpy(np.stack(texts))
     reader = model.new_reader(len(texts))
@@ -44,20 +43,12 @@ def measure(
         nats = -reader.score(segment, progress=tick).double().cpu()
         if before == 0:
             nats[:, 0] = 0
-        # Position p is the p-th token after the first, so that an end's sum takes the tokens up to that position.
         running = nats.cumsum(dim=1)
         for number, end in enumerate(ends):
             if end >= before:
                 sums[:, number] += running[:, min(end - before, segment.shape[1] - 1)]
         before += segment.shape[1]
-    return [
-        {"nats": row.tolist(), "bytes": _bytes_until(model, text, ends)} for row, text in zip(sums, texts, strict=True)
-    ]
-
-
-def _bytes_until(model: LanguageModel, text: np.ndarray, ends: Sequence[int]) -> list[int]:
-    first = model.text_bytes(text[:1].tolist())
-    return [model.text_bytes(text[: end + 1].tolist()) - first for end in ends]
+    return sums.tolist()
 
 
 def scores_at(

@@ -93,14 +93,24 @@ class LongTextTask(Task[Settings]):
         return {"method": "greedy generation, answers as substrings", "tokenizer": self.model.tokenizer_hash()}
 
     def items(self) -> list[Item]:
-        for cell in self._cells:  # before the first is answered: the shortest may be too short for what it must hold
-            if cell.at["length"] == min(self.settings.lengths):
-                self._question(cell, 0)
+        self._refuse_short_texts()
         return [
             Item(f"{_name(cell)}/{sample}", int(cell.at["length"]), content=(cell, sample))
             for cell in self._cells
             for sample in range(cell.samples)
         ]
+
+    def _refuse_short_texts(self) -> None:
+        """Makes all texts of the smallest length, before the first is answered."""
+        errors: list[TooShortError] = []
+        for cell in (cell for cell in self._cells if cell.at["length"] == min(self.settings.lengths)):
+            for sample in range(cell.samples):
+                try:
+                    self._question(cell, sample)
+                except TooShortError as error:
+                    errors.append(error)
+        if errors:
+            raise max(errors, key=lambda error: error.needed)
 
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
         questions = [self._question(*item.content) for item in items]
@@ -155,11 +165,21 @@ class LongTextTask(Task[Settings]):
             found += [*sentences, *part]
         return [*found, *filler.cut_sentences(room - filled), *parts[-1]]
 
-    def too_short(self, length: int, *, needed: int) -> EvaluationError:
+    def too_short(self, length: int, *, needed: int) -> "TooShortError":
         """Makes the error of a length that cannot hold what it must."""
-        return EvaluationError(
-            f"{self.name}.lengths has {length}, but what such a text must hold takes {needed} tokens; give longer ones"
+        return TooShortError(
+            f"{self.name}.lengths has {length}, but what such a text must hold takes up to {needed} tokens; "
+            "give longer ones",
+            needed=needed,
         )
+
+
+class TooShortError(EvaluationError):
+    """A length that cannot hold what a text of the task must; `needed` counts the tokens of that."""
+
+    def __init__(self, sentence: str, *, needed: int) -> None:
+        super().__init__(sentence)
+        self.needed = needed
 
 
 class Filler:

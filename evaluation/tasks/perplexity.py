@@ -1,6 +1,7 @@
 """Perplexity by whole contexts: the same text cut into windows of several lengths, each read from nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,8 +29,8 @@ class Perplexity(Task[PerplexitySettings]):
     """The perplexity of one text at several lengths of context.
 
     Documents follow each other as in training. The text is cut into windows that do not overlap; a window of a length
-    has one token more, the first, which is read and not predicted. Every length predicts the same tokens, so that
-    nothing but context differs.
+    has one token more, the first, which is read and not predicted. Lengths that divide the longest predict the same
+    tokens, so that nothing but context differs.
     """
 
     name: ClassVar[str] = "perplexity"
@@ -71,10 +72,18 @@ class Perplexity(Task[PerplexitySettings]):
         ]
 
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        length = items[0].content[0]
-        texts = [self._tokens[start : start + length + 1] for _, start in (item.content for item in items)]
-        found = measure(self.model, texts, tick, ends=ends_until(length))
-        return [{"length": length, **record} for record in found]
+        length, ends = items[0].content[0], ends_until(items[0].content[0])
+        starts = [start for _, start in (item.content for item in items)]
+        sums = measure(self.model, [self._tokens[start : start + length + 1] for start in starts], tick, ends=ends)
+        size = self._bytes_until
+        return [
+            {"length": length, "nats": nats, "bytes": [int(size[start + end] - size[start]) for end in ends]}
+            for start, nats in zip(starts, sums, strict=True)
+        ]
+
+    @cached_property
+    def _bytes_until(self) -> np.ndarray:
+        return self.model.bytes_until(self._tokens.tolist())
 
     def outcome(self, records: Sequence[Mapping[str, Any]]) -> Outcome:
         scores, lines, details = [], [], []

@@ -58,8 +58,8 @@ class Phonebook(LongTextTask[PhonebookSettings]):
             room -= len(line)
         else:
             raise EvaluationError(
-                f"{self.name}.lengths has {length}, but all {_NAMES} names and numbers take {length - room} tokens; give "
-                "shorter ones"
+                f"{self.name}.lengths has {length}, but all {_NAMES} names and numbers take {length - room} tokens; "
+                "give shorter ones"
             )
         draw.shuffle(lines)
         # What is left is less than a line: the book begins in the middle of one.

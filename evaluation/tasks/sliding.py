@@ -81,8 +81,13 @@ class Sliding(Task[SlidingSettings]):
         return [Item(str(number), len(text), content=text) for number, text in enumerate(self._texts)]
 
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        texts = [item.content.astype(np.int64) for item in items]
-        return measure(self.model, texts, tick, ends=ends_until(self.settings.length))
+        texts, ends = [item.content.astype(np.int64) for item in items], ends_until(self.settings.length)
+        sums = measure(self.model, texts, tick, ends=ends)
+        sizes = [self.model.bytes_until(text.tolist()) for text in texts]
+        return [
+            {"nats": nats, "bytes": [int(size[end] - size[0]) for end in ends]}
+            for size, nats in zip(sizes, sums, strict=True)
+        ]
 
     def outcome(self, records: Sequence[Mapping[str, Any]]) -> Outcome:
         ends, scores = ends_until(self.settings.length), []
