@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sambalm.model.hf.stream import Scores
 from sambalm.pretrain.generation.text import TextStream
 
 _PROBE = "The grass is green.\nKey: 12345; def f(x):\n    return x ** 2  # caf\u00e9, \u6f22\u5b57 \U0001f600\t<s>"
@@ -26,16 +27,12 @@ class Reader(ABC):
     logits: Tensor | None
 
     @abstractmethod
-    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Scores:
         """Reads further tokens of every row, in pieces, with the state carried from piece to piece.
 
         Args:
             ids: int64 [B, S], on any device.
             progress: is told the tokens of each piece, of all rows.
-
-        Returns:
-            natural logarithms of the tokens' probabilities after those before them, fp32 [B, S]; nan for the first
-            token of all.
         """
 
     @abstractmethod
@@ -74,6 +71,7 @@ class LanguageModel(ABC):
         identity: what it is.
         vocab_size: ids are below it.
         eos_ids: the tokens that end a text. `end_id` is the one that documents of training data end with, if any.
+        begin_ids: what its tokenizer puts before a text.
         max_tokens: how many it can read, None for no limit.
     """
 
@@ -81,6 +79,7 @@ class LanguageModel(ABC):
     vocab_size: int
     eos_ids: frozenset[int]
     end_id: int | None
+    begin_ids: list[int]
     max_tokens: int | None
     device: torch.device
 
@@ -114,6 +113,10 @@ class LanguageModel(ABC):
     def tokenizer_hash(self) -> str:
         """Returns a hexadecimal SHA-256 that another tokenizer would change: of the ids of a text of many kinds."""
         return hashlib.sha256(json.dumps(self.encode(_PROBE)).encode()).hexdigest()
+
+    def encode_first(self, text: str) -> list[int]:
+        """Returns the ids of a text that nothing stands before, with what the tokenizer puts there."""
+        return [*self.begin_ids, *self.encode(text)]
 
     def encode_next(self, text: str) -> list[int]:
         """Returns the ids of a text that follows another one, which it must be parted from by a space or a newline."""

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
-from sambalm.model.hf.stream import fingerprint
+from sambalm.model.hf.stream import Scores, fingerprint, scores_of
 from sambalm.pretrain.errors import one_sentence
 from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
 
@@ -41,7 +41,7 @@ class CausalLM(LanguageModel):
             DataError: the file is no tokenizer.
         """
         disable_progress_bar()  # transformers' own, for loading a few files
-        self._encode, self._new_text, self.end_id = _tokenizer(path, tokenizer)
+        self._encode, self._new_text, self.end_id, self.begin_ids = _tokenizer(path, tokenizer)
         self.model = _model(path, dtype=dtype).to(device).eval()
         self.device = device
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
@@ -71,9 +71,11 @@ class CausalLM(LanguageModel):
         count = min(_PROBE_TOKENS, self.max_tokens or _PROBE_TOKENS)
         ids = torch.arange(count, device=self.device)[None] * 7919 % self.vocab_size
         whole, pieces = self.new_reader(1), self.new_reader(1)
-        expected = whole.score(ids)[:, 1:]
-        found = torch.cat([pieces.score(ids[:, :9]), pieces.score(ids[:, 9:16]), pieces.score(ids[:, 16:])], dim=1)
-        return bool((found[:, 1:] - expected).abs().max() < _PROBE_TOLERANCE)
+        expected = whole.score(ids).log_likelihoods
+        found = torch.cat(
+            [pieces.score(piece).log_likelihoods for piece in ids.split([9, 7, count - 16], dim=1)], dim=1
+        )
+        return bool((found - expected)[:, 1:].abs().max() < _PROBE_TOLERANCE)
 
 
 class _CacheReader(Reader):
@@ -87,19 +89,24 @@ class _CacheReader(Reader):
         self.logits: Tensor | None = None
 
     @torch.no_grad()
-    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Scores:
         scores = []
         for piece in self._pieces(ids):
             before = self.logits
-            logits = self._forward(piece).float()
-            if before is None:
-                first = torch.full((self._rows, 1), float("nan"), device=piece.device)
-            else:
-                first = _log_likelihoods(before.float()[:, None], piece[:, :1])
-            scores += [first, _log_likelihoods(logits[:, :-1], piece[:, 1:])]
+            logits = self._forward(piece)
+            scores += [self._first(before, piece), scores_of(logits[:, :-1], piece[:, 1:])]
             if progress:
                 progress(piece.numel())
-        return torch.cat(scores, dim=1)
+        likelihoods, is_likeliest = zip(*scores, strict=True)
+        return Scores(torch.cat(likelihoods, dim=1), torch.cat(is_likeliest, dim=1))
+
+    @staticmethod
+    def _first(before: Tensor | None, piece: Tensor) -> Scores:
+        """Returns the scores of a piece's first token by the logits of the piece before, [B, 1] each."""
+        if before is not None:
+            return scores_of(before[:, None], piece[:, :1])
+        unknown = torch.full(piece[:, :1].shape, float("nan"), device=piece.device)
+        return Scores(unknown, torch.zeros_like(unknown, dtype=torch.bool))
 
     @torch.no_grad()
     def read(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
@@ -138,12 +145,6 @@ class _CacheReader(Reader):
         return outputs.logits
 
 
-def _log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
-    """Natural logarithms of the ids' probabilities: logits [B, S, V], ids [B, S]; fp32 [B, S]."""
-    flat = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
-    return -flat.view(ids.shape)
-
-
 def _model(path: Path, *, dtype: torch.dtype | None) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -158,11 +159,11 @@ def _model(path: Path, *, dtype: torch.dtype | None) -> Any:
 
 def _tokenizer(
     path: Path, file: Path | None
-) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int | None]:
-    """Returns how text is encoded, how ids become text, and the token that ends a text, if any."""
+) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int | None, list[int]]:
+    """Returns how text is encoded, how ids become text, the token that ends one if any, and what is put before one."""
     if file is not None:
         own = load_tokenizer(file)
-        return own.encode, training_text(own), own.eos_id if own.eos_id >= 0 else None
+        return own.encode, training_text(own), own.eos_id if own.eos_id >= 0 else None, []
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
@@ -175,7 +176,8 @@ def _tokenizer(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    return encode, huggingface_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id
+    begin = [number for number in tokenizer.encode("") if number != tokenizer.eos_token_id]
+    return encode, huggingface_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id, begin
 
 
 def _ends_of_text(model: Any) -> frozenset[int]:

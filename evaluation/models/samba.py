@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
 from sambalm.model.hf import Stream
-from sambalm.model.hf.stream import fingerprint
+from sambalm.model.hf.stream import Scores, fingerprint
 from sambalm.pretrain.generation.source import Source
 from sambalm.pretrain.generation.text import TextStream
 
@@ -22,6 +22,7 @@ class SambaModel(LanguageModel):
         self.device = source.model.device
         self.vocab_size = source.model.config.vocab_size
         self.eos_ids = source.eos_ids
+        self.begin_ids = source.encode("")
         self.end_id = min(source.eos_ids, default=None)
         self.identity = Identity(
             path=str(path),
@@ -37,7 +38,7 @@ class SambaModel(LanguageModel):
         return _StreamReader(Stream(self._source.model, rows=rows))
 
     def encode(self, text: str) -> list[int]:
-        return self._source.encode(text)
+        return self._source.encode(text)[len(self.begin_ids) :]
 
     def new_text(self) -> TextStream:
         return self._source.new_text()
@@ -51,7 +52,7 @@ class _StreamReader(Reader):
     def logits(self) -> Tensor | None:  # type: ignore[override]  # the stream's own
         return self._stream.logits
 
-    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Scores:
         return self._stream.score(ids, progress=_by_piece(progress, rows=len(ids)))
 
     def read(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:

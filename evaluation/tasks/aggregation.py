@@ -49,7 +49,7 @@ class Aggregation(LongTextTask[AggregationSettings]):
         words = sorted(set(ADJECTIVES + NOUNS))
         draw.shuffle(words)
         common, others = words[: settings.common], words[settings.common :]
-        begin = self.model.encode(f"Count how often each word stands in a list.{_EXAMPLE}\nList:")
+        begin = self.model.encode_first(f"Count how often each word stands in a list.{_EXAMPLE}\nList:")
         asked = f"\nQuestion: Which {len(common)} words are most frequent in the list?\nAnswer:"
         end = self.model.encode_next(asked)
         room = length - len(begin) - len(end)

@@ -40,7 +40,7 @@ def measure(
     sums = torch.zeros(len(texts), len(ends), dtype=torch.float64)
     before = 0
     for segment in ids.split(_SEGMENT_TOKENS, dim=1):
-        nats = -reader.score(segment, progress=tick).double().cpu()
+        nats = -reader.score(segment, progress=tick).log_likelihoods.double().cpu()
         if before == 0:
             nats[:, 0] = 0
         running = nats.cumsum(dim=1)

@@ -57,7 +57,9 @@ class Needles(LongTextTask[NeedlesSettings]):
         many = "numbers" if len(values) > 1 else "number"
         end = f"\nQuestion: What {_verb(values)} the {many} of the {_listed(things)} in the text above?\nAnswer:"
         parts = [
-            self.model.encode("The text below gives numbers to things. Remember them; you will be asked for them.\n"),
+            self.model.encode_first(
+                "The text below gives numbers to things. Remember them; you will be asked for them.\n"
+            ),
             *(self.model.encode_next(needle) for needle in needles),
             self.model.encode_next(f"{end} The {many} of the {_listed(things)} {_verb(values)}"),
         ]

@@ -55,7 +55,7 @@ class Passkey(LongTextTask[PasskeySettings]):
     def question(self, cell: Cell, draw: random.Random) -> Question:
         key, depth = str(draw.randint(_LOWEST, _HIGHEST)), float(cell.at["depth"])
         parts = [
-            self.model.encode(_TASK),
+            self.model.encode_first(_TASK),
             self.model.encode_next("\n" + _KEY.format(key=key)),
             self.model.encode_next("\n" + _QUESTION),
         ]

@@ -47,7 +47,7 @@ class Phonebook(LongTextTask[PhonebookSettings]):
         name, number = asked[_SHOTS]
         end = self.model.encode_next(f"\n\nNumbers from the phonebook above:{shots}\n{name}:")
         lines = [self._line(*entry) for entry in asked]
-        room = length - len(end) - sum(map(len, lines))
+        room = length - len(self.model.begin_ids) - len(end) - sum(map(len, lines))
         if room < 0:
             raise self.too_short(length, needed=length - room)
         for other in numbers:
@@ -64,7 +64,7 @@ class Phonebook(LongTextTask[PhonebookSettings]):
         draw.shuffle(lines)
         # What is left is less than a line: the book begins in the middle of one.
         cut = line[len(line) - room :] if room else []
-        ids = [*cut, *(token for entry in lines for token in entry), *end]
+        ids = [*self.model.begin_ids, *cut, *(token for entry in lines for token in entry), *end]
         return Question(ids, [number], self.new_tokens(number))
 
     def _line(self, name: str, number: str) -> Ids:

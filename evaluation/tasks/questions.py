@@ -55,7 +55,7 @@ class Questions(LongTextTask[QuestionsSettings]):
             return draw.choice([_work(other, elsewhere), _place(elsewhere, draw.choice(CITIES))])
 
         parts = [
-            self.model.encode("Read these facts about people; a question about them follows.\n"),
+            self.model.encode_first("Read these facts about people; a question about them follows.\n"),
             *(self.model.encode_next(fact) for fact in facts),
             self.model.encode_next(f"\nQuestion: {asked}"),
         ]

@@ -45,7 +45,9 @@ class Variables(LongTextTask[VariablesSettings]):
             f"{''.join(_assignments(example_names, example_value))}{_ask(example_value)} {' '.join(example_names)}"
         )
         parts = [
-            self.model.encode(f"Assignments of variables are hidden in a text. An example:{example}\n\nThe text:"),
+            self.model.encode_first(
+                f"Assignments of variables are hidden in a text. An example:{example}\n\nThe text:"
+            ),
             *(self.model.encode_next(line) for line in mixed),
             self.model.encode_next(_ask(values[0])),
         ]

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,18 @@ FORMAT = "sambalm stream 1"
 SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
 _SLIDING = LAYER_TYPES["*"]
 _EXTRA = "extra."
+
+
+class Scores(NamedTuple):
+    """How likely tokens were, each after those before it.
+
+    Args:
+        log_likelihoods: natural logarithms of their probabilities, fp32 [B, S]; nan for the first token of all.
+        is_likeliest: whether each was the likeliest of the vocabulary, bool [B, S]; False for the first token of all.
+    """
+
+    log_likelihoods: Tensor
+    is_likeliest: Tensor
 
 
 class Stream:
@@ -88,33 +100,30 @@ class Stream:
         return self._last_logits()
 
     @torch.no_grad()
-    def score(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """Reads further tokens as `read` does, and tells how likely each was after those before it.
-
-        Returns:
-            natural logarithms of probabilities, fp32 [B, S] on the model's device. They are nan for the first token of
-            rows that had read none.
-        """
+    def score(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Scores:
+        """Reads further tokens as `read` does, and tells how likely each was after those before it."""
         self._check(ids)
-        scores = torch.empty(ids.shape, dtype=torch.float32, device=self.model.device)
+        device = self.model.device
+        likelihoods = torch.full(ids.shape, float("nan"), dtype=torch.float32, device=device)
+        is_likeliest = torch.zeros(ids.shape, dtype=torch.bool, device=device)
         for start in range(0, ids.shape[1], PIECE_TOKENS):
             piece = ids[:, start : start + PIECE_TOKENS].to(self.model.device)
             positions = self._positions + torch.arange(piece.shape[1], device=piece.device)
             before = self.logits
             hidden = self._advance(piece, positions)
-            first = torch.full((self.rows,), float("nan")) if before is None else _log_likelihoods(before, piece[:, 0])
-            scores[:, start] = first
+            if before is not None:
+                likelihoods[:, start], is_likeliest[:, start] = scores_of(before, piece[:, 0])
             at_once = max(1, _LOGIT_BYTES // (4 * self.rows * self.model.config.vocab_size))
             for begin in range(0, piece.shape[1], at_once):
                 logits = self.model.lm_head(hidden[:, begin : begin + at_once])
                 next_ids = piece[:, begin + 1 : begin + 1 + logits.shape[1]]
-                place = start + begin + 1
-                scored = _log_likelihoods(logits[:, : next_ids.shape[1]], next_ids)
-                scores[:, place : place + next_ids.shape[1]] = scored
+                places = slice(start + begin + 1, start + begin + 1 + next_ids.shape[1])
+                scored = scores_of(logits[:, : next_ids.shape[1]], next_ids)
+                likelihoods[:, places], is_likeliest[:, places] = scored
             self.logits = logits[:, -1].clone()  # not a view, which would keep the others
             if progress:
                 progress(min(start + PIECE_TOKENS, ids.shape[1]), ids.shape[1])
-        return scores
+        return Scores(likelihoods, is_likeliest)
 
     def _check(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
@@ -278,10 +287,10 @@ def _filled_cache(config: SambaConfig, tensors: Mapping[str, Tensor], *, seen_to
     return cache
 
 
-def _log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
-    """Natural logarithms of the ids' probabilities: logits [..., V], ids [...], fp32 [...]."""
+def scores_of(logits: Tensor, ids: Tensor) -> Scores:
+    """Returns the scores of ids [...] by logits [..., V]."""
     flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
-    return -flat.view(ids.shape)
+    return Scores(-flat.view(ids.shape), logits.argmax(dim=-1) == ids)
 
 
 def _forget_keys(cache: Any, config: SambaConfig) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
+from sambalm.model.hf.stream import Scores
 from sambalm.pretrain.generation.text import TextStream, training_text
 
 
@@ -14,6 +15,7 @@ class Oracle(LanguageModel):
     """Says `answer(text)` after a text."""
 
     max_tokens = None
+    begin_ids: list[int] = []  # noqa: RUF012
     device = torch.device("cpu")
 
     def __init__(self, tokenizer: Tokenizer, answer: Callable[[str], str]) -> None:
@@ -37,7 +39,7 @@ class _Reader(Reader):
     def __init__(self, model: Oracle, rows: int) -> None:
         self._model, self._rows, self._number = model, rows, 0
 
-    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+    def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Scores:
         raise NotImplementedError
 
     def read(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:

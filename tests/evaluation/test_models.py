@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sambalm.evaluation.errors import EvaluationError
@@ -41,7 +43,9 @@ def test_scores_and_greedy_text_are_those_of_transformers(kind, hf_folders):
     reference = AutoModelForCausalLM.from_pretrained(hf_folders[kind])
     expected = reference(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     reader, told = model.new_reader(2), []
-    scores = torch.cat([reader.score(ids[:, :20], progress=told.append), reader.score(ids[:, 20:])], dim=1)
+    first, second = reader.score(ids[:, :20], progress=told.append), reader.score(ids[:, 20:])
+    scores, is_likeliest = (torch.cat(parts, dim=1) for parts in zip(first, second, strict=True))
+    assert torch.equal(is_likeliest[:, 1:], reference(ids).logits.argmax(-1)[:, :-1] == ids[:, 1:])
     assert scores[:, 0].isnan().all()
     torch.testing.assert_close(scores[:, 1:], expected, atol=2e-5, rtol=2e-5)
     assert sum(told) == 40
@@ -82,6 +86,20 @@ def test_text_is_that_of_the_tokenizer(kind, hf_folders, tokens):
     own = opened(hf_folders[kind], tokenizer=tokens.parent / "tokenizer.model")
     assert own.encode(TEXT) == ids
     assert own.tokenizer_hash() == model.tokenizer_hash()
+
+
+@pytest.mark.parametrize("kind", ["samba", "llama"])
+def test_what_the_tokenizer_puts_before_a_text_stands_there_once(kind, hf_folders, tmp_path):
+    folder = tmp_path / kind
+    shutil.copytree(hf_folders[kind], folder)
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.save(str(folder / "tokenizer.json"))
+    model, without = opened(folder), opened(hf_folders[kind])
+    assert (model.begin_ids, without.begin_ids) == ([1], [])
+    assert model.encode(TEXT) == without.encode(TEXT)
+    assert model.encode_first(TEXT) == [1, *without.encode_first(TEXT)]
+    assert model.encode_next(" is 12") == without.encode_next(" is 12")
 
 
 @pytest.mark.parametrize("kind", ["samba", "llama"])
