@@ -23,6 +23,7 @@ class Lines:
 
     Args:
         limits: of y, None for those of the points.
+        log_y: whether y has a logarithmic scale too.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Lines:
     y_name: str
     x_name: str = "tokens"
     limits: tuple[float, float] | None = None
+    log_y: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def _draw_lines(plot: Lines, axes: "object") -> None:
     ticks = ticks[:: math.ceil(len(ticks) / 12)] if ticks else []
     axes.set_xticks(ticks, [shown_tokens(int(tick)) for tick in ticks])
     axes.minorticks_off()
+    if plot.log_y:
+        axes.set_yscale("log")
     axes.set(xlabel=plot.x_name, ylabel=plot.y_name)
     if plot.limits:
         axes.set_ylim(*plot.limits)

@@ -72,13 +72,13 @@ def table(result: Result) -> Table:
     where = model.path if model.step is None else f"{model.path}, step {model.step}"
     keys = list(dict.fromkeys(key for score in result.scores for key in score.at))
     shown = Table("score", *keys, title=f"{result.task}: {where}", caption=_caption(result))
-    for name in ("value", "standard error", "chance", "items"):
+    has_chance = any(score.chance is not None for score in result.scores)
+    for name in ("value", "standard error", *(["chance"] if has_chance else []), "items"):
         shown.add_column(name, justify="right")
     for score in result.scores:
         at = [_shown_key(key, score.at.get(key)) for key in keys]
-        shown.add_row(
-            score.name, *at, _shown(score.value), _shown(score.standard_error), _shown(score.chance), f"{score.items:,}"
-        )
+        chance = [_shown(score.chance)] if has_chance else []
+        shown.add_row(score.name, *at, _shown(score.value), _shown(score.standard_error), *chance, f"{score.items:,}")
     return shown
 
 

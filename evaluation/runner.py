@@ -68,7 +68,7 @@ def evaluate(plan: Plan, surroundings: Surroundings, *, bar: Bar) -> Iterator[Re
 
 
 def _refuse_long_items(task: Task, items: Sequence[Item], surroundings: Surroundings) -> None:
-    limit, longest = surroundings.model.max_tokens, max(item.tokens for item in items)
+    limit, longest = surroundings.model.max_tokens, max(item.tokens // item.rows for item in items)
     if limit is not None and longest > limit:
         raise EvaluationError(
             f"{task.name} reads {longest} tokens at once, but {surroundings.model.identity.path} has learned positions "

@@ -23,11 +23,13 @@ class Item:
     Args:
         id: names it within the task.
         tokens: that the model reads for it; items of as many in a row are measured together.
+        rows: texts that these are tokens of, all of one length.
         content: what the task measures it by.
     """
 
     id: str
     tokens: int
+    rows: int = 1
     content: Any = None
 
 

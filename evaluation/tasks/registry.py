@@ -14,10 +14,12 @@ from sambalm.evaluation.tasks.perplexity import Perplexity
 from sambalm.evaluation.tasks.phonebook import Phonebook
 from sambalm.evaluation.tasks.questions import Questions
 from sambalm.evaluation.tasks.sliding import Sliding
+from sambalm.evaluation.tasks.throughput import Throughput
 from sambalm.evaluation.tasks.variables import Variables
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Perplexity, Sliding, Passkey, Phonebook, Needles, Variables, Aggregation, Questions)
+    task.name: task
+    for task in (Perplexity, Sliding, Passkey, Phonebook, Needles, Variables, Aggregation, Questions, Throughput)
 }
 DATA = "data"
 
