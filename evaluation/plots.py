@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sambalm.evaluation.settings import shown_tokens
 
@@ -46,7 +47,26 @@ class HeatMap:
     column_name: str
 
 
-Plot = Lines | HeatMap
+@dataclass(frozen=True)
+class Bar:
+    """A value between 0 and 1 with its error and with what chance gives, where these are known."""
+
+    name: str
+    value: float
+    error: float | None
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Values by name."""
+
+    title: str
+    bars: Sequence[Bar]
+    x_name: str
+
+
+Plot = Lines | HeatMap | Bars
 
 
 def draw(plot: Plot, path: Path) -> None:
@@ -59,6 +79,8 @@ def draw(plot: Plot, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     if isinstance(plot, Lines):
         _draw_lines(plot, axes)
+    elif isinstance(plot, Bars):
+        _draw_bars(plot, axes)
     else:
         image = axes.imshow(
             [[math.nan if value is None else value for value in row] for row in plot.values],
@@ -76,10 +98,21 @@ def draw(plot: Plot, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_lines(plot: Lines, axes: "object") -> None:
-    from matplotlib.axes import Axes
+def _draw_bars(plot: Bars, axes: Any) -> None:
+    names = [bar.name for bar in plot.bars]
+    axes.barh(names, [bar.value for bar in plot.bars], xerr=[bar.error or 0.0 for bar in plot.bars], color="C0")
+    named = False
+    for place, bar in enumerate(plot.bars):
+        if bar.chance is not None:
+            axes.plot([bar.chance] * 2, [place - 0.4, place + 0.4], color="C3", label=None if named else "chance")
+            named = True
+    axes.set(xlabel=plot.x_name, xlim=(0, 1))
+    axes.invert_yaxis()
+    if any(bar.chance is not None for bar in plot.bars):
+        axes.legend()
 
-    assert isinstance(axes, Axes)
+
+def _draw_lines(plot: Lines, axes: Any) -> None:
     for line in plot.lines:
         x, y = [point[0] for point in line.points], [point[1] for point in line.points]
         errors = [error or 0.0 for error in line.errors] or None

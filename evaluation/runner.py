@@ -1,7 +1,6 @@
 """Tasks to results: what `sambalm evaluate` does."""
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,14 +104,25 @@ def _measure(
         progress(done, total)
 
     tick(0)
-    for tokens, group in itertools.groupby(waiting, key=lambda item: item.tokens):
-        rows = max(1, batch_tokens // max(1, tokens))
-        same = list(group)
-        for batch in (same[start : start + rows] for start in range(0, len(same), rows)):
-            for part, found, seconds in _in_memory(task, batch, tick):
-                each = seconds / len(part)
-                records.add({i.id: {**record, "seconds": each} for i, record in zip(part, found, strict=True)})
+    for batch in _batches(waiting, batch_tokens=batch_tokens, pads=task.pads):
+        for part, found, seconds in _in_memory(task, batch, tick):
+            each = seconds / len(part)
+            records.add({i.id: {**record, "seconds": each} for i, record in zip(part, found, strict=True)})
     return sum(records.known[item.id]["seconds"] for item in items)
+
+
+def _batches(items: Sequence[Item], *, batch_tokens: int, pads: bool) -> Iterator[list[Item]]:
+    """Yields consecutive items whose rows, all as long as the longest, have no more tokens; one by itself may."""
+    batch: list[Item] = []
+    for item in items:
+        longest = max(part.tokens // part.rows for part in [*batch, item])
+        is_full = sum(part.rows for part in [*batch, item]) * longest > batch_tokens
+        if batch and (is_full or not (pads or item.tokens == batch[0].tokens)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 def _in_memory(

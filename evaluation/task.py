@@ -91,12 +91,14 @@ class Task(ABC, Generic[Settings]):
         version: changes whenever other items or another way of measuring make old records useless.
         summary: one line for the list of tasks.
         schema: the keys of its settings.
+        pads: whether items of different lengths are measured together.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     summary: ClassVar[str]
     schema: ClassVar[type[TaskSettings]]
+    pads: ClassVar[bool] = False
 
     def __init__(self, settings: Settings, surroundings: Surroundings) -> None:
         self.settings = settings
@@ -114,7 +116,7 @@ class Task(ABC, Generic[Settings]):
 
     @abstractmethod
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        """Measures items of equal `tokens` together.
+        """Measures items together, of equal `tokens` unless the task pads.
 
         Args:
             tick: is told tokens that the model has read.

@@ -72,6 +72,7 @@ class LanguageModel(ABC):
         vocab_size: ids are below it.
         eos_ids: the tokens that end a text. `end_id` is the one that documents of training data end with, if any.
         begin_ids: what its tokenizer puts before a text.
+        begin_id: the token that it names as the one that begins a text, if any, whether it puts it there or not.
         max_tokens: how many it can read, None for no limit.
     """
 
@@ -80,6 +81,7 @@ class LanguageModel(ABC):
     eos_ids: frozenset[int]
     end_id: int | None
     begin_ids: list[int]
+    begin_id: int | None
     max_tokens: int | None
     device: torch.device
 

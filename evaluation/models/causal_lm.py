@@ -7,22 +7,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.base import Identity, LanguageModel, Reader
+from sambalm.evaluation.models.folder_tokenizer import FolderTokenizer, first_line, folder_tokenizer
 from sambalm.model.hf.stream import Scores, fingerprint, scores_of
-from sambalm.pretrain.errors import one_sentence
-from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
+from sambalm.pretrain.generation.text import TextStream
 
 _PIECE_TOKENS = 2048
 _LOGIT_BYTES = 1 << 28  # of the logits of a piece in fp32
 _PROBE_TOKENS, _PROBE_TOLERANCE = 24, 0.05  # nats
 
 
-class CausalLM(LanguageModel):
+class _WithFolderTokenizer(LanguageModel):
+    def _take(self, tokenizer: FolderTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.end_id, self.begin_ids, self.begin_id = tokenizer.end_id, tokenizer.begin_ids, tokenizer.begin_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def new_text(self) -> TextStream:
+        return self._tokenizer.new_text()
+
+
+class CausalLM(_WithFolderTokenizer):
     """A model of transformers with its tokenizer.
 
     `carries_state` tells whether pieces are read as a whole text is. Some models with recurrent layers lose their state
@@ -41,7 +52,7 @@ class CausalLM(LanguageModel):
             DataError: the file is no tokenizer.
         """
         disable_progress_bar()  # transformers' own, for loading a few files
-        self._encode, self._new_text, self.end_id, self.begin_ids = _tokenizer(path, tokenizer)
+        self._take(folder_tokenizer(path, tokenizer))
         self.model = _model(path, dtype=dtype).to(device).eval()
         self.device = device
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
@@ -60,12 +71,6 @@ class CausalLM(LanguageModel):
     def new_reader(self, rows: int) -> Reader:
         return _CacheReader(self, rows)
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode(text)
-
-    def new_text(self) -> TextStream:
-        return self._new_text()
-
     def _reads_pieces_as_a_whole(self) -> bool:
         self.carries_state = True
         count = min(_PROBE_TOKENS, self.max_tokens or _PROBE_TOKENS)
@@ -76,6 +81,17 @@ class CausalLM(LanguageModel):
             [pieces.score(piece).log_likelihoods for piece in ids.split([9, 7, count - 16], dim=1)], dim=1
         )
         return bool((found - expected)[:, 1:].abs().max() < _PROBE_TOLERANCE)
+
+
+class TokenizerOnly(_WithFolderTokenizer):
+    """The tokenizer of a folder, to make texts with."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises EvaluationError where the folder has no tokenizer."""
+        self._take(folder_tokenizer(path, None))
+
+    def new_reader(self, rows: int) -> Reader:
+        raise TypeError("this has no weights")
 
 
 class _CacheReader(Reader):
@@ -152,32 +168,9 @@ def _model(path: Path, *, dtype: torch.dtype | None) -> Any:
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         raise EvaluationError(
-            f"transformers cannot load a causal language model from {path} ({_first_line(error)}); give a whole folder "
+            f"transformers cannot load a causal language model from {path} ({first_line(error)}); give a whole folder "
             "of a model that needs no code of its own"
         ) from error
-
-
-def _tokenizer(
-    path: Path, file: Path | None
-) -> tuple[Callable[[str], list[int]], Callable[[], TextStream], int | None, list[int]]:
-    """Returns how text is encoded, how ids become text, the token that ends one if any, and what is put before one."""
-    if file is not None:
-        own = load_tokenizer(file)
-        return own.encode, training_text(own), own.eos_id if own.eos_id >= 0 else None, []
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if not tokenizer.is_fast:
-            raise ValueError("it cannot be made a tokenizer.json")
-    except Exception as error:  # as above
-        raise EvaluationError(
-            f"the tokenizer in {path} cannot be loaded ({_first_line(error)}); give one with --tokenizer"
-        ) from error
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-    begin = [number for number in tokenizer.encode("") if number != tokenizer.eos_token_id]
-    return encode, huggingface_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id, begin
 
 
 def _ends_of_text(model: Any) -> frozenset[int]:
@@ -198,7 +191,3 @@ def _cache_name(model: Any) -> str:
     """Returns what the model calls its cache; Mamba's has a name of its own."""
     parameters = inspect.signature(model.forward).parameters
     return "cache_params" if "cache_params" in parameters else "past_key_values"
-
-
-def _first_line(error: Exception) -> str:
-    return one_sentence((str(error).strip() or type(error).__name__).split("\n")[0])

@@ -22,6 +22,7 @@ class SambaModel(LanguageModel):
         self.device = source.model.device
         self.vocab_size = source.model.config.vocab_size
         self.eos_ids = source.eos_ids
+        self.begin_id = source.model.config.bos_token_id
         self.begin_ids = source.encode("")
         self.end_id = min(source.eos_ids, default=None)
         self.identity = Identity(

@@ -106,14 +106,14 @@ class LongTextTask(Task[Settings]):
         for cell in (cell for cell in self._cells if cell.at["length"] == min(self.settings.lengths)):
             for sample in range(cell.samples):
                 try:
-                    self._question(cell, sample)
+                    self.numbered_question(cell, sample)
                 except TooShortError as error:
                     errors.append(error)
         if errors:
             raise max(errors, key=lambda error: error.needed)
 
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        questions = [self._question(*item.content) for item in items]
+        questions = [self.numbered_question(*item.content) for item in items]
         prompts = torch.tensor([question.ids for question in questions])
         longest = max(question.max_new_tokens for question in questions)
         found = greedy(self.model, prompts, max_new_tokens=longest, progress=tick)
@@ -136,7 +136,8 @@ class LongTextTask(Task[Settings]):
             scores.append(mean_score("accuracy", [r["score"] for r in own], at=cell.at, chance=cell.chance))
         return Outcome(scores, by_length(scores, title=self.name))
 
-    def _question(self, cell: Cell, sample: int) -> Question:
+    def numbered_question(self, cell: Cell, sample: int) -> Question:
+        """Makes one of the cell's questions, the same each time."""
         question = self.question(cell, random.Random(f"{self.settings.seed} {_name(cell)} {sample}"))
         assert len(question.ids) == cell.at["length"], "texts are of exact lengths"
         return question

@@ -8,18 +8,32 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.settings import TaskSettings, parse_settings
 from sambalm.evaluation.task import Task
 from sambalm.evaluation.tasks.aggregation import Aggregation
+from sambalm.evaluation.tasks.harness import Harness
 from sambalm.evaluation.tasks.needles import Needles
 from sambalm.evaluation.tasks.passkey import Passkey
 from sambalm.evaluation.tasks.perplexity import Perplexity
 from sambalm.evaluation.tasks.phonebook import Phonebook
 from sambalm.evaluation.tasks.questions import Questions
+from sambalm.evaluation.tasks.short import Short
 from sambalm.evaluation.tasks.sliding import Sliding
 from sambalm.evaluation.tasks.throughput import Throughput
 from sambalm.evaluation.tasks.variables import Variables
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Perplexity, Sliding, Passkey, Phonebook, Needles, Variables, Aggregation, Questions, Throughput)
+    for task in (
+        Perplexity,
+        Sliding,
+        Passkey,
+        Phonebook,
+        Needles,
+        Variables,
+        Aggregation,
+        Questions,
+        Short,
+        Harness,
+        Throughput,
+    )
 }
 DATA = "data"
 

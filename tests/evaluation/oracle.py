@@ -16,6 +16,7 @@ class Oracle(LanguageModel):
 
     max_tokens = None
     begin_ids: list[int] = []  # noqa: RUF012
+    begin_id = None
     device = torch.device("cpu")
 
     def __init__(self, tokenizer: Tokenizer, answer: Callable[[str], str]) -> None:

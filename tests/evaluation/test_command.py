@@ -109,6 +109,7 @@ def test_mistakes_end_in_a_sentence(words, sentence, run_dir, sambalm, tmp_path)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(run_dir, sambalm, tmp_path):
     """By SIGKILL, in a process of its own; what was done is not measured again."""
     text = write_jsonl(tmp_path / "text.jsonl", ["one two three four five six\n" * 4000])

@@ -118,17 +118,17 @@ def test_texts_are_of_exact_lengths_and_depend_on_the_seed_alone(name, kind, hf_
     lengths = (600, 601, 602, 603, 1000)
     task, again, other = (task_of(name, model, lengths=lengths, seed=seed) for seed in (0, 0, 1))
     for cell in task.cells():
-        questions = [task._question(cell, sample) for sample in range(2)]
+        questions = [task.numbered_question(cell, sample) for sample in range(2)]
         assert {len(question.ids) for question in questions} == {cell.at["length"]}
         assert questions[0].ids != questions[1].ids
-        assert questions[0] == again._question(cell, 0)
-        assert questions[0].ids != other._question(cell, 0).ids
+        assert questions[0] == again.numbered_question(cell, 0)
+        assert questions[0].ids != other.numbered_question(cell, 0).ids
 
 
 def test_a_key_stands_at_its_depth(tokenizer):
     task = task_of("passkey", Oracle(tokenizer, of_passkey), lengths=[2000], depths=5)
     for cell in task.cells():
-        text = task.model.decode(task._question(cell, 0).ids)
+        text = task.model.decode(task.numbered_question(cell, 0).ids)
         task_end, question = text.index("The grass") if cell.at["depth"] else 0, text.index("\nWhat is")
         place = (text.index("\nThe pass key is") - task_end) / (question - task_end)
         assert abs(place - cell.at["depth"]) < 0.1
@@ -137,7 +137,7 @@ def test_a_key_stands_at_its_depth(tokenizer):
 def test_only_the_last_sentence_before_the_question_is_cut(tokenizer):
     for sample in range(10):
         task = task_of("questions", Oracle(tokenizer, of_questions))
-        book = task.model.decode(task._question(task.cells()[-1], sample).ids).split("\nQuestion")[0]
+        book = task.model.decode(task.numbered_question(task.cells()[-1], sample).ids).split("\nQuestion")[0]
         facts = book.split("\n")[1].removeprefix(" ").split(". ")
         forms = r"(\w+ \w+ works in the shop of the \w+ \w+|The shop of the \w+ \w+ is in \w+)\.?"
         assert [fact for fact in facts[:-1] if not re.fullmatch(forms, fact)] == []

