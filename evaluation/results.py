@@ -10,9 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from sambalm.evaluation.models.base import Identity
-from sambalm.evaluation.plots import Plot
 from sambalm.evaluation.settings import shown_tokens
-from sambalm.evaluation.task import Score
+from sambalm.evaluation.task import Outcome, Score
 from sambalm.pretrain.reporting.durations import duration
 
 FORMAT_VERSION = 1
@@ -31,12 +30,15 @@ class Result:
 
     task: str
     model: Identity
-    scores: Sequence[Score]
-    details: dict[str, Any]
+    outcome: Outcome
     tokens: int
     seconds: float
     folder: Path
-    plot: Plot | None
+
+    @property
+    def scores(self) -> Sequence[Score]:
+        """The rows of the table."""
+        return self.outcome.scores
 
     def as_record(self, protocol: dict[str, Any], digest: str) -> dict[str, Any]:
         """Returns plain values for JSON, in which a number that is not finite is null."""
@@ -49,7 +51,7 @@ class Result:
             "protocol_hash": digest,
             "seed": protocol["settings"].get("seed"),
             "scores": scores,
-            "details": _finite(self.details),
+            "details": _finite(dict(self.outcome.details)),
             "tokens": self.tokens,
             "seconds": self.seconds,
         }

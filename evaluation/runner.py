@@ -16,7 +16,7 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.plots import draw
 from sambalm.evaluation.records import Records, unwritable
 from sambalm.evaluation.results import PLOT, RESULT, Result, package_versions
-from sambalm.evaluation.task import Item, Outcome, Surroundings, Task
+from sambalm.evaluation.task import Item, Surroundings, Task
 from sambalm.evaluation.tasks.registry import TASKS, task_settings
 
 HASH_DIGITS = 12
@@ -62,7 +62,15 @@ def evaluate(plan: Plan, surroundings: Surroundings, *, bar: Bar) -> Iterator[Re
             with bar(task.name) as progress:
                 seconds = _measure(task, items, records, batch_tokens=plan.batch_tokens, progress=progress)
             found = records.of([item.id for item in items])
-        result = _result(task.outcome(found), task, items, seconds=seconds, folder=folder, surroundings=surroundings)
+        tokens = sum(record.get("tokens", item.tokens) for record, item in zip(found, items, strict=True))
+        result = Result(
+            task=task.name,
+            model=surroundings.model.identity,
+            outcome=task.outcome(found),
+            tokens=tokens,
+            seconds=round(seconds, 3),
+            folder=folder,
+        )
         yield _written(result, protocol, digest)
 
 
@@ -147,28 +155,12 @@ def _in_memory(
         yield from _in_memory(task, part, tick)
 
 
-def _result(
-    outcome: Outcome, task: Task, items: Sequence[Item], *, seconds: float, folder: Path, surroundings: Surroundings
-) -> Result:
-    return Result(
-        task=task.name,
-        model=surroundings.model.identity,
-        scores=list(outcome.scores),
-        details=dict(outcome.details),
-        tokens=sum(item.tokens for item in items),
-        seconds=round(seconds, 3),
-        folder=folder,
-        plot=outcome.plot,
-    )
-
-
 def _written(result: Result, protocol: dict[str, Any], digest: str) -> Result:
     """Draws the plot and writes the JSON, which is there once the result is complete."""
     record = result.as_record(protocol, digest) | {"packages": package_versions()}
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     try:
-        if result.plot:
-            draw(result.plot, result.folder / PLOT)
+        draw(result.outcome.plot, result.folder / PLOT)
         with atomic_write(result.folder / RESULT) as file:
             file.write(text.encode())
     except OSError as error:

@@ -122,7 +122,8 @@ class Task(ABC, Generic[Settings]):
             tick: is told tokens that the model has read.
 
         Returns:
-            of each item a record of plain values.
+            of each item a record of plain values. Its key `tokens`, where there is one, stands for those of the item
+            in results.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from sambalm.model.hf.stream import Scores
 from sambalm.pretrain.generation.text import TextStream
 
-_PROBE = "The grass is green.\nKey: 12345; def f(x):\n    return x ** 2  # caf\u00e9, \u6f22\u5b57 \U0001f600\t<s>"
+_PROBE = "The grass is green.\nKey: 12345; def f(x):\n    return x ** 2  # \u00e9t\u00e9, \u6f22\u5b57 \U0001f600\t<s>"
 # The text before one whose ids should be those of a text that goes on: a letter, which joins no space and no newline.
 _BEFORE = "a"
 

@@ -83,10 +83,15 @@ class Harness(Task[HarnessSettings]):
 
         from sambalm.evaluation.harness.model import HarnessModel
 
-        settings = self.settings
+        settings, tokens = self.settings, 0
+
+        def tick(count: int) -> None:
+            nonlocal tokens
+            tokens += count
+
         try:
             found = lm_eval.simple_evaluate(
-                HarnessModel(self.model, batch_tokens=settings.batch_tokens),
+                HarnessModel(self.model, batch_tokens=settings.batch_tokens, tick=tick),
                 tasks=[name],
                 num_fewshot=settings.shots,
                 limit=settings.questions,
@@ -101,7 +106,8 @@ class Harness(Task[HarnessSettings]):
             raise EvaluationError(
                 f"lm-eval cannot run {name} ({one_sentence(error)}); see whether its data is on this machine"
             ) from error
-        return {"results": found["results"], "counts": {task: n["effective"] for task, n in found[_NUMBER].items()}}
+        counts = {task: number["effective"] for task, number in found[_NUMBER].items()}
+        return {"results": found["results"], "counts": counts, "tokens": tokens}
 
     def outcome(self, records: Sequence[Mapping[str, Any]]) -> Outcome:
         scores = [

@@ -14,7 +14,7 @@ FIRST_NAMES = _words(
 )
 LAST_NAMES = _words(
     "Adler Baker Berg Blum Brown Carter Chen Cohen Costa Dahl Diaz Dorn Ellis Falk Fischer Flynn Fox Garcia Gold "
-    "Grant Green Gruber Haas Hall Hart Hill Hoffman Holm Ibsen Jansen Jones Keller King Klein Kumar Lang Lee Lopez "
+    "Grant Green Gruber Haas Hall Hartmann Hill Hoffman Holm Ibsen Jansen Jones Keller King Klein Kumar Lang Lee Lopez "
     "Lund Mayer Meyer Moore Moreau Nagy Novak Olsen Park Petrov Quinn Reed Rossi Sato Silva Stein Stone Tanaka "
     "Turner Weber Wolf Young"
 )

@@ -121,6 +121,7 @@ def test_scores_are_those_of_hflm_on_the_same_items(kind, lm_eval, hf_folders, i
     accuracy = found["local_choice", "acc"]
     assert accuracy.standard_error == pytest.approx(expected["local_choice"]["acc_stderr,none"], rel=1e-4)
     assert accuracy.items == 40
+    assert result.tokens > 40 * 3 * 4
     assert 0 < accuracy.value < 1
     assert math.isfinite(found["local_rolling", "bits_per_byte"].value)
 

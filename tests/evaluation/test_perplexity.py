@@ -70,7 +70,7 @@ def test_every_length_predicts_the_same_tokens(kind, hf_folders, text_file, tmp_
         error = math.exp(mean) * means.std().item() / math.sqrt(len(windows))
         assert score.standard_error == pytest.approx(error, rel=1e-4)
         assert (score.items, score.chance) == (192 // length, 384)
-    (positions,) = [part["positions"] for part in result.details["by_position"] if part["length"] == 48]
+    (positions,) = [part["positions"] for part in result.outcome.details["by_position"] if part["length"] == 48]
     assert [(part["from"], part["to"]) for part in positions] == [
         (1, 1),
         (2, 2),
@@ -109,7 +109,7 @@ def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_f
     for end in (32, 64, 128, 150):
         mean = torch.stack([nats_of(path, text)[:end].mean() for text in texts]).mean().item()
         assert values(result, "perplexity")[end] == pytest.approx(math.exp(mean), rel=1e-5)
-    assert [part["to"] for part in result.details["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128, 150]
+    assert [part["to"] for part in result.outcome.details["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128, 150]
 
 
 def test_joined_documents_are_texts_in_a_row(hf_folders, text_file, tmp_path):
