@@ -39,7 +39,8 @@ def documents(data: Sequence[str], surroundings: Surroundings, *, of: str) -> It
         assert run is not None
         config = run.data.model_copy(update={"cache_dir": str(surroundings.cache_dir), "verify": False})
         for source in open_sources(config):
-            yield from _checked(source.stream(held_out=True).documents(), model, name=source.prefix)
+            found = source.stream(held_out=True).documents()
+            yield from _of_the_model(found, model, prefix=source.prefix)
         return
     for name in data:
         yield from _shards(name, surroundings) if _is_prefix(name) else _texts(name, model)
@@ -68,9 +69,14 @@ def _shards(prefix: str, surroundings: Surroundings) -> Iterator[np.ndarray]:
     (source,) = open_sources(config)
     parts = (source.stream(held_out=held_out).documents() for held_out in (False, True))
     found = (document for part in parts for document in part)
-    for number, ids in enumerate(_checked(found, surroundings.model, name=prefix)):
+    yield from _of_the_model(found, surroundings.model, prefix=prefix)
+
+
+def _of_the_model(found: Iterator[np.ndarray], model: LanguageModel, *, prefix: str) -> Iterator[np.ndarray]:
+    """Yields documents of shards, which are refused where another tokenizer made them."""
+    for number, ids in enumerate(_checked(found, model, name=prefix)):
         if number == 0:
-            _refuse_other_tokenizer(prefix, ids, surroundings.model)
+            _refuse_other_tokenizer(prefix, ids, model)
         yield ids
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sambalm.evaluation.errors import EvaluationError
 from sambalm.model.hf.stream import Scores
 from sambalm.pretrain.generation.text import TextStream
 
@@ -90,8 +91,23 @@ class LanguageModel(ABC):
         """Returns a reader that has read nothing."""
 
     @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a text as `encode` does, whether the model knows them or not."""
+
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without tokens that only begin or end one."""
+        """Returns the ids of a text, without tokens that only begin or end one.
+
+        Raises:
+            EvaluationError: the tokenizer is not the model's.
+        """
+        ids = self.tokenize(text)
+        highest = max(ids, default=0)
+        if highest >= self.vocab_size:
+            raise EvaluationError(
+                f"the tokenizer gives the id {highest}, but {self.identity.path} knows ids below {self.vocab_size}; "
+                "give the tokenizer that it was trained with"
+            )
+        return ids
 
     @abstractmethod
     def new_text(self) -> TextStream:

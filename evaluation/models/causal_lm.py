@@ -1,6 +1,7 @@
 """Any causal language model that transformers loads without executing code from its folder, to compare with."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class _WithFolderTokenizer(LanguageModel):
         self._tokenizer = tokenizer
         self.end_id, self.begin_ids, self.begin_id = tokenizer.end_id, tokenizer.begin_ids, tokenizer.begin_id
 
-    def encode(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
     def new_text(self) -> TextStream:
@@ -89,6 +90,7 @@ class TokenizerOnly(_WithFolderTokenizer):
     def __init__(self, path: Path) -> None:
         """Raises EvaluationError where the folder has no tokenizer."""
         self._take(folder_tokenizer(path, None))
+        self.vocab_size = sys.maxsize  # of a model that nobody has named
 
     def new_reader(self, rows: int) -> Reader:
         raise TypeError("this has no weights")

@@ -38,7 +38,7 @@ class SambaModel(LanguageModel):
     def new_reader(self, rows: int) -> Reader:
         return _StreamReader(Stream(self._source.model, rows=rows))
 
-    def encode(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return self._source.encode(text)[len(self.begin_ids) :]
 
     def new_text(self) -> TextStream:

@@ -29,7 +29,7 @@ class Oracle(LanguageModel):
     def new_reader(self, rows: int) -> Reader:
         return _Reader(self, rows)
 
-    def encode(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
     def new_text(self) -> TextStream:

@@ -1,11 +1,14 @@
 """`sambalm evaluate`: what it prints and leaves, every mistake in a sentence, and a kill that loses nothing."""
 
 import json
+import signal
 
 import pytest
 
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 from sambalm.evaluation.records import FILE_NAME
 from sambalm.evaluation.tasks.registry import TASKS
+from sambalm.pretrain.errors import ExitCode
 from tests.support import program
 from tests.support.data import write_jsonl
 
@@ -68,6 +71,18 @@ def test_tasks_are_listed_with_their_keys(sambalm, monkeypatch):
         assert all(field.description for field in task.schema.model_fields.values())
 
 
+@pytest.fixture(scope="module")
+def other_tokenizers(tmp_path_factory):
+    """Files of tokenizers with more and with fewer ids than the run's."""
+    folder = tmp_path_factory.mktemp("other")
+    words = [f"{first}{second}{first}" for first in "abcdefghijklmnopqrstuvwxyz" for second in "aeiou13579"]
+    text = write_jsonl(folder / "text.jsonl", [" ".join(words)] * 20)
+    files = {"LARGE": folder / "large.model", "SMALL": folder / "small.model"}
+    for size, file in zip((600, 300), files.values(), strict=True):
+        train_tokenizer([text], vocab_size=size, output=file)
+    return files
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -96,17 +111,35 @@ def test_tasks_are_listed_with_their_keys(sambalm, monkeypatch):
         (["--task", "perplexity", "--data", "nothing.txt"], "no file matches the input 'nothing.txt'"),
         (["--task", "perplexity", "--data", "nothing"], "no file matches the input 'nothing'"),
         (["--task", "perplexity", "--tokenizer", "nothing.model"], "nothing.model"),
+        (["--task", "passkey", *PASSKEY, "--tokenizer", "LARGE"], "the tokenizer gives the id"),
+        (
+            ["--task", "perplexity", *PERPLEXITY, "--tokenizer", "SMALL"],
+            "whose ids are not those of the model's tokenizer",
+        ),
         (["--task", "perplexity", "--device", "tpu"], "the device 'tpu' cannot be used"),
         (["--task", "perplexity", "--step", "4"], "4"),
     ],
 )
-def test_mistakes_end_in_a_sentence(words, sentence, run_dir, sambalm, tmp_path):
+def test_mistakes_end_in_a_sentence(words, sentence, run_dir, sambalm, tmp_path, other_tokenizers):
+    words = [other_tokenizers.get(word, word) for word in words]
     code, out, err = sambalm("evaluate", run_dir, "--output", tmp_path / "out", *words)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert sentence in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*-*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(run_dir, tmp_path):
+    text = write_jsonl(tmp_path / "text.jsonl", ["one two three four five six\n" * 20000])
+    words = ["evaluate", run_dir, "--task", "perplexity", "--data", text, "--output", tmp_path / "out"]
+    with program.start(*words, "perplexity.lengths=[64]", "--batch-tokens", "64") as started:
+        program.wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "out").glob(f"*/{FILE_NAME}")), 60)
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate()
+        assert started.wait() == ExitCode.INTERRUPTED
+    assert errors == f"stopped; what is done is kept in {tmp_path}/out, and the same command goes on from there\n"
 
 
 @pytest.mark.slow
