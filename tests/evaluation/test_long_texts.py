@@ -12,6 +12,7 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks import words as words_module
 from sambalm.evaluation.tasks.long_texts import LongTextTask
 from sambalm.evaluation.tasks.registry import TASKS
 from tests.evaluation.oracle import Oracle
@@ -141,6 +142,21 @@ def test_only_the_last_sentence_before_the_question_is_cut(tokenizer):
         facts = book.split("\n")[1].removeprefix(" ").split(". ")
         forms = r"(\w+ \w+ works in the shop of the \w+ \w+|The shop of the \w+ \w+ is in \w+)\.?"
         assert [fact for fact in facts[:-1] if not re.fullmatch(forms, fact)] == []
+
+
+@pytest.mark.parametrize("name", ["needles", "questions"])
+def test_what_is_asked_for_stands_in_the_text_once(name, tokenizer, monkeypatch):
+    """Also where there are so few words that others would often be the same."""
+    for words, few in (("ADJECTIVES", 2), ("NOUNS", 3), ("FIRST_NAMES", 2), ("LAST_NAMES", 2)):
+        for module in ("words", "questions"):
+            place = f"sambalm.evaluation.tasks.{module}.{words}"
+            monkeypatch.setattr(place, getattr(words_module, words)[:few], raising=module == "words")
+    task = task_of(name, Oracle(tokenizer, SOLVERS[name]))
+    for cell in task.cells():
+        question = task.numbered_question(cell, 0)
+        found = SOLVERS[name](task.model.decode(question.ids))
+        assert [found.count(answer) for answer in question.answers] == [1] * len(question.answers)
+        assert len(found.split(",")) == len(question.answers)
 
 
 @pytest.mark.parametrize(("text", "score"), [("a 123 and 456", 1.0), ("123", 0.5), ("12 3 45 6", 0.0)])

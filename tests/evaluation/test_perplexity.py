@@ -114,9 +114,12 @@ def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_f
 
 def test_joined_documents_are_texts_in_a_row(hf_folders, text_file, tmp_path):
     path = hf_folders["samba"]
-    result = measured("sliding", path, tmp_path, "length=99", "join=true", "documents=5", data=[text_file])
+    result = measured("sliding", path, tmp_path, "length=99", "join=true", "documents=18", data=[text_file])
     ids = np.concatenate(list(documents([text_file], surroundings(path, tmp_path), of="x")))
-    texts = [ids[start : start + 100] for start in range(0, 500, 100)]
+    texts = [ids[start : start + 100] for start in range(0, 1800, 100)]
+    lengths = [len(text) for text in documents([text_file], surroundings(path, tmp_path), of="x")]
+    assert sum(lengths[:-1]) % 100 > 0
+    assert sum(lengths[:-1]) < 1800 < sum(lengths)
     mean = torch.stack([nats_of(path, text).mean() for text in texts]).mean().item()
     assert values(result, "perplexity")[99] == pytest.approx(math.exp(mean), rel=1e-5)
 
