@@ -24,7 +24,7 @@ def _list_tasks(wanted: bool) -> None:
     epilog=example(
         "sambalm evaluate runs/demo --task perplexity perplexity.lengths=[256,1K]",
         "sambalm evaluate runs/demo/hf --task sliding --data 'books/*.txt' sliding.length=64K",
-        "sambalm evaluate runs/demo --list-tasks",
+        "sambalm evaluate runs/demo --task passkey --task needles passkey.lengths=[1K,4K] needles.seed=1",
     )
 )
 def evaluate(
