@@ -39,7 +39,7 @@ def evaluate_model(
     Args:
         path: as `open_model` takes it, and likewise device, dtype, tokenizer and step.
         tasks, overrides, data, batch_tokens: as in `Plan`.
-        output: the folder; None for `evaluation` in the model's or the run's own.
+        output: the folder; None for `evaluation` in the run, and for one beside a Hugging Face folder.
         as_json: whether one JSON list is printed at the end instead of tables.
         bar: shows how far a task is.
 
@@ -79,6 +79,11 @@ def print_tasks() -> None:
 
 
 def _default_output(path: Path) -> Path:
-    """Returns the folder in a run, also for one of its checkpoints, or in a Hugging Face folder."""
-    is_of_a_run = (path / MANIFEST).is_file() and path.absolute().parent.name == "checkpoints"
-    return (path.absolute().parent.parent if is_of_a_run else path) / FOLDER
+    """Returns a folder in the run, also for one of its checkpoints; of a Hugging Face folder one beside it.
+
+    A conversion that is repeated replaces the whole Hugging Face folder.
+    """
+    path = path.absolute()
+    if (path / MANIFEST).is_file() and path.parent.name == "checkpoints":
+        return path.parent.parent / FOLDER
+    return path.with_name(f"{path.name}-{FOLDER}") if (path / "config.json").is_file() else path / FOLDER

@@ -73,6 +73,8 @@ def questions(folder: Path, task: str, variant: str) -> list[ChoiceQuestion]:
         label = record["label"]
         question = found.setdefault(name, ChoiceQuestion(name, [], label if isinstance(label, int) else 0))
         question.pairs.append((record["request"]["context"], record["request"]["continuation"]))
+    if not found:
+        raise EvaluationError(f"{path} holds no questions; install it again: `{_INSTALL}`")
     return list(found.values())
 
 

@@ -40,7 +40,8 @@ def evaluate(
         typer.Option(help="A prefix of token shards, or text files, for tasks that read; may be repeated."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for results; default: `evaluation` in the source.")
+        Path | None,
+        typer.Option(help="Folder for results; default: `evaluation` in the run, or one beside a Hugging Face folder."),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read together, at most.")] = 16384,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,

@@ -52,13 +52,14 @@ def test_results_are_printed_and_left_on_disk(run_dir, sambalm, tmp_path):
     assert lines[0].keys() == {"item", "score", "text", "answers", "seconds"}
 
 
-def test_results_go_into_the_run_also_for_one_of_its_checkpoints(run_dir, hf_folders, sambalm):
+def test_results_go_into_the_run_and_beside_a_hugging_face_folder(run_dir, hf_folders, sambalm):
     for source in (run_dir, run_dir / "checkpoints" / "step_00000003"):
         assert sambalm("evaluate", source, "--task", "passkey", *PASSKEY)[0] == 0
     results = [json.loads(path.read_text()) for path in (run_dir / "evaluation").glob("*/results.json")]
     assert sorted(result["model"]["step"] for result in results) == [3, 6]
     assert sambalm("evaluate", hf_folders["llama"], "--task", "passkey", *PASSKEY)[0] == 0
-    assert len(list((hf_folders["llama"] / "evaluation").glob("passkey-*/results.json"))) == 1
+    beside = hf_folders["llama"].with_name("llama-evaluation")
+    assert len(list(beside.glob("passkey-*/results.json"))) == 1
 
 
 def test_tasks_are_listed_with_their_keys(sambalm, monkeypatch):

@@ -172,6 +172,8 @@ def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
     with pytest.raises(EvaluationError, match=r"boolq has no variant 'rc_0shot'; it has none"):
         run(path, tmp_path, f"files={files}", "tasks=[boolq]")
     write_task(tmp_path, "piqa", "rc_0shot", [])
+    with pytest.raises(EvaluationError, match=r"requests.jsonl.gz holds no questions"):
+        run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
     (tmp_path / "piqa/rc_0shot/requests.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(EvaluationError, match=r"requests.jsonl.gz cannot be read .*; install it again: `pip install"):
         run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
