@@ -83,7 +83,9 @@ def _default_output(path: Path) -> Path:
 
     A conversion that is repeated replaces the whole Hugging Face folder.
     """
-    path = path.absolute()
-    if (path / MANIFEST).is_file() and path.parent.name == "checkpoints":
-        return path.parent.parent / FOLDER
-    return path.with_name(f"{path.name}-{FOLDER}") if (path / "config.json").is_file() else path / FOLDER
+    whole = path.absolute()
+    if (path / MANIFEST).is_file() and whole.parent.name == "checkpoints":
+        return whole.parent.parent / FOLDER
+    if (path / "config.json").is_file():
+        return (path if path.name else whole).with_name(f"{whole.name}-{FOLDER}")
+    return path / FOLDER
