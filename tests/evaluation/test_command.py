@@ -146,7 +146,7 @@ def test_ctrl_c_says_how_to_go_on(run_dir, tmp_path):
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on(run_dir, sambalm, tmp_path):
     """By SIGKILL, in a process of its own; what was done is not measured again."""
-    text = write_jsonl(tmp_path / "text.jsonl", ["one two three four five six\n" * 4000])
+    text = write_jsonl(tmp_path / "text.jsonl", ["one two three four five six\n" * 1200])
     words = ["evaluate", run_dir, "--task", "perplexity", "--data", text, "--output", tmp_path / "out"]
     words += ["perplexity.lengths=[64]", "--batch-tokens", "64"]
 
