@@ -17,6 +17,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=["sambalm", *(f"sambalm.{folder}" for folder in FOLDERS)],
     package_data={
+        "sambalm.evaluation.harness": ["*.yaml"],
         "sambalm.model.ops.cuda": ["source/*"],
         "sambalm.pretrain.reporting": ["*.css"],
         "sambalm.slurm": ["*.sbatch", "*.sh"],
@@ -59,6 +60,8 @@ setup(
             "mamba-ssm>=2.2",
             "nvidia-cudnn-frontend>=1.22,<1.24",
         ],
+        # Tasks of lm-evaluation-harness in `sambalm evaluate`.
+        "harness": ["lm_eval>=0.4.13,<0.5"],
         # Writers of metrics (docs/operations.md).
         "mlflow": ["mlflow-skinny>=3"],
         "wandb": ["wandb>=0.20"],

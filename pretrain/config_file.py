@@ -35,7 +35,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} holds no keys: a config is a YAML mapping with the sections of docs/config.md")
     values = _with_present_names(values, source=str(path))
     for override in overrides:
-        _apply(override, values)
+        apply_override(override, values)
     return parse_config(values, source=str(path))
 
 
@@ -45,7 +45,7 @@ def parse_config(values: dict[str, Any], *, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values, strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(_telling_error(error.errors()), values)}") from None
+        raise ConfigError(f"{source}: {sentence(error, values, schema=RunConfig)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -98,10 +98,18 @@ def _tell_of_rename(section: str, former: str, *, source: str) -> None:
         print(f"{source}: {section}.{former} is now called {section}.{present}", file=sys.stderr)
 
 
-def _apply(override: str, values: dict[str, Any]) -> None:
+def apply_override(override: str, values: dict[str, Any], *, example: str = "train.steps=100") -> None:
+    """Sets what an override such as 'train.steps=100' says in plain values.
+
+    Args:
+        example: an override that an error shows.
+
+    Raises:
+        ConfigError: it is not of that form, or it contradicts the values.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"the override {override!r} is not of the form section.key=value, as in train.steps=100")
+        raise ConfigError(f"the override {override!r} is not of the form section.key=value, as in {example}")
     *sections, leaf = key.split(".")
     names = RENAMED.get(".".join(sections), {})
     if leaf in names:
@@ -117,25 +125,29 @@ def _apply(override: str, values: dict[str, Any]) -> None:
         raise ConfigError(f"the override {override!r} has a value that is not valid YAML") from None
 
 
+def sentence(error: ValidationError, values: dict[str, Any], *, schema: type[BaseModel]) -> str:
+    """What pydantic found wrong in plain values, as a sentence that names key, value and what is allowed."""
+    return _sentence(_telling_error(error.errors()), values, schema)
+
+
 def _telling_error(errors: Sequence[ErrorDetails]) -> ErrorDetails:
     """The first error; of a key with several allowed types, the one that went deepest into the given value."""
     place = errors[0]["loc"][:2]
     return max((error for error in errors if error["loc"][:2] == place), key=lambda error: len(error["loc"]))
 
 
-def _sentence(error: ErrorDetails, values: dict[str, Any]) -> str:
-    """One of pydantic's errors as a sentence that names key, value and what is allowed."""
+def _sentence(error: ErrorDetails, values: dict[str, Any], schema: type[BaseModel]) -> str:
     kind, value = error["type"], error["input"]
     location = _keys(error, values)
     key = ".".join(map(str, location))
     if kind == "extra_forbidden":
-        section = _section(location[:-1])
+        section = _section(location[:-1], schema)
         allowed = f"; allowed in {'.'.join(map(str, location[:-1])) or 'a config'}: " if section else ""
         return f"unknown key {key} (value {value!r}){allowed}{', '.join(section.model_fields) if section else ''}"
     if kind == "missing":
         return f"{key} is missing; docs/config.md says what it holds"
     if kind == "model_type":
-        section = _section(location)
+        section = _section(location, schema)
         keys = f" with the keys {', '.join(section.model_fields)}" if section else ""
         return f"{key} is {value!r}: it is a section{keys}"
     message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
@@ -155,8 +167,8 @@ def _keys(error: ErrorDetails, values: Any) -> list[str | int]:
     return [*keys, error["loc"][-1]] if error["type"] == "missing" else keys
 
 
-def _section(location: Sequence[str | int]) -> type[BaseModel] | None:
-    section: Any = RunConfig
+def _section(location: Sequence[str | int], schema: type[BaseModel]) -> type[BaseModel] | None:
+    section: Any = schema
     for part in location:
         fields = getattr(section, "model_fields", {})
         section = fields[part].annotation if part in fields else None

@@ -45,9 +45,14 @@ def tokens(tmp_path_factory) -> Path:
 @pytest.fixture
 def run_values(tokens, tmp_path) -> dict:
     """A run of seconds, as plain values: override what a test is about."""
+    return small_run(tokens, tmp_path / "run")
+
+
+def small_run(tokens: Path, run_dir: Path) -> dict:
+    """The values of a run of seconds on some tokens."""
     return {
         "format_version": 1,
-        "run": {"dir": str(tmp_path / "run"), "seed": 7},
+        "run": {"dir": str(run_dir), "seed": 7},
         "model": {
             "pattern": "M-*-",
             "hidden_size": 32,

@@ -25,7 +25,7 @@ PAGES = [
     "CHANGELOG.md",
     *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
 ]
-PRODUCT = ("data_pipeline", "model", "parallel", "pretrain", "slurm")
+PRODUCT = ("data_pipeline", "evaluation", "model", "parallel", "pretrain", "slurm")
 IGNORED = {".git", ".venv", "runs", "build", "__pycache__"}
 # Files that CONTRIBUTING.md asks a reader to write, and files of other projects.
 NOT_OURS = ("model/mixers/gla", "runtime/", "tiktoken_ext/")

@@ -11,9 +11,9 @@ B: rows, V: vocabulary.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,10 +30,23 @@ if TYPE_CHECKING:
 
 PIECE_TOKENS = 2048
 GPU_PIECE_TOKENS = 65536  # of all rows: enough to fill a GPU, and few enough for the memory of a small one
+_LOGIT_BYTES = 1 << 28  # of the logits that are held at once while tokens are scored
 FORMAT = "sambalm stream 1"
 SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
 _SLIDING = LAYER_TYPES["*"]
 _EXTRA = "extra."
+
+
+class Scores(NamedTuple):
+    """How likely tokens were, each after those before it.
+
+    Args:
+        log_likelihoods: natural logarithms of their probabilities, fp32 [B, S]; nan for the first token of all.
+        is_likeliest: whether each was the likeliest of the vocabulary, bool [B, S]; False for the first token of all.
+    """
+
+    log_likelihoods: Tensor
+    is_likeliest: Tensor
 
 
 class Stream:
@@ -79,23 +92,11 @@ class Stream:
         Returns:
             the logits after the last of them, [B, V] in the model's dtype.
         """
-        if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
-            raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
-        if self._decodes:
-            self._start(_filled_cache(self.model.config, self._tensors(), seen_tokens=max(self.seen_tokens)))
-        length = self._piece_tokens
-        for start in range(0, ids.shape[1], length):
-            piece = ids[:, start : start + length].to(self.model.device)
-            positions = self._positions + torch.arange(piece.shape[1], device=piece.device)
-            self._forward(piece, positions)
+        for start, piece in self._pieces(ids):
+            self._forward(piece)
             if progress:
-                progress(min(start + length, ids.shape[1]), ids.shape[1])
+                progress(start + piece.shape[1], ids.shape[1])
         return self._last_logits()
-
-    @property
-    def _piece_tokens(self) -> int:
-        """Tokens of a row that are read together."""
-        return PIECE_TOKENS if self.model.device.type == "cpu" else max(PIECE_TOKENS, GPU_PIECE_TOKENS // self.rows)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class Stream:
             self.seen_tokens = list(self._decoder.seen_tokens)
             return self.logits
         self._ids.copy_(ids[:, None])
-        self._forward(self._ids, self._positions)
+        self._forward(self._ids)
         return self._last_logits()
 
     def _is_decoded(self) -> bool:
@@ -125,21 +126,59 @@ class Stream:
             self._decodes, self._cache = True, None
         return self._decodes
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+    @torch.no_grad()
+    def score(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Scores:
+        """Reads further tokens as `read` does, and tells how likely each was after those before it."""
+        device = self.model.device
+        likelihoods = torch.full(ids.shape, float("nan"), dtype=torch.float32, device=device)
+        is_likeliest = torch.zeros(ids.shape, dtype=torch.bool, device=device)
+        for start, piece in self._pieces(ids):
+            before = self.logits
+            hidden = self._advance(piece)
+            if before is not None:
+                likelihoods[:, start], is_likeliest[:, start] = scores_of(before, piece[:, 0])
+            at_once = max(1, _LOGIT_BYTES // (4 * self.rows * self.model.config.vocab_size))
+            for begin in range(0, piece.shape[1], at_once):
+                logits = self.model.lm_head(hidden[:, begin : begin + at_once])
+                next_ids = piece[:, begin + 1 : begin + 1 + logits.shape[1]]
+                places = slice(start + begin + 1, start + begin + 1 + next_ids.shape[1])
+                scored = scores_of(logits[:, : next_ids.shape[1]], next_ids)
+                likelihoods[:, places], is_likeliest[:, places] = scored
+            self.logits = logits[:, -1].clone()  # not a view, which would keep the others
+            if progress:
+                progress(start + piece.shape[1], ids.shape[1])
+        return Scores(likelihoods, is_likeliest)
+
+    def _pieces(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields the pieces in which ids are read, each with the place of its first token, on the model's device."""
+        if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
+            raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
+        if self._decodes:
+            self._start(_filled_cache(self.model.config, self._tensors(), seen_tokens=max(self.seen_tokens)))
+        is_short = self.model.device.type == "cpu" or self._mask(1) is not None  # a mask is of pairs of tokens
+        length = PIECE_TOKENS if is_short else max(PIECE_TOKENS, GPU_PIECE_TOKENS // self.rows)
+        for start in range(0, ids.shape[1], length):
+            yield start, ids[:, start : start + length].to(self.model.device)
+
+    def _forward(self, ids: Tensor) -> None:
+        self.logits = self.model.lm_head(self._advance(ids)[:, -1])
+
+    def _advance(self, ids: Tensor) -> Tensor:
+        """Reads tokens; returns what the head makes logits of, [B, S, width]."""
         uneven = min(self.seen_tokens) != max(self.seen_tokens)
-        outputs = self.model(
+        positions = self._positions + torch.arange(ids.shape[1], device=ids.device)
+        outputs = self.model.backbone(
             input_ids=ids,
             attention_mask=self._mask(ids.shape[1]),
             position_ids=positions if uneven else None,  # which the cache counts
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        self.logits = outputs.logits[:, -1]
         self.seen_tokens = [seen + ids.shape[1] for seen in self.seen_tokens]
         self._positions += ids.shape[1]
         if self.model.config.sliding_window == 1:
             _forget_keys(self._cache, self.model.config)
+        return outputs.last_hidden_state
 
     def _last_logits(self) -> Tensor:
         assert self.logits is not None
@@ -281,6 +320,12 @@ def _filled_cache(config: SambaConfig, tensors: Mapping[str, Tensor], *, seen_to
     if isinstance(cache, AttentionFreeCache):
         cache.seen_tokens = seen_tokens
     return cache
+
+
+def scores_of(logits: Tensor, ids: Tensor) -> Scores:
+    """Returns the scores of ids [...] by logits [..., V]."""
+    flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
+    return Scores(-flat.view(ids.shape), logits.argmax(dim=-1) == ids)
 
 
 def _forget_keys(cache: Any, config: SambaConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from sambalm.pretrain.cli import check, checkpoint, convert, data, generate, plan, serve, slurm, train
+from sambalm.pretrain.cli import check, checkpoint, convert, data, evaluate, generate, plan, serve, slurm, train
 
 app = typer.Typer(
     name="sambalm",
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-GROUPS = (data, train, check, plan, checkpoint, convert, generate, serve, slurm)
+GROUPS = (data, train, check, plan, checkpoint, convert, generate, evaluate, serve, slurm)
 for commands in (group.commands for group in GROUPS):
     app.add_typer(commands)
 

@@ -2,14 +2,21 @@
 
 
 class ProgressBar:
-    """A progress bar that library functions drive by calling it with (done, total)."""
+    """A progress bar with the time left, which library functions drive by calling it with (done, total)."""
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(stderr=True)
-        columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task(label, total=None)
 

@@ -44,6 +44,7 @@ class Source:
         new_text: makes the text of a new list of ids, as it comes.
         eos_ids: the tokens that end a text.
         chat: None where the tokenizer has no template.
+        checkpoint: where the weights come from; None for a Hugging Face folder.
     """
 
     model: SambaForCausalLM
@@ -51,6 +52,7 @@ class Source:
     new_text: Callable[[], TextStream]
     eos_ids: frozenset[int]
     chat: Chat | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def load_source(
@@ -69,7 +71,7 @@ def load_source(
         GenerationError, HFError, CheckpointError, DataError: one sentence each, for the user.
     """
     disable_progress_bar()  # transformers' own, for loading a few files
-    place, kind = _device(device), DTYPES[dtype] if dtype else None
+    place, kind = device_named(device), DTYPES[dtype] if dtype else None
     is_checkpoint = (path / MANIFEST).is_file() or checkpoint_folders(path)
     if not is_checkpoint and not (path / "config.json").is_file():
         raise GenerationError(
@@ -87,7 +89,12 @@ def load_source(
         raise GenerationError(f"{path} does not fit the memory of {place}; take another --device or --dtype") from error
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """Returns the device of a name, None for the GPU where there is one.
+
+    Raises:
+        GenerationError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -147,7 +154,7 @@ def _checkpoint_source(
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
     template = None if tokenizer or run is None else run.data.chat_template()
     chat = _trained_chat(template, file) if template else None
-    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []), chat=chat)
+    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []), chat=chat, checkpoint=checkpoint)
 
 
 def _trained_chat(template: str, tokenizer: Path) -> Chat:

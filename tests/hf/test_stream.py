@@ -43,6 +43,30 @@ def test_a_stream_continues_as_generate_does(pattern, short_pieces):
     assert stream.seen_tokens == [37, 37]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("logits_at_once", [3, 1000])
+def test_scores_are_those_of_one_forward(pattern, logits_at_once, short_pieces, monkeypatch):
+    """Over pieces and over calls, whatever part of a piece's logits is made at once."""
+    model, ids = model_of(pattern), random_tokens(2, 23)
+    monkeypatch.setattr(stream_file, "_LOGIT_BYTES", logits_at_once * 4 * 2 * model.config.vocab_size)
+    logits = model(ids).logits
+    ids[:, 5::4] = logits.argmax(-1)[:, 4:-1:4]  # some of the likeliest, which changes what follows
+    logits = model(ids).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    stream, told = Stream(model, rows=2), []
+    first = stream.score(ids[:, :12], progress=lambda done, total: told.append((done, total)))
+    parts = zip(first, stream.score(ids[:, 12:13]), stream.score(ids[:, 13:]), strict=True)
+    scores, is_likeliest = (torch.cat(part, dim=1) for part in parts)
+    assert scores[:, 0].isnan().all()
+    assert torch.equal(is_likeliest[:, 1:], logits.argmax(-1)[:, :-1] == ids[:, 1:])
+    assert is_likeliest.any()
+    assert not is_likeliest[:, 0].any()
+    torch.testing.assert_close(scores[:, 1:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stream.logits, logits[:, -1], atol=1e-5, rtol=1e-5)
+    assert told == [(5, 12), (10, 12), (12, 12)]
+    assert stream.seen_tokens == [23, 23]
+
+
 @pytest.mark.parametrize("pattern", [*PATTERNS, "M"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_state_goes_on_with_the_same_bits(pattern, dtype, tmp_path):

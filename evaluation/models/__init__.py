@@ -1,0 +1,1 @@
+"""Models behind one interface: base.py says what tasks may ask; loading.py opens a folder."""

@@ -1,0 +1,91 @@
+"""Passkey retrieval: five digits hidden in text that repeats itself, by length of the text and depth of the key.
+
+The wording is that of the Landmark attention paper (arXiv 2305.16300), which Samba's authors use.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from sambalm.evaluation.plots import HeatMap
+from sambalm.evaluation.settings import Lengths, TaskSettings, shown_tokens
+from sambalm.evaluation.task import Outcome, mean_score
+from sambalm.evaluation.tasks.long_texts import Cell, Filler, LongTextSettings, LongTextTask, Question
+
+_TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
+    "the important information there."
+)
+_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+_QUESTION = "What is the pass key? The pass key is"
+_LOWEST, _HIGHEST = 10_000, 99_999
+
+
+class PasskeySettings(LongTextSettings):
+    """Keys of `passkey`."""
+
+    lengths: Lengths = Field(
+        default=[4096, 8192, 16384, 32768, 65536, 131072, 262144],
+        description="Tokens of each text, the question included.",
+    )
+    samples: int = Field(default=5, gt=0, description="Keys at each length and depth.")
+    depths: int = Field(default=11, gt=1, description="Depths, evenly from the text's beginning to its end.")
+
+
+class Passkey(LongTextTask[PasskeySettings]):
+    """Whether a model says the key that it has read somewhere in a long text."""
+
+    name: ClassVar[str] = "passkey"
+    summary: ClassVar[str] = "a key of five digits, found at any depth of a long text"
+    schema: ClassVar[type[TaskSettings]] = PasskeySettings
+
+    def cells(self) -> list[Cell]:
+        settings = self.settings
+        depths = [round(number / (settings.depths - 1), 4) for number in range(settings.depths)]
+        chance = 1 / (_HIGHEST - _LOWEST + 1)
+        return [
+            Cell({"length": length, "depth": depth}, chance=chance, samples=settings.samples)
+            for length in settings.lengths
+            for depth in depths
+        ]
+
+    def question(self, cell: Cell, draw: random.Random) -> Question:
+        key, depth = str(draw.randint(_LOWEST, _HIGHEST)), float(cell.at["depth"])
+        parts = [
+            self.model.encode_first(_TASK),
+            self.model.encode_next("\n" + _KEY.format(key=key)),
+            self.model.encode_next("\n" + _QUESTION),
+        ]
+        filler = Filler(self.model, lambda: " " + _FILLER)
+        ids = self.with_filler(parts, filler, gaps=[depth, 1 - depth], length=int(cell.at["length"]))
+        return Question(ids, [key], self.new_tokens(key))
+
+    def outcome(self, records: Sequence[Mapping[str, Any]]) -> Outcome:
+        cells = super().outcome(records).scores
+        lengths = self.settings.lengths
+        depths = [cell.at["depth"] for cell in cells[: self.settings.depths]]
+        of_length = {length: [cell for cell in cells if cell.at["length"] == length] for length in lengths}
+        values = [[of_length[length][number].value for length in lengths] for number in range(len(depths))]
+        each = self.settings.depths * self.settings.samples
+        scores = [
+            mean_score(
+                "accuracy",
+                [record["score"] for record in records[number * each : (number + 1) * each]],
+                at={"length": length},
+                chance=cells[0].chance,
+            )
+            for number, length in enumerate(lengths)
+        ]
+        details = {"cells": [{**cell.at, "accuracy": cell.value, "items": cell.items} for cell in cells]}
+        plot = HeatMap(
+            "Passkey retrieval",
+            rows=[f"{float(depth):.0%}" for depth in depths],
+            columns=[shown_tokens(length) for length in lengths],
+            values=values,
+            row_name="depth of the key",
+            column_name="tokens of the text",
+        )
+        return Outcome(scores, plot, details)

@@ -1,0 +1,53 @@
+"""GSM8K: what counts as a text's answer, and where a text ends."""
+
+import pytest
+
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.runner import Plan, evaluate
+from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks.gsm8k import answer_of
+from tests.evaluation.oracle import Oracle
+from tests.evaluation.test_runner import quiet
+from tests.evaluation.test_short import write_task
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 3 + 4 = 7. So the answer is 7.", 7),
+        (" So the answer is $1,200.50 a day", 1200.5),
+        (" The answer is 3. No, the answer is -4.", -4),
+        (" It is 12 and 13", 13),
+        (" 5 apples. So the answer is unknown", 5),
+        (" none", None),
+    ],
+)
+def test_the_answer_is_the_last_number_after_the_words(text, number):
+    assert answer_of(text) == number
+
+
+def run(model, files, folder, *overrides):
+    plan = Plan(["gsm8k"], [f"gsm8k.files={files}", *overrides], [], folder, 1000)
+    (result,) = evaluate(plan, Surroundings(model, None, folder), bar=quiet)
+    return result
+
+
+def test_texts_end_before_the_next_question(tokens, tmp_path):
+    """A model that goes on to questions of its own is judged by the first answer; a third of them is wrong."""
+    asked = [{"doc_id": n, "label": str(n), "request": {"context": f"Question: {n}?\nAnswer:"}} for n in range(6)]
+    write_task(tmp_path, "gsm8k", "gold_bpb_5shot", asked)
+
+    def answer(text):
+        number = int(text.split("Question: ")[1].split("?")[0])
+        return f" So the answer is {number + (number % 3 == 0)}.\n\nQuestion: another? The answer is 99."
+
+    model = Oracle(load_tokenizer(tokens.parent / "tokenizer.model"), answer)
+    (score,) = run(model, tmp_path, tmp_path / "out").scores
+    assert (score.value, score.items) == (pytest.approx(4 / 6), 6)
+    (few,) = run(model, tmp_path, tmp_path / "out", "gsm8k.questions=1").scores
+    assert (few.value, few.items) == (0, 1)
+    (cut,) = run(model, tmp_path, tmp_path / "out", "gsm8k.max_new_tokens=2").scores
+    assert cut.value == 0
+    with pytest.raises(EvaluationError, match=r"gsm8k has no variant 'gold_bpb_5shot'; it has none"):
+        run(model, tmp_path / "out", tmp_path)

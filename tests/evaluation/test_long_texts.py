@@ -1,0 +1,190 @@
+"""Tasks on long texts: exact lengths, one text a seed, answers that are in the text and nowhere else, and scores."""
+
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.models.loading import open_model
+from sambalm.evaluation.runner import Plan, evaluate
+from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks import words as words_module
+from sambalm.evaluation.tasks.long_texts import LongTextTask
+from sambalm.evaluation.tasks.registry import TASKS
+from tests.evaluation.oracle import Oracle
+from tests.evaluation.test_runner import quiet
+
+NAMES = [name for name, task in TASKS.items() if issubclass(task, LongTextTask)]
+OTHERS = {"passkey": {"depths": 3, "samples": 2}, "aggregation": {"common": 3, "common_times": 6, "other_times": 1}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokens):
+    return load_tokenizer(tokens.parent / "tokenizer.model")
+
+
+def task_of(name, model, *, lengths=(600, 1000), **changes):
+    schema = TASKS[name].schema
+    settings = schema(lengths=list(lengths), **{"samples": 3} | OTHERS.get(name, {}) | changes)
+    return TASKS[name](settings, Surroundings(model, None, Path("none")))
+
+
+def of_passkey(text):
+    (key,) = {*re.findall(r"The pass key is (\d+)", text)}
+    return f" {key}."
+
+
+def of_phonebook(text):
+    book, asked = text.split("\n\nNumbers from the phonebook above:")
+    shots = re.findall(r"(.+): (\d{10})\n", asked)
+    assert len(shots) == 2
+    assert all(f"\n{name}: {number}\n" in f"{book}\n" for name, number in shots)
+    name = asked.rpartition("\n")[2].removesuffix(":")
+    (number,) = re.findall(rf"\n{re.escape(name)}: (\d{{10}})(?=\n|$)", book)
+    return f" {number}"
+
+
+def of_needles(text):
+    book, asked = text.split("\nQuestion: ")
+    things = re.findall(r"the ([a-z]+ [a-z]+)(?=,| and the| in the text)", asked.split("?")[0].split(" of ", 1)[1])
+    found = [number for thing in things for number in re.findall(rf"number of the {thing} is (\d{{7}})\.", book)]
+    return f" {', '.join(found)}."
+
+
+def of_variables(text):
+    book = text.split("The text:")[1]
+    value = re.search(r"hold the value (\d+)", book)[1]
+    names = []
+    for name, before in re.findall(r"VAR (\w+) = (\w+)\n", book):
+        if before == value or before in names:
+            names.append(name)
+    return f" {' '.join(names)}"
+
+
+def of_aggregation(text):
+    listed, asked = text.rsplit("List:", 1)[1].split("\nQuestion: Which ")
+    common = Counter(listed.split()).most_common(int(asked.split()[0]))
+    return f" {' '.join(word for word, _ in common)}"
+
+
+def of_questions(text):
+    book, asked = text.split("\nQuestion: ")
+    person = re.search(r"does (.+) (?:live|work)\?", asked)[1]
+    if "live?" in asked:
+        (city,) = re.findall(rf"{person}, a \w+, lives in (\w+)\.", book)
+    else:
+        (shop,) = re.findall(rf"{person} works in the shop of the (\w+ \w+)\.", book)
+        (city,) = re.findall(rf"The shop of the {shop} is in (\w+)\.", book)
+    return f" {city}."
+
+
+SOLVERS = dict(
+    zip(
+        ["passkey", "phonebook", "needles", "variables", "aggregation", "questions"],
+        [of_passkey, of_phonebook, of_needles, of_variables, of_aggregation, of_questions],
+        strict=True,
+    )
+)
+
+
+def scores_of(task, model, folder, **options):
+    settings = [f"{task}.{key}={value}" for key, value in options.items()]
+    plan = Plan([task], settings, [], folder, batch_tokens=4000)
+    (result,) = evaluate(plan, Surroundings(model, None, folder), bar=quiet)
+    return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_reads_finds_everything_and_one_that_does_not_finds_nothing(name, tokenizer, tmp_path):
+    options = {"lengths": "[600,1000]", "samples": 3} | OTHERS.get(name, {})
+    reader = Oracle(tokenizer, SOLVERS[name])
+    result = scores_of(name, reader, tmp_path, **options)
+    assert {score.value for score in result.scores} == {1.0}
+    assert {score.at["length"] for score in result.scores} == {600, 1000}
+    assert len(set(reader.texts)) == len(reader.texts) == sum(score.items for score in result.scores)
+    assert {len(reader.encode(text)) for text in reader.texts} <= {*range(598, 603), *range(998, 1003)}
+    silent = scores_of(name, Oracle(tokenizer, lambda text: " nothing"), tmp_path / "silent", **options)
+    assert {score.value for score in silent.scores} == {0.0}
+    assert all(0 < score.chance < 0.1 for score in silent.scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["samba", "llama"])
+def test_texts_are_of_exact_lengths_and_depend_on_the_seed_alone(name, kind, hf_folders):
+    model = open_model(hf_folders[kind], device="cpu", dtype=None, tokenizer=None).model
+    lengths = (600, 601, 602, 603, 1000)
+    task, again, other = (task_of(name, model, lengths=lengths, seed=seed) for seed in (0, 0, 1))
+    for cell in task.cells():
+        questions = [task.numbered_question(cell, sample) for sample in range(2)]
+        assert {len(question.ids) for question in questions} == {cell.at["length"]}
+        assert questions[0].ids != questions[1].ids
+        assert questions[0] == again.numbered_question(cell, 0)
+        assert questions[0].ids != other.numbered_question(cell, 0).ids
+
+
+def test_a_key_stands_at_its_depth(tokenizer):
+    task = task_of("passkey", Oracle(tokenizer, of_passkey), lengths=[2000], depths=5)
+    for cell in task.cells():
+        text = task.model.decode(task.numbered_question(cell, 0).ids)
+        task_end, question = text.index("The grass") if cell.at["depth"] else 0, text.index("\nWhat is")
+        place = (text.index("\nThe pass key is") - task_end) / (question - task_end)
+        assert abs(place - cell.at["depth"]) < 0.1
+
+
+def test_only_the_last_sentence_before_the_question_is_cut(tokenizer):
+    for sample in range(10):
+        task = task_of("questions", Oracle(tokenizer, of_questions))
+        book = task.model.decode(task.numbered_question(task.cells()[-1], sample).ids).split("\nQuestion")[0]
+        facts = book.split("\n")[1].removeprefix(" ").split(". ")
+        forms = r"(\w+ \w+ works in the shop of the \w+ \w+|The shop of the \w+ \w+ is in \w+)\.?"
+        assert [fact for fact in facts[:-1] if not re.fullmatch(forms, fact)] == []
+
+
+@pytest.mark.parametrize("name", ["needles", "questions"])
+def test_what_is_asked_for_stands_in_the_text_once(name, tokenizer, monkeypatch):
+    """Also where there are so few words that others would often be the same."""
+    for words, few in (("ADJECTIVES", 2), ("NOUNS", 3), ("FIRST_NAMES", 2), ("LAST_NAMES", 2)):
+        for module in ("words", "questions"):
+            place = f"sambalm.evaluation.tasks.{module}.{words}"
+            monkeypatch.setattr(place, getattr(words_module, words)[:few], raising=module == "words")
+    task = task_of(name, Oracle(tokenizer, SOLVERS[name]))
+    for cell in task.cells():
+        question = task.numbered_question(cell, 0)
+        found = SOLVERS[name](task.model.decode(question.ids))
+        assert [found.count(answer) for answer in question.answers] == [1] * len(question.answers)
+        assert len(found.split(",")) == len(question.answers)
+
+
+@pytest.mark.parametrize(("text", "score"), [("a 123 and 456", 1.0), ("123", 0.5), ("12 3 45 6", 0.0)])
+def test_a_score_is_the_part_of_the_answers_that_was_found(text, score, tokenizer):
+    assert task_of("needles", Oracle(tokenizer, of_needles)).grade(text, ["123", "456"]) == score
+
+
+def test_frequent_words_stand_out_in_lists_of_any_length(tokenizer):
+    task = task_of("aggregation", Oracle(tokenizer, of_aggregation), common=5, common_times=5, other_times=1)
+    words = [f"w{number}" for number in range(200)]
+    for room in (1000, 3000, 3777, 20_000):
+        listed, _ = task._list(words[:5], words[5:], room=room)
+        assert 0 <= room - sum(map(len, listed)) < 10
+        counts = Counter(map(tuple, listed))
+        often = {tuple(task.model.encode_next(f" {word}")) for word in words[:5]}
+        assert {word for word, _ in counts.most_common(5)} == often
+        assert min(counts[word] for word in often) > max(n for word, n in counts.items() if word not in often) + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_length_that_is_too_short_is_refused_with_what_it_takes(name, tokenizer):
+    model = Oracle(tokenizer, SOLVERS[name])
+    with pytest.raises(EvaluationError, match=rf"{name}.lengths has 40, but .* takes up to (\d+) tokens") as caught:
+        task_of(name, model, lengths=[2000, 40]).items()
+    needed = int(re.search(r"takes up to (\d+) tokens", str(caught.value))[1])
+    assert task_of(name, model, lengths=[2 * needed]).items()
+
+
+def test_draws_of_two_samples_are_not_those_of_two_others():
+    """The generator's seed is a text, of which random makes a hash that differs for every cell and sample."""
+    assert random.Random("0 length=4/depth=0 1").random() != random.Random("0 length=4/depth=0 2").random()

