@@ -257,24 +257,25 @@ def plot(records: list[Record], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     measured = [record for record in records if "seconds" in record]
     batches = sorted({record["rows"] for record in measured if record["kind"] == "decode"})
-    for model, title in MODELS.items():
-        own = [r for r in measured if r["model"] == model]
+    for (model, title), style in zip(MODELS.items(), ("o-", "s--"), strict=True):
+        own = [record for record in measured if record["model"] == model]
         points = sorted((r["length"], r["tokens_per_s"]) for r in own if r["kind"] == "prefill")
-        if points:
-            axes[0].plot(*zip(*points, strict=True), "o-", label=title)
-        for rows in batches:
+        axes[0].plot(*zip(*points, strict=True), style, label=title)
+        for number, rows in enumerate(batches):
             points = sorted(
                 (r["context"], r["tokens_per_s"]) for r in own if r["kind"] == "decode" and r["rows"] == rows
             )
-            if points:
-                style = "o-" if model == "samba" else "s--"
-                axes[1].plot(*zip(*points, strict=True), style, label=f"{title}, batch {rows}")
+            axes[1].plot(*zip(*points, strict=True), style, color=f"C{number}", label=f"{title}, batch {rows}")
     axes[0].set(xlabel="tokens of a prompt", ylabel="tokens/s of prefill", ylim=(0, None))
     axes[1].set(xlabel="tokens before the step", ylabel="tokens/s of decoding", yscale="log")
-    for axis in axes:
+    for axis, key in zip(axes, ("length", "context"), strict=True):
+        ticks = sorted({record[key] for record in measured if key in record})
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
+        axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0].legend()
+    axes[1].legend(ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
