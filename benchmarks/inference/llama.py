@@ -101,15 +101,15 @@ class LlamaDecoder:
         self.layers = []
         for layer in model.layers:
             linears = (
-                RowLinear(layer["qkv"], workspace),
-                RowLinear(layer["o"], workspace),
-                RowLinear(layer["gate"], workspace, up=layer["up"]),
-                RowLinear(layer["down"], workspace),
+                RowLinear(layer["qkv"], workspace=workspace),
+                RowLinear(layer["o"], workspace=workspace),
+                RowLinear(layer["gate"], workspace=workspace, up=layer["up"]),
+                RowLinear(layer["down"], workspace=workspace),
             )
             shape = (2, rows, cache_tokens, config.num_kv_heads, config.head_dim)
             self.layers.append((linears, torch.randn(shape, device=device, dtype=torch.bfloat16)))
         self.norms = [layer[name] for layer in model.layers for name in ("norm", "mlp_norm")] + [model.final_norm]
-        self.head = RowLinear(model.embedding, workspace)
+        self.head = RowLinear(model.embedding, workspace=workspace)
         self.logits = model.embedding.new_empty(rows, config.vocab_size)
         places = torch.arange(cache_tokens, device=device)
         self.cos, self.sin = (

@@ -32,10 +32,10 @@ class LayerStep(ABC):
         """
 
     def load(self, state: Mapping[str, Tensor], seen_tokens: list[int]) -> None:  # noqa: B027 - most layers hold none
-        """Takes the state of the rows, by the names that `state` gives; it is empty before the first token."""
+        """Takes the state of the first rows, by the names that `state` gives; it is empty before the first token."""
 
     def state(self, seen_tokens: list[int]) -> dict[str, Tensor]:
-        """Returns copies of the state in the form of a cache: conv, scan, or keys and values, oldest first."""
+        """Returns copies of the first rows' state as caches have it: conv, scan, or keys and values, oldest first."""
         return {}
 
 

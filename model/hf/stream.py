@@ -26,7 +26,7 @@ from .layers import carried_states
 from .modeling_samba import AttentionFreeCache, SambaForCausalLM, new_cache
 
 if TYPE_CHECKING:
-    from .decoder import Decoder
+    from .decoder import Decoder, Decoders
 
 PIECE_TOKENS = 2048
 GPU_PIECE_TOKENS = 65536  # of all rows: enough to fill a GPU, and few enough for the memory of a small one
@@ -62,15 +62,14 @@ class Stream:
         self.seen_tokens = [0] * rows
         self.logits: Tensor | None = None
         self.extras: dict[str, Tensor] = {}
-        self._decoder: Decoder | None = None
+        self._decoder: Decoder | None = None  # which holds the state in place of the cache
+        self._decoders: Decoders | None = None
         self._may_decode = model.device.type == "cuda"  # Triton comes with PyTorch's CUDA build alone
-        self._decodes = False  # whether the decoder holds the state
         self._start(new_cache(model.config))
 
     def _start(self, cache: Any) -> None:
         """Takes a cache for the tokens of `seen_tokens`, and makes the buffers of one token."""
-        self._cache = cache
-        self._decodes = False
+        self._cache, self._decoder = cache, None
         device = self.model.device
         self._ids = torch.zeros(self.rows, 1, dtype=torch.int64, device=device)
         self._positions = torch.tensor(self.seen_tokens, dtype=torch.int64, device=device)[:, None]
@@ -104,27 +103,37 @@ class Stream:
 
         On a GPU the weights are taken as they are at the first step.
         """
-        if self._is_decoded():
-            assert self._decoder is not None
-            self.logits = self._decoder(ids)
-            self.seen_tokens = list(self._decoder.seen_tokens)
+        if decoder := self._held_decoder():
+            self.logits = decoder(ids)
+            self.seen_tokens = list(decoder.seen_tokens)
             return self.logits
         self._ids.copy_(ids[:, None])
         self._forward(self._ids)
         return self._last_logits()
 
-    def _is_decoded(self) -> bool:
-        """Whether steps go through a decoder, which then has the state."""
-        if self._may_decode and not self._decodes:
-            from .decoder import Decoder, why_not
-
-            if self._decoder is None and why_not(self.model):
+    def _held_decoder(self) -> "Decoder | None":
+        """Returns the decoder that has the state from now on; None where the layers go on with it."""
+        if self._may_decode and self._decoder is None:
+            decoder = self._shared_decoders().lend(self)
+            if decoder is None:
                 self._may_decode = False
-                return False
-            self._decoder = self._decoder or Decoder(self.model, rows=self.rows)
-            self._decoder.load(self._tensors(), seen_tokens=self.seen_tokens)
-            self._decodes, self._cache = True, None
-        return self._decodes
+                return None
+            decoder.load(self._tensors(), seen_tokens=self.seen_tokens)
+            self._decoder, self._cache = decoder, None
+        return self._decoder
+
+    def _shared_decoders(self) -> "Decoders":
+        """Returns the decoders of this stream and of those that are made of it."""
+        if self._decoders is None:
+            from .decoder import Decoders
+
+            self._decoders = Decoders(self.model)
+        return self._decoders
+
+    def leave(self, decoder: "Decoder") -> None:
+        """Takes the state back from a decoder, if that has it."""
+        if self._decoder is decoder:
+            self._start(_filled_cache(self.model.config, self._tensors(), seen_tokens=max(self.seen_tokens)))
 
     @torch.no_grad()
     def score(self, ids: Tensor, *, progress: Callable[[int, int], None] | None = None) -> Scores:
@@ -153,8 +162,8 @@ class Stream:
         """Yields the pieces in which ids are read, each with the place of its first token, on the model's device."""
         if ids.ndim != 2 or ids.shape[0] != self.rows or not ids.shape[1]:
             raise ValueError(f"ids have shape {list(ids.shape)}: give [{self.rows}, at least 1]")
-        if self._decodes:
-            self._start(_filled_cache(self.model.config, self._tensors(), seen_tokens=max(self.seen_tokens)))
+        if self._decoder:
+            self.leave(self._decoder)
         is_short = self.model.device.type == "cpu" or self._mask(1) is not None  # a mask is of pairs of tokens
         length = PIECE_TOKENS if is_short else max(PIECE_TOKENS, GPU_PIECE_TOKENS // self.rows)
         for start in range(0, ids.shape[1], length):
@@ -206,7 +215,7 @@ class Stream:
         numbers = list(range(self.rows)) if rows is None else list(rows)
         index = torch.tensor(numbers, device=self.model.device)
         tensors = {name: tensor.index_select(0, index) for name, tensor in self._tensors().items()}
-        return Stream._of(self.model, tensors, seen_tokens=[self.seen_tokens[number] for number in numbers])
+        return self._of(self.model, tensors, seen_tokens=[self.seen_tokens[number] for number in numbers], like=self)
 
     @staticmethod
     def join(streams: Sequence["Stream"]) -> "Stream":
@@ -225,7 +234,7 @@ class Stream:
                 parts = [torch.nn.functional.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts]
             tensors[name] = torch.cat(parts)
         seen_tokens = [seen for stream in streams for seen in stream.seen_tokens]
-        return Stream._of(streams[0].model, tensors, seen_tokens=seen_tokens)
+        return Stream._of(streams[0].model, tensors, seen_tokens=seen_tokens, like=streams[0])
 
     def save(self, path: str | Path, extras: Mapping[str, Tensor] | None = None) -> None:
         """Writes the state as a safetensors file, which replaces an older one once it is complete.
@@ -282,8 +291,7 @@ class Stream:
         if self.logits is None:
             return {}
         tensors = {"logits": self.logits}
-        if self._decodes:
-            assert self._decoder is not None
+        if self._decoder:
             return tensors | self._decoder.state()
         for number, kind in enumerate(self.model.config.layer_types):
             if kind == _SLIDING:
@@ -295,9 +303,18 @@ class Stream:
         return tensors
 
     @classmethod
-    def _of(cls, model: SambaForCausalLM, tensors: Mapping[str, Tensor], *, seen_tokens: list[int]) -> "Stream":
-        """Makes a stream of copies of a state."""
+    def _of(
+        cls,
+        model: SambaForCausalLM,
+        tensors: Mapping[str, Tensor],
+        *,
+        seen_tokens: list[int],
+        like: "Stream | None" = None,
+    ) -> "Stream":
+        """Makes a stream of copies of a state, which shares the decoders of another one."""
         stream = cls(model, rows=len(seen_tokens))
+        if like is not None and like._may_decode:
+            stream._decoders, stream._may_decode = like._shared_decoders(), True
         if tensors:
             stream.seen_tokens = list(seen_tokens)
             stream.logits = tensors["logits"].clone()

@@ -93,6 +93,7 @@ class Engine:
         # Of the thread alone:
         self._reading: _Reading | None = None
         self._stream: Stream | None = None
+        self._origin = Stream(source.model)  # streams that are made of one share what they step by
         self._active: list[_Active] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -169,7 +170,7 @@ class Engine:
                 self._waiting.popleft()
             if not self._waiting or len(self._active) + self._waiting[0].samples > self.max_rows:
                 return None
-            return _Reading(self._waiting.popleft(), Stream(self._source.model))
+            return _Reading(self._waiting.popleft(), self._origin.fork())
 
     def _begin(self, job: Job, stream: Stream) -> None:
         for sample in range(job.samples):

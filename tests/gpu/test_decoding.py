@@ -51,7 +51,7 @@ def test_a_stream_reads_and_steps_as_in_fp64(rows, sizes, dtype):
     for ids in more.unbind(1):
         given, expected = there.step(ids.to(DEVICE)), here.step(ids)
         assert error(given, expected) < TOLERANCE[dtype]
-    assert there._decodes, "the steps did not go through the graph"
+    assert there._decoder, "the steps did not go through the graph"
     for name, tensor in there._tensors().items():
         assert error(tensor, here._tensors()[name]) < TOLERANCE[dtype], name
     assert error(there.read(prompt[:, :5]), here.read(prompt[:, :5])) < TOLERANCE[dtype]
@@ -147,7 +147,7 @@ def test_a_model_with_an_adapter_steps_without_the_graph():
     stream = Stream(adapted.get_base_model())
     stream.read(random_tokens(1, 8))
     logits = stream.step(random_tokens(1, 9)[:, -1])
-    assert not stream._decodes
+    assert stream._decoder is None
     assert error(logits, expected.cpu().double()) < 2e-2
 
 

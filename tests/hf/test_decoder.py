@@ -47,11 +47,11 @@ def test_steps_are_those_of_the_layers(pattern, sizes):
     stream.read(tokens[:, : full - 2])
     for place in range(full - 2, full + 2):
         close(stream.step(tokens[:, place]), expected[:, place])
-    assert stream._decodes
+    assert stream._decoder is not None
     assert stream.seen_tokens == [full + 2] * 3
     # By the layers again, which go on from the decoder's state.
     close(stream.read(tokens[:, full + 2 :]), expected[:, -1])
-    assert not stream._decodes
+    assert stream._decoder is None
 
 
 @torch.no_grad()
@@ -72,13 +72,26 @@ def test_states_leave_the_decoder_and_come_back(tmp_path):
         stream.step(tokens[:, length])
     streams[1].save(tmp_path / "state")
     joined = Stream.join([streams[0], Stream.load(model, tmp_path / "state"), streams[1].fork([0])])
-    joined._may_decode = True
     for step in range(3):
         logits = joined.step(torch.stack([tokens[0, 4 + step], tokens[0, 12 + step], tokens[0, 12 + step]]))
         close(logits, expected[[4 + step, 12 + step, 12 + step]])
-    assert joined._decodes
+    assert joined._decoder is not None
     for stream, place in zip(streams, (4, 12), strict=True):  # which the copies have not changed
         close(stream.step(tokens[:, place])[0], expected[place])
+
+
+@torch.no_grad()
+def test_streams_of_one_origin_take_turns_with_one_decoder():
+    model, tokens = model_of(), random_tokens(1, 8)
+    expected = model(tokens).logits[0]
+    one = stream_of(model)
+    one.read(tokens[:, :3])
+    other = one.fork()
+    for place in range(3, 5):
+        for stream in (one, other):
+            close(stream.step(tokens[:, place])[0], expected[place])
+    assert one._decoder is None, "the other one took it"
+    assert one._decoders is other._decoders
 
 
 def test_a_model_that_is_not_as_it_was_made_is_stepped_by_its_layers():
@@ -88,4 +101,4 @@ def test_a_model_that_is_not_as_it_was_made_is_stepped_by_its_layers():
     stream = stream_of(model)
     stream.read(tokens[:, :5])
     close(stream.step(tokens[:, 5]), expected[:, 5].detach())
-    assert not stream._decodes
+    assert stream._decoder is None

@@ -17,11 +17,11 @@ class AttentionStep(LayerStep):
     def __init__(self, layer: SambaAttention, norm: Norm, workspace: Workspace) -> None:
         super().__init__(layer, norm, workspace)
         config, rows = layer.config, workspace.rows
-        qkv = torch.cat([plain(projection) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)])
-        self.qkv_proj = RowLinear(qkv, workspace)
-        self.o_proj = RowLinear(plain(layer.o_proj), workspace)
+        weights = [plain(projection) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)]
+        self.qkv_proj = RowLinear(*weights, workspace=workspace)
+        self.o_proj = RowLinear(plain(layer.o_proj), workspace=workspace)
         ring = (rows, config.num_key_value_heads, config.sliding_window, config.head_dim)
-        self.keys, self.values = qkv.new_zeros(ring), qkv.new_zeros(ring)
+        self.keys, self.values = weights[0].new_zeros(ring), weights[0].new_zeros(ring)
         self.attend = RingAttention(
             self.keys,
             self.values,
@@ -29,8 +29,8 @@ class AttentionStep(LayerStep):
             query_heads=config.num_attention_heads,
             rotary_base=config.rotary_base,
         )
-        self.qkv = activations(rows, len(qkv), like=qkv)
-        self.y = activations(rows, config.hidden_size, like=qkv)
+        self.qkv = activations(rows, self.qkv_proj.columns, like=weights[0])
+        self.y = activations(rows, config.hidden_size, like=weights[0])
 
     def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:
         self.qkv_proj.of_stream(stream, self.qkv, eps=self.norm.eps)

@@ -18,9 +18,9 @@ class MambaStep(LayerStep):
         super().__init__(layer, norm, workspace)
         in_weight, x_weight = plain(layer.in_proj), plain(layer.x_proj)
         rows, self.channels = workspace.rows, layer.A_log.shape[0]
-        self.in_proj = RowLinear(in_weight, workspace)
-        self.x_proj = RowLinear(x_weight, workspace)
-        self.out_proj = RowLinear(plain(layer.out_proj), workspace)
+        self.in_proj = RowLinear(in_weight, workspace=workspace)
+        self.x_proj = RowLinear(x_weight, workspace=workspace)
+        self.out_proj = RowLinear(plain(layer.out_proj), workspace=workspace)
         self.conv_weight = plain(layer.conv1d).squeeze(1).contiguous()
         self.conv_bias = layer.conv1d.bias.detach()
         self.scan = {
@@ -46,8 +46,10 @@ class MambaStep(LayerStep):
 
     def load(self, state: Mapping[str, Tensor], seen_tokens: list[int]) -> None:
         conv = state.get("conv")
-        taken(self.conv_state, None if conv is None else conv.transpose(1, 2))
-        taken(self.scan_state, state.get("scan"))
+        rows = len(seen_tokens)
+        taken(self.conv_state[:rows], None if conv is None else conv.transpose(1, 2))
+        taken(self.scan_state[:rows], state.get("scan"))
 
     def state(self, seen_tokens: list[int]) -> dict[str, Tensor]:
-        return {"conv": self.conv_state.transpose(1, 2).contiguous(), "scan": self.scan_state.clone()}
+        rows = len(seen_tokens)
+        return {"conv": self.conv_state[:rows].mT.contiguous(), "scan": self.scan_state[:rows].clone()}

@@ -13,8 +13,8 @@ class MLPStep(LayerStep):
     def __init__(self, layer: SambaMLP, norm: Norm, workspace: Workspace) -> None:
         super().__init__(layer, norm, workspace)
         gate = plain(layer.gate_proj)
-        self.gate_up = RowLinear(gate, workspace, up=plain(layer.up_proj))
-        self.down = RowLinear(plain(layer.down_proj), workspace)
+        self.gate_up = RowLinear(gate, workspace=workspace, up=plain(layer.up_proj))
+        self.down = RowLinear(plain(layer.down_proj), workspace=workspace)
         self.between = activations(workspace.rows, len(gate), like=gate)
 
     def __call__(self, stream: ResidualStream, positions: Tensor, following: Tensor) -> None:

@@ -27,15 +27,35 @@ class Norm(NamedTuple):
     eps: float
 
 
+class HeldWeights:
+    """Weights as kernels read them: several joined along their rows, and zeros behind a width without whole blocks."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, *weights: Tensor) -> Tensor:
+        """Returns [rows of all, held width]: a weight itself where it is so already, or its one copy."""
+        width = weights[0].shape[1]
+        more = held_width(width) - width
+        if len(weights) == 1 and not more and weights[0].is_contiguous():
+            return weights[0]
+        places = tuple(weight.data_ptr() for weight in weights)
+        if places not in self._copies:
+            self._copies[places] = torch.nn.functional.pad(torch.cat(weights), (0, more))
+        return self._copies[places]
+
+
 class Workspace:
     """What the kernels of one stream share, since one runs after the other: sums of splits, and counts of programs.
 
     Args:
         rows: texts that go on by a token at a time.
+        held: the weights that had to be copied, which workspaces of one model share.
     """
 
-    def __init__(self, rows: int, *, device: torch.device) -> None:
+    def __init__(self, rows: int, *, device: torch.device, held: "HeldWeights | None" = None) -> None:
         self.rows, self.multiprocessors = rows, INTERPRETED_MULTIPROCESSORS
+        self.held = HeldWeights() if held is None else held
         if device.type == "cuda":
             self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self.sums = torch.empty(0, dtype=torch.float32, device=device)
@@ -139,14 +159,14 @@ class RowLinear:
     """A projection of activations [B, held K] to [B, N], with fp32 sums.
 
     Args:
-        weight: [N, K].
+        weights: [N, K], or several whose rows are N together.
         up: [N, K] of a second projection; the result is then SiLU(x weight^T) * (x up^T).
     """
 
-    def __init__(self, weight: Tensor, workspace: Workspace, *, up: Tensor | None = None) -> None:
-        self.columns, self.width = weight.shape
-        self.weight = _held(weight)
-        self.up = None if up is None else _held(up)
+    def __init__(self, *weights: Tensor, workspace: Workspace, up: Tensor | None = None) -> None:
+        self.columns, self.width = sum(map(len, weights)), weights[0].shape[1]
+        self.weight = workspace.held(*weights)
+        self.up = None if up is None else workspace.held(up)
         self.workspace = workspace
         blocks = self.weight.shape[1] // block_width(self.width)
         self.tiling = Tiling.of(self.columns, blocks, workspace, gated=up is not None)
@@ -210,12 +230,6 @@ class RowLinear:
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
-
-
-def _held(weight: Tensor) -> Tensor:
-    """Returns the weight with zeros behind its width where it does not have whole blocks; else the weight itself."""
-    more = held_width(weight.shape[1]) - weight.shape[1]
-    return torch.nn.functional.pad(weight, (0, more)) if more else weight.contiguous()
 
 
 @triton.jit
