@@ -56,7 +56,7 @@ def test_help_has_an_example_and_appears_without_the_slow_packages():
     words = [(), ("data",), ("checkpoint",), ("convert",), ("slurm",), *leaf_commands()]
     script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
     shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
-    assert len(words) == 5 + 24
+    assert len(words) == 5 + 27
     for name, text in zip(words, shown["helps"], strict=True):
         assert "Usage:" in text
         if name in leaf_commands():
@@ -73,7 +73,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 33
+    assert parsed == 37
 
 
 def test_version(sambalm):
@@ -257,6 +257,9 @@ CALLS = [
             "eos_token": "E",
             "special_tokens": True,
             "on_error": "skip",
+            "chat_template": None,
+            "messages_key": "messages",
+            "loss": "assistant",
         },
     ),
     (
