@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 36
 COLOURS, DASHES = 8, ("", "6 3", "2 3", "8 3 2 3")
 _BUCKETS = 240  # points of a line; what lies between becomes a band
 _MARKED = 40  # lines of fewer points show each
@@ -169,7 +169,7 @@ def _axes(chart: Chart, x: _Scale, y: _Scale) -> Iterable[str]:
         at = f"{y(tick):.1f}"
         yield f'<line class="grid" x1="{LEFT}" y1="{at}" x2="{right}" y2="{at}"/>'
         yield f'<text x="{LEFT - 6}" y="{at}" dy="4" text-anchor="end">{short(tick)}</text>'
-    for tick in x.ticks():
+    for tick in (tick for tick in x.ticks() if math.isclose(tick, round(tick))):  # steps and tokens are whole
         at = f"{x(tick):.1f}"
         yield f'<line class="axis" x1="{at}" y1="{bottom}" x2="{at}" y2="{bottom + 4}"/>'
         yield f'<text x="{at}" y="{bottom + 17}" text-anchor="middle">{short(tick)}</text>'

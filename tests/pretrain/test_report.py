@@ -166,3 +166,9 @@ def test_ticks_are_round_numbers():
     assert log_ticks(0.03, 200.0) == pytest.approx([0.1, 1, 10, 100])
     assert log_ticks(0.4, 2.5) == pytest.approx([0.5, 1, 2])
     assert [short(value) for value in (0, 8e-4, 0.5, 1500, 2.5e7, -3e9)] == ["0", "8e-4", "0.5", "1.5k", "25M", "-3B"]
+
+
+def test_a_step_on_the_axis_is_a_whole_number():
+    page = draw(Chart("held out", [Series("256 tokens", [(60.0, 4.6)], 0)], "step", "nats"))
+    assert ">60<" in page
+    assert not re.search(r">(59|60)\.\d<", page)
