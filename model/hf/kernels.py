@@ -23,9 +23,14 @@ WHOLE_QUERIES = 1024  # cuDNN compiles a graph for each length; multiples of thi
 
 def operations_for(x: Tensor, config: SambaConfig) -> Operations:
     """Returns what computes on the device and in the dtype of x: kernels on a GPU, and PyTorch while it is compiled."""
-    if x.device.type != "cuda" or x.dtype not in _PRECISIONS or torch.compiler.is_compiling():
+    if not has_kernels(x.device) or x.dtype not in _PRECISIONS or torch.compiler.is_compiling():
         return IN_TORCH
     return _of_device(x.device.index, _PRECISIONS[x.dtype], int(config.state_size), int(config.conv_kernel))
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run there: on NVIDIA's GPUs from Ampere on, the first with bf16."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .configuration_samba import LAYER_TYPES, NO_CACHE, SambaConfig
 from .errors import HFError
+from .kernels import has_kernels
 from .layers import carried_states
 from .modeling_samba import AttentionFreeCache, SambaForCausalLM, new_cache
 
@@ -64,7 +65,7 @@ class Stream:
         self.extras: dict[str, Tensor] = {}
         self._decoder: Decoder | None = None  # which holds the state in place of the cache
         self._decoders: Decoders | None = None
-        self._may_decode = model.device.type == "cuda"  # Triton comes with PyTorch's CUDA build alone
+        self._may_decode = has_kernels(model.device)
         self._start(new_cache(model.config))
 
     def _start(self, cache: Any) -> None:
