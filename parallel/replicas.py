@@ -84,7 +84,9 @@ class Replicas:
         self._shared = len(shared)  # in the model group; this rank holds those whose places are these:
         places = [(number, shared.index(key)) for number, key in enumerate(self.names) if key in set(shared)]
         of_names, of_shared = ([pair[side] for pair in places] for side in (0, 1))
-        self._of_names, self._of_shared = (torch.tensor(n, device=world.device) for n in (of_names, of_shared))
+        self._of_names, self._of_shared = (
+            torch.tensor(n, dtype=torch.int64, device=world.device) for n in (of_names, of_shared)
+        )
         largest = max((tensor().numel() for tensor in self._tensors), default=0)
         self._factors = position_factors(min(CHUNK[world.device.type], max(1, largest)), device=world.device)
 

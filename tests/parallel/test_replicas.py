@@ -59,6 +59,14 @@ LAYOUTS = {
     "tensor, a norm": (2, {"tensor": 2, "sequence": True}, {}, "final_norm", "rank 0"),
     "context": (2, {"context": 2}, {}, "embedding", "rank 0"),
     "pipeline, the tied embedding": (2, {"pipeline": 2}, {"model": {"tie_embeddings": True}}, "embedding", "rank 0"),
+    # Ranks between the ends hold nothing that others hold.
+    "pipeline, stages without a share": (
+        4,
+        {"pipeline": 4},
+        {"model": {"tie_embeddings": True}},
+        "embedding",
+        "rank 0",
+    ),
     "tensor, a copied kv head": (4, {"tensor": 4}, {}, "k.weight", "rank 2"),
     "tensor and data": (4, {"tensor": 2, "zero_stage": 1}, {}, "final_norm", "ranks 0, 1, 2"),
     "tensor and ZeRO-3": (4, {"tensor": 2, "zero_stage": 3}, {}, "final_norm", "rank 2"),
