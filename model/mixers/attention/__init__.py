@@ -1,1 +1,1 @@
-"""Sliding-window attention: `layer.py` is what trains, `mixer.py` what the rest of the code asks about it."""
+"""Attention over a window or everything before: `layer.py` is what trains, `mixer.py` what the rest of the code asks about it."""
