@@ -33,7 +33,10 @@ class Trunk(BaseModel):
 
 
 class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
-    """The shape of a model; it does not depend on how the model is spread over ranks."""
+    """The shape of a model; it does not depend on how the model is spread over ranks.
+
+    Heads, window and MLP width may be left out where no layer of the pattern reads them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -96,7 +99,7 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
         Keys of mixers that the pattern lacks are not among them.
         """
         keys = ["pattern", "hidden_size", "tie_embeddings", "mixers"]
-        readers = dict.fromkeys(("d_state", "d_conv", "expand", "dt_rank_size"), {"M"}) | _READERS
+        readers = {key: {"M"} for key in ("d_state", "d_conv", "expand", "dt_rank_size")} | _READERS
         del readers["window"]
         return keys + [key for key, letters in readers.items() if letters & set(self.pattern)]
 

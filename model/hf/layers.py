@@ -80,7 +80,9 @@ class SequenceContext(NamedTuple):
     cache: Cache | None
     padding: Padding | None  # None when there is no padding
     attention_masks: AttentionMasks | None  # None where window_attention runs
-    rotary: tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [B or 1, S, 1, d / 2]; None without attention or its positions
+    rotary: (
+        tuple[Tensor, Tensor] | None
+    )  # cosines and sines, fp32 [B or 1, S, 1, d / 2]; None without attention or its positions
     documents: PackedDocuments | None = None  # None where each row is one document
     real_keys: Tensor | None = None  # bool [B, past + S], False for padding; None when every key in the window counts
     operations: Operations = IN_TORCH

@@ -2,9 +2,10 @@
 
 The state of a Samba model after any number of tokens is a few tensors of fixed size: of each attention layer the keys
 and values of the last window - 1 tokens, of each Mamba layer its convolution's inputs and its scan's state. A Stream
-owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped. Layers of full attention
-keep the keys and values of all tokens: their state, and the time of a token, grow with the text. On a GPU it steps by a
-`Decoder`, one CUDA graph a token, which holds the state from the first step until something else needs it.
+owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped. Layers of full
+attention keep the keys and values of all tokens: their state, and the time of a token, grow with the text. On a GPU a
+Stream steps by a `Decoder`, one CUDA graph a token, which holds the state from the first step until something else
+needs it. Models with full attention, whose layers have no such step, are stepped layer by layer there.
 
 B: rows, V: vocabulary.
 """
@@ -53,9 +54,9 @@ class Scores(NamedTuple):
 class Stream:
     """A model and its state after the tokens that each of its rows has read.
 
-    Rows may have read different numbers of tokens. Nothing that it keeps grows with them but full attention's keys. `logits` [B, V] are those
-    after the last token of each row, None before the first; `seen_tokens` counts the tokens of each row, and `extras`
-    holds what the file had beside the state that `load` read.
+    Rows may have read different numbers of tokens. Nothing that it keeps grows with them but full attention's keys.
+    `logits` [B, V] are those after the last token of each row, None before the first; `seen_tokens` counts the tokens
+    of each row, and `extras` holds what the file had beside the state that `load` read.
     """
 
     def __init__(self, model: SambaForCausalLM, *, rows: int = 1) -> None:

@@ -1,1 +1,1 @@
-"""Attention over a window or everything before: `layer.py` is what trains, `mixer.py` what the rest of the code asks about it."""
+"""Attention over a window or everything before: see `mixer.py`, and `layer.py` for what trains."""

@@ -92,7 +92,7 @@ def _positions_text(hf: Any) -> str:
 
 
 class WindowAttention(Mixer):
-    """Causal attention over a sliding window, with grouped queries and, unless `rope_base` is None, rotary positions."""
+    """Causal attention over a sliding window, with grouped queries and, where `rope_base` is given, positions."""
 
     letter, name, modules = LETTER, "attention", 3
     title, abilities = "window attention", frozenset(Ability)
