@@ -9,10 +9,6 @@ from sambalm.model.ops.implementations import AttentionCall
 from sambalm.model.registry import mixer
 from sambalm.parallel.shard import Position
 from sambalm.pretrain.check_layout import whole
-from sambalm.pretrain.config_file import parse_config
-from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
-from sambalm.pretrain.planner.memory import stage_memories
-from tests.pretrain.test_plan import counted_activations
 from tests.support.layout_runs import LENGTH, STEPS, differences, run_values, steps_on_rank
 from tests.support.whole_runs import changed, stopped_after, train
 from tests.support.worlds import run_world
@@ -67,15 +63,6 @@ def test_full_attention_is_a_window_over_the_whole_sequence():
     (window,) = steps({"pattern": "M*-", "window": LENGTH}, {}, ranks=1, documents=True)
     (shorter,) = steps({"pattern": "M*-", "window": LENGTH - 1}, {}, ranks=1, documents=True)
     assert full.losses == window.losses != shorter.losses
-
-
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("model", [MIXED, NO_POSITIONS, {"pattern": "F"}], ids=lambda model: model["pattern"])
-def test_they_keep_what_they_say(model, recompute):
-    config = parse_config(run_values(model=model, parallel={"recompute": recompute}), source="test")
-    kept, _ = counted_activations(config)
-    memory, *_ = stage_memories(config, world_size=1, kernels=TORCH_ON_CPU)
-    assert memory.saved_bytes == pytest.approx(kept, rel=0.02)
 
 
 def test_operations_and_calls_of_kernels_are_those_of_all_keys():
