@@ -115,7 +115,7 @@ def test_a_window_stream_without_other_rows_keys_goes_on_as_alone():
 
 @pytest.fixture(scope="module")
 def folder(sentencepiece_model, documents, tmp_path_factory):
-    config = tiny_config(**MODELS["mixed"], vocab_size=1200, rope_base=None, dt_rank=2)
+    config = tiny_config(**MODELS["mixed"], vocab_size=1200, rope_base=None, dt_rank=3)
     state = RandomState(config)
     output = tmp_path_factory.mktemp("export") / "model"
     output.mkdir()
@@ -124,7 +124,7 @@ def folder(sentencepiece_model, documents, tmp_path_factory):
 
 
 def test_a_folder_is_written_read_and_comes_back(folder, tmp_path):
-    path, state, config = folder
+    path, _, config = folder
     keys = json.loads((path / "config.json").read_text())
     assert keys["layer_types"] == ["moe", "linear_attention", "full_attention", "sliding_attention"]
     assert keys["extensions"]["F"]["layer_type"] == "full_attention"
@@ -144,7 +144,9 @@ def test_a_folder_is_written_read_and_comes_back(folder, tmp_path):
 
 
 def test_what_flash_linear_attention_lacks_is_said():
-    assert hf_config(tiny_config("M-*-", rope_base=None)).fla_obstacle == "It has no attention without rotary positions."
+    assert (
+        hf_config(tiny_config("M-*-", rope_base=None)).fla_obstacle == "It has no attention without rotary positions."
+    )
     assert "no layer like F (full_attention)" in hf_config(tiny_config("F-")).fla_obstacle
 
 

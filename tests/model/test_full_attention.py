@@ -1,10 +1,13 @@
 """Full attention, attention without positions and the second MLP: on layouts against one process, and counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import flops_per_token
+from sambalm.model.mixers.counts import Attention, KernelNames, Share
 from sambalm.model.ops.implementations import AttentionCall
 from sambalm.model.registry import mixer
 from sambalm.parallel.shard import Position
@@ -16,6 +19,18 @@ from tests.support.worlds import run_world
 MIXED = {"pattern": "=F-M*F", "mixers": {"mlp2": {"size": 23}}}
 NO_POSITIONS = {"pattern": "F-*", "rope_base": None}
 TP2, PP2, CP2 = {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"context": 2}
+
+TORCH = KernelNames(scan="torch", conv="torch", attention="torch", norm="torch", elementwise="torch", device="cpu")
+SHARE = Share(
+    tensor_ranks=1,
+    sequence_parallel=False,
+    context_ranks=1,
+    sequences=1,
+    sequence_tokens=LENGTH,
+    activation_bytes=4,
+    recompute="none",
+    kernels=TORCH,
+)
 
 
 def steps(model: dict, parallel: dict, *, ranks: int, documents: bool, mistake=None):
@@ -73,6 +88,11 @@ def test_operations_and_calls_of_kernels_are_those_of_all_keys():
     assert flops.mixing["mlp2"] == 0
     calls = mixer("F").kernel_needs(config, sequences=1, part_tokens=8, tp=Position(1), cp=Position(4, rank=2))
     assert calls == {"attention_calls": (AttentionCall(1, 12, 2, queries=8, keys=24, head_dim=4, window=32),)}
+    share = replace(SHARE, context_ranks=4)
+    (attention,) = (kernel for kernel in mixer("F").kernels(config, share) if isinstance(kernel, Attention))
+    assert attention.flops == 3 * 4 * 48 * sum(range(25, 33)), "the last of four parts sees the most keys"
+    (attention,) = (kernel for kernel in mixer("F").kernels(config, SHARE) if isinstance(kernel, Attention))
+    assert attention.flops == LENGTH * flops.mixing["full_attention"] / 2, "of one layer of two"
     without = mixer("F").shared_inputs(config.model_copy(update={"rope_base": None}), torch.arange(3)[:, None])
     assert without is None
 

@@ -177,12 +177,16 @@ class WindowAttention(Mixer):
 
     def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
         heads = self._heads(config, share.tensor_ranks)
-        flops = self.mixing_flops(config, sequence_tokens=share.sequence_tokens)
-        yield Attention(flops * heads.query.length / config.hidden_size * share.tokens)
+        flops = FORWARD_AND_BACKWARD * 4.0 * heads.query.length * self._busiest_keys(config, share)
+        yield Attention(flops * share.tokens)
         if config.rope_base is not None:
             rotated = share.tokens * (heads.query.length + heads.kv.length)
             yield MemoryPass(ROTARY[share.kernels.elementwise], rotated)
         yield MemoryPass(LAYOUT, share.tokens * heads.query.length)
+
+    def _busiest_keys(self, config: "ModelConfig", share: Share) -> float:
+        """Returns how many keys a query sees on average, on the context-parallel rank that computes longest."""
+        return mean_keys(share.sequence_tokens, config.window)
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
@@ -252,6 +256,9 @@ class FullAttention(WindowAttention):
 
     def _layer_window(self, config: "ModelConfig") -> int | None:
         return None
+
+    def _busiest_keys(self, config: "ModelConfig", share: Share) -> float:
+        return share.sequence_tokens - (share.part_tokens - 1) / 2  # of the last part, which has the most before it
 
 
 MIXER, FULL = WindowAttention(), FullAttention()
