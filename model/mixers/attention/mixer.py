@@ -48,7 +48,7 @@ class AttentionHF(HFSide):
         "o_proj.weight": HFTensor(("o_proj.weight",)),
     }
     module, layer = "sambalm.model.mixers.attention.hf", "SambaAttention"
-    step = "sambalm.model.mixers.attention.step:AttentionStep"
+    step: ClassVar[str | None] = "sambalm.model.mixers.attention.step:AttentionStep"
     cache_layer = "sliding_attention"
 
     def to_config(self, config: "ModelConfig") -> dict[str, Any]:
