@@ -4,12 +4,15 @@ import math
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.parameters import count_parameters
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
-from tests.support.layout_runs import run_values
+from tests.support import program
+from tests.support.layout_runs import run_values as layout_values
+from tests.support.whole_runs import changed, stopped_after, train
 
 FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 W438 = (1536, (12, 12), 4096, 32000)
@@ -90,7 +93,7 @@ def test_the_commands_read_it(name, sambalm):
     ("pattern", "key"), [("*-", "window"), ("F-", "num_kv_heads"), ("M*", "num_query_heads"), ("M-", "mlp_size")]
 )
 def test_a_size_that_a_layer_reads_cannot_be_left_out(pattern, key):
-    values = run_values(model={"pattern": pattern})
+    values = layout_values(model={"pattern": pattern})
     del values["model"][key]
     with pytest.raises(ConfigError, match=rf"model\.{key}"):
         parse_config(values, source="test")
@@ -99,4 +102,49 @@ def test_a_size_that_a_layer_reads_cannot_be_left_out(pattern, key):
 def test_the_second_mlp_has_its_own_width():
     for mixers, words in (({}, r"model\.mixers\.mlp2\.size"), ({"mlp2": {"size": 1}}, r"mlp2\.size is 1, less than")):
         with pytest.raises(ConfigError, match=words):
-            parse_config(run_values(model={"pattern": "=", "mixers": mixers}, parallel={"tensor": 2}), source="test")
+            parse_config(layout_values(model={"pattern": "=", "mixers": mixers}, parallel={"tensor": 2}), source="test")
+
+
+TINY = {
+    "Llama": {"pattern": "F-F-", "tie_embeddings": False},
+    "Samba-NoPE": {"pattern": "M-*-", "rope_base": None},
+    "MLP2-SWA-MLP": {"pattern": "=-*-", "mixers": {"mlp2": {"size": 64}}},
+    "hybrid": {"pattern": "M-F-"},
+    "Mamba-SWA-MLP": {"pattern": "M*-M"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tokens, tmp_path_factory):
+    """The prefix of tokens of a real tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    text, model = tokens.with_name("text.jsonl"), folder / "tokenizer.model"
+    for words in (
+        ("data", "tokenizer", "--input", text, "--vocab-size", 384, "--output", model),
+        ("data", "preprocess", "--input", text, "--tokenizer", model, "--output", folder / "text"),
+    ):
+        ended = program.run(*words)
+        assert ended.returncode == 0, ended.stderr
+    return folder / "text"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_one_trains_resumes_on_another_layout_converts_and_speaks(name, data, run_values, sambalm, tmp_path):
+    values = changed(run_values, data={"train": str(data)}, model=TINY[name])
+    whole_run = train(values)
+    stopped = stopped_after(values, 3, tmp_path / "stopped")
+    resumed = train(changed(stopped, parallel={"pipeline": 2}), ranks=2)
+    for before, after in zip(whole_run, resumed, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    run, hf, again = tmp_path / "stopped", tmp_path / "hf", tmp_path / "again"
+    code, out, err = sambalm("convert", "to-hf", run, hf, "--precision", "fp32")
+    assert (code, err) == (0, "")
+    assert "step 6, verified" in out
+    assert sambalm("convert", "from-hf", hf, again)[0] == 0
+    tails = []
+    for source in (run, hf):
+        words = ("--prompt", "def main(", "--max-new-tokens", 8, "--temperature", 0, "--state-out", tmp_path / "state")
+        assert sambalm("generate", source, *words)[0] == 0
+        tails.append(load_file(tmp_path / "state")["extra.tail"].tolist())
+    assert tails[0] == tails[1]
