@@ -6,12 +6,15 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sambalm.model.mixers.attention.sizes import AttentionSizes
+from sambalm.model.mixers.attention.sizes import FULL_LETTER, LETTER, AttentionSizes
 from sambalm.model.mixers.base import Mixer
 from sambalm.model.mixers.mamba.sizes import MambaSizes
 from sambalm.model.mixers.mlp.sizes import MLPSizes
 from sambalm.model.registry import MixerError, all_mixers, mixer, mixers_of
 
+# Sizes that a config may leave out where no layer reads them, and the letters of those that do.
+_ATTENTION = {LETTER, FULL_LETTER}
+_READERS = {"num_query_heads": _ATTENTION, "num_kv_heads": _ATTENTION, "window": {LETTER}, "mlp_size": {"-"}}
 _PATTERN = re.compile(r"\s*([^\sx\d]+)\s*(?:x\s*(\d+)\s*)?")
 
 
@@ -19,8 +22,8 @@ class Trunk(BaseModel):
     """What a model has beside its mixers."""
 
     pattern: str = Field(
-        description="Sublayers in order, in megatron-core's notation: M Mamba-1, * sliding-window attention, - SwiGLU; "
-        "'M-*- x 6' repeats a pattern"
+        description="Sublayers in order, in megatron-core's notation: M Mamba-1, * sliding-window attention, - SwiGLU, "
+        "F full attention, = a SwiGLU of another width; 'M-*- x 6' repeats a pattern"
     )
     hidden_size: int = Field(gt=0, description="Width of the residual stream (d_model)")
     vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's vocabulary")
@@ -30,13 +33,24 @@ class Trunk(BaseModel):
 
 
 class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
-    """The shape of a model; it does not depend on how the model is spread over ranks."""
+    """The shape of a model; it does not depend on how the model is spread over ranks.
+
+    Heads, window and MLP width may be left out where no layer of the pattern reads them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mixers: dict[str, dict[str, Any]] = Field(
         {}, description="Sizes of other mixers of the pattern, a section for each under its name"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_unread(cls, values: Any) -> Any:
+        pattern = values.get("pattern") if isinstance(values, dict) else None
+        if not isinstance(pattern, str):
+            return values
+        return {key: 1 for key, letters in _READERS.items() if not letters & set(pattern)} | values
 
     @field_validator("pattern")
     @classmethod
@@ -85,13 +99,14 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
         Keys of mixers that the pattern lacks are not among them.
         """
         keys = ["pattern", "hidden_size", "tie_embeddings", "mixers"]
-        own = {"M": ["d_state", "d_conv", "expand", "dt_rank_size"], "*": ["num_query_heads", "num_kv_heads"]}
-        own["-"] = ["mlp_size"]
-        return keys + [key for letter, names in own.items() if letter in self.pattern for key in names]
+        readers = {key: {"M"} for key in ("d_state", "d_conv", "expand", "dt_rank_size")} | _READERS
+        del readers["window"]
+        return keys + [key for key, letters in readers.items() if letters & set(self.pattern)]
 
     def keys_beside_weights(self) -> list[str]:
         """Returns the keys of what a model computes that its weights do not depend on in shape or meaning."""
-        return ["norm_eps", *(["window", "rope_base"] if "*" in self.pattern else [])]
+        readers = {"window": {LETTER}, "rope_base": _ATTENTION}
+        return ["norm_eps", *(key for key, letters in readers.items() if letters & set(self.pattern))]
 
     @cached_property
     def _hash(self) -> int:

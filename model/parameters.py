@@ -1,7 +1,7 @@
 """Parameter counts by kind."""
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.registry import all_mixers, mixer
+from sambalm.model.registry import mixer
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -9,9 +9,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     embedding = config.vocab_size * config.hidden_size
     counts = {"embedding": embedding}
     counts |= {
-        one.name: config.pattern.count(one.letter) * layer_parameters(config, one.letter)
-        for one in all_mixers()
-        if one.sizes is None or one.letter in config.pattern
+        one.name: config.pattern.count(one.letter) * layer_parameters(config, one.letter) for one in config.kinds
     }
     counts["norms"] = (len(config.pattern) + 1) * config.hidden_size
     counts["head"] = 0 if config.tie_embeddings else embedding

@@ -20,6 +20,8 @@ BUILT_IN = {
     "M": "sambalm.model.mixers.mamba.mixer:MIXER",
     "*": "sambalm.model.mixers.attention.mixer:MIXER",
     "-": "sambalm.model.mixers.mlp.mixer:MIXER",
+    "F": "sambalm.model.mixers.attention.mixer:FULL",
+    "=": "sambalm.model.mixers.mlp.mixer:SECOND",
 }
 
 

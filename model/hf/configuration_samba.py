@@ -21,8 +21,9 @@ from transformers import PreTrainedConfig
 MAMBA, ATTENTION, MLP = "M", "*", "-"
 
 # The kinds of cache layer that transformers builds for blocks; NO_CACHE is of one that holds nothing.
-NO_CACHE = "moe"
-LAYER_TYPES = {MAMBA: "linear_attention", ATTENTION: "sliding_attention", MLP: NO_CACHE}
+NO_CACHE, SLIDING_ATTENTION, FULL_ATTENTION = "moe", "sliding_attention", "full_attention"
+LAYER_TYPES = {MAMBA: "linear_attention", ATTENTION: SLIDING_ATTENTION, MLP: NO_CACHE}
+CACHE_LAYERS = (*LAYER_TYPES.values(), FULL_ATTENTION)
 EXTENSION_KEYS = {"name": str, "layer_type": str, "is_mlp": bool, "sizes": dict}
 
 # What flash-linear-attention takes when the key is missing.
@@ -167,8 +168,8 @@ class SambaConfig(PreTrainedConfig):
                     f"extensions has {letter!r}: {extension}; it describes other letters than M, * and -, each by "
                     f"{', '.join(EXTENSION_KEYS)}"
                 )
-            if extension["layer_type"] not in LAYER_TYPES.values():
-                kinds = ", ".join(LAYER_TYPES.values())
+            if extension["layer_type"] not in CACHE_LAYERS:
+                kinds = ", ".join(CACHE_LAYERS)
                 raise ValueError(
                     f"extensions gives {letter} the layer_type {extension['layer_type']!r}: use one of {kinds}"
                 )
@@ -247,7 +248,8 @@ class SambaConfig(PreTrainedConfig):
         return self.attn["num_kv_heads"]
 
     @property
-    def rotary_base(self) -> float:
+    def rotary_base(self) -> float | None:
+        """The base of the rotary angles; None: the attention knows no positions."""
         return self.attn["rope_theta"]
 
     @property
@@ -265,6 +267,8 @@ class SambaConfig(PreTrainedConfig):
                 return f"Block {i} of the pattern {self.pattern} is a mixer without an MLP."
             if block.mixer is None:
                 return f"Block {i} of the pattern {self.pattern} is an MLP without a mixer."
+        if self.rotary_base is None:
+            return "It has no attention without rotary positions."
         if self.mlp_size % FLA_MLP_MULTIPLE:
             return f"The MLP width {self.mlp_size} is not a multiple of {FLA_MLP_MULTIPLE}."
         if self.hidden_ratio is None:

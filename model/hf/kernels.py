@@ -100,5 +100,7 @@ def _attention(
     head_dim = q.shape[3]
     if documents is not None or real_keys is not None or head_dim % 8 or head_dim > 256:
         return window_attention(q, k, v, window=window, documents=documents, real_keys=real_keys)
-    kernel = any_length if q.shape[2] % WHOLE_QUERIES else whole
+    # Full attention meets as many lengths of keys as there are pieces of a text.
+    are_many = q.shape[2] % WHOLE_QUERIES or q.shape[2] < k.shape[2] <= window
+    kernel = any_length if are_many else whole
     return kernel(q, k[:, :, -(q.shape[2] + window - 1) :], v[:, :, -(q.shape[2] + window - 1) :], window=window)

@@ -3,7 +3,7 @@
 B: batch, S: sequence.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,13 +67,22 @@ class PackedDocuments(NamedTuple):
         return cls(resets, starts.cumsum(dim=1), first_tokens)
 
 
+class AttentionMasks(NamedTuple):
+    """What transformers' attention takes: for layers with the window, and for those that see everything before."""
+
+    window: Any = None
+    full: Any = None
+
+
 class SequenceContext(NamedTuple):
     """What the layers need to know of a batch besides its activations."""
 
     cache: Cache | None
     padding: Padding | None  # None when there is no padding
-    attention_mask: Tensor | None  # as transformers' attention takes it; None where window_attention runs
-    rotary: tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [B or 1, S, 1, d / 2]; None without attention
+    attention_masks: AttentionMasks | None  # None where window_attention runs
+    rotary: (
+        tuple[Tensor, Tensor] | None
+    )  # cosines and sines, fp32 [B or 1, S, 1, d / 2]; None without attention or its positions
     documents: PackedDocuments | None = None  # None where each row is one document
     real_keys: Tensor | None = None  # bool [B, past + S], False for padding; None when every key in the window counts
     operations: Operations = IN_TORCH

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
@@ -26,10 +26,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from sambalm.model.ops.reference.window_attention import rotary_tables
 
-from .configuration_samba import Block, SambaConfig
+from .configuration_samba import FULL_ATTENTION, SLIDING_ATTENTION, Block, SambaConfig
 from .kernels import operations_for
 from .layers import (
     DENSE_ATTENTION,
+    AttentionMasks,
     AttentionWeightsLayer,
     PackedDocuments,
     Padding,
@@ -162,7 +163,8 @@ class SambaModel(SambaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Args:
             input_ids: int64 [B, S]; or inputs_embeds [B, S, width].
-            attention_mask: [B, past + S], 0 for padding; or a mask [B, H or 1, S, keys] for the attention alone.
+            attention_mask: [B, past + S], 0 for padding; or a mask [B, H or 1, S, keys] for the attention alone, whose
+                layers then all have one window, or none.
             position_ids: int64 [B or 1, S]; without them they are counted from each row's first real token. A token
                 whose position does not follow the one before begins a document, which sees nothing of those before it:
                 so rows are packed. The first token of a call goes on from the cache in any case.
@@ -174,7 +176,7 @@ class SambaModel(SambaPreTrainedModel):
 
         Raises:
             ValueError: not exactly one input was given, or packed rows with a cache, or to a mixer that cannot tell
-                documents apart.
+                documents apart, or one mask of keys to layers that see different keys.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -238,23 +240,29 @@ class SambaModel(SambaPreTrainedModel):
         if not has_attention(self.config):
             return context
         config, cache = self.config, context.cache
+        if mask is not None and mask.ndim == 4 and {SLIDING_ATTENTION, FULL_ATTENTION} <= set(config.layer_types):
+            raise ValueError(
+                "attention_mask has 4 dimensions, but the model's layers see different keys: give one of shape "
+                "[rows, tokens] that marks the padding"
+            )
         if positions is None:
             positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
-        cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
-        context = context._replace(rotary=(cos.unsqueeze(2), sin.unsqueeze(2)))
+        if config.rotary_base is not None:
+            cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
+            context = context._replace(rotary=(cos.unsqueeze(2), sin.unsqueeze(2)))
         is_dense = config._attn_implementation in DENSE_ATTENTION and (mask is None or mask.ndim == 2)
         if is_dense and not (output_attentions or config.output_attentions):
-            if mask is None or _is_known(mask[:, -(x.shape[1] + config.sliding_window - 1) :].all()):
+            reach = 0 if FULL_ATTENTION in config.layer_types else x.shape[1] + config.sliding_window - 1
+            if mask is None or _is_known(mask[:, -reach:].all()):
                 return context
             return context._replace(real_keys=mask.bool())
-        mask = create_sliding_window_causal_mask(
-            config=config,
-            inputs_embeds=x,
-            attention_mask=mask,
-            past_key_values=cache,
-            and_mask_function=_within_documents(context.documents) if context.documents else None,
+        given = {"config": config, "inputs_embeds": x, "attention_mask": mask, "past_key_values": cache}
+        given["and_mask_function"] = _within_documents(context.documents) if context.documents else None
+        masks = AttentionMasks(
+            window=create_sliding_window_causal_mask(**given) if SLIDING_ATTENTION in config.layer_types else None,
+            full=create_causal_mask(**given) if FULL_ATTENTION in config.layer_types else None,
         )
-        return context._replace(attention_mask=mask)
+        return context._replace(attention_masks=masks)
 
 
 def _is_known(truth: Tensor) -> bool:
@@ -282,8 +290,8 @@ def _positions(mask: Tensor | None, *, past: int, like: Tensor) -> Tensor:
 
 
 def has_attention(config: SambaConfig) -> bool:
-    """Whether a layer attends to a window, for which the cache keeps keys and values and counts tokens."""
-    return "sliding_attention" in config.layer_types
+    """Whether a layer attends to tokens, for which the cache keeps keys and values and counts tokens."""
+    return SLIDING_ATTENTION in config.layer_types or FULL_ATTENTION in config.layer_types
 
 
 def new_cache(config: SambaConfig) -> DynamicCache:

@@ -2,8 +2,10 @@
 
 The state of a Samba model after any number of tokens is a few tensors of fixed size: of each attention layer the keys
 and values of the last window - 1 tokens, of each Mamba layer its convolution's inputs and its scan's state. A Stream
-owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped. On a GPU it steps by a
-`Decoder`, one CUDA graph a token, which holds the state from the first step until something else needs it.
+owns these and nothing else, so it can be saved, copied, and go on for as long as it is stepped. Layers of full
+attention keep the keys and values of all tokens: their state, and the time of a token, grow with the text. On a GPU a
+Stream steps by a `Decoder`, one CUDA graph a token, which holds the state from the first step until something else
+needs it. Models with full attention, whose layers have no such step, are stepped layer by layer there.
 
 B: rows, V: vocabulary.
 """
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .configuration_samba import LAYER_TYPES, NO_CACHE, SambaConfig
+from .configuration_samba import FULL_ATTENTION, NO_CACHE, SLIDING_ATTENTION, SambaConfig
 from .errors import HFError
 from .kernels import has_kernels
 from .layers import carried_states
@@ -34,7 +36,7 @@ GPU_PIECE_TOKENS = 65536  # of all rows: enough to fill a GPU, and few enough fo
 _LOGIT_BYTES = 1 << 28  # of the logits that are held at once while tokens are scored
 FORMAT = "sambalm stream 1"
 SAMPLED_VALUES = 1024  # of each weight, in a fingerprint
-_SLIDING = LAYER_TYPES["*"]
+_WITH_KEYS = (SLIDING_ATTENTION, FULL_ATTENTION)
 _EXTRA = "extra."
 
 
@@ -53,9 +55,9 @@ class Scores(NamedTuple):
 class Stream:
     """A model and its state after the tokens that each of its rows has read.
 
-    Rows may have read different numbers of tokens. Nothing that it keeps grows with them. `logits` [B, V] are those
-    after the last token of each row, None before the first; `seen_tokens` counts the tokens of each row, and `extras`
-    holds what the file had beside the state that `load` read.
+    Rows may have read different numbers of tokens. Nothing that it keeps grows with them but full attention's keys.
+    `logits` [B, V] are those after the last token of each row, None before the first; `seen_tokens` counts the tokens
+    of each row, and `extras` holds what the file had beside the state that `load` read.
     """
 
     def __init__(self, model: SambaForCausalLM, *, rows: int = 1) -> None:
@@ -197,13 +199,19 @@ class Stream:
     def _mask(self, new_tokens: int) -> Tensor | None:
         """Makes the mask that keeps rows from what stands in the place of keys that they do not have yet.
 
-        Returns None where all rows have as many keys, else [B, 1, new, kept + new], to be added to the scores.
+        Returns None where all rows have as many keys, else [B, 1, new, kept + new], to be added to the scores; in a
+        model that has full attention [B, seen + new], False for such keys.
         """
-        window = self.model.config.sliding_window
+        window, device = self.model.config.sliding_window, self.model.device
+        if FULL_ATTENTION in self.model.config.layer_types:
+            most = max(self.seen_tokens)
+            if min(self.seen_tokens) == most:
+                return None
+            first = torch.tensor([most - seen for seen in self.seen_tokens], device=device)[:, None]
+            return torch.arange(most + new_tokens, device=device) >= first
         kept = [min(seen, window - 1) for seen in self.seen_tokens]
-        if min(kept) == max(kept) or _SLIDING not in self.model.config.layer_types:
+        if min(kept) == max(kept) or SLIDING_ATTENTION not in self.model.config.layer_types:
             return None
-        device = self.model.device
         first = torch.tensor([max(kept) - own for own in kept], device=device)[:, None, None]
         queries = torch.arange(max(kept), max(kept) + new_tokens, device=device)[:, None]
         keys = torch.arange(max(kept) + new_tokens, device=device)
@@ -215,8 +223,13 @@ class Stream:
         """Returns a stream with copies of some rows, each as often as it is named; None: of all rows, once."""
         numbers = list(range(self.rows)) if rows is None else list(rows)
         index = torch.tensor(numbers, device=self.model.device)
+        seen_tokens = [self.seen_tokens[number] for number in numbers]
         tensors = {name: tensor.index_select(0, index) for name, tensor in self._tensors().items()}
-        return self._of(self.model, tensors, seen_tokens=[self.seen_tokens[number] for number in numbers], like=self)
+        for name in (name for name in tensors if name.endswith((".keys", ".values"))):
+            # Without the zeros that stood in the place of other rows' keys.
+            kept = min(tensors[name].shape[2], max(seen_tokens))
+            tensors[name] = tensors[name][:, :, tensors[name].shape[2] - kept :]
+        return self._of(self.model, tensors, seen_tokens=seen_tokens, like=self)
 
     @staticmethod
     def join(streams: Sequence["Stream"]) -> "Stream":
@@ -295,7 +308,7 @@ class Stream:
         if self._decoder:
             return tensors | self._decoder.state()
         for number, kind in enumerate(self.model.config.layer_types):
-            if kind == _SLIDING:
+            if kind in _WITH_KEYS:
                 layer = self._cache.layers[number]
                 tensors |= {f"layers.{number}.keys": layer.keys, f"layers.{number}.values": layer.values}
             elif kind != NO_CACHE:
@@ -326,9 +339,10 @@ class Stream:
 def _filled_cache(config: SambaConfig, tensors: Mapping[str, Tensor], *, seen_tokens: int) -> Any:
     cache = new_cache(config)
     for number, kind in enumerate(config.layer_types):
-        if kind == _SLIDING:
+        if kind in _WITH_KEYS:
             cache.update(tensors[f"layers.{number}.keys"], tensors[f"layers.{number}.values"], number)
-            cache.layers[number].cumulative_length = seen_tokens
+            if kind == SLIDING_ATTENTION:
+                cache.layers[number].cumulative_length = seen_tokens
         elif kind != NO_CACHE:
             conv, scan = (tensors.get(f"layers.{number}.{name}") for name in ("conv", "scan"))
             if conv is not None:
@@ -348,7 +362,7 @@ def scores_of(logits: Tensor, ids: Tensor) -> Scores:
 
 def _forget_keys(cache: Any, config: SambaConfig) -> None:
     """Empties the keys of a window of one token, which transformers' cache would keep for ever."""
-    for layer in (cache.layers[number] for number, kind in enumerate(config.layer_types) if kind == _SLIDING):
+    for layer in (cache.layers[number] for number, kind in enumerate(config.layer_types) if kind == SLIDING_ATTENTION):
         layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
 
 

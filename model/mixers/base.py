@@ -72,7 +72,8 @@ class HFSide(ABC):
 
     cache_layer: ClassVar[str] = "moe"
     """The kind of cache layer that transformers makes for it: linear_attention (a convolution's last inputs and a
-    state), sliding_attention (keys and values of the attention's window), or moe for none."""
+    state), sliding_attention (keys and values of the attention's window), full_attention (those of all tokens), or moe
+    for none."""
 
     is_mlp: ClassVar[bool] = False
     """Whether it stands behind another mixer in one block, as the MLP does. The block's cache layer is the other's."""

@@ -224,6 +224,8 @@ class SambaForCausalLM(nn.Module, HasInnerState, IsHybrid):
         config = vllm_config.model_config.hf_config
         if config.extensions:
             raise ValueError(f"the plug-in has the layers M, * and -, but the pattern is {config.pattern}")
+        if config.rotary_base is None:
+            raise ValueError("the plug-in has no attention without positions, but attn has rope_theta null")
         if current_platform.is_cpu() and vllm_config.model_config.dtype != torch.float32:
             # Its runner leaves in the windows' blocks what they held before, for instance fp32 states.
             raise ValueError("vLLM on a CPU computes NaN of this model in other dtypes than fp32: add --dtype float32")

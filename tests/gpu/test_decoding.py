@@ -65,6 +65,23 @@ def test_patterns_step_from_the_first_token(pattern):
         assert error(there.step(ids), here.step(ids)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("pattern", "options", "decodes"),
+    [
+        ("M*-", {"rope_base": None}, True),
+        ("=-*-", {"mixers": {"mlp2": {"size": 72}}}, True),
+        ("M-F-", {}, False),
+        ("F*", {"rope_base": None}, False),
+    ],
+)
+def test_baselines_step_from_the_first_token_by_the_graph_or_layer_by_layer(pattern, options, decodes):
+    reference = model_of(pattern, **SMALL, **options)
+    there, here = Stream(on_gpu(reference, torch.float32), rows=2), Stream(reference, rows=2)
+    for ids in random_tokens(2, 30).unbind(1):
+        assert error(there.step(ids), here.step(ids)) < 1e-4
+    assert there._decodes == decodes
+
+
 def test_states_are_saved_copied_and_joined_between_steps(tmp_path):
     model = on_gpu(model_of(**SMALL), torch.bfloat16)
     streams = [Stream(model), Stream(model)]

@@ -186,7 +186,7 @@ def test_extensions_in_a_configuration():
         ("M", {}, "other letters than M"),
         ("GG", {}, "other letters than M"),
         ("G", {"is_mlp": 1}, "each by name, layer_type, is_mlp, sizes"),
-        ("G", {"layer_type": "full_attention"}, "'full_attention': use one of linear_attention"),
+        ("G", {"layer_type": "chunked_attention"}, "'chunked_attention': use one of linear_attention"),
         ("H", {}, "allowed are the letters M, [*], - and H"),
     ],
 )

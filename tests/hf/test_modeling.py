@@ -24,6 +24,10 @@ SHAPES = {
     "untied": {"tie_embeddings": False},
     "other Mamba sizes": {"d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 7},
     "other rotary base": {"rope_base": 50.0},
+    "no positions": {"rope_base": None},
+    "full attention": {"pattern": "F-*M", "window": 5},
+    "full attention without positions": {"pattern": "F-", "rope_base": None},
+    "second MLP": {"pattern": "=-*=", "mixers": {"mlp2": {"size": 20}}},
     **{f"pattern {pattern}": {"pattern": pattern} for pattern in PATTERNS},
 }
 

@@ -56,6 +56,8 @@ def counted_activations(config: RunConfig) -> tuple[int, int]:
         {"pattern": "M-", "d_state": 8},
         {"pattern": "*-", "num_kv_heads": 4, "window": 200},
         {"pattern": "M*", "num_kv_heads": 1, "mlp_size": 40},
+        {"pattern": "=F-", "mixers": {"mlp2": {"size": 77}}},
+        {"pattern": "F*", "rope_base": None},
     ],
     ids=lambda model: model["pattern"],
 )

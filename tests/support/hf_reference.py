@@ -17,7 +17,7 @@ def reference_logits(config: ModelConfig, tensors: dict[str, torch.Tensor], toke
     for i, letter in enumerate(config.pattern):
         of_layer = {k.removeprefix(f"layers.{i}."): v for k, v in weights.items() if k.startswith(f"layers.{i}.")}
         normed = rms_norm(x, of_layer["norm.weight"], config.norm_eps)
-        x = x + {"M": mamba, "*": attention, "-": swiglu}[letter](config, of_layer, normed)
+        x = x + LAYERS[letter](config, of_layer, normed)
     head = weights["embedding.weight"] if config.tie_embeddings else weights["head.weight"]
     return rms_norm(x, weights["final_norm.weight"], config.norm_eps) @ head.T
 
@@ -51,6 +51,8 @@ def mamba(config, weights, x):
 
 
 def rotate(x, position, base):
+    if base is None:
+        return x
     half = len(x) // 2
     out = torch.empty_like(x)
     for i in range(half):
@@ -60,16 +62,16 @@ def rotate(x, position, base):
     return out
 
 
-def attention(config, weights, x):
+def attention(config, weights, x, *, window=None):
     dim, group = config.head_dim, config.num_query_heads // config.num_kv_heads
     q, k, v = (x @ weights[f"mixer.qkv_proj.{name}.weight"].T for name in "qkv")
-    output = torch.zeros_like(q)
+    output, window = torch.zeros_like(q), window or config.window
     for head in range(config.num_query_heads):
         own, shared = slice(head * dim, (head + 1) * dim), slice(head // group * dim, (head // group + 1) * dim)
         queries = [rotate(q[t, own], t, config.rope_base) for t in range(len(x))]
         keys = [rotate(k[t, shared], t, config.rope_base) for t in range(len(x))]
         for t in range(len(x)):
-            seen = range(max(0, t - config.window + 1), t + 1)
+            seen = range(max(0, t - window + 1), t + 1)
             scores = torch.stack([queries[t] @ keys[s] / math.sqrt(dim) for s in seen])
             output[t, own] = torch.softmax(scores, dim=0) @ v[list(seen), shared]
     return output @ weights["mixer.o_proj.weight"].T
@@ -78,3 +80,10 @@ def attention(config, weights, x):
 def swiglu(config, weights, x):
     gate, up = (x @ weights[f"mixer.gate_up_proj.{name}.weight"].T for name in ("gate", "up"))
     return (silu(gate) * up) @ weights["mixer.down_proj.weight"].T
+
+
+def full_attention(config, weights, x):
+    return attention(config, weights, x, window=len(x))
+
+
+LAYERS = {"M": mamba, "*": attention, "F": full_attention, "-": swiglu, "=": swiglu}

@@ -1,1 +1,1 @@
-"""Sliding-window attention: `layer.py` is what trains, `mixer.py` what the rest of the code asks about it."""
+"""Attention over a window or everything before: see `mixer.py`, and `layer.py` for what trains."""

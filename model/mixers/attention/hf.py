@@ -1,6 +1,6 @@
-"""Sliding-window attention in the Hugging Face format, in PyTorch alone or by transformers' implementations.
+"""Attention in the Hugging Face format, in PyTorch alone or by transformers' implementations.
 
-Between calls the cache holds the keys and values of the last window - 1 positions.
+Between calls the cache holds the keys and values of the last window - 1 positions, or of all in full attention.
 B: batch, S: sequence, H: heads, d: head dim.
 """
 
@@ -22,13 +22,14 @@ class FirstKeys(NamedTuple):
 
 
 class SambaAttention(AttentionWeightsLayer):
-    """Causal sliding-window attention with rotary positions and grouped queries."""
+    """Causal sliding-window attention with grouped queries, and rotary positions where the configuration has any."""
 
     isolates_documents = True
+    is_full = False
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.head_dim, self.window = config.head_dim, None if self.is_full else config.sliding_window
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.is_causal = True
         kv_size = config.num_key_value_heads * config.head_dim
@@ -41,15 +42,18 @@ class SambaAttention(AttentionWeightsLayer):
         """Maps hidden_states [B, S, width] to the same; adds attention weights where the implementation gives them."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
-        q, k = (context.operations.rotary(t, *context.rotary) for t in (q, k))
+        if context.rotary is not None:
+            q, k = (context.operations.rotary(t, *context.rotary) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
         weights = None
-        if context.attention_mask is None and self.config._attn_implementation in DENSE_ATTENTION:
+        masks = context.attention_masks
+        if masks is None and self.config._attn_implementation in DENSE_ATTENTION:
             y_BSHd = self._attend_window(q, k, v, context).transpose(1, 2)
         else:
-            y_BSHd, weights = self._attend_masked(q, k, v, context.attention_mask)
+            mask = None if masks is None else masks.full if self.is_full else masks.window
+            y_BSHd, weights = self._attend_masked(q, k, v, mask)
         return self.o_proj(y_BSHd.flatten(2)), weights
 
     def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
@@ -63,8 +67,8 @@ class SambaAttention(AttentionWeightsLayer):
             documents = FirstKeys(first_keys.clamp(min=0).expand(q.shape[0], -1))
         if real is not None:
             real = real[:, real.shape[1] - keys :]
-        attend = context.operations.window_attention
-        return attend(q, k, v, window=self.window, documents=documents, real_keys=real)
+        attend, window = context.operations.window_attention, keys if self.window is None else self.window
+        return attend(q, k, v, window=window, documents=documents, real_keys=real)
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -73,6 +77,12 @@ class SambaAttention(AttentionWeightsLayer):
             k, v = k[:, :, -mask.shape[-1] :], v[:, :, -mask.shape[-1] :]
         scaling = 1 / math.sqrt(self.head_dim)
         return attend(self, q, k, v, mask, dropout=0.0, scaling=scaling, sliding_window=self.window)
+
+
+class SambaFullAttention(SambaAttention):
+    """Causal attention over everything before."""
+
+    is_full = True
 
 
 def eager_attention_forward(

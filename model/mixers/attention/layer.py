@@ -1,4 +1,4 @@
-"""Sliding-window attention with its heads dealt to tensor-parallel ranks (arXiv 2406.07522, section 2.2).
+"""Attention, over a window or everything before, with its heads dealt to tensor-parallel ranks (arXiv 2406.07522).
 
 S: sequence, B: batch, H: heads, d: head dim.
 """
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.attention.heads import HeadShare, share_heads
-from sambalm.model.mixers.attention.sizes import LETTER
 from sambalm.model.mixers.context import SequenceContext
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
@@ -43,20 +42,29 @@ class QKVProjection(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """Causal sliding-window attention with rotary positions and grouped queries; heads are cut over ranks."""
+    """Causal attention with grouped queries; heads are cut over ranks.
 
-    def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
+    Args:
+        letter: of the mixer, whose rotary tables the layer reads.
+        window: positions that a query sees, itself included; None: all up to its own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, letter: str, window: int | None, tp: TensorParallel, kernels: Kernels
+    ) -> None:
         super().__init__()
         width, share = config.hidden_size, share_heads(config, tp)
-        self.head_dim, self.window, self.kernel = config.head_dim, config.window, kernels.attention
+        self.letter, self.window = letter, window
+        self.head_dim, self.kernel = config.head_dim, kernels.attention
         self.rotary = kernels.elementwise.rotary
         self.qkv_proj = QKVProjection(config, share, tp=tp)
         self.o_proj = RowParallelLinear(share.query, width, tp=tp, init=init.residual_linear(width, config))
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        tables = context.shared[LETTER]
+        tables = context.shared[self.letter]
         q_SBHd, k_SBHd, v_SBHd = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
-        q_SBHd, k_SBHd = (self.rotary(t, *tables) for t in (q_SBHd, k_SBHd))
+        if tables is not None:
+            q_SBHd, k_SBHd = (self.rotary(t, *tables) for t in (q_SBHd, k_SBHd))
         q_BHSd, k_BHSd, v_BHSd = (t.permute(1, 2, 0, 3) for t in (q_SBHd, k_SBHd, v_SBHd))
         if context.cp.size == 1:
             y_SBHd = self._attend(q_BHSd, k_BHSd, v_BHSd, context, first=0)
@@ -70,14 +78,16 @@ class AttentionLayer(nn.Module):
         if context.documents:
             numbers = range(first, first + queries)
             documents = context.documents.attention(numbers, keys_before=k.shape[2] - queries)
-        return self.kernel(q, k, v, window=self.window, documents=documents).permute(2, 0, 1, 3)
+        window = k.shape[2] if self.window is None else self.window
+        return self.kernel(q, k, v, window=window, documents=documents).permute(2, 0, 1, 3)
 
     def _attend_over_parts(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
         """The same of a context-parallel rank: queries that only see its own keys are computed while others arrive."""
+        reach = (self.window or context.cp.size * q.shape[2]) - 1  # all that is before a part, in full attention
         # Queries that see neighbours' keys. Where most do, the others would not fill the time until those arrive.
-        near = self.window - 1 if q.shape[2] >= 2 * (self.window - 1) else q.shape[2]
+        near = reach if q.shape[2] >= 2 * reach else q.shape[2]
         kv_BSHd = torch.cat((k, v), dim=1).transpose(1, 2)  # one message instead of two
-        neighbours = HaloExchange(kv_BSHd, self.window - 1, cp=context.cp)
+        neighbours = HaloExchange(kv_BSHd, reach, cp=context.cp)
         near_q, far_q = q.split([near, q.shape[2] - near], dim=2)
         parts = []
         if far_q.shape[2]:

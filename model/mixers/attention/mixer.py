@@ -1,4 +1,4 @@
-"""Sliding-window attention as the rest of the code knows it: parameters, operations, memory, messages and names.
+"""Attention as the rest of the code knows it, over a window and over everything before: counts, costs and names.
 
 T: tokens of a micro-batch on the rank; `a` is the bytes of an activation.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sambalm.model.mixers.attention.heads import HeadShare, kv_copies, share_heads
-from sambalm.model.mixers.attention.sizes import LETTER
+from sambalm.model.mixers.attention.sizes import FULL_LETTER, LETTER
 from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
@@ -48,7 +48,7 @@ class AttentionHF(HFSide):
         "o_proj.weight": HFTensor(("o_proj.weight",)),
     }
     module, layer = "sambalm.model.mixers.attention.hf", "SambaAttention"
-    step = "sambalm.model.mixers.attention.step:AttentionStep"
+    step: ClassVar[str | None] = "sambalm.model.mixers.attention.step:AttentionStep"
     cache_layer = "sliding_attention"
 
     def to_config(self, config: "ModelConfig") -> dict[str, Any]:
@@ -70,14 +70,29 @@ class AttentionHF(HFSide):
         }
 
     def describe(self, hf: Any) -> str:
-        return (
-            f"sliding-window attention: {hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value "
-            f"heads, window {hf.sliding_window}, rotary base {hf.attn['rope_theta']:g}"
-        )
+        return f"sliding-window attention: {_heads_text(hf)}, window {hf.sliding_window}, {_positions_text(hf)}"
+
+
+class FullAttentionHF(AttentionHF):
+    """Full attention in the Hugging Face format: other layers, whose cache grows with the text."""
+
+    layer, step = "SambaFullAttention", None
+    cache_layer = "full_attention"
+
+    def describe(self, hf: Any) -> str:
+        return f"full causal attention: {_heads_text(hf)}, {_positions_text(hf)}"
+
+
+def _heads_text(hf: Any) -> str:
+    return f"{hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads"
+
+
+def _positions_text(hf: Any) -> str:
+    return "no positions" if hf.rotary_base is None else f"rotary base {hf.rotary_base:g}"
 
 
 class WindowAttention(Mixer):
-    """Causal attention over a sliding window, with rotary positions and grouped queries."""
+    """Causal attention over a sliding window, with grouped queries and, where `rope_base` is given, positions."""
 
     letter, name, modules = LETTER, "attention", 3
     title, abilities = "window attention", frozenset(Ability)
@@ -86,7 +101,15 @@ class WindowAttention(Mixer):
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
         from sambalm.model.mixers.attention.layer import AttentionLayer
 
-        return AttentionLayer(config, tp=tp, kernels=kernels)
+        return AttentionLayer(config, letter=self.letter, window=self._layer_window(config), tp=tp, kernels=kernels)
+
+    def _layer_window(self, config: "ModelConfig") -> int | None:
+        return config.window
+
+    def _window(self, config: "ModelConfig", sequence_tokens: int) -> int:
+        """Returns how many positions a query sees at most; as many as the sequence has are all of them."""
+        window = self._layer_window(config)
+        return sequence_tokens if window is None else window
 
     def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
         try:
@@ -104,7 +127,7 @@ class WindowAttention(Mixer):
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:
         """Returns the calls of the kernel on this rank."""
-        heads = share_heads(config, tp)
+        heads, window = share_heads(config, tp), self._window(config, part_tokens * cp.size)
         calls = tuple(
             AttentionCall(
                 batch=sequences,
@@ -113,20 +136,22 @@ class WindowAttention(Mixer):
                 queries=queries,
                 keys=before + queries,
                 head_dim=config.head_dim,
-                window=config.window,
+                window=window,
             )
-            for queries, before in _kernel_calls(config.window, part_tokens, cp)
+            for queries, before in _kernel_calls(window, part_tokens, cp)
         )
         return {"attention_calls": calls}
 
-    def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> "tuple[Tensor, Tensor]":
-        """Returns cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]."""
+    def shared_inputs(self, config: "ModelConfig", positions: "Tensor") -> "tuple[Tensor, Tensor] | None":
+        """Returns cosines and sines of this rank's positions, fp32 [S, B or 1, 1, head dim / 2]; None without any."""
+        if config.rope_base is None:
+            return None
         from sambalm.model.ops.reference.window_attention import rotary_tables
 
         return rotary_tables(positions.unsqueeze(2), head_dim=config.head_dim, base=config.rope_base)
 
     def shared_inputs_bytes(self, config: "ModelConfig", share: Share) -> int:
-        return FP32_BYTES * config.head_dim * share.part_tokens
+        return 0 if config.rope_base is None else FP32_BYTES * config.head_dim * share.part_tokens
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, heads = config.hidden_size, self._heads(config, tensor_ranks)
@@ -139,7 +164,8 @@ class WindowAttention(Mixer):
         )
 
     def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
-        return FORWARD_AND_BACKWARD * 4.0 * config.hidden_size * mean_keys(sequence_tokens, config.window)
+        keys = mean_keys(sequence_tokens, self._window(config, sequence_tokens))
+        return FORWARD_AND_BACKWARD * 4.0 * config.hidden_size * keys
 
     def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
         yield from input_and_output_messages(config.hidden_size, share)
@@ -147,31 +173,40 @@ class WindowAttention(Mixer):
         kv_weights = FP32_BYTES * 2 * heads.kv.length * config.hidden_size
         yield Message("tensor", "all-reduce", heads.kv_copies, kv_weights)
         if share.context_ranks > 1:
-            yield halo_message(2 * heads.kv.length, config.window - 1, share)
+            yield halo_message(2 * heads.kv.length, self._window(config, share.sequence_tokens) - 1, share)
 
     def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
         heads = self._heads(config, share.tensor_ranks)
-        flops = self.mixing_flops(config, sequence_tokens=share.sequence_tokens)
-        yield Attention(flops * heads.query.length / config.hidden_size * share.tokens)
-        yield MemoryPass(ROTARY[share.kernels.elementwise], share.tokens * (heads.query.length + heads.kv.length))
+        flops = FORWARD_AND_BACKWARD * 4.0 * heads.query.length * self._busiest_keys(config, share)
+        yield Attention(flops * share.tokens)
+        if config.rope_base is not None:
+            rotated = share.tokens * (heads.query.length + heads.kv.length)
+            yield MemoryPass(ROTARY[share.kernels.elementwise], rotated)
         yield MemoryPass(LAYOUT, share.tokens * heads.query.length)
+
+    def _busiest_keys(self, config: "ModelConfig", share: Share) -> float:
+        """Returns how many keys a query sees on average, on the context-parallel rank that computes longest."""
+        return mean_keys(share.sequence_tokens, config.window)
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
         last = Position(share.context_ranks, rank=share.context_ranks - 1)  # which has the most keys
-        query, kv, calls = heads.query.length, heads.kv.length, _kernel_calls(config.window, share.part_tokens, last)
+        query, kv, window = heads.query.length, heads.kv.length, self._window(config, share.sequence_tokens)
+        calls = _kernel_calls(window, share.part_tokens, last)
         total = a * T * 2 * query  # the rotated queries, and o_proj's input
+        if config.rope_base is None:
+            total += a * T * 2 * kv  # the projections in one piece, whose queries are those
         if share.context_ranks > 1:  # keys and values in one tensor, and once more those joined to the neighbours'
             keys = sum(queries + before for queries, before in calls)
             total += a * share.sequences * keys * 2 * kv
-        else:
+        elif config.rope_base is not None:
             total += a * T * (query + 3 * kv)  # the projections, for the values, and the rotated keys
         if not inside:
             return total
         total += a * T * query + FP32_BYTES * T * query // config.head_dim  # output, log-sum-exp
         if share.kernels.attention != "torch":
             return total
-        return total + sum(_joined_blocks_bytes(config, share, heads, *call) for call in calls)
+        return total + sum(_joined_blocks_bytes(share, heads, *call, window=window) for call in calls)
 
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
         heads = self._heads(config, share.tensor_ranks)
@@ -192,11 +227,11 @@ def _kernel_calls(window: int, part_tokens: int, cp: Place) -> list[tuple[int, i
     return [(queries, before) for queries, before in calls if queries]
 
 
-def _joined_blocks_bytes(config: "ModelConfig", share: Share, heads: HeadShare, length: int, before: int) -> int:
+def _joined_blocks_bytes(share: Share, heads: HeadShare, length: int, before: int, *, window: int) -> int:
     """Counts the masks of one call in plain PyTorch, and the keys and values that each block joins."""
     from sambalm.model.ops.reference.window_attention import MAX_BLOCK_QUERIES, MIN_BLOCK_QUERIES
 
-    a, window = share.activation_bytes, config.window
+    a = share.activation_bytes
     before = min(before, window - 1)
     if before == 0 and length <= window:
         return 0
@@ -213,4 +248,17 @@ def _joined_blocks_bytes(config: "ModelConfig", share: Share, heads: HeadShare, 
     return total
 
 
-MIXER = WindowAttention()
+class FullAttention(WindowAttention):
+    """Causal attention over everything before, with the heads and positions of the window attention."""
+
+    letter, name, title = FULL_LETTER, "full_attention", "full attention"
+    hf = FullAttentionHF()
+
+    def _layer_window(self, config: "ModelConfig") -> int | None:
+        return None
+
+    def _busiest_keys(self, config: "ModelConfig", share: Share) -> float:
+        return share.sequence_tokens - (share.part_tokens - 1) / 2  # of the last part, which has the most before it
+
+
+MIXER, FULL = WindowAttention(), FullAttention()

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-LETTER = "*"  # in a layer pattern
+LETTER, FULL_LETTER = "*", "F"  # in a layer pattern: over a window, and over everything before
 
 
 class AttentionSizes(BaseModel):
@@ -15,8 +15,10 @@ class AttentionSizes(BaseModel):
 
     num_query_heads: int = Field(gt=0, description="Query heads; hidden_size / num_query_heads is the head dim")
     num_kv_heads: int = Field(gt=0, description="Attention key and value heads, a divisor of num_query_heads")
-    window: int = Field(gt=0, description="Positions that a query sees, itself included")
-    rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary position embedding")
+    window: int = Field(gt=0, description="Positions that a query of a layer * sees, itself included")
+    rope_base: float | None = Field(
+        10_000.0, gt=0, description="Base of the rotary position embedding; null: attention without positions"
+    )
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -25,7 +27,7 @@ class AttentionSizes(BaseModel):
                 f"model.num_query_heads is {self.num_query_heads}, which does not divide model.hidden_size "
                 f"{self.hidden_size}: choose a divisor"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.rope_base is not None:
             raise ValueError(
                 f"model.num_query_heads is {self.num_query_heads}, which makes the head dim {self.head_dim} odd: "
                 "rotary positions need an even one"

@@ -12,11 +12,11 @@ from sambalm.parallel.shard import shard
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) * up(x)); the inner width is cut over ranks."""
+    """down(SiLU(gate(x)) * up(x)); the inner width `size` is cut over ranks."""
 
-    def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, *, size: int, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
-        width, inner = config.hidden_size, shard(config.mlp_size, tp)
+        width, inner = config.hidden_size, shard(size, tp)
         self.kernel = kernels.elementwise.swiglu
         self.gate_up_proj = ColumnParallelLinear(width, {"gate": inner, "up": inner}, tp=tp, init=init.linear(width))
         self.down_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner.size, config))

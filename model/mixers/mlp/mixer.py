@@ -1,4 +1,4 @@
-"""The SwiGLU MLP as the rest of the code knows it."""
+"""The SwiGLU MLP as the rest of the code knows it, and a second one of another width."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,7 @@ from sambalm.model.mixers.counts import (
     Traffic,
     input_and_output_messages,
 )
+from sambalm.model.mixers.mlp.sizes import MLP2Sizes
 from sambalm.parallel.shard import Position, Shard, shard
 
 if TYPE_CHECKING:
@@ -48,23 +49,41 @@ class MLPHF(HFSide):
         return f"SwiGLU MLP of width {hf.mlp_size}"
 
 
+class MLP2HF(MLPHF):
+    """The second MLP, which stands where a mixer does and holds nothing between calls."""
+
+    layer, is_mlp = "SambaMLP2", False
+
+    def to_config(self, config: "ModelConfig") -> dict[str, Any]:
+        return {}  # its section of `model.mixers` travels by itself
+
+    def from_config(self, hf: Any) -> dict[str, Any]:
+        return {}
+
+    def describe(self, hf: Any) -> str:
+        return f"SwiGLU MLP of width {hf.sizes('mlp2')['size']}, in the place of a mixer"
+
+
 class MLP(Mixer):
     """down(SiLU(gate(x)) * up(x))."""
 
     letter, name, modules = "-", "mlp", 3
     title, abilities = "MLP", frozenset(Ability)
+    key = "model.mlp_size"  # of its width
     hf = MLPHF()
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
         from sambalm.model.mixers.mlp.layer import SwiGLU
 
-        return SwiGLU(config, tp=tp, kernels=kernels)
+        return SwiGLU(config, size=self._size(config), tp=tp, kernels=kernels)
+
+    def _size(self, config: "ModelConfig") -> int:
+        return config.mlp_size
 
     def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
-        if config.mlp_size < tensor_ranks:
-            raise ValueError(
-                f"model.mlp_size is {config.mlp_size}, less than parallel.tensor {tensor_ranks}: lower parallel.tensor"
-            )
+        size = self._size(config)
+        if size < tensor_ranks:
+            raise ValueError(f"{self.key} is {size}, less than parallel.tensor {tensor_ranks}: lower parallel.tensor")
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, inner = config.hidden_size, self._inner(config, tensor_ranks)
@@ -90,9 +109,19 @@ class MLP(Mixer):
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
         return share.tokens * share.activation_bytes * 4 * self._inner(config, share.tensor_ranks).held
 
-    @staticmethod
-    def _inner(config: "ModelConfig", tensor_ranks: int) -> Shard:
-        return shard(config.mlp_size, Position(tensor_ranks))
+    def _inner(self, config: "ModelConfig", tensor_ranks: int) -> Shard:
+        return shard(self._size(config), Position(tensor_ranks))
 
 
-MIXER = MLP()
+class MLP2(MLP):
+    """The same with a width of its own, in the place of a mixer."""
+
+    letter, name, title, sizes = "=", "mlp2", "second MLP", MLP2Sizes
+    key = "model.mixers.mlp2.size"
+    hf = MLP2HF()
+
+    def _size(self, config: "ModelConfig") -> int:
+        return config.sizes_of(self).size
+
+
+MIXER, SECOND = MLP(), MLP2()

@@ -24,17 +24,18 @@ class RingAttention:
 
     Args:
         query_heads: H, a multiple of K.
-        rotary_base: the base of the rotary angles, which are computed in fp64.
+        rotary_base: the base of the rotary angles, which are computed in fp64; None: nothing is rotated.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, workspace: Workspace, *, query_heads: int, rotary_base: float
+        self, keys: Tensor, values: Tensor, workspace: Workspace, *, query_heads: int, rotary_base: float | None
     ) -> None:
         self.keys, self.values, self.workspace = keys, values, workspace
         rows, self.kv_heads, self.window, self.head_dim = keys.shape
         self.group = query_heads // self.kv_heads
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=keys.device) / self.head_dim
-        self.turns = rotary_base**-exponents / (2 * math.pi)  # of each pair, a position
+        # Of each pair, a position.
+        self.turns = exponents * 0 if rotary_base is None else rotary_base**-exponents / (2 * math.pi)
         self.splits = workspace.splits(rows * self.kv_heads, most=max(1, self.window // BLOCK_KEYS), waves=2)
         self.heads = max(16, triton.next_power_of_2(self.group))
         self.dims = max(16, triton.next_power_of_2(self.head_dim))
