@@ -2,11 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sambalm.pretrain.cli.examples import example
+
+if TYPE_CHECKING:
+    from sambalm.pretrain.config import RunConfig
+    from sambalm.pretrain.lifecycle.hooks import MakeHook
 
 commands = typer.Typer()
 
@@ -34,6 +38,10 @@ def train(
     from sambalm.pretrain.config_file import load_config
 
     checked = load_config(config, overrides or [])
+    if checked.evaluation.tasks:
+        from sambalm.evaluation.in_loop import check_tasks
+
+        check_tasks(checked)
     if dry_run:
         from sambalm.pretrain.planner.search import describe_run
 
@@ -46,7 +54,16 @@ def train(
     check_restart(Path(checked.run.dir))  # before the slow imports
     from sambalm.pretrain.trainer import train as run
 
-    raise typer.Exit(run(checked, signals=signals))
+    raise typer.Exit(run(checked, signals=signals, evaluation=_evaluation(checked)))
+
+
+def _evaluation(config: "RunConfig") -> "MakeHook | None":
+    """Returns what makes the hook of the section `evaluation`, None where it has no tasks."""
+    if not config.evaluation.tasks:
+        return None
+    from sambalm.evaluation.in_loop import InLoopEvaluation
+
+    return InLoopEvaluation
 
 
 @commands.command(epilog=example("sambalm status runs/demo"))

@@ -14,6 +14,7 @@ LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
 STEP_FIELDS = {"loss", "tokens", "step_time_s", "tokens_per_second"}  # of every step
 SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 NAMED_LOSS_AT = "named_validation_loss_"  # the same of data.validation
+EVALUATION = "evaluation/"  # and task, score and what it was measured at, with slashes: evaluation/passkey/accuracy/1024
 
 
 def read_metrics(run_dir: Path, *, warn: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
