@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -24,7 +24,6 @@ from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.registry import task_settings
 from sambalm.model.hf.generate import model_of_state
 from sambalm.model.hf.names import check_mixers, hf_config
-from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.gathered import GatheredState
 from sambalm.pretrain.config import PRECISION_BYTES, RunConfig
 from sambalm.pretrain.errors import print_warning
@@ -34,6 +33,9 @@ from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import EVALUATION
 from sambalm.pretrain.training import Training
+
+if TYPE_CHECKING:
+    from sambalm.parallel.groups import World
 
 T = TypeVar("T")
 _GIB = 2**30
@@ -64,7 +66,7 @@ class InLoopEvaluation(Hook):
 
     phase = Phase.VALIDATION
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: "World") -> None:
         check_tasks(config)
         self._config, self._world = config, world
         self._folder = Path(config.run.dir) / FOLDER
@@ -134,8 +136,8 @@ class InLoopEvaluation(Hook):
         if needed > free:
             raise EvaluationError(
                 f"evaluation.tasks needs the whole model on every rank, {needed / _GIB:.1f} GiB in "
-                f"evaluation.precision={precision}, and a rank has {free / _GIB:.1f} GiB left: take bf16, more ranks, or "
-                "`sambalm evaluate` beside the run"
+                f"evaluation.precision={precision}, and a rank has {free / _GIB:.1f} GiB left: take "
+                "bf16, more ranks, or `sambalm evaluate` beside the run"
             )
 
 

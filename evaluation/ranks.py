@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.pretrain.errors import one_sentence
+
 T = TypeVar("T")
 
 
@@ -44,25 +47,26 @@ def on_each(ranks: Ranks, action: Callable[[], T]) -> list[T]:
     """Runs an action on each process; returns the results of all, in their order. Collective.
 
     Raises:
-        Exception: on every process, what the action raised on the first one where it did.
+        Exception: on every process where one fails: its own error, or an EvaluationError with the sentence of another.
     """
-    found = ranks.all_gather_object(_tried(action))
-    _raise_first([failure for _, failure in found])
-    return [result for result, _ in found]
+    result, failure = _tried(action)
+    found = ranks.all_gather_object((result, _sentence(failure)))
+    _raise_first(failure, [told for _, told in found])
+    return [each for each, _ in found]
 
 
 def main_first(ranks: Ranks, action: Callable[[], T]) -> T:
     """Runs an action on the main process, which may leave files behind, and then on the others. Collective.
 
     Raises:
-        Exception: on every process, what the action raised on the first one where it did.
+        Exception: as `on_each`.
     """
     result: Any = None
     failure: Exception | None = None
     for turn in (True, False):
         if ranks.is_main is turn:
             result, failure = _tried(action)
-        _raise_first(ranks.all_gather_object(failure))
+        _raise_first(failure, ranks.all_gather_object(_sentence(failure)))
     return result
 
 
@@ -73,7 +77,14 @@ def _tried(action: Callable[[], T]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _raise_first(failures: list[Exception | None]) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise failure
+def _sentence(failure: Exception | None) -> str | None:
+    """Returns what an error says, since not every error can be sent."""
+    return None if failure is None else one_sentence(failure)
+
+
+def _raise_first(own: Exception | None, told: list[str | None]) -> None:
+    if own is not None:
+        raise own
+    for sentence in told:
+        if sentence is not None:
+            raise EvaluationError(sentence)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def evaluate(plan: Plan, surroundings: Surroundings, *, bar: Bar, ranks: Ranks |
             seconds=round(sum(record["seconds"] for record in found), 3),
             folder=folder,
         )
-        ranks.of_main(lambda result=result, prepared=prepared, digest=digest: _write(result, prepared.protocol, digest))
+        ranks.of_main(partial(_write, result, prepared.protocol, digest))
         yield result
 
 
@@ -147,7 +148,7 @@ def _measure(
     batches = list(_batches([i for i in items if i.id not in records.known], batch_tokens=batch_tokens, pads=task.pads))
     for first in range(0, len(batches), ranks.size):
         own = batches[first : first + ranks.size][ranks.rank : ranks.rank + 1]
-        found = on_each(ranks, lambda own=own: _records(task, own, tick))
+        found = on_each(ranks, partial(_records, task, own, tick))
         records.add({item: record for of_rank in found for item, record in of_rank.items()})
 
 

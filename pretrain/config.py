@@ -109,15 +109,18 @@ class ValidationSection(BaseModel):
 
 
 class EvaluationSection(BaseModel):
-    """Tasks of `sambalm evaluate` that measure the model while it trains; `sambalm evaluate --list-tasks` lists them."""
+    """Tasks of `sambalm evaluate`, which also lists them (`--list-tasks`), that measure the model while it trains."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: dict[str, dict[str, Any]] = Field(
-        {}, description="By name, each with its keys, as in `{passkey: {lengths: [1K, 4K]}, sliding: {}}`; none by default"
+        {},
+        description="By name, each with its keys, as in `{passkey: {lengths: [1K, 4K]}, sliding: {}}`",
     )
     every_steps: int | None = Field(
-        None, gt=0, description="Steps between evaluations; one more follows the last step; null: evaluation.every_tokens"
+        None,
+        gt=0,
+        description="Steps between evaluations; one more follows the last step; null: evaluation.every_tokens",
     )
     every_tokens: int | None = Field(
         None, gt=0, description="Training tokens between evaluations, in place of evaluation.every_steps"

@@ -1,4 +1,4 @@
-"""The weights of a run while it trains, one canonical tensor at a time, whole and on every rank: without a checkpoint."""
+"""The weights of a run while it trains, whole on every rank, one canonical tensor at a time."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes of a rectan
 class GatheredState:
     """What `Checkpoint` says of a model's weights, of a model that trains.
 
-    Every rank sends the rectangles that it would save, so results are those of a checkpoint of the same step to the last
-    bit. Making one and every `read` are collective: all ranks read the same tensors in the same order. The weights must
-    not change meanwhile.
+    Every rank sends the rectangles that it would save, so the tensors are those of a checkpoint of the step. Making one
+    and every `read` are collective: all ranks read the same tensors in the same order. The weights must not change
+    meanwhile.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], *, world: World) -> None:
