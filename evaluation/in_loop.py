@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,12 +18,14 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.evaluation.command import CACHE, FOLDER
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.samba import SambaModel
+from sambalm.evaluation.ranks import main_first
 from sambalm.evaluation.results import Result
 from sambalm.evaluation.runner import Plan, evaluate, prepare
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.registry import task_settings
 from sambalm.model.hf.generate import model_of_state
 from sambalm.model.hf.names import check_mixers, hf_config
+from sambalm.parallel.groups import World
 from sambalm.pretrain.checkpointing.gathered import GatheredState
 from sambalm.pretrain.config import PRECISION_BYTES, RunConfig
 from sambalm.pretrain.errors import print_warning
@@ -33,9 +35,6 @@ from sambalm.pretrain.lifecycle.phases import Phase
 from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import EVALUATION
 from sambalm.pretrain.training import Training
-
-if TYPE_CHECKING:
-    from sambalm.parallel.groups import World
 
 T = TypeVar("T")
 _GIB = 2**30
@@ -66,7 +65,7 @@ class InLoopEvaluation(Hook):
 
     phase = Phase.VALIDATION
 
-    def __init__(self, config: RunConfig, world: "World") -> None:
+    def __init__(self, config: RunConfig, world: World) -> None:
         check_tasks(config)
         self._config, self._world = config, world
         self._folder = Path(config.run.dir) / FOLDER
@@ -113,8 +112,13 @@ class InLoopEvaluation(Hook):
         state = GatheredState(self._training.chunks, world=self._world)
         self._check_memory(sum(torch.Size(shape).numel() for shape in state.shapes().values()))
         model = model_of_state(state, self._config.model, dtype=DTYPES[self._config.evaluation.precision])
-        source = source_of_model(model.to(self._world.device), tokenizer=self._tokenizer(), data=self._config.data)
-        return SambaModel(source, path=Path(self._config.run.dir), step=step)
+        model = model.to(self._world.device)
+
+        def with_tokenizer() -> SambaModel:
+            source = source_of_model(model, tokenizer=self._tokenizer(), data=self._config.data)
+            return SambaModel(source, path=Path(self._config.run.dir), step=step)
+
+        return main_first(self._world, with_tokenizer)
 
     def _tokenizer(self) -> Path:
         file = self._config.data.tokenizer_path()

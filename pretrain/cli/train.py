@@ -2,15 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sambalm.pretrain.cli.examples import example
-
-if TYPE_CHECKING:
-    from sambalm.pretrain.config import RunConfig
-    from sambalm.pretrain.lifecycle.hooks import MakeHook
 
 commands = typer.Typer()
 
@@ -38,10 +34,12 @@ def train(
     from sambalm.pretrain.config_file import load_config
 
     checked = load_config(config, overrides or [])
+    evaluation = None
     if checked.evaluation.tasks:
-        from sambalm.evaluation.in_loop import check_tasks
+        from sambalm.evaluation.in_loop import InLoopEvaluation, check_tasks
 
         check_tasks(checked)
+        evaluation = InLoopEvaluation
     if dry_run:
         from sambalm.pretrain.planner.search import describe_run
 
@@ -54,16 +52,7 @@ def train(
     check_restart(Path(checked.run.dir))  # before the slow imports
     from sambalm.pretrain.trainer import train as run
 
-    raise typer.Exit(run(checked, signals=signals, evaluation=_evaluation(checked)))
-
-
-def _evaluation(config: "RunConfig") -> "MakeHook | None":
-    """Returns what makes the hook of the section `evaluation`, None where it has no tasks."""
-    if not config.evaluation.tasks:
-        return None
-    from sambalm.evaluation.in_loop import InLoopEvaluation
-
-    return InLoopEvaluation
+    raise typer.Exit(run(checked, signals=signals, evaluation=evaluation))
 
 
 @commands.command(epilog=example("sambalm status runs/demo"))
