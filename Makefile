@@ -43,8 +43,8 @@ demo: $(DEMO)/data/python.json
 	$(BIN)/sambalm convert to-hf $(DEMO) $(DEMO)/hf --overwrite
 	$(BIN)/sambalm generate $(DEMO)/hf --prompt 'def main(' --max-new-tokens 80
 	$(BIN)/sambalm report $(DEMO)
-	OMP_NUM_THREADS=2 $(BIN)/sambalm evaluate $(DEMO) --task perplexity 'perplexity.lengths=[256,1K,4K]' perplexity.tokens=8K \
-		--task passkey 'passkey.lengths=[256,512]' passkey.depths=5 passkey.samples=1
+	OMP_NUM_THREADS=2 $(BIN)/sambalm evaluate $(DEMO) --task perplexity 'perplexity.lengths=[256,1K]' perplexity.tokens=16K \
+		--task passkey 'passkey.lengths=[256,512]' passkey.samples=1
 
 # Two processes, each with half of the tests; one that is done takes over from the other.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -67,7 +67,7 @@ def lock_in() -> bool:
     code += [(_LOAD, 0, 0, _AT_NUMBER)]
     code += [(_IF_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
     code += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
-    instructions = (_Instruction * len(code))(*code)
+    instructions = (_Instruction * len(code))(*(_Instruction(*part) for part in code))
     program = _Program(len(code), instructions)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
