@@ -1,4 +1,4 @@
-# make demo   text to tokenizer to training to a Hugging Face model that speaks, in minutes on 2 cores
+# make demo   text to tokenizer to training to a Hugging Face model that speaks and is measured, in minutes on 2 cores
 # make test   lint, and the tests that show whether an installation works
 # make test-ci     these tests, and of the others what CI runs
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
@@ -43,6 +43,8 @@ demo: $(DEMO)/data/python.json
 	$(BIN)/sambalm convert to-hf $(DEMO) $(DEMO)/hf --overwrite
 	$(BIN)/sambalm generate $(DEMO)/hf --prompt 'def main(' --max-new-tokens 80
 	$(BIN)/sambalm report $(DEMO)
+	OMP_NUM_THREADS=2 $(BIN)/sambalm evaluate $(DEMO) --task perplexity 'perplexity.lengths=[256,1K]' perplexity.tokens=16K \
+		--task passkey 'passkey.lengths=[256,512]' passkey.samples=1
 
 # Two processes, each with half of the tests; one that is done takes over from the other.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -24,7 +24,7 @@ class Result:
 
     Args:
         tokens: that the model read.
-        seconds: that measuring took, over all attempts.
+        seconds: that measuring took, over all attempts and of all processes together.
         folder: holds results.json, plot.png and the records of the items.
     """
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from sambalm.data_pipeline.files import atomic_write
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.plots import draw
+from sambalm.evaluation.ranks import Alone, Ranks, main_first, on_each
 from sambalm.evaluation.records import Records, unwritable
 from sambalm.evaluation.results import PLOT, RESULT, Result, package_versions
 from sambalm.evaluation.task import Item, Surroundings, Task
@@ -43,24 +45,49 @@ class Plan:
     batch_tokens: int
 
 
-def evaluate(plan: Plan, surroundings: Surroundings, *, bar: Bar) -> Iterator[Result]:
-    """Yields the result of each task as soon as it is there; it is then on disk too.
+@dataclass(frozen=True)
+class Prepared:
+    """A task whose items are known, and what its results depend on."""
+
+    task: Task
+    items: Sequence[Item]
+    protocol: dict[str, Any]
+
+
+def prepare(plan: Plan, surroundings: Surroundings, *, ranks: Ranks) -> list[Prepared]:
+    """Finds everything that cannot be measured before the first task takes its hours. Collective.
 
     Raises:
-        EvaluationError, DataError: one sentence each, for the user.
+        EvaluationError, DataError: on every rank, one sentence each, for the user.
     """
-    settings = task_settings(plan.tasks, plan.overrides, data=plan.data)
-    tasks = [TASKS[name](settings[name], surroundings) for name in plan.tasks]
-    # What cannot be measured is told before the first task takes its hours.
-    prepared = [(task, task.items(), _protocol(task, surroundings)) for task in tasks]
-    for task, items, _ in prepared:
-        _refuse_long_items(task, items, surroundings)
-    for task, items, protocol in prepared:
-        digest = _digest(protocol)
+
+    def prepared() -> list[Prepared]:
+        settings = task_settings(plan.tasks, plan.overrides, data=plan.data)
+        tasks = [TASKS[name](settings[name], surroundings) for name in plan.tasks]
+        found = [Prepared(task, task.items(), _protocol(task, surroundings)) for task in tasks]
+        for each in found:
+            _refuse_long_items(each.task, each.items, surroundings)
+        return found
+
+    return main_first(ranks, prepared)
+
+
+def evaluate(plan: Plan, surroundings: Surroundings, *, bar: Bar, ranks: Ranks | None = None) -> Iterator[Result]:
+    """Yields the result of each task as soon as it is there; it is then on disk too. Collective.
+
+    Args:
+        ranks: the processes that share the items, each with the whole model; None: this one alone.
+
+    Raises:
+        EvaluationError, DataError: on every rank, one sentence each, for the user.
+    """
+    ranks = ranks or Alone()
+    for prepared in prepare(plan, surroundings, ranks=ranks):
+        task, items, digest = prepared.task, prepared.items, _digest(prepared.protocol)
         folder = plan.output / f"{task.name}-{digest}"
-        with Records(folder).opened() as records:
+        with Records(folder, ranks=ranks).opened() as records:
             with bar(task.name) as progress:
-                seconds = _measure(task, items, records, batch_tokens=plan.batch_tokens, progress=progress)
+                _measure(task, items, records, batch_tokens=plan.batch_tokens, progress=progress, ranks=ranks)
             found = records.of([item.id for item in items])
         tokens = sum(record.get("tokens", item.tokens) for record, item in zip(found, items, strict=True))
         result = Result(
@@ -68,10 +95,11 @@ def evaluate(plan: Plan, surroundings: Surroundings, *, bar: Bar) -> Iterator[Re
             model=surroundings.model.identity,
             outcome=task.outcome(found),
             tokens=tokens,
-            seconds=round(seconds, 3),
+            seconds=round(sum(record["seconds"] for record in found), 3),
             folder=folder,
         )
-        yield _written(result, protocol, digest)
+        ranks.of_main(partial(_write, result, prepared.protocol, digest))
+        yield result
 
 
 def _refuse_long_items(task: Task, items: Sequence[Item], surroundings: Surroundings) -> None:
@@ -99,12 +127,17 @@ def _digest(protocol: dict[str, Any]) -> str:
 
 
 def _measure(
-    task: Task, items: Sequence[Item], records: Records, *, batch_tokens: int, progress: Callable[[int, int], None]
-) -> float:
-    """Measures what no record is there of; returns the seconds that all items took, those of before too."""
+    task: Task,
+    items: Sequence[Item],
+    records: Records,
+    *,
+    batch_tokens: int,
+    progress: Callable[[int, int], None],
+    ranks: Ranks,
+) -> None:
+    """Measures what no record is there of: a batch on each rank at a time. Collective."""
     total = sum(item.tokens for item in items)
     done = sum(item.tokens for item in items if item.id in records.known)
-    waiting = [item for item in items if item.id not in records.known]
 
     def tick(tokens: int) -> None:
         nonlocal done
@@ -112,11 +145,21 @@ def _measure(
         progress(done, total)
 
     tick(0)
-    for batch in _batches(waiting, batch_tokens=batch_tokens, pads=task.pads):
-        for part, found, seconds in _in_memory(task, batch, tick):
-            each = seconds / len(part)
-            records.add({i.id: {**record, "seconds": each} for i, record in zip(part, found, strict=True)})
-    return sum(records.known[item.id]["seconds"] for item in items)
+    batches = list(_batches([i for i in items if i.id not in records.known], batch_tokens=batch_tokens, pads=task.pads))
+    for first in range(0, len(batches), ranks.size):
+        own = batches[first : first + ranks.size][ranks.rank : ranks.rank + 1]
+        found = on_each(ranks, partial(_records, task, own, tick))
+        records.add({item: record for of_rank in found for item, record in of_rank.items()})
+
+
+def _records(task: Task, batches: Sequence[Sequence[Item]], tick: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+    """Measures batches; returns the records of their items by id, each with the seconds that it took."""
+    return {
+        item.id: {**record, "seconds": seconds / len(part)}
+        for batch in batches
+        for part, found, seconds in _in_memory(task, batch, tick)
+        for item, record in zip(part, found, strict=True)
+    }
 
 
 def _batches(items: Sequence[Item], *, batch_tokens: int, pads: bool) -> Iterator[list[Item]]:
@@ -155,7 +198,7 @@ def _in_memory(
         yield from _in_memory(task, part, tick)
 
 
-def _written(result: Result, protocol: dict[str, Any], digest: str) -> Result:
+def _write(result: Result, protocol: dict[str, Any], digest: str) -> None:
     """Draws the plot and writes the JSON, which is there once the result is complete."""
     record = result.as_record(protocol, digest) | {"packages": package_versions()}
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -165,4 +208,3 @@ def _written(result: Result, protocol: dict[str, Any], digest: str) -> Result:
             file.write(text.encode())
     except OSError as error:
         raise unwritable(result.folder / RESULT, error) from error
-    return result

@@ -1,6 +1,6 @@
 """The configuration of a run, typed; `config_file.py` reads it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -108,6 +108,41 @@ class ValidationSection(BaseModel):
     )
 
 
+class EvaluationSection(BaseModel):
+    """Tasks of `sambalm evaluate`, which also lists them (`--list-tasks`), that measure the model while it trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: dict[str, dict[str, Any]] = Field(
+        {},
+        description="By name, each with its keys, as in `{passkey: {lengths: [1K, 4K]}, sliding: {}}`",
+    )
+    every_steps: int | None = Field(
+        None,
+        gt=0,
+        description="Steps between evaluations; one more follows the last step; null: evaluation.every_tokens",
+    )
+    every_tokens: int | None = Field(
+        None, gt=0, description="Training tokens between evaluations, in place of evaluation.every_steps"
+    )
+    batch_tokens: int = Field(16384, gt=0, description="Tokens that a rank reads together, at most")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Of the whole model that every rank holds beside what it trains while it measures: --dtype of "
+        "`sambalm evaluate`",
+    )
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> "EvaluationSection":
+        turns = [value for value in (self.every_steps, self.every_tokens) if value is not None]
+        if self.tasks and len(turns) != 1:
+            raise ValueError(
+                f"evaluation.tasks is set with {'both' if turns else 'none'} of evaluation.every_steps and "
+                "evaluation.every_tokens: give one of them"
+            )
+        return self
+
+
 class CheckpointSection(BaseModel):
     """When to save and what to keep."""
 
@@ -196,7 +231,7 @@ class WatchdogSection(BaseModel):
         description="Longest step that may compile or capture: the first three, and the first after a validation",
     )
     step_s: Limit = Field("auto", description="Longest of all other steps")
-    validation_s: Limit = Field("auto", description="Longest validation")
+    validation_s: Limit = Field("auto", description="Longest validation, and longest evaluation")
     save_s: Limit = Field(
         "auto", description="Longest save, and the longest time that it is written while training goes on"
     )
@@ -249,6 +284,7 @@ class RunConfig(BaseModel):
     train: TrainSection
     optimizer: OptimizerConfig
     validation: ValidationSection = ValidationSection()
+    evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     checks: ChecksSection = ChecksSection()
     reporting: ReportingSection = ReportingSection()

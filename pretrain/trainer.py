@@ -27,11 +27,11 @@ from sambalm.pretrain.checkpointing.initial_weights import (
 )
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import ExitCode, print_line, print_warning
+from sambalm.pretrain.errors import ConfigError, ExitCode, print_line, print_warning
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
 from sambalm.pretrain.lifecycle.guards import Guards
-from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
+from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, MakeHook
 from sambalm.pretrain.lifecycle.ledger_entries import LedgerEntries
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
@@ -53,14 +53,19 @@ LEAVING = {
 COMPILING_STEPS = UNCAPTURED_STEPS + 1  # an attempt's first steps, in which kernels are compiled and captured
 
 
-def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
+def train(config: RunConfig, *, signals: Signals | None = None, evaluation: MakeHook | None = None) -> ExitCode:
     """Runs to train.steps or until it is asked to leave, from the newest good checkpoint of run.dir where there is one.
+
+    Args:
+        evaluation: makes the hook for the section `evaluation`, which this folder knows nothing of.
 
     Raises:
         ConfigError, ParallelError, DataError, KernelError, CheckpointError, NoProgressError, StoppedError,
         DivergedError, ReplicasDifferError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
+    if config.evaluation.tasks and evaluation is None:
+        raise ConfigError("evaluation.tasks is set, which only `sambalm train` measures: start it so, or leave it out")
     signals, marks = signals or Signals(), Marks()
     with watching(config, signals=signals, marks=marks) as watchdog:
         initial: InitialWeights | None = None
@@ -74,7 +79,9 @@ def train(config: RunConfig, *, signals: Signals | None = None) -> ExitCode:
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
                 initial = world.broadcast_object(initial)
-                exit_code, step = _train(config, world, initial, folder=folder, signals=signals, marks=marks)
+                exit_code, step = _train(
+                    config, world, initial, folder=folder, signals=signals, marks=marks, evaluation=evaluation
+                )
                 folder.end(exit_code, step=step, world=world)
                 return exit_code
 
@@ -98,12 +105,20 @@ def _train(
     folder: RunFolder,
     signals: Signals,
     marks: Marks,
+    evaluation: MakeHook | None,
 ) -> tuple[ExitCode, int]:
     """Trains, again after each way back to an earlier checkpoint; returns how the attempt ends, and at which step."""
     rollback: RollBack | None = None
     while True:
         trainer = Trainer(
-            config, world, folder=folder, signals=signals, marks=marks, initial=initial, rollback=rollback
+            config,
+            world,
+            folder=folder,
+            signals=signals,
+            marks=marks,
+            initial=initial,
+            rollback=rollback,
+            evaluation=evaluation,
         )
         try:
             return trainer.fit(), trainer.step
@@ -130,6 +145,7 @@ class Trainer:
         marks: told of the phases that this rank comes through.
         initial: what a run without a checkpoint starts from; None: it draws its weights.
         rollback: why an earlier trainer of the attempt ended; None for the attempt's first.
+        evaluation: as in `train`.
     """
 
     def __init__(
@@ -142,7 +158,9 @@ class Trainer:
         marks: Marks,
         initial: InitialWeights | None = None,
         rollback: RollBack | None = None,
+        evaluation: MakeHook | None = None,
     ) -> None:
+        self.evaluation = evaluation
         self.config, self.world, self.folder, self.signals, self.marks = config, world, folder, signals, marks
         self.compiling_steps = COMPILING_STEPS  # from here on
         checkpoint = find_resume_point(config, world=world, opened=None if rollback else folder.checkpoint)
@@ -214,6 +232,7 @@ class Trainer:
             LeaseGuard(folder, world=world),
             SaveOutcomes(checkpointer),
             Validator(config, sources, separate=shared_sources(separate) if separate else (), world=world),
+            *([self.evaluation(config, world)] if self.evaluation and config.evaluation.tasks else []),
             self.stragglers,
             RunReport(config, world=world, done_steps=self.step),
             self.rollbacks,

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "parallel": set(),
     "model": {"parallel"},
     "pretrain": {"data_pipeline", "model", "parallel"},
-    "evaluation": {"data_pipeline", "model", "pretrain"},
+    "evaluation": {"data_pipeline", "model", "parallel", "pretrain"},
     "slurm": {"model", "pretrain"},
 }
 PROGRAM = sorted((ROOT / "pretrain" / "cli").glob("*.py"))

@@ -43,7 +43,7 @@ def open_model(
     if kind in (None, SambaConfig.model_type):
         source = load_source(path, device=device, dtype=dtype, tokenizer=tokenizer, step=step)
         run = saved_run(source.checkpoint) if source.checkpoint else None
-        return Opened(SambaModel(source, path=path), run)
+        return Opened(SambaModel(source, path=path, step=source.checkpoint.step if source.checkpoint else None), run)
     if step is not None:
         raise EvaluationError(f"--step is for a run, and {path} is a Hugging Face folder; leave it out")
     place = device_named(device)

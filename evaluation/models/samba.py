@@ -13,11 +13,16 @@ from sambalm.pretrain.generation.text import TextStream
 
 
 class SambaModel(LanguageModel):
-    """The model of a run, of a checkpoint or of a Hugging Face folder."""
+    """The model of a run, of a checkpoint or of a Hugging Face folder.
+
+    Args:
+        path: as the user named it.
+        step: that its weights are of, None where they are of no run.
+    """
 
     max_tokens = None
 
-    def __init__(self, source: Source, *, path: Path) -> None:
+    def __init__(self, source: Source, *, path: Path, step: int | None) -> None:
         self._source = source
         self.device = source.model.device
         self.vocab_size = source.model.config.vocab_size
@@ -32,7 +37,7 @@ class SambaModel(LanguageModel):
             dtype=str(source.model.dtype).removeprefix("torch."),
             device=str(self.device),
             fingerprint=fingerprint(source.model),
-            step=source.checkpoint.step if source.checkpoint else None,
+            step=step,
         )
 
     def new_reader(self, rows: int) -> Reader:

@@ -10,6 +10,7 @@ from sambalm.evaluation.task import Task
 from sambalm.evaluation.tasks.aggregation import Aggregation
 from sambalm.evaluation.tasks.gsm8k import Gsm8k
 from sambalm.evaluation.tasks.harness import Harness
+from sambalm.evaluation.tasks.humaneval import HumanEval
 from sambalm.evaluation.tasks.needles import Needles
 from sambalm.evaluation.tasks.passkey import Passkey
 from sambalm.evaluation.tasks.perplexity import Perplexity
@@ -33,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
         Questions,
         Short,
         Gsm8k,
+        HumanEval,
         Harness,
         Throughput,
     )

@@ -76,7 +76,7 @@ def load_config(folder: Path) -> SambaConfig:
 
 
 def model_of_state(state: CanonicalState, config: ModelConfig, *, dtype: torch.dtype) -> SambaForCausalLM:
-    """Returns the model of canonical weights, such as a checkpoint's, on the CPU and in eval mode.
+    """Returns the model of canonical weights, such as a checkpoint's, in eval mode and where the state's tensors are.
 
     Reads one tensor at a time. Raises HFError where the state does not fit the configuration or a mixer has no side in
     the Hugging Face format.

@@ -27,7 +27,7 @@ class CanonicalState(Protocol):
         """Name and shape of every canonical tensor."""
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, fp32 on the CPU."""
+        """One whole tensor, fp32; of what is stored on the CPU."""
 
 
 def hf_shape(tensor: HFTensor, canonical_shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

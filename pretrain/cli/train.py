@@ -34,6 +34,12 @@ def train(
     from sambalm.pretrain.config_file import load_config
 
     checked = load_config(config, overrides or [])
+    evaluation = None
+    if checked.evaluation.tasks:
+        from sambalm.evaluation.in_loop import InLoopEvaluation, check_tasks
+
+        check_tasks(checked)
+        evaluation = InLoopEvaluation
     if dry_run:
         from sambalm.pretrain.planner.search import describe_run
 
@@ -46,7 +52,7 @@ def train(
     check_restart(Path(checked.run.dir))  # before the slow imports
     from sambalm.pretrain.trainer import train as run
 
-    raise typer.Exit(run(checked, signals=signals))
+    raise typer.Exit(run(checked, signals=signals, evaluation=evaluation))
 
 
 @commands.command(epilog=example("sambalm status runs/demo"))

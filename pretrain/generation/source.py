@@ -1,7 +1,7 @@
 """A model and its tokenizer, from a Hugging Face folder, a checkpoint or a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions
+from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.shards import read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
@@ -147,14 +148,25 @@ def _checkpoint_source(
     file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
         raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
-    encode, new_text, eos_id = _training_tokenizer(file)
-    manifest = None if tokenizer or run is None else read_manifest(run.data.prefixes[0])
+    model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
+    source = source_of_model(model, tokenizer=file, data=None if tokenizer or run is None else run.data)
+    return replace(source, checkpoint=checkpoint)
+
+
+def source_of_model(model: SambaForCausalLM, *, tokenizer: Path, data: DataConfig | None) -> Source:
+    """Returns a model with a tokenizer that training takes.
+
+    Args:
+        data: of the run that trained it with that tokenizer, whose end of a text and chat template count; None: the
+            tokenizer's own end, and no template.
+    """
+    encode, new_text, eos_id = _training_tokenizer(tokenizer)
+    manifest = read_manifest(data.prefixes[0]) if data else None
     if manifest is not None:
         eos_id = manifest.tokenizer.eos_id  # which may be another than the tokenizer's own
-    model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
-    template = None if tokenizer or run is None else run.data.chat_template()
-    chat = _trained_chat(template, file) if template else None
-    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []), chat=chat, checkpoint=checkpoint)
+    template = data.chat_template() if data else None
+    chat = _trained_chat(template, tokenizer) if template else None
+    return Source(model, encode, new_text, frozenset([eos_id] if eos_id >= 0 else []), chat=chat)
 
 
 def _trained_chat(template: str, tokenizer: Path) -> Chat:

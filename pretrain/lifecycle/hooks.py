@@ -10,11 +10,13 @@ thread of a hook communicates over a group of its own, which no other thread use
 to tell the main threads of all ranks goes through `vote`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sambalm.parallel.groups import World
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.launched_step import StepResult
 from sambalm.pretrain.lifecycle.phases import Phase
@@ -113,6 +115,9 @@ class Hook:
         Args:
             exit_code: why the run ends. None after an error, which may be one of this rank alone: do not communicate.
         """
+
+
+MakeHook = Callable[[RunConfig, World], Hook]  # how the program hands in a hook of a folder that this one does not know
 
 
 def is_due(step: int, *, every_steps: int, last_step: int) -> bool:

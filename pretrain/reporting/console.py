@@ -22,7 +22,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.optimizer import OptimizerConfig
 from sambalm.pretrain.reporting.durations import duration
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, last_scores
 from sambalm.pretrain.training import Training
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -86,7 +86,7 @@ def changed_learning_rate(saved: Mapping[str, Any], config: RunConfig, *, done_s
 
 
 class RunConsole:
-    """A progress bar on a terminal and a line every few seconds elsewhere, and a line for validations and saves."""
+    """A progress bar on a terminal and a line every few seconds elsewhere; a line for validations, scores and saves."""
 
     def __init__(self, run_dir: Path, *, steps: int, done_steps: int) -> None:
         self._run_dir, self._steps, self._step = run_dir, steps, done_steps
@@ -128,6 +128,12 @@ class RunConsole:
                 named.setdefault(source, []).append(f"{value:.4f} at {length} tokens")
         for source, shown_losses in named.items():
             self._say(f"step {self._step}: loss on {source} {', '.join(shown_losses)}")
+        scored: dict[str, list[str]] = {}
+        for name, value in last_scores([record])[1].items():
+            task, _, score = name.partition("/")
+            scored.setdefault(task, []).append(f"{score} {value:.4g}")
+        for task, shown_scores in scored.items():
+            self._say(f"step {self._step}: {task} {', '.join(shown_scores)}")
 
     def saved(self, checkpoint: Path, *, seconds: float) -> None:
         """Tells of a checkpoint."""

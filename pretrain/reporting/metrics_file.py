@@ -5,7 +5,7 @@ JSON knows no infinity: what is not finite is null in the file, and nan where it
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ LOSS_AT = "validation_loss_"  # and the length in tokens: the name of a metric
 STEP_FIELDS = {"loss", "tokens", "step_time_s", "tokens_per_second"}  # of every step
 SOURCE_LOSS_AT = "source_validation_loss_"  # and the length in tokens, a slash and the source's name
 NAMED_LOSS_AT = "named_validation_loss_"  # the same of data.validation
+EVALUATION = (
+    "evaluation/"  # and task, score and what it was measured at, with slashes: evaluation/passkey/accuracy/1024
+)
 
 
 def read_metrics(run_dir: Path, *, warn: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
@@ -28,6 +31,15 @@ def read_metrics(run_dir: Path, *, warn: Callable[[str], None] = lambda _: None)
 def read_steps(run_dir: Path) -> list[dict[str, Any]]:
     """The steps that a run logged, in order, each with all STEP_FIELDS: a record without one is damaged."""
     return [record for record in read_metrics(run_dir) if record.keys() >= STEP_FIELDS]
+
+
+def last_scores(records: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, float]]:
+    """Returns the step of the last evaluation in the loop and its scores by `TASK/SCORE/...`; (0, {}) without one."""
+    for record in reversed(records):
+        found = {name.removeprefix(EVALUATION): v for name, v in record.items() if name.startswith(EVALUATION)}
+        if found:
+            return record["step"], found
+    return 0, {}
 
 
 def records(path: Path, *, warn: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:

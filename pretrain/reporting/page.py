@@ -10,7 +10,7 @@ from typing import Any
 from sambalm.pretrain.lifecycle.ledger import Account
 from sambalm.pretrain.reporting.charts import Chart, Series, draw
 from sambalm.pretrain.reporting.durations import date, duration
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT
+from sambalm.pretrain.reporting.metrics_file import EVALUATION, LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT, last_scores
 from sambalm.pretrain.reporting.run_data import RunData
 
 _STYLE = Path(__file__).with_name("page.css")
@@ -94,6 +94,8 @@ def _facts(run: RunData) -> dict[str, str]:
     for name, value in _last_held_out(run, NAMED_LOSS_AT).items():
         length, _, source = name.removeprefix(NAMED_LOSS_AT).partition("/")
         facts[f"loss on {source} at {int(length):,} tokens"] = f"{value:.4f}"
+    for name, value in last_scores(run.records)[1].items():
+        facts[name.replace("/", " ")] = f"{value:.4g}"
     if run.status and run.status.left_s and run.status.state == "training":
         facts["left"] = duration(run.status.left_s)
     if run.status and run.status.training_share is not None:
@@ -134,6 +136,7 @@ def _charts(runs: Sequence[RunData], baselines: Mapping[str, float]) -> str:
         *([Chart("Held-out loss by length", held_out, x_name, "nats per token")] if held_out else []),
         *([Chart("Held-out loss by source", of_sources, x_name, "nats per token")] if of_sources else []),
         *([Chart("Loss on validation data by name", named, x_name, "nats per token")] if named else []),
+        *_evaluation_charts(runs, x_key, x_name),
         Chart("Throughput", lines("tokens_per_second"), x_name, "tokens/s", from_zero=True),
         Chart(
             "Peak memory of the first GPU" if memory else "Peak memory of the first process",
@@ -162,6 +165,21 @@ def _held_out_series(runs: Sequence[RunData], x_key: str, prefix: str) -> list[S
             points = [(record[x_key], record[name]) for record in run.records if name in record]
             found.append(Series(label, points, *((place, 0) if len(runs) == 1 else (number, place))))
     return found
+
+
+def _evaluation_charts(runs: Sequence[RunData], x_key: str, x_name: str) -> list[Chart]:
+    """A chart for each score of each task, with a line for each run and for all that it was measured at."""
+    charts: dict[tuple[str, str], list[Series]] = {}
+    for number, run in enumerate(runs):
+        names = dict.fromkeys(name for record in run.records for name in record if name.startswith(EVALUATION))
+        for name in names:
+            task, score, *places = name.removeprefix(EVALUATION).split("/")
+            series = charts.setdefault((task, score), [])
+            place = sum(one.colour == number for one in series) if len(runs) > 1 else len(series)
+            label = ", ".join([*([run.name] if len(runs) > 1 else []), " ".join(places) or score])
+            points = [(record[x_key], record[name]) for record in run.records if name in record]
+            series.append(Series(label, points, *((place, 0) if len(runs) == 1 else (number, place))))
+    return [Chart(f"{task}: {score}", series, x_name, score) for (task, score), series in charts.items()]
 
 
 def _goodput(runs: Sequence[RunData]) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,14 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
+from sambalm.pretrain.reporting.metrics_file import (
+    LOSS_AT,
+    NAMED_LOSS_AT,
+    SOURCE_LOSS_AT,
+    last_scores,
+    plain,
+    read_steps,
+)
 from sambalm.pretrain.reporting.page import render_page
 from sambalm.pretrain.reporting.plot import plot_losses
 from sambalm.pretrain.reporting.run_data import read_runs
@@ -47,8 +54,11 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
         baselines = _baselines(config)
         plot = run.path / "loss.png"
         plot_losses(run.path, plot, baselines=_named(baselines))
+        evaluated, scores = last_scores(run.records)
         if not as_json:
             console.print(_losses(record, config, baselines))
+            if scores:
+                console.print(_scores(evaluated, scores))
             console.print(_facts(list(run.records), run.path, plot, started_from=run.started_from))
         found.append(
             {
@@ -57,6 +67,8 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
                 "last_record": run.records[-1],
                 "held_out": {name: v for name, v in record.items() if name.startswith(_VALIDATION)},
                 "held_out_step": record["step"],
+                "evaluation": scores,
+                "evaluation_step": evaluated or None,
                 "baselines": _named(baselines),
                 "tokens_per_s": median(record["tokens_per_second"] for record in run.records),
                 "status": asdict(run.status) if run.status else None,
@@ -116,6 +128,14 @@ def _losses(record: dict[str, Any], config: RunConfig, baselines: Baselines | No
     if baselines:
         table.add_row("unigram entropy of these tokens", f"{baselines.unigram_entropy:.4f}")
         table.add_row("bigram, Kneser-Ney, of the training tokens", f"{baselines.bigram:.4f}")
+    return table
+
+
+def _scores(step: int, scores: Mapping[str, float]) -> Table:
+    table = Table("task", "score", "value", title=f"Evaluation after step {step}")
+    for name, value in scores.items():
+        task, _, score = name.partition("/")
+        table.add_row(escape(task), escape(score.replace("/", ", ")), f"{value:.4g}")
     return table
 
 

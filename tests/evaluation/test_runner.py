@@ -10,6 +10,7 @@ import torch
 
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.ranks import Alone
 from sambalm.evaluation.records import FILE_NAME, Records
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
@@ -114,7 +115,7 @@ def test_a_batch_that_does_not_fit_is_measured_in_halves(model, tmp_path, monkey
 def test_two_processes_do_not_write_the_same_records(model, tmp_path):
     folder = run(model, tmp_path).folder
     with (
-        Records(folder).opened(),
+        Records(folder, ranks=Alone()).opened(),
         pytest.raises(EvaluationError, match=f"another process evaluates into {folder}; wait for it or give another"),
     ):
         run(model, tmp_path)
@@ -129,7 +130,7 @@ def test_an_output_that_cannot_be_written_is_refused(model, tmp_path):
 
 
 def test_records_of_a_full_disk_are_refused(tmp_path):
-    with Path("/dev/full").open("w") as full, Records(tmp_path).opened() as records:
+    with Path("/dev/full").open("w") as full, Records(tmp_path, ranks=Alone()).opened() as records:
         kept, records._descriptor = records._descriptor, full.fileno()
         with pytest.raises(EvaluationError, match=r"items.jsonl cannot be written \(No space left on device\)"):
             records.add({"a": {"score": 1}})

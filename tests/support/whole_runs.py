@@ -62,4 +62,7 @@ def _train_on_rank(values: dict) -> None:
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.trainer import train
 
-    train(parse_config(values, source="test"))
+    config, evaluation = parse_config(values, source="test"), None
+    if config.evaluation.tasks:  # as the program does
+        from sambalm.evaluation.in_loop import InLoopEvaluation as evaluation
+    train(config, evaluation=evaluation)

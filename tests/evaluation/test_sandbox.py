@@ -1,0 +1,109 @@
+"""Programs of a model: what they may compute, and all that they cannot reach, take or claim."""
+
+import os
+import socket
+import time
+
+import pytest
+
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.sandbox import run as sandbox
+from sambalm.evaluation.sandbox.run import check_sandbox, ends_well
+
+CALLS = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+
+
+def passes(program: str, *, timeout_s: float = 10, memory_bytes: int = 2**29) -> bool:
+    return ends_well(program, timeout_s=timeout_s, memory_bytes=memory_bytes)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "assert sorted([3, 1, 2]) == [1, 2, 3]\nprint('well')",
+        "import math, re, heapq, hashlib\nfrom typing import List\nassert hashlib.md5(b'a').hexdigest()[0] == '0'",
+        "import random, time\nx = bytearray(2**26)\nassert random.SystemRandom().random() < 1 and time.time() > 0",
+        "assert '\\u6f22' == '漢'",
+    ],
+)
+def test_what_computes_passes(program):
+    assert passes(program)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "assert False",
+        "def f(:",
+        "import sys\nsys.exit(0)",
+        "quit()",
+        "import os\nos._exit(0)",
+        "raise KeyboardInterrupt",
+    ],
+)
+def test_what_fails_or_leaves_does_not(program):
+    assert not passes(program)
+
+
+def test_it_reaches_no_file_and_no_process(tmp_path):
+    """An attempt that was carried out would end without an error."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for attempt in (
+        f"open({str(secret)!r}).read()",
+        f"import os\nos.listdir({str(tmp_path)!r})",
+        f"import os\nos.unlink({str(secret)!r})",
+        f"import os\nos.stat({str(secret)!r})",
+        f"{CALLS}assert libc.open({str(secret)!r}.encode(), 0) >= 0",
+        f"{CALLS}assert libc.syscall(257, -100, {str(secret)!r}.encode(), 0) >= 0",  # openat
+        f"{CALLS}assert libc.syscall(0x40000002, {str(secret)!r}.encode(), 0) >= 0",  # open by the numbers of x32
+        f"{CALLS}assert libc.syscall(425, 8, None) >= 0",  # io_uring_setup
+        "import os\nos.fork()",
+        "import subprocess\nsubprocess.run(['true'])",
+        "import threading\nthreading.Thread(target=print).start()",
+        f"import os, signal\nos.kill({os.getpid()}, 0)",
+        f"{CALLS}assert libc.ptrace(16, {os.getpid()}, 0, 0) == 0",
+        f"{CALLS}assert libc.prctl(21, 0, 0, 0, 0) >= 0",
+    ):
+        assert not passes(attempt), attempt
+    assert secret.read_text() == "secret"
+
+
+def test_it_reaches_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not passes(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))")
+        for family, kind in ((2, 1), (2, 2), (10, 1), (1, 1), (16, 3)):
+            assert not passes(f"{CALLS}assert libc.socket({family}, {kind}, 0) >= 0")
+
+
+def test_it_sees_no_environment(monkeypatch):
+    monkeypatch.setenv("TOKEN_OF_A_USER", "secret")
+    assert passes("import os\nassert 'TOKEN_OF_A_USER' not in os.environ")
+
+
+def test_time_and_memory_are_bounded():
+    began_s = time.monotonic()
+    assert not passes("while True:\n    pass", timeout_s=1)
+    assert time.monotonic() - began_s < 30
+    assert not passes("x = bytearray(2**28)", memory_bytes=2**28)
+    assert not passes("x = []\nwhile True:\n    x.append(bytes(2**20))", memory_bytes=2**28)
+    assert not passes("def f(n):\n    return f(n + 1)\nf(0)")
+    assert not passes("import time\ntime.sleep(1000)")
+
+
+def test_what_it_writes_is_bounded_and_claims_nothing():
+    assert not passes("import os\nos.write(1, b'well')")
+    assert not passes("import os\nwhile True:\n    os.write(1, b'x' * 1000)")
+    assert passes("for _ in range(10**4):\n    print('x' * 1000)")
+
+
+def test_a_machine_that_cannot_lock_in_is_refused(monkeypatch, tmp_path):
+    check_sandbox()
+    for broken in ("lock_in() -> bool:\n    return False", "lock_in() -> bool:\n    return True"):
+        script = tmp_path / "inside.py"
+        script.write_text(sandbox._INSIDE.read_text().replace("lock_in() -> bool:", broken + "\n\n\ndef unused():", 1))
+        with monkeypatch.context() as patched:
+            patched.setattr(sandbox, "_INSIDE", script)
+            with pytest.raises(EvaluationError, match="this machine cannot lock them in"):
+                check_sandbox()
