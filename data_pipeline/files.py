@@ -1,5 +1,6 @@
 """Atomic writes, removal and content hashes."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import DataError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def temporary_name(path: Path) -> Path:
@@ -54,7 +57,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that appears as `path` when the block ends, and not at all when the block raises."""
+    """Yield a binary file that appears as `path` when the block ends, and not at all when the block raises.
+
+    Raises DataError where it cannot be written, for want of room for example.
+    """
     temporary = temporary_name(path)
     file = create(temporary)
     try:
@@ -63,9 +69,17 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             flush_to_disk(file)
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (error.errno in _NO_ROOM or error.filename == str(temporary)):
+            raise DataError(f"cannot write {path}: {error.strerror}; make room, or choose another output") from error
         raise
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Raises DataError where an output exists that nobody asked to replace."""
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists already; choose another output, or replace it with --overwrite")
 
 
 def sha256_file(path: Path) -> str:

@@ -24,7 +24,7 @@ class RunSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dir: str = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard logs, the loss plot")
-    seed: int = Field(1234, ge=0, lt=2**63, description="Seed of the initial weights and of the data order")
+    seed: int = Field(1234, ge=0, description="Seed of the initial weights and of the data order")
     max_attempts_without_progress: int = Field(
         3, gt=0, description="Attempts in a row that may begin at the same step; the next one refuses to start"
     )

@@ -34,14 +34,25 @@ def validated(schema: type[Schema], values: dict[str, Any]) -> Schema:
     return schema.model_validate(values, strict=True)
 
 
+def whole_number(value: Any) -> int | None:
+    """The whole number that a value or its text stands for, such as 20B; None where it stands for none."""
+    if isinstance(value, int):
+        return value
+    number = _number(value, whole=True)
+    return None if number is None else int(number)
+
+
 def _numbers(error: ValidationError, values: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], int | float]]:
     for one in error.errors():
-        if one["type"] in _NUMBER_ERRORS and (number := _number(one["input"], whole=one["type"] != "float_type")):
+        if (
+            one["type"] in _NUMBER_ERRORS
+            and (number := _number(one["input"], whole=one["type"] != "float_type")) is not None
+        ):
             yield tuple(key_path(one, values)), number
 
 
 def _number(value: Any, *, whole: bool) -> int | float | None:
-    """The number that a value of another type stands for; None where it stands for none, or for 0."""
+    """The number that a value of another type stands for; None where it stands for none."""
     if isinstance(value, float):
         return int(value) if whole and value.is_integer() and abs(value) < _LARGEST else None
     found = _NUMBER.fullmatch(value) if isinstance(value, str) else None

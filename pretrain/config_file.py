@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from sambalm.parallel.environment import is_main_process
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.config_errors import key_path, sentence, telling_error, validated
+from sambalm.pretrain.config_errors import key_path, sentence, shown, telling_error, validated
 from sambalm.pretrain.config_paths import folders_of_paths, with_found_paths
 from sambalm.pretrain.config_yaml import Key, parse_value, read_yaml
 from sambalm.pretrain.credentials import without_credentials
@@ -56,7 +56,7 @@ class Origins:
         """Notes that an override has replaced what is under a key."""
         for known in [known for known in self.places if known[: len(keys)] == keys]:
             del self.places[known]
-        self.places[keys] = f"{_OVERRIDE}{override!r}"
+        self.places[keys] = f"{_OVERRIDE}{shown(override)}"
 
 
 @dataclass(frozen=True)
@@ -213,17 +213,17 @@ def apply_override(override: str, values: dict[str, Any], *, example: str = "tra
     key, separator, text = override.partition("=")
     *sections, leaf = key.split(".")
     if not separator or not all((*sections, leaf)):
-        raise ConfigError(f"the override {override!r} is not of the form section.key=value, as in {example}")
+        raise ConfigError(f"the override {shown(override)} is not of the form section.key=value, as in {example}")
     names = RENAMED.get(".".join(sections), {})
     if leaf in names:
-        _tell_of_rename(sections[0], leaf, source=f"the override {override!r}")
+        _tell_of_rename(sections[0], leaf, source=f"the override {shown(override)}")
         leaf = names[leaf]
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"the override {override!r} names {key!r}, but {section!r} is not a section")
+            raise ConfigError(f"the override {shown(override)} names {key!r}, but {section!r} is not a section")
     try:
         values[leaf] = parse_value(text)
     except ValueError as error:
-        raise ConfigError(f"the override {override!r} has a value that is not valid YAML: {error}") from None
+        raise ConfigError(f"the override {shown(override)} has a value that is not valid YAML: {error}") from None
     return (*sections, leaf)

@@ -62,7 +62,11 @@ _REFUSED = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeErro
 
 
 def _reason(error: Exception) -> str:
-    return "it nests too deeply" if isinstance(error, RecursionError) else one_sentence(error)
+    if isinstance(error, RecursionError):
+        return "it nests too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{one_sentence(error.problem)} in line {error.problem_mark.line + 1}"
+    return one_sentence(error)
 
 
 class _Loader(yaml.SafeLoader):

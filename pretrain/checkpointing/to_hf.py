@@ -186,7 +186,7 @@ def new_hf_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     output = output.absolute()
     exists = output.is_dir() and any(output.iterdir())
     if exists and not overwrite:
-        raise HFError(f"the output folder {output} is not empty; choose another or allow it to be overwritten")
+        raise HFError(f"the output folder {output} is not empty; choose another, or replace it with --overwrite")
     if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
         raise HFError(f"the output {output} is something else than a Samba folder; choose another")
     with appearing_folder(output) as folder:

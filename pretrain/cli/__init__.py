@@ -14,8 +14,7 @@ from typing import Annotated
 
 import typer
 
-from sambalm.pretrain.cli import check, checkpoint, convert, data, evaluate, generate, plan, serve, slurm, train
-from sambalm.pretrain.errors import ConfigError, ExitCode, FileError, ending_in_a_sentence, print_error
+from sambalm.pretrain.cli import check, checkpoint, config, convert, data, evaluate, generate, plan, serve, slurm, train
 
 app = typer.Typer(
     name="sambalm",
@@ -25,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-GROUPS = (data, train, check, plan, checkpoint, convert, generate, evaluate, serve, slurm)
+GROUPS = (data, config, train, check, plan, checkpoint, convert, generate, evaluate, serve, slurm)
 for commands in (group.commands for group in GROUPS):
     app.add_typer(commands)
 
@@ -38,6 +37,8 @@ def main() -> None:
     """
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")  # optional, as megatron-core says
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    from sambalm.pretrain.errors import ExitCode, FileError, ending_in_a_sentence
+
     with ending_in_a_sentence(_print_error):
         try:
             exit_code = app(prog_name="sambalm", standalone_mode=False)
@@ -70,9 +71,10 @@ def _usage(error: Exception) -> str | None:
 
 def _print_error(error: Exception) -> None:
     """Once for a whole run where every rank meets the same error, which is before their process group exists."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
-        print(getattr(error, "message", ""), file=sys.stderr)
+    if type(error).__name__ == "NoArgsIsHelpError":  # click has shown the help
         return
+    from sambalm.pretrain.errors import ConfigError, print_error
+
     error = ConfigError(usage) if (usage := _usage(error)) else error
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:  # torchrun's summary at its end shows the message of the rank that failed first

@@ -1,6 +1,8 @@
 """Plans as tables for a terminal."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +19,30 @@ STATES = {
 }
 REST = {"workspace": "workspace_bytes", "buffers": "communication_bytes", "total": "total_bytes"}
 TABLE_WIDTH = 200  # of output that is no terminal
+
+
+def plans_as_json(plans: Sequence[Plan]) -> str:
+    """The same as JSON, fastest layout first; sizes in bytes, times in seconds."""
+    found = [
+        {
+            "layout": plan.layout,
+            "data_parallel": plan.world_size // plan.config.parallel.model_ranks,
+            "parallel": plan.config.parallel.model_dump(),
+            "micro_batch_size": plan.config.train.micro_batch_size,
+            "micro_batches": plan.micro_batches,
+            "step_s": plan.time.total_s,
+            "time": asdict(plan.time),
+            "tokens_per_s": plan.tokens_per_s,
+            "run_tokens": plan.config.run_tokens,
+            "run_days": plan.run_days,
+            "sent_bytes": plan.wire_bytes,
+            "memory_bytes": plan.memory.total_bytes,
+            "stages": [asdict(stage) | {"total_bytes": stage.total_bytes} for stage in plan.stages],
+            "kernels": str(plan.kernels),
+        }
+        for plan in plans
+    ]
+    return json.dumps(found, indent=2)
 
 
 def print_plans(plans: Sequence[Plan]) -> None:

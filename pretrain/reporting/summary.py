@@ -19,7 +19,7 @@ from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
-from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
+from sambalm.pretrain.reporting.metrics_file import LOSS_AT, METRICS, NAMED_LOSS_AT, SOURCE_LOSS_AT, plain, read_steps
 from sambalm.pretrain.reporting.page import render_page
 from sambalm.pretrain.reporting.plot import plot_losses
 from sambalm.pretrain.reporting.run_data import read_runs
@@ -74,6 +74,8 @@ def _last_validation(run_dir: Path) -> dict[str, Any]:
     for record in reversed(read_steps(run_dir)):
         if any(name.startswith((LOSS_AT, NAMED_LOSS_AT)) for name in record):
             return record
+    if not (run_dir / METRICS).is_file():
+        raise CheckpointError(f"{run_dir} is not a run: it holds no {METRICS}")
     raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
 
 

@@ -26,10 +26,10 @@ def test_documents_carry_text_and_position(tmp_path):
 BAD_LINES = [
     (b'{"text": "a"', "malformed JSON"),
     (b"[" * 100_000, "malformed JSON"),
-    (b'["text"]', "expected a JSON object, found list"),
-    (b"7", "expected a JSON object, found int"),
+    (b'["text"]', "expected a JSON object, found a list"),
+    (b"7", "expected a JSON object, found a number"),
     (b'{"txt": "a", "id": 3}', r"no key 'text' \(keys: txt, id\)"),
-    (b'{"text": 5}', "is int, not a string"),
+    (b'{"text": 5}', "is a number, not a string"),
     (b'{"text": "\xff"}', "byte 10 of the line is not UTF-8"),
     (b'{"text": "ab\\ud800"}', "character 2 of 'text' is an unpaired surrogate"),
 ]

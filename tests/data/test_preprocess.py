@@ -136,7 +136,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, tokenizer, corpus, monk
     bad = tmp_path / "bad.jsonl"
     bad.write_text(corpus.read_text() + '{"text": 1}\n')
     before = listing(tmp_path)
-    with pytest.raises(DataError, match=r"bad\.jsonl:201: the value of 'text' is int"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:201: the value of 'text' is a number, not a string"):
         preprocess([bad], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", workers=workers)
     assert listing(tmp_path) == before
 

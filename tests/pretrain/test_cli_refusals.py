@@ -40,7 +40,7 @@ BAD_TEXTS = {
     "empty": ("", "the inputs hold no "),
     "blank lines": ("\n\n", "the inputs hold no "),
     "no text": (GOOD_LINE + '{"body": "x"}\n', "text.jsonl:2: no key 'text' (keys: body)"),
-    "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is int"),
+    "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is a number, not a string"),
     "not an object": ("[1]\n", "text.jsonl:1: expected a JSON object"),
 }
 
