@@ -238,6 +238,9 @@ def _make(
     print(f"{output}: {documents:,} documents, {total:,} tokens")
 
 
+PrefixOrNone = Annotated[
+    Path | None, typer.Argument(metavar="[PREFIX]", help="What the data was preprocessed to; none with --config.")
+]
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]
 
 
@@ -260,9 +263,16 @@ def verify(
     print(f"{prefix}: sound; shards: {found.shards:,}, tokens: {found.tokens:,}")
 
 
-@data.command("inspect", epilog=example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
+@data.command(
+    "inspect",
+    epilog=example("sambalm data inspect data/text", "sambalm data inspect --config configs/demo.yaml --sample 0"),
+)
 def inspect(
-    prefix: Prefix,
+    prefix: PrefixOrNone = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A run's YAML file: --sample is one of that run, by its sources, sequence length and seed."),
+    ] = None,
     document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
     sample: Annotated[
         int | None, typer.Option(min=0, help="Show this training sample of a run on PREFIX alone.")
@@ -272,6 +282,17 @@ def inspect(
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the one that the manifest names.")] = None,
 ) -> None:
     """Show statistics of a prefix, a document, or a training sample as text with the borders of its documents."""
+    if (prefix is None) == (config is None):
+        raise typer.BadParameter("give either PREFIX or --config")
+    if prefix is None:
+        if sample is None or document is not None:
+            raise typer.BadParameter("--config goes with --sample; a PREFIX has documents and statistics")
+        from sambalm.pretrain.config_file import load_config
+        from sambalm.pretrain.reporting.data_index import describe_sample
+
+        assert config is not None, "one of the two is given"
+        print(describe_sample(load_config(config), sample, tokenizer=tokenizer))
+        return
     from sambalm.data_pipeline.inspection import Inspector
 
     inspector = Inspector(prefix, tokenizer=tokenizer)
