@@ -56,14 +56,17 @@ class _DuplicateError(Exception):
         self.line = line
 
 
-# ValueError: a scalar such as the date 2026-13-45, or an integer of more digits than Python reads. An AttributeError
-# or a TypeError comes from PyYAML itself, for values that contain themselves.
-_REFUSED = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, _DuplicateError)
+# PyYAML's own errors for a value that is not what its tag says, as in `!!int ''`, or that contains itself.
+_OF_TAGS = (LookupError, AttributeError, TypeError)
+# ValueError: a scalar such as the date 2026-13-45, or an integer of more digits than Python reads.
+_REFUSED = (yaml.YAMLError, ValueError, RecursionError, _DuplicateError, *_OF_TAGS)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it nests too deeply"
+    if isinstance(error, _OF_TAGS):
+        return "a value is not what its tag says"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f"{one_sentence(error.problem)} in line {error.problem_mark.line + 1}"
     return one_sentence(error)

@@ -36,6 +36,9 @@ from sambalm.pretrain.reporting.metrics_file import read_metrics
 
 VERIFIED_DOCUMENTS = 1000
 EXPORT_DTYPES = DTYPES | {"fp16": torch.float16}
+# What a Hugging Face folder consists of; all else in it is its owner's.
+_MODEL_SUFFIXES = {".safetensors", ".json", ".py", ".model", ".jinja", ".tiktoken"}
+_MODEL_FILES = {"__pycache__", "README.md", "merges.txt", "vocab.txt"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", re.IGNORECASE)
 
 
@@ -189,6 +192,11 @@ def new_hf_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
         raise HFError(f"the output folder {output} is not empty; choose another, or replace it with --overwrite")
     if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
         raise HFError(f"the output {output} is something else than a Samba folder; choose another")
+    if own := _own_files(output) if exists else []:
+        raise HFError(
+            f"the output folder {output} also holds {own[0].name}, which is no file of a model and would be lost: move "
+            "it away, or choose another output"
+        )
     with appearing_folder(output) as folder:
         yield folder
 
@@ -214,6 +222,15 @@ def appearing_folder(output: Path) -> Iterator[Path]:
         raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """What a folder holds besides the files of a model, sorted by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name not in _MODEL_FILES and (path.is_dir() or path.suffix not in _MODEL_SUFFIXES)
+    )
 
 
 def _is_samba_folder(folder: Path) -> bool:

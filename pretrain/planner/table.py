@@ -66,6 +66,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _speed_table(plans: Sequence[Plan]) -> Table:
     run_tokens = plans[0].config.run_tokens
+    is_long = round(run_tokens / 1e9) == LONG_RUN_TOKENS / 1e9  # the columns would be one
     table = _table(
         "Estimated step of the slowest stage, fastest layout first",
         "layout",
@@ -76,7 +77,7 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
         "bubble",
         "tokens/s",
         f"days to {run_tokens / 1e9:,.0f}B",
-        f"days to {LONG_RUN_TOKENS / 1e12:g}T",
+        *([] if is_long else [f"days to {LONG_RUN_TOKENS / 1e12:g}T"]),
         "GB sent a rank and step",
     )
     for plan in plans:
@@ -90,7 +91,7 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
             f"{plan.time.bubble_s / plan.time.total_s:.1%}",
             f"{plan.tokens_per_s:,.0f}",
             f"{plan.run_days:.1f}",
-            f"{plan.days_to(LONG_RUN_TOKENS):.1f}",
+            *([] if is_long else [f"{plan.days_to(LONG_RUN_TOKENS):.1f}"]),
             f"{plan.wire_bytes / 1e9:.1f}",
         )
     return table

@@ -202,7 +202,7 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path, tokenizer, corpus)
     preprocess([corpus], shard_tokens=1000, **options)
     before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)}
     small = write_jsonl(tmp_path / "small.jsonl", ["stone"])
-    with pytest.raises(DataError, match=r"d\.json exists already; choose another output prefix"):
+    with pytest.raises(DataError, match=r"d\.json exists already, made with other values of shard_tokens; choose"):
         preprocess([small], **options)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
