@@ -42,7 +42,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.sampled_from([*(".".join(pair) for pair in KEYS), "data.train.prefix", "trian.steps"]) | st.text(max_size=12)
+NAMES = st.sampled_from([*(".".join(pair) for pair in KEYS), "data.train.prefix", "trein.steps"]) | st.text(max_size=12)
 OVERRIDES = st.lists(
     st.builds("{}={}".format, NAMES, st.text(max_size=16) | VALUES.map(lambda value: json.dumps(value, default=str)))
     | st.text(max_size=20),

@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 @commands.command(
     epilog=example(
         "sambalm plan configs/samba_3.8b.yaml --gpus 512 --gpu-memory-gib 80",
-        "sambalm plan configs/samba_1.3b.yaml --gpus 16 --gpu-memory-gib 96 --device configs/clusters/device.yaml",
+        "sambalm plan configs/samba_1.3b.yaml --gpus 16 --gpu-memory-gib 96 --device configs/devices/h100_pcie.yaml",
     )
 )
 def plan(

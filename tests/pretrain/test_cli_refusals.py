@@ -207,8 +207,8 @@ def test_a_folder_that_is_something_else_is_refused(exists, refused, tmp_path):
 
 
 def test_a_command_line_that_is_none_is_refused_with_what_is_near(refused, config):
-    refused("trian", config, names=["no such command 'trian'; did you mean 'train'?", "`sambalm --help`"])
-    refused("data", "preproces", names=["did you mean 'preprocess'?", "`sambalm data --help`"])
+    refused("trein", config, names=["no such command 'trein'; did you mean 'train'?", "`sambalm --help`"])
+    refused("data", "preproc", names=["did you mean 'preprocess'?", "`sambalm data --help`"])
     refused("plan", config, "--gpu", "8", names=["no such option: --gpu", "--gpus", "`sambalm plan --help`"])
     refused("plan", config, names=["missing option '--gpus'"])
     refused("evaluate", config.parent, "--task", "perplxity", names=["did you mean perplexity?"])

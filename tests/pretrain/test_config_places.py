@@ -65,7 +65,7 @@ def test_errors_name_the_line_or_the_override(config):
     ("override", "question"),
     [
         ("train.step=3", "train.steps"),
-        ("trian.steps=3", "train"),
+        ("trein.steps=3", "train"),
         ("steps=3", "train.steps"),
         ("model.sequence_length=3", "data.sequence_length"),
         ("every_steps=3", "validation.every_steps or checkpoint.every_steps or stragglers.every_steps"),
@@ -76,8 +76,8 @@ def test_an_unknown_key_is_asked_about(override, question, config):
 
 
 def test_an_unknown_key_comes_before_what_is_missing_for_it(config):
-    config.write_text(config.read_text().replace("\ntrain:\n", "\ntrian:\n"))
-    assert f"{config}:{line_of(config, 'trian')}: unknown key trian" in refusal(config)
+    config.write_text(config.read_text().replace("\ntrain:\n", "\ntrein:\n"))
+    assert f"{config}:{line_of(config, 'trein')}: unknown key trein" in refusal(config)
 
 
 @pytest.mark.parametrize(
