@@ -16,7 +16,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.documents import read_documents
 from sambalm.data_pipeline.files import sync
 from sambalm.data_pipeline.inputs import expand_inputs
-from sambalm.data_pipeline.shards import read_manifest
+from sambalm.data_pipeline.shards import check_tokenizer, read_manifest
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_formats import TiktokenTokenizer, load_tokenizer
@@ -78,8 +78,8 @@ def checkpoint_to_hf(
     if documents is None and run is None:
         raise CheckpointError(f"{checkpoint.path} has no data: give texts to verify the export on with --documents")
     loaded = load_tokenizer(tokenizer_path)
-    if run:
-        _check_tokenizer(loaded, run.data)
+    for prefix in run.data.prefixes if run else ():
+        check_tokenizer(prefix, loaded)
     texts = _documents(documents, run.data if run else None, loaded)
     with new_hf_folder(output, overwrite=overwrite) as folder:
         export_hf(
@@ -117,20 +117,6 @@ def _read_template(path: Path | None) -> str | None:
         return path.read_text("utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
         raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
-
-
-def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:
-    """
-    Raises:
-        CheckpointError: it is not the one that made the data's tokens.
-    """
-    for prefix in data.prefixes:
-        manifest = read_manifest(prefix)
-        if manifest and manifest.tokenizer.sha256 != tokenizer.sha256:
-            raise CheckpointError(
-                f"the tokenizer {tokenizer.path} is not the one that made the tokens of {prefix}, whose SHA-256 is "
-                f"{manifest.tokenizer.sha256[:12]}... by its manifest: give that one with --tokenizer"
-            )
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> TokenizerFile:

@@ -303,8 +303,8 @@ def inspect(
         from sambalm.data_pipeline.dataset import build_train_dataset
         from sambalm.data_pipeline.sources import open_sources
 
-        config = DataConfig(train=str(prefix), sequence_length=sequence_length, reset_at_document=True)
-        taken = build_train_dataset(config, open_sources(config), seed=seed)[sample]
+        own = DataConfig(train=str(prefix), sequence_length=sequence_length, reset_at_document=True)
+        taken = build_train_dataset(own, open_sources(own), seed=seed)[sample]
         assert taken.document_starts is not None, "reset_at_document asks for them"
         print(inspector.sample(taken.tokens.numpy(), taken.document_starts.numpy()))
     if document is None and sample is None:

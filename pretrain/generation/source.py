@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions
-from sambalm.data_pipeline.shards import read_manifest
+from sambalm.data_pipeline.shards import check_tokenizer, read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
@@ -147,6 +147,8 @@ def _checkpoint_source(
     file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
         raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
+    for prefix in run.data.prefixes if run else ():
+        check_tokenizer(prefix, load_tokenizer(file))
     encode, new_text, eos_id = _training_tokenizer(file)
     manifest = None if tokenizer or run is None else read_manifest(run.data.prefixes[0])
     if manifest is not None:
