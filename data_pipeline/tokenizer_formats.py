@@ -170,7 +170,7 @@ def _without_special_pieces(path: Path, inner: "tokenizers.Tokenizer") -> "token
         return f"{piece}{nonce}" if piece in hidden else piece
 
     if isinstance(model["vocab"], dict):
-        known, model["vocab"] = model["vocab"], {name(piece): number for piece, number in model["vocab"].items()}
+        known, model["vocab"] = set(model["vocab"]), {name(piece): number for piece, number in model["vocab"].items()}
     else:
         known = {piece for piece, _ in model["vocab"]}
         model["vocab"] = [[name(piece), score] for piece, score in model["vocab"]]
