@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 
-from .files import atomic_write, check_new
+from .files import check_new, output_file
 
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 # readline changes the terminal when it is imported; the xx modules are templates.
@@ -52,7 +52,7 @@ def write_python_corpus(
             progress(text_bytes, None)
     documents.sort()
     random.Random(seed).shuffle(documents)
-    with atomic_write(Path(output)) as file:
+    with output_file(Path(output)) as file:
         for source, text in documents:
             file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
     return CorpusSummary(documents=len(documents), text_bytes=text_bytes, output=Path(output))

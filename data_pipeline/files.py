@@ -1,6 +1,5 @@
 """Atomic writes, removal and content hashes."""
 
-import errno
 import hashlib
 import os
 import secrets
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import DataError
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def temporary_name(path: Path) -> Path:
@@ -57,10 +54,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that appears as `path` when the block ends, and not at all when the block raises.
-
-    Raises DataError where it cannot be written, for want of room for example.
-    """
+    """Yield a binary file that appears as `path` when the block ends, and not at all when the block raises."""
     temporary = temporary_name(path)
     file = create(temporary)
     try:
@@ -69,11 +63,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             flush_to_disk(file)
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (error.errno in _NO_ROOM or error.filename == str(temporary)):
-            raise DataError(f"cannot write {path}: {error.strerror}; make room, or choose another output") from error
         raise
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """As `atomic_write`, for a file that a user asked for. Raises DataError where it cannot be written."""
+    try:
+        with atomic_write(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; make room, or choose another output") from error
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:

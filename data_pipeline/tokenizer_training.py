@@ -10,7 +10,7 @@ import sentencepiece
 
 from .documents import Document, read_documents
 from .errors import DataError, first_line
-from .files import atomic_write, check_new
+from .files import check_new, output_file
 from .inputs import InputFile, expand_inputs
 from .tokenizer import Tokenizer
 from .tokenizer_formats import SentencePieceTokenizer, format_of
@@ -79,7 +79,7 @@ def train_tokenizer(
         raise DataError(_training_failure(error, vocab_size=vocab_size)) from error
     if sentences.error:
         raise sentences.error
-    with atomic_write(output) as file:
+    with output_file(output) as file:
         file.write(model.getvalue())
     return SentencePieceTokenizer(output)
 

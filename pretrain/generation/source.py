@@ -147,7 +147,7 @@ def _checkpoint_source(
     file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
         raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
-    for prefix in run.data.prefixes if run else ():
+    for prefix in run.data.prefixes if run and file.is_file() else ():
         check_tokenizer(prefix, load_tokenizer(file))
     encode, new_text, eos_id = _training_tokenizer(file)
     manifest = None if tokenizer or run is None else read_manifest(run.data.prefixes[0])
