@@ -28,10 +28,10 @@ export OMP_NUM_THREADS := 1
 	touch $@
 
 $(DEMO)/corpus.jsonl: | .venv/installed
-	$(BIN)/sambalm data python-corpus $@
+	$(BIN)/sambalm data python-corpus $@ --overwrite
 
 $(DEMO)/tokenizer.model: $(DEMO)/corpus.jsonl
-	$(BIN)/sambalm data tokenizer --input $< --vocab-size 2048 --output $@
+	$(BIN)/sambalm data tokenizer --input $< --vocab-size 2048 --output $@ --overwrite
 
 $(DEMO)/data/python.json: $(DEMO)/tokenizer.model
 	$(BIN)/sambalm data preprocess --input $(DEMO)/corpus.jsonl --tokenizer $< --output $(DEMO)/data/python \

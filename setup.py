@@ -72,6 +72,7 @@ setup(
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "test": [
             "codespell>=2.4",
+            "hypothesis>=6.100",
             "mypy>=2.4",
             "openai>=1.98",
             "pytest>=8",

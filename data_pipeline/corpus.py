@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 
-from .files import atomic_write
+from .files import check_new, output_file
 
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 # readline changes the terminal when it is imported; the xx modules are templates.
@@ -30,14 +30,19 @@ class CorpusSummary:
 
 
 def write_python_corpus(
-    output: Path, *, seed: int = 0, progress: Callable[[int, int | None], None] | None = None
+    output: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> CorpusSummary:
     """Write {"text", "source"} lines from the standard library's sources, the language reference and C docstrings.
 
     The order is a shuffle by `seed`, so that the last documents, which a run holds out, are mixed like the rest.
     The same Python and seed give the same bytes. `progress` receives (bytes read, None).
-    Raises DataError where `output` cannot be written.
+    Raises DataError where `output` cannot be written, or exists without `overwrite`.
     """
+    check_new(Path(output), overwrite=overwrite)
     documents = []
     text_bytes = 0
     for source, text in _python_texts():
@@ -47,7 +52,7 @@ def write_python_corpus(
             progress(text_bytes, None)
     documents.sort()
     random.Random(seed).shuffle(documents)
-    with atomic_write(Path(output)) as file:
+    with output_file(Path(output)) as file:
         for source, text in documents:
             file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
     return CorpusSummary(documents=len(documents), text_bytes=text_bytes, output=Path(output))

@@ -140,6 +140,12 @@ def build_train_dataset(config: DataConfig, sources: Sequence[Source], *, seed: 
     return TrainDataset(sources, config, seed=seed)
 
 
+def _lengths(multiple: int) -> str:
+    """The keys that make a validation sample as long as it is."""
+    more = f"validation.length_multiples (with {multiple}) or " if multiple > 1 else ""
+    return f"{more}data.sequence_length"
+
+
 def build_validation_dataset(
     config: DataConfig,
     sources: Sequence[Source],
@@ -169,14 +175,14 @@ def build_validation_dataset(
     if not available.any() and not held_out:
         raise DataError(
             f"data.validation ({', '.join(source.prefix for source in sources)}) has {max(map(len, streams))} tokens "
-            f"at most, and one validation sample needs {length + 1}; give more, or lower validation.length_multiples "
-            "or data.sequence_length"
+            f"at most, and one validation sample needs {length + 1}; give more, or lower "
+            f"{_lengths(length_multiple)}"
         )
     if not available.any():
         raise DataError(
             f"the held-out parts of {', '.join(source.prefix for source in sources)} have "
             f"{max(map(len, streams))} tokens at most, and one validation sample needs {length + 1}; raise "
-            f"data.validation_fraction (now {config.validation_fraction}) or lower data.sequence_length"
+            f"data.validation_fraction (now {config.validation_fraction}) or lower {_lengths(length_multiple)}"
         )
     weights = np.array([source.weight for source in sources])
     counts = _allocate(num_samples, shares=weights / weights.sum(), available=available)

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 
-from .errors import DataError
+from .errors import DataError, first_line
 from .inputs import InputFile, input_file
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 PIECE_BYTES = 1 << 22
+_MARK = b"\xef\xbb\xbf"  # that some programs begin a file of UTF-8 with
+_JSON_WORDS = {
+    **{"NoneType": "null", "bool": "a boolean", "int": "a number", "float": "a number"},
+    **{"list": "a list", "dict": "an object", "str": "a string"},
+}
 _MAX_TEXT_FILE_BYTES = 1 << 28
 
 
@@ -139,9 +144,9 @@ class TextFile:
             if size_bytes > _MAX_TEXT_FILE_BYTES:
                 raise DataError(
                     f"{self.file.name} would be one document of more than {_MAX_TEXT_FILE_BYTES >> 20} MiB; "
-                    "take each line for a document, or split the file"
+                    "take each line for a document (--text-documents line), or split the file"
                 )
-        yield _decode(b"".join(parts), position=0, size_bytes=size_bytes)
+        yield _decode(b"".join(parts).removeprefix(_MARK), position=0, size_bytes=size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +175,10 @@ class Rows:
             for batch in batches:
                 if row >= self.stop:
                     return
-                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                column = batch.column(0)
+                if pyarrow.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                for content in column.cast(pyarrow.large_binary()).to_pylist():
                     if self.start <= row < self.stop:
                         if content is None:
                             yield BadRecord(f"the value of {options.text_key!r} is null", row, 0)
@@ -241,8 +249,11 @@ def parquet_rows(file: InputFile) -> int:
 
 def _lines(content: bytes, position: int, file: InputFile, options: ReadOptions) -> Iterator[Document | BadRecord]:
     text_key = options.text_key
-    for line in content.split(b"\n"):
-        size_bytes = len(line) + 1
+    # The mark goes with the first line, so that records begin where they did without it.
+    marked = position == 0 and content.startswith(_MARK)
+    for line in content.removeprefix(_MARK if marked else b"").split(b"\n"):
+        size_bytes = len(line) + 1 + (len(_MARK) if marked else 0)
+        marked = False
         if not line or line.isspace():
             position += size_bytes
             continue
@@ -285,11 +296,12 @@ def _value(line: bytes, key: str, *, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         return _NoValue(f"malformed JSON ({error}); each line must hold one JSON object")
     if not isinstance(record, dict):
-        return _NoValue(f"expected a JSON object, found {type(record).__name__}")
+        return _NoValue(f"expected a JSON object, found {_word(record)}")
     if key not in record:
         keys = ", ".join(list(record)[:5]) or "none"
-        hint = ", or give a chat template for messages" if what == "text" and "messages" in record else ""
-        return _NoValue(f"no key {key!r} (keys: {keys}); choose the key of the {what}{hint}")
+        option = "--text-key" if what == "text" else "--messages-key"
+        hint = ", or give a --chat-template for messages" if what == "text" and "messages" in record else ""
+        return _NoValue(f"no key {key!r} (keys: {keys}); choose the key of the {what} with {option}{hint}")
     return record[key]
 
 
@@ -303,13 +315,19 @@ def _parse_carefully(line: bytes, text_key: str, *, position: int) -> Document |
     if isinstance(text, _NoValue):
         return bad(text.reason)
     if not isinstance(text, str):
-        return bad(f"the value of {text_key!r} is {type(text).__name__}, not a string")
+        return bad(f"the value of {text_key!r} is {_word(text)}, not a string")
     # Only an escape can bring in half of a surrogate pair, which no tokenizer accepts.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return bad(f"character {error.start} of {text_key!r} is an unpaired surrogate")
     return Document(text, position, len(line) + 1)
+
+
+def _word(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    name = type(value).__name__
+    return _JSON_WORDS.get(name, name)
 
 
 def _decode(content: bytes, *, position: int, size_bytes: int) -> Document | BadRecord:
@@ -367,12 +385,17 @@ def _check_column(file: InputFile, parquet: "ParquetFile", text_key: str) -> Non
     schema = parquet.schema_arrow
     if text_key not in schema.names:
         raise DataError(
-            f"{file.name}: no column {text_key!r} (columns: {', '.join(schema.names)}); choose the column of the text"
+            f"{file.name}: no column {text_key!r} (columns: {', '.join(schema.names)}); choose the column of "
+            "the text with --text-key"
         )
     kind = schema.field(text_key).type
-    if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view)):
+    stored = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)  # of writers that name no encoding
+    if not any(check(stored) for check in (*texts, *binaries)):
         raise DataError(
-            f"{file.name}: the column {text_key!r} holds {kind}, not strings; choose the column of the text"
+            f"{file.name}: the column {text_key!r} holds {kind}, not strings; choose the column of the text with "
+            "--text-key"
         )
 
 
@@ -385,5 +408,7 @@ def _parquet(file: InputFile) -> Iterator["ParquetFile"]:
         # A buffer makes a row group's pages be read one after the other instead of all at once.
         with file.open() as stored, parquet.ParquetFile(stored, buffer_size=1 << 20, pre_buffer=False) as opened:
             yield opened
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file.name} is not a sound Parquet file ({error}); fetch it again") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Arrow's of damaged pages has none
+            raise
+        raise DataError(f"{file.name} is not a sound Parquet file ({first_line(error)}); fetch it again") from error

@@ -68,6 +68,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """As `atomic_write`, for a file that a user asked for. Raises DataError where it cannot be written."""
+    try:
+        with atomic_write(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; make room, or choose another output") from error
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Raises DataError where an output exists that nobody asked to replace."""
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists already; choose another output, or replace it with --overwrite")
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of the content of `path`."""
     with open(path, "rb") as file:

@@ -138,7 +138,7 @@ def _patterns(patterns: Iterable[str | Path]) -> Iterator[str]:
             yield pattern
             continue
         try:
-            lines = Path(pattern[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read the list of inputs {pattern[1:]}: {error}") from error
         yield from (line.strip() for line in lines if line.strip() and not line.startswith("#"))
@@ -148,6 +148,8 @@ def _expand_path(pattern: str) -> list[InputFile]:
     paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     files = []
     for path in map(Path, paths):
+        if not _is_text(str(path)):
+            raise DataError(f"the name of the input {os.fsencode(path)!r} is not UTF-8; rename the file")
         if path.is_dir():
             raise DataError(f"the input {path} is a directory; name its files, for example {path}/*.jsonl")
         try:
@@ -156,6 +158,15 @@ def _expand_path(pattern: str) -> list[InputFile]:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         files.append(_with_format(str(path), size_bytes=status.st_size, modified=str(status.st_mtime_ns)))
     return files
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written down, as the manifest does."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_url(name: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import DataError
 from .loss_mask import mask_bytes, mask_path, unpacked
-from .shards import Manifest, ShardIndex, check_shard, read_manifest, shard_prefixes
+from .shards import Manifest, ShardIndex, check_shard, check_tokenizer, read_manifest, shard_prefixes
 from .tokenizer import Tokenizer
 from .tokenizer_formats import load_tokenizer
 
@@ -52,6 +52,8 @@ class Inspector:
         path = Path(tokenizer) if tokenizer else self._named_tokenizer()
         # Statistics need no tokenizer, so one that has moved is only missed where text is asked for.
         self._tokenizer = load_tokenizer(path) if path and (tokenizer or path.is_file()) else None
+        if self._tokenizer:
+            check_tokenizer(prefix, self._tokenizer)
 
     def _named_tokenizer(self) -> Path | None:
         return Path(self.prefix).parent / self.manifest.tokenizer.path if self.manifest else None

@@ -172,7 +172,8 @@ class _Run:
             _check_conversations(files, config.chat, self._tokenizer)
         if config.append_eos and self._tokenizer.eos_id < 0:
             raise DataError(
-                f"the tokenizer {config.tokenizer} names no EOS; name the token that ends a document, or append none"
+                f"the tokenizer {config.tokenizer} names no EOS; name the token that ends a document with --eos-token, "
+                "or append none with --no-eos"
             )
         self._identity = RunIdentity(
             tokenizer_sha256=self._tokenizer.sha256,
@@ -189,11 +190,14 @@ class _Run:
             if self._made(manifest):
                 return self._summary(manifest, resumed_shards=len(manifest.shards))
             raise DataError(
-                f"{manifest_path(self._prefix)} exists already; choose another output prefix, or overwrite it"
+                f"{manifest_path(self._prefix)} exists already{self._made_with_other(manifest)}; choose another output "
+                "prefix, or replace it with --overwrite"
             )
         foreign = foreign_files(self._prefix, self._part, self._identity)
         if foreign and not overwrite:
-            raise DataError(f"{foreign[0]} exists already; choose another output prefix, or overwrite it")
+            raise DataError(
+                f"{foreign[0]} exists already; choose another output prefix, or replace it with --overwrite"
+            )
         log = ProgressLog(self._part.progress_path(self._prefix), self._identity, overwrite=overwrite)
         with closing(log):
             resumed = len(log.progress.shards)
@@ -229,7 +233,8 @@ class _Run:
                 for source, piece, batch in batches:
                     if batch.bad and self._config.on_error == "stop":
                         first = batch.bad[0]
-                        raise DataError(f"{place(piece.file, first.position)}: {first.reason}")
+                        where = place(piece.file, first.position)
+                        raise DataError(f"{where}: {first.reason}; --on-error skip leaves such records out")
                     shards.add(source, batch)
                     self._read_bytes += piece.size_bytes
                     if progress:
@@ -289,6 +294,17 @@ class _Run:
             and all(int(file.modified) <= made_ns for file in self._files if file.modified.isdigit())
         )
 
+    def _made_with_other(self, manifest: Manifest) -> str:
+        """What differs from this call, for a message."""
+        theirs = RunIdentity(
+            tokenizer_sha256=manifest.tokenizer.sha256,
+            options=manifest.options,
+            inputs_sha256=self._identity.inputs_sha256,
+            parts=self._identity.parts,
+        )
+        found = self._identity.differences(theirs) or "input files"
+        return f", made with other values of {found}" if manifest.options else ""
+
     def _summary(self, made: Manifest | Progress, *, resumed_shards: int) -> PreprocessSummary:
         ranges = [found for shard in made.shards for found in shard.sources]
         if isinstance(made, Progress):
@@ -346,8 +362,10 @@ def _sample(files: list[InputFile], options: ReadOptions) -> list[str]:
                 piece = LineRange(file, start, min(start + _SAMPLE_BYTES, file.size_bytes))
             elif start == inside[0]:
                 piece = next(pieces(file, options, piece_bytes=_SAMPLE_BYTES), None)
-            if piece:
-                texts += _beginnings(piece, options)
+            try:
+                texts += _beginnings(piece, options) if piece else []
+            except OSError as error:
+                raise DataError(f"cannot read {file.name}: {error.strerror or error}") from error
     return texts
 
 

@@ -379,6 +379,16 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         raise DataError(f"{path}: {where}: {first['msg']}; preprocess the data again") from error
 
 
+def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
+    """Raises DataError where a tokenizer is not the one that made a prefix's tokens, as far as a manifest tells."""
+    manifest = read_manifest(prefix)
+    if manifest and manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"the tokenizer {tokenizer.path} is not the one that made the tokens of {prefix}, whose SHA-256 is "
+            f"{manifest.tokenizer.sha256[:12]}... by its manifest: give that one with --tokenizer"
+        )
+
+
 def _from_version_1(record: dict) -> dict:
     """Version 1 knew the inputs' names only, and neither block checksums nor where a document came from."""
     sources = record.get("sources")

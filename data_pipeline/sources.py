@@ -11,7 +11,7 @@ from .config import DataConfig
 from .errors import DataError
 from .files import sha256_file
 from .shard_index import IndexRequest, Shard, check_ids, indexed_shards
-from .shards import TokenizerEntry, read_manifest
+from .shards import TokenizerEntry, manifest_path, read_manifest
 from .token_stream import TokenStream
 
 
@@ -67,6 +67,8 @@ def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], No
     names = _names(config.prefixes)
     sources = []
     weights: Sequence[float | None] = config.weights or [None] * len(names)
+    for prefix in config.prefixes:
+        _check_whole(prefix)
     for prefix, weight, fraction in zip(config.prefixes, weights, config.validation_fractions, strict=True):
         request = IndexRequest(prefix, fraction, config.verify, config.cache_path)
         shards = indexed_shards(request, progress=progress)
@@ -83,6 +85,17 @@ def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], No
             )
         )
     return sources
+
+
+def _check_whole(prefix: str) -> None:
+    """Raises DataError for a shard of several, under whose own name the others would be left out without a word."""
+    whole, separator, number = prefix.rpartition("_")
+    manifest = read_manifest(whole) if separator and number.isdigit() and not manifest_path(prefix).exists() else None
+    if manifest and len(manifest.shards) > 1 and Path(prefix).name in {shard.name for shard in manifest.shards}:
+        raise DataError(
+            f"{prefix} is one of the {len(manifest.shards):,} shards of {whole}: give {whole}, or move the shard away "
+            "from its manifest to read it alone"
+        )
 
 
 def _names(prefixes: list[str]) -> dict[str, str]:

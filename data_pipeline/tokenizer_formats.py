@@ -4,6 +4,7 @@ import base64
 import functools
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import gigatoken
+    import tokenizers
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -104,6 +106,7 @@ class HuggingFaceTokenizer(Tokenizer):
         inner.no_padding()
         inner.encode_special_tokens = not special_tokens
         self._inner = inner
+        self._encoding = inner if special_tokens else _without_special_pieces(path, inner)
         self._by_id = {token_id: token for token, token_id in inner.get_vocab(with_added_tokens=True).items()}
         self.vocab_size = max(self._by_id) + 1
         self.eos_id = self._special("eos_token", _END_TOKENS)
@@ -126,7 +129,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return next((self.id_of(token) for token in known if self.id_of(token) >= 0), -1)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encoding.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self._inner.decode(ids, skip_special_tokens=True)
@@ -142,6 +145,44 @@ class HuggingFaceTokenizer(Tokenizer):
         import gigatoken
 
         return gigatoken.Tokenizer.from_json(self.path.read_bytes())
+
+
+# Models that may take a special token's text for a piece of theirs.
+_WHOLE_PIECES = ("Unigram", "WordLevel", "WordPiece")
+
+
+def _without_special_pieces(path: Path, inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+    """A tokenizer with the same ids that never finds a special token in a text, where the model itself would.
+
+    Such a model has special tokens among its own pieces, which it looks up like any other. Here those pieces have names
+    that no text can know of.
+    """
+    import tokenizers
+
+    record = json.loads(path.read_bytes())
+    model, added = record["model"], record.get("added_tokens") or []
+    if model.get("type") not in _WHOLE_PIECES:
+        return inner
+    hidden = {token["content"] for token in added if token.get("special")} - {model.get("unk_token")}
+    nonce = secrets.token_hex(16)
+
+    def name(piece: str) -> str:
+        return f"{piece}{nonce}" if piece in hidden else piece
+
+    if isinstance(model["vocab"], dict):
+        known, model["vocab"] = set(model["vocab"]), {name(piece): number for piece, number in model["vocab"].items()}
+    else:
+        known = {piece for piece, _ in model["vocab"]}
+        model["vocab"] = [[name(piece), score] for piece, score in model["vocab"]]
+    # The others keep their ids, which follow the model's in this order.
+    record["added_tokens"] = [
+        token for token in added if token["content"] not in hidden or token["content"] not in known
+    ]
+    found = tokenizers.Tokenizer.from_str(json.dumps(record))
+    found.no_truncation()
+    found.no_padding()
+    found.encode_special_tokens = True
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sentencepiece
 
 from .documents import Document, read_documents
 from .errors import DataError, first_line
-from .files import atomic_write
+from .files import check_new, output_file
 from .inputs import InputFile, expand_inputs
 from .tokenizer import Tokenizer
 from .tokenizer_formats import SentencePieceTokenizer, format_of
@@ -26,6 +26,7 @@ def train_tokenizer(
     vocab_size: int,
     output: str | Path,
     text_key: str = "text",
+    overwrite: bool = False,
     seed: int = 0,
     sample_characters: int = 50_000_000,
     progress: Callable[[int, int | None], None] | None = None,
@@ -36,9 +37,10 @@ def train_tokenizer(
     probability by `seed`. Newlines are no part of a line and are encoded as a byte piece. The same inputs and
     arguments give the same bytes. `progress` receives (bytes read, bytes of all inputs).
     Raises DataError for bad inputs, a vocabulary the text cannot fill, an output that cannot be
-    written, or one whose extension is another format's.
+    written or exists without `overwrite`, or one whose extension is another format's.
     """
     output = Path(output)
+    check_new(output, overwrite=overwrite)
     if format_of(output) is not SentencePieceTokenizer:
         raise DataError(
             f"the output {output} is a SentencePiece model, and the extension {output.suffix} would have it read as "
@@ -77,7 +79,7 @@ def train_tokenizer(
         raise DataError(_training_failure(error, vocab_size=vocab_size)) from error
     if sentences.error:
         raise sentences.error
-    with atomic_write(output) as file:
+    with output_file(output) as file:
         file.write(model.getvalue())
     return SentencePieceTokenizer(output)
 

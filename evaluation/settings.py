@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from sambalm.evaluation.errors import EvaluationError
-from sambalm.pretrain.config_file import apply_override, sentence
+from sambalm.pretrain.config_errors import sentence, validated
+from sambalm.pretrain.config_file import apply_override
 
 _SUFFIXES = {"": 1, "K": 2**10, "M": 2**20}
 
@@ -53,7 +54,7 @@ def parse_settings(schemas: Mapping[str, type[TaskSettings]], overrides: Sequenc
     fields: dict[str, Any] = {name: (schema, Field(default_factory=schema)) for name, schema in schemas.items()}
     whole = create_model("Settings", __config__=ConfigDict(extra="forbid"), **fields)
     try:
-        checked = whole.model_validate(values, strict=True)
+        checked = validated(whole, values)
     except ValidationError as error:
         raise EvaluationError(sentence(error, values, schema=whole)) from None
     return {name: getattr(checked, name) for name in schemas}

@@ -9,7 +9,7 @@ from sambalm.model.registry import mixer
 
 # Dense bf16 peak of one device in FLOP/s by NVIDIA's data sheets, by a part of the name that CUDA gives it; the first
 # match counts.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)

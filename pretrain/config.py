@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.model.config import ModelConfig
@@ -85,6 +85,21 @@ class TrainSection(BaseModel):
         description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2 and "
         "ZeRO-3 never do, nor packed documents whose attention is a flash kernel",
     )
+
+    profile_steps: list[Annotated[int, Field(gt=0)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last step to record with torch's profiler, as [20, 22]: a trace in the run folder's "
+        "`profile`; null: none",
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _check_profile(cls, steps: list[int] | None) -> list[int] | None:
+        if steps and steps[0] > steps[1]:
+            raise ValueError("give the first step before the last")
+        return steps
 
     @model_validator(mode="after")
     def _check_growth(self) -> "TrainSection":

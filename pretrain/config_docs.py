@@ -19,6 +19,15 @@ A run is one YAML file; `configs/` holds one for each model of the paper and one
 the command line as `section.key=value`, over the file's. This page is generated from the types:
 `python -m sambalm.pretrain.config_docs > docs/config.md`.
 
+`sambalm config show FILE [section.key=value ...]` prints every key with its value and where that came from: a line of
+the file, an override or a default.
+
+Numbers may be written as `1e3`, `1_000`, `20B` (20 x 10^9) or `3.2T`. K and M are refused: they mean powers of 10 to
+some and of 2 to others. A key that is given twice is refused with both lines.
+
+A relative path of `data.train`, `data.validation`, `data.tokenizer` or `train.init_from` is taken from the working
+directory. Where that has none of the name, the folder of the file is looked in, and the program says which it took.
+
 `format_version` comes first and is {FORMAT_VERSION}; a file of another version is refused.
 """
 

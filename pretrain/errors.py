@@ -117,6 +117,12 @@ class ConfigError(Exception):
     exit_code = ExitCode.BAD_INPUT
 
 
+class FileError(Exception):
+    """A file or folder that the operating system does not let the program use."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
 class CheckpointError(Exception):
     """A checkpoint that cannot be read, or none where one was expected."""
 

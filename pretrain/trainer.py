@@ -34,6 +34,7 @@ from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook, MakeHook
 from sambalm.pretrain.lifecycle.ledger_entries import LedgerEntries
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
+from sambalm.pretrain.lifecycle.profile import Profiler
 from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, set_newer_checkpoints_aside
 from sambalm.pretrain.lifecycle.run_folder import LeaseGuard, RunFolder, open_run_folder
@@ -230,6 +231,7 @@ class Trainer:
         )
         hooks += [
             LeaseGuard(folder, world=world),
+            Profiler(config.train.profile_steps, run_dir=Path(config.run.dir), world=world),
             SaveOutcomes(checkpointer),
             Validator(config, sources, separate=shared_sources(separate) if separate else (), world=world),
             *([self.evaluation(config, world)] if self.evaluation and config.evaluation.tasks else []),

@@ -20,6 +20,7 @@ from sambalm.evaluation.tasks.short import Short
 from sambalm.evaluation.tasks.sliding import Sliding
 from sambalm.evaluation.tasks.throughput import Throughput
 from sambalm.evaluation.tasks.variables import Variables
+from sambalm.pretrain.config_errors import did_you_mean
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -55,7 +56,9 @@ def task_settings(names: Sequence[str], overrides: Sequence[str], *, data: Seque
     """
     for name in names:
         if name not in TASKS:
-            raise EvaluationError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+            raise EvaluationError(
+                f"there is no task {name!r}; the tasks are {', '.join(TASKS)}{did_you_mean(name, list(TASKS))}"
+            )
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise EvaluationError(f"--task {twice} is given twice; give it once, with all its keys")

@@ -4,16 +4,22 @@ from sambalm.model.config import ModelConfig
 from sambalm.pretrain.checkpointing.format import Checkpoint
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.config_paths import folders_of_paths
 
 
 def saved_run(checkpoint: Checkpoint) -> RunConfig | None:
     """Returns the run's configuration; None for a converted model, which no run has saved.
 
+    Paths that do not exist from here are looked for from the directory that the run was started in.
+
     Raises:
         ConfigError: this version does not know a key or a value of it.
     """
     saved = checkpoint.state["config"]
-    return None if saved.keys() == {"model"} else parse_config(saved, source=str(checkpoint.path))
+    if saved.keys() == {"model"}:
+        return None
+    run_folder = checkpoint.path.absolute().parent.parent
+    return parse_config(saved, source=str(checkpoint.path), folders=folders_of_paths(run_folder, saved))
 
 
 def saved_model(checkpoint: Checkpoint) -> ModelConfig:

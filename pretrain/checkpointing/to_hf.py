@@ -16,7 +16,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.documents import read_documents
 from sambalm.data_pipeline.files import sync
 from sambalm.data_pipeline.inputs import expand_inputs
-from sambalm.data_pipeline.shards import read_manifest
+from sambalm.data_pipeline.shards import check_tokenizer, read_manifest
 from sambalm.data_pipeline.stored_text import stored_documents
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_formats import TiktokenTokenizer, load_tokenizer
@@ -36,6 +36,9 @@ from sambalm.pretrain.reporting.metrics_file import read_metrics
 
 VERIFIED_DOCUMENTS = 1000
 EXPORT_DTYPES = DTYPES | {"fp16": torch.float16}
+# What a Hugging Face folder consists of; all else in it is its owner's.
+_MODEL_SUFFIXES = {".safetensors", ".json", ".py", ".model", ".jinja", ".tiktoken"}
+_MODEL_FILES = {"__pycache__", "README.md", "merges.txt", "vocab.txt"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", re.IGNORECASE)
 
 
@@ -75,8 +78,8 @@ def checkpoint_to_hf(
     if documents is None and run is None:
         raise CheckpointError(f"{checkpoint.path} has no data: give texts to verify the export on with --documents")
     loaded = load_tokenizer(tokenizer_path)
-    if run:
-        _check_tokenizer(loaded, run.data)
+    for prefix in run.data.prefixes if run else ():
+        check_tokenizer(prefix, loaded)
     texts = _documents(documents, run.data if run else None, loaded)
     with new_hf_folder(output, overwrite=overwrite) as folder:
         export_hf(
@@ -114,20 +117,6 @@ def _read_template(path: Path | None) -> str | None:
         return path.read_text("utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
         raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
-
-
-def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> None:
-    """
-    Raises:
-        CheckpointError: it is not the one that made the data's tokens.
-    """
-    for prefix in data.prefixes:
-        manifest = read_manifest(prefix)
-        if manifest and manifest.tokenizer.sha256 != tokenizer.sha256:
-            raise CheckpointError(
-                f"the tokenizer {tokenizer.path} is not the one that made the tokens of {prefix}, whose SHA-256 is "
-                f"{manifest.tokenizer.sha256[:12]}... by its manifest: give that one with --tokenizer"
-            )
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> TokenizerFile:
@@ -186,9 +175,14 @@ def new_hf_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     output = output.absolute()
     exists = output.is_dir() and any(output.iterdir())
     if exists and not overwrite:
-        raise HFError(f"the output folder {output} is not empty; choose another or allow it to be overwritten")
+        raise HFError(f"the output folder {output} is not empty; choose another, or replace it with --overwrite")
     if (exists and not _is_samba_folder(output)) or (output.exists() and not output.is_dir()):
         raise HFError(f"the output {output} is something else than a Samba folder; choose another")
+    if own := _own_files(output) if exists else []:
+        raise HFError(
+            f"the output folder {output} also holds {own[0].name}, which is no file of a model and would be lost: move "
+            "it away, or choose another output"
+        )
     with appearing_folder(output) as folder:
         yield folder
 
@@ -214,6 +208,15 @@ def appearing_folder(output: Path) -> Iterator[Path]:
         raise HFError(f"cannot write {output}: {error.strerror or error}; choose another output") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """What a folder holds besides the files of a model, sorted by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name not in _MODEL_FILES and (path.is_dir() or path.suffix not in _MODEL_SUFFIXES)
+    )
 
 
 def _is_samba_folder(folder: Path) -> bool:

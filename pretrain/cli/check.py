@@ -40,7 +40,7 @@ def check_layout(
             "the smallest of known mistakes makes 1e-3.",
         ),
     ] = 1e-4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**40, help="Seed of the random tokens.")] = 0,
     timeout_s: Annotated[float, typer.Option(min=1.0, help="Seconds after which ranks that hang are ended.")] = 600.0,
     top: Annotated[int, typer.Option(min=1, help="Tensors to show.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, all tensors included.")] = False,

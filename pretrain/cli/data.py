@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sambalm.pretrain.cli.examples import example
+from sambalm.pretrain.cli.numbers import count
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
@@ -23,6 +24,7 @@ Inputs = Annotated[
         "@FILE with one of these a line; may be repeated.",
     ),
 ]
+ReplaceFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")]
 MoreInputs = Annotated[list[str] | None, typer.Argument(metavar="[MORE INPUTS]...", help="Further input files.")]
 
 
@@ -30,12 +32,13 @@ MoreInputs = Annotated[list[str] | None, typer.Argument(metavar="[MORE INPUTS]..
 def python_corpus(
     output: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the documents' order.")] = 0,
+    overwrite: ReplaceFile = False,
 ) -> None:
     """Gather the documentation and sources of this Python installation as JSONL: real text that every machine has."""
     from sambalm.data_pipeline.corpus import write_python_corpus
 
     with ProgressBar("gathering") as progress:
-        summary = write_python_corpus(output, seed=seed, progress=progress)
+        summary = write_python_corpus(output, seed=seed, overwrite=overwrite, progress=progress)
     print(f"{output}: {summary.documents:,} documents, {summary.text_bytes / 1e6:.1f} MB of text")
 
 
@@ -45,10 +48,13 @@ def python_corpus(
 )
 def tokenizer(
     inputs: Inputs,
-    vocab_size: Annotated[int, typer.Option(min=260, help="Pieces of the vocabulary, the 256 bytes included.")],
+    vocab_size: Annotated[
+        int, typer.Option(parser=count(260), help="Pieces of the vocabulary, the 256 bytes included.")
+    ],
     output: Annotated[Path, typer.Option(help="The SentencePiece model file to write.")],
     more_inputs: MoreInputs = None,
     text_key: TextKey = "text",
+    overwrite: ReplaceFile = False,
 ) -> None:
     """Train a SentencePiece BPE tokenizer with byte fallback."""
     from sambalm.data_pipeline.tokenizer_training import train_tokenizer
@@ -59,6 +65,7 @@ def tokenizer(
             vocab_size=vocab_size,
             output=output,
             text_key=text_key,
+            overwrite=overwrite,
             progress=progress,
         )
     print(f"{output}: {vocab_size:,} pieces")
@@ -109,7 +116,7 @@ def preprocess(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that read and tokenise.", show_default="one a core")
     ] = None,
-    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a new shard begins.")] = 2**30,
+    shard_tokens: Annotated[int, typer.Option(parser=count(), help="Tokens after which a new shard begins.")] = 2**30,
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Of N machines' shares of the input, number I from 0.")
     ] = "0/1",
@@ -166,8 +173,11 @@ def preprocess(
 
 MadeTokenizer = Annotated[Path, typer.Option("--tokenizer", help="That of the model to train.")]
 MadeOutput = Annotated[Path, typer.Option("--output", help="Prefix of the shards.")]
-Documents = Annotated[int, typer.Option("--documents", min=1, help="How many to make.")]
-MadeTokens = Annotated[int, typer.Option("--tokens", min=1, help="Of a document at most, its end-of-text included.")]
+Documents = Annotated[int, typer.Option("--documents", parser=count(), help="How many to make.")]
+MadeTokens = Annotated[
+    int,
+    typer.Option("--tokens", parser=count(), help="Of a document at most, its end-of-text included."),
+]
 MadeSeed = Annotated[int, typer.Option("--seed", help="What the documents follow from.")]
 MadeLoss = Annotated[AnswerLoss, typer.Option("--loss", help="The tokens that count: of answers alone, or all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")]
@@ -228,6 +238,9 @@ def _make(
     print(f"{output}: {documents:,} documents, {total:,} tokens")
 
 
+PrefixOrNone = Annotated[
+    Path | None, typer.Argument(metavar="[PREFIX]", help="What the data was preprocessed to; none with --config.")
+]
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data was preprocessed to.")]
 
 
@@ -250,9 +263,16 @@ def verify(
     print(f"{prefix}: sound; shards: {found.shards:,}, tokens: {found.tokens:,}")
 
 
-@data.command("inspect", epilog=example("sambalm data inspect data/text", "sambalm data inspect data/text --sample 0"))
+@data.command(
+    "inspect",
+    epilog=example("sambalm data inspect data/text", "sambalm data inspect --config configs/demo.yaml --sample 0"),
+)
 def inspect(
-    prefix: Prefix,
+    prefix: PrefixOrNone = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A run's YAML file: --sample is one of that run, by its sources, sequence length and seed."),
+    ] = None,
     document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
     sample: Annotated[
         int | None, typer.Option(min=0, help="Show this training sample of a run on PREFIX alone.")
@@ -262,6 +282,17 @@ def inspect(
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the one that the manifest names.")] = None,
 ) -> None:
     """Show statistics of a prefix, a document, or a training sample as text with the borders of its documents."""
+    if (prefix is None) == (config is None):
+        raise typer.BadParameter("give either PREFIX or --config")
+    if prefix is None:
+        if sample is None or document is not None:
+            raise typer.BadParameter("--config goes with --sample; a PREFIX has documents and statistics")
+        from sambalm.pretrain.config_file import load_config
+        from sambalm.pretrain.reporting.data_index import describe_sample
+
+        assert config is not None, "one of the two is given"
+        print(describe_sample(load_config(config), sample, tokenizer=tokenizer))
+        return
     from sambalm.data_pipeline.inspection import Inspector
 
     inspector = Inspector(prefix, tokenizer=tokenizer)
@@ -272,8 +303,8 @@ def inspect(
         from sambalm.data_pipeline.dataset import build_train_dataset
         from sambalm.data_pipeline.sources import open_sources
 
-        config = DataConfig(train=str(prefix), sequence_length=sequence_length, reset_at_document=True)
-        taken = build_train_dataset(config, open_sources(config), seed=seed)[sample]
+        own = DataConfig(train=str(prefix), sequence_length=sequence_length, reset_at_document=True)
+        taken = build_train_dataset(own, open_sources(own), seed=seed)[sample]
         assert taken.document_starts is not None, "reset_at_document asks for them"
         print(inspector.sample(taken.tokens.numpy(), taken.document_starts.numpy()))
     if document is None and sample is None:
@@ -285,14 +316,14 @@ def inspect(
 @data.command("blend", epilog=example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
 def blend(
     sources: Annotated[list[str], typer.Argument(metavar="PREFIX=WEIGHT...", help="Without weights: by their tokens.")],
-    tokens: Annotated[float, typer.Option(min=1, help="Training tokens of the run.")],
+    tokens: Annotated[int, typer.Option(parser=count(), help="Training tokens of the run, as 20B.")],
     validation_fraction: Annotated[float, typer.Option(min=0.001, max=0.99, help="Held-out fraction.")] = 0.01,
 ) -> None:
     """Show how many tokens and epochs a run will draw from each source, from the manifests alone."""
     from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_blend
 
     config = parse_blend(sources, validation_fraction=validation_fraction)
-    print(describe_draws(blend_draws(config, tokens=round(tokens))))
+    print(describe_draws(blend_draws(config, tokens=tokens)))
 
 
 @data.command("index", epilog=example("sambalm data index configs/samba_421m.yaml data.train=data/slimpajama"))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sambalm.pretrain.cli.examples import example
+from sambalm.pretrain.cli.numbers import LARGEST_SEED, count
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
@@ -64,7 +65,9 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Chat, by the tokenizer's template if it has one.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate at most; 0: without end.")] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option(parser=count(0), help="Tokens to generate at most; 0: without end.")
+    ] = 100,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Continuations of each prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens to sample from; 0: all.")] = 0,
@@ -75,7 +78,9 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(min=0.01, help="Above 1, tokens that were there before become less likely.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first sample; the next has the next.")
+    ] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of a text.")] = False,
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,

@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions
 from sambalm.data_pipeline.config import DataConfig
-from sambalm.data_pipeline.shards import read_manifest
+from sambalm.data_pipeline.shards import check_tokenizer, read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
@@ -148,6 +148,8 @@ def _checkpoint_source(
     file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
         raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
+    for prefix in run.data.prefixes if run and file.is_file() else ():
+        check_tokenizer(prefix, load_tokenizer(file))
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
     source = source_of_model(model, tokenizer=file, data=None if tokenizer or run is None else run.data)
     return replace(source, checkpoint=checkpoint)

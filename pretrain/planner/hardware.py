@@ -91,6 +91,15 @@ DEVICES = {
         node_bytes_per_s=300e9,
         has_fp8=False,
     ),
+    # By its data sheet, which gives no clock: that is an H100's. Nothing has been measured on one.
+    "b200": _scaled(
+        "b200",
+        matrix_flops=PEAK_FLOPS["B200"],
+        memory_bytes_per_s=8.0e12,
+        multiprocessors=148,
+        clock_ghz=1.98,
+        node_bytes_per_s=900e9,
+    ),
 }
 
 # Share of a copy's rate that fused kernels and plain sums achieve: SwiGLU, norms and residual sums of 421M and 1.3B on

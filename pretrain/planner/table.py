@@ -1,6 +1,8 @@
 """Plans as tables for a terminal."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +19,30 @@ STATES = {
 }
 REST = {"workspace": "workspace_bytes", "buffers": "communication_bytes", "total": "total_bytes"}
 TABLE_WIDTH = 200  # of output that is no terminal
+
+
+def plans_as_json(plans: Sequence[Plan]) -> str:
+    """The same as JSON, fastest layout first; sizes in bytes, times in seconds."""
+    found = [
+        {
+            "layout": plan.layout,
+            "data_parallel": plan.world_size // plan.config.parallel.model_ranks,
+            "parallel": plan.config.parallel.model_dump(),
+            "micro_batch_size": plan.config.train.micro_batch_size,
+            "micro_batches": plan.micro_batches,
+            "step_s": plan.time.total_s,
+            "time": asdict(plan.time),
+            "tokens_per_s": plan.tokens_per_s,
+            "run_tokens": plan.config.run_tokens,
+            "run_days": plan.run_days,
+            "sent_bytes": plan.wire_bytes,
+            "memory_bytes": plan.memory.total_bytes,
+            "stages": [asdict(stage) | {"total_bytes": stage.total_bytes} for stage in plan.stages],
+            "kernels": str(plan.kernels),
+        }
+        for plan in plans
+    ]
+    return json.dumps(found, indent=2)
 
 
 def print_plans(plans: Sequence[Plan]) -> None:
@@ -40,6 +66,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _speed_table(plans: Sequence[Plan]) -> Table:
     run_tokens = plans[0].config.run_tokens
+    is_long = round(run_tokens / 1e9) == LONG_RUN_TOKENS / 1e9  # the columns would be one
     table = _table(
         "Estimated step of the slowest stage, fastest layout first",
         "layout",
@@ -50,7 +77,7 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
         "bubble",
         "tokens/s",
         f"days to {run_tokens / 1e9:,.0f}B",
-        f"days to {LONG_RUN_TOKENS / 1e12:g}T",
+        *([] if is_long else [f"days to {LONG_RUN_TOKENS / 1e12:g}T"]),
         "GB sent a rank and step",
     )
     for plan in plans:
@@ -64,7 +91,7 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
             f"{plan.time.bubble_s / plan.time.total_s:.1%}",
             f"{plan.tokens_per_s:,.0f}",
             f"{plan.run_days:.1f}",
-            f"{plan.days_to(LONG_RUN_TOKENS):.1f}",
+            *([] if is_long else [f"{plan.days_to(LONG_RUN_TOKENS):.1f}"]),
             f"{plan.wire_bytes / 1e9:.1f}",
         )
     return table

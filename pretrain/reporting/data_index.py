@@ -1,13 +1,36 @@
 """Checking the data of a run ahead of its start, and showing what the run will draw from it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from sambalm.data_pipeline.dataset import build_train_dataset
+from sambalm.data_pipeline.inspection import Inspector
 from sambalm.data_pipeline.sources import check_separate, check_vocabulary, open_sources
 from sambalm.pretrain.config import RunConfig
+
+
+def describe_sample(config: RunConfig, number: int, *, tokenizer: Path | None) -> str:
+    """A training sample of a run as text, with the borders of its documents and the source that it comes from.
+
+    Args:
+        number: from 0, in the order in which the run reads them.
+        tokenizer: None: the one that the config or the manifest of its source names.
+
+    Raises:
+        DataError: the data are missing or damaged, or no tokenizer is known.
+    """
+    data = config.data.model_copy(update={"reset_at_document": True})  # which asks for the borders
+    sources = open_sources(data)
+    dataset = build_train_dataset(data, sources, seed=config.run.seed)
+    sample = dataset[number]
+    assert sample.document_starts is not None, "reset_at_document asks for them"
+    inspector = Inspector(config.data.prefixes[0], tokenizer=tokenizer or config.data.tokenizer_path())
+    shard, position = dataset.token_place(number, 0)
+    text = inspector.sample(sample.tokens.numpy(), sample.document_starts.numpy())
+    return f"sample {number} of {config.run.dir}: from byte {position:,} of {shard}\n{text}"
 
 
 def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]) -> None:

@@ -21,6 +21,7 @@ from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import CheckpointError
 from sambalm.pretrain.reporting.metrics_file import (
     LOSS_AT,
+    METRICS,
     NAMED_LOSS_AT,
     SOURCE_LOSS_AT,
     last_scores,
@@ -86,6 +87,8 @@ def _last_validation(run_dir: Path) -> dict[str, Any]:
     for record in reversed(read_steps(run_dir)):
         if any(name.startswith((LOSS_AT, NAMED_LOSS_AT)) for name in record):
             return record
+    if not (run_dir / METRICS).is_file():
+        raise CheckpointError(f"{run_dir} is not a run: it holds no {METRICS}")
     raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
 
 

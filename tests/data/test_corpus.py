@@ -44,6 +44,6 @@ def test_the_order_of_a_corpus_is_not_that_of_the_file_system(tmp_path, monkeypa
     written = []
     for listed in (texts, texts[::-1]):
         monkeypatch.setattr(module, "_python_texts", lambda listed=listed: iter(listed))
-        write_python_corpus(tmp_path / "c.jsonl")
+        write_python_corpus(tmp_path / "c.jsonl", overwrite=True)
         written.append((tmp_path / "c.jsonl").read_bytes())
     assert written[0] == written[1]

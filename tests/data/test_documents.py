@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import random
 
 import pyarrow
@@ -26,10 +27,10 @@ def test_documents_carry_text_and_position(tmp_path):
 BAD_LINES = [
     (b'{"text": "a"', "malformed JSON"),
     (b"[" * 100_000, "malformed JSON"),
-    (b'["text"]', "expected a JSON object, found list"),
-    (b"7", "expected a JSON object, found int"),
+    (b'["text"]', "expected a JSON object, found a list"),
+    (b"7", "expected a JSON object, found a number"),
     (b'{"txt": "a", "id": 3}', r"no key 'text' \(keys: txt, id\)"),
-    (b'{"text": 5}', "is int, not a string"),
+    (b'{"text": 5}', "is a number, not a string"),
     (b'{"text": "\xff"}', "byte 10 of the line is not UTF-8"),
     (b'{"text": "ab\\ud800"}', "character 2 of 'text' is an unpaired surrogate"),
 ]
@@ -149,3 +150,72 @@ def test_the_place_of_a_record_is_its_line(tmp_path):
     records = [record for piece in pieces(file, ReadOptions()) for record in piece.records(ReadOptions())]
     assert [place(file, record.position) for record in records] == [f"{path}:{line}" for line in (1, 2, 3)]
     assert not [record for record in records if isinstance(record, BadRecord)]
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("pieces_of", [5, 1 << 22])
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz"])
+def test_a_mark_of_utf_8_is_no_part_of_the_first_line(extension, pieces_of, tmp_path):
+    content = MARK + b'{"text": "one"}\n{"text": "two"}\n'
+    path = tmp_path / f"a.{extension}"
+    path.write_bytes(gzip.compress(content) if extension.endswith("gz") else content)
+    file = input_file(path)
+    found = [
+        record
+        for piece in pieces(file, ReadOptions(), piece_bytes=pieces_of)
+        for record in piece.records(ReadOptions())
+    ]
+    assert [(record.text, record.position) for record in found] == [("one", 0), ("two", len(content) // 2 + 2)]
+    # From where each begins, all that follows is read again.
+    for number, record in enumerate(found):
+        again = pieces(file, ReadOptions(), start=record.position, piece_bytes=pieces_of)
+        assert [one.text for piece in again for one in piece.records(ReadOptions())] == ["one", "two"][number:]
+
+
+def test_a_mark_of_utf_8_is_no_part_of_a_text_or_a_list(tmp_path):
+    (tmp_path / "a.txt").write_bytes(MARK + "té".encode())
+    (tmp_path / "list").write_bytes(MARK + f"{tmp_path}/a.txt\n".encode())
+    assert [document.text for document in read_documents(input_file(f"@{tmp_path}/list"))] == ["té"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary", "string_view", "binary_view"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_every_column_that_holds_text_is_read(kind, dictionary, tmp_path):
+    texts = ["one", "té", None, "one"]
+    column = pyarrow.array(texts, pyarrow.string()).cast(pyarrow.type_for_alias(kind))
+    if dictionary:
+        if kind.endswith("view"):
+            pytest.skip("pyarrow makes no dictionary of views")
+        column = column.dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    (piece,) = pieces(input_file(tmp_path / "a.parquet"), ReadOptions())
+    records = list(piece.records(ReadOptions()))
+    assert [getattr(record, "text", None) for record in records] == texts
+    assert records[2] == BadRecord("the value of 'text' is null", 2, 0)
+
+
+def test_bytes_that_are_no_text_are_bad_records(tmp_path):
+    parquet.write_table(pyarrow.table({"text": [b"\xff", b"a"]}), tmp_path / "a.parquet")
+    (piece,) = pieces(input_file(tmp_path / "a.parquet"), ReadOptions())
+    bad, good = piece.records(ReadOptions())
+    assert (bad.reason, good.text) == ("byte 0 is not UTF-8; convert the file to UTF-8", "a")
+
+
+def test_a_damaged_page_of_parquet_is_blamed_on_its_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"word {number}" * 20 for number in range(5000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[3000:6000] = bytes(3000)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet is not a sound Parquet file"):
+        list(read_documents(path))
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path):
+    path = os.fsencode(tmp_path) + b"/n\xff.jsonl"
+    with open(path, "wb") as file:
+        file.write(b"{}")
+    with pytest.raises(DataError, match="is not UTF-8; rename the file"):
+        input_file(os.fsdecode(path))

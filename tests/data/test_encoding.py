@@ -263,3 +263,39 @@ def test_batches_are_cut_without_a_trace(tmp_path, tokenizer, monkeypatch):
     for name in ("tokens", "lengths", "positions", "text_bytes"):
         assert np.array_equal(getattr(whole, name), getattr(cut, name))
     assert whole.lengths[0] == whole.lengths[-2] == 0
+
+
+def unigram():
+    pieces = [
+        ("<unk>", 0.0),
+        ("</s>", -1.0),
+        ("\u2581the", -2.0),
+        ("\u2581of", -2.5),
+        *((letter, -5.0) for letter in "</s>\u2581x"),
+    ]
+    return {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}
+
+
+def word_level():
+    words = ["<unk>", "</s>", "\u2581the", "\u2581of", "\u2581x"]
+    return {"type": "WordLevel", "vocab": {word: number for number, word in enumerate(words)}, "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("model", [unigram, word_level])
+def test_special_tokens_among_the_pieces_of_a_model_stay_text(model, tmp_path):
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": number, "content": content, **special} for number, content in enumerate(["<unk>", "</s>"])]
+    added.append({"id": len(model()["vocab"]), "content": "<pad>", **special})
+    record = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": space}
+    record |= {"post_processor": None, "decoder": space, "truncation": None, "padding": None, "model": model()}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(record))
+    plain, asked = load_tokenizer(path), load_tokenizer(path, special_tokens=True)
+    for text in ("the</s> of", "</s>", "x </s> the", "the <pad>"):
+        assert not {1, len(model()["vocab"])} & set(plain.encode(text)), text
+    assert 1 in asked.encode("the</s> of")
+    assert plain.encode("the of x") == asked.encode("the of x") != []
+    assert (plain.eos_id, plain.vocab_size) == (1, len(model()["vocab"]) + 1)
+    if model is unigram:
+        assert plain.decode(plain.encode("the</s> of")) == "the</s> of"

@@ -11,6 +11,7 @@ from sambalm.data_pipeline.inspection import Inspector
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.shards import check_shard
 from sambalm.data_pipeline.sources import open_sources
+from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 from tests.support.data import VOCAB_SIZE, make_texts, write_jsonl, write_shard
 
 
@@ -105,3 +106,9 @@ def test_what_cannot_be_shown_is_said(tmp_path, prefix, tokenizer):
     assert "41 documents" in inspector.describe(inspector.statistics())
     with pytest.raises(DataError, match=r"gone\.model\) is missing"):
         inspector.document(0)
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(prefix, tokenizer, tmp_path):
+    other = train_tokenizer([tmp_path / "a.jsonl"], vocab_size=VOCAB_SIZE - 1, output=tmp_path / "other.model")
+    with pytest.raises(DataError, match=r"other\.model is not the one that made the tokens of .*give that one"):
+        Inspector(prefix, tokenizer=other.path)

@@ -136,7 +136,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, tokenizer, corpus, monk
     bad = tmp_path / "bad.jsonl"
     bad.write_text(corpus.read_text() + '{"text": 1}\n')
     before = listing(tmp_path)
-    with pytest.raises(DataError, match=r"bad\.jsonl:201: the value of 'text' is int"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:201: the value of 'text' is a number, not a string"):
         preprocess([bad], tokenizer=tokenizer.path, output_prefix=tmp_path / "d", workers=workers)
     assert listing(tmp_path) == before
 
@@ -202,7 +202,7 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path, tokenizer, corpus)
     preprocess([corpus], shard_tokens=1000, **options)
     before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)}
     small = write_jsonl(tmp_path / "small.jsonl", ["stone"])
-    with pytest.raises(DataError, match=r"d\.json exists already; choose another output prefix"):
+    with pytest.raises(DataError, match=r"d\.json exists already, made with other values of shard_tokens; choose"):
         preprocess([small], **options)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 

@@ -263,10 +263,15 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(export, tmp_path):
     folder, _, config = export()
     with pytest.raises(HFError, match="not empty"):
         export()
-    (folder / "stale").touch()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(HFError, match=r"also holds notes\.txt, which is no file of a model"):
+        export(config=config, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (folder / "stale.json").touch()
     other = RandomState(config, seed=9)
     export(other, config, overwrite=True)
-    assert not (folder / "stale").exists()
+    assert not (folder / "stale.json").exists()
     assert torch.equal(read_back(folder, "final_norm.weight"), other.read("final_norm.weight"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -53,10 +53,10 @@ print(json.dumps({"helps": helps, "modules": sorted(sys.modules)}))
 
 
 def test_help_has_an_example_and_appears_without_the_slow_packages():
-    words = [(), ("data",), ("checkpoint",), ("convert",), ("slurm",), *leaf_commands()]
+    words = [(), ("data",), ("config",), ("checkpoint",), ("convert",), ("slurm",), *leaf_commands()]
     script = [sys.executable, "-c", HELP_OF_ALL, json.dumps(words)]
     shown = json.loads(subprocess.run(script, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout)
-    assert len(words) == 5 + 27
+    assert len(words) == 6 + 28
     for name, text in zip(words, shown["helps"], strict=True):
         assert "Usage:" in text
         if name in leaf_commands():
@@ -73,7 +73,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 37
+    assert parsed == 40
 
 
 def test_version(sambalm):
@@ -228,13 +228,13 @@ CALLS = [
         "sambalm.data_pipeline.corpus.write_python_corpus",
         ["data", "python-corpus", "c.jsonl", "--seed", "5"],
         (Path("c.jsonl"),),
-        {"seed": 5},
+        {"seed": 5, "overwrite": False},
     ),
     (
         "sambalm.data_pipeline.tokenizer_training.train_tokenizer",
         [*("data", "tokenizer", "--input", "a", "--vocab-size", "300", "--output", "t.model", "b"), "--text-key", "k"],
         (["a", "b"],),
-        {"vocab_size": 300, "output": Path("t.model"), "text_key": "k"},
+        {"vocab_size": 300, "output": Path("t.model"), "text_key": "k", "overwrite": False},
     ),
     (
         "sambalm.data_pipeline.preprocess.preprocess",

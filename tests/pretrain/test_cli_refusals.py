@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from sambalm.data_pipeline.preprocess import preprocess as make_shards
 from tests.support import program
 
 
@@ -40,7 +41,7 @@ BAD_TEXTS = {
     "empty": ("", "the inputs hold no "),
     "blank lines": ("\n\n", "the inputs hold no "),
     "no text": (GOOD_LINE + '{"body": "x"}\n', "text.jsonl:2: no key 'text' (keys: body)"),
-    "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is int"),
+    "text of another type": ('{"text": 5}\n', "text.jsonl:1: the value of 'text' is a number, not a string"),
     "not an object": ("[1]\n", "text.jsonl:1: expected a JSON object"),
 }
 
@@ -203,3 +204,89 @@ def test_a_folder_that_is_something_else_is_refused(exists, refused, tmp_path):
     refused("convert", "to-hf", folder, tmp_path / "hf", names=[folder, "neither a checkpoint nor a run"])
     refused("generate", folder, "--prompt", "x", names=[folder, "config.json"])
     refused("report", folder, names=[folder, "not a run"])
+
+
+def test_a_command_line_that_is_none_is_refused_with_what_is_near(refused, config):
+    refused("trein", config, names=["no such command 'trein'; did you mean 'train'?", "`sambalm --help`"])
+    refused("data", "preproc", names=["did you mean 'preprocess'?", "`sambalm data --help`"])
+    refused("plan", config, "--gpu", "8", names=["no such option: --gpu", "--gpus", "`sambalm plan --help`"])
+    refused("plan", config, names=["missing option '--gpus'"])
+    refused("evaluate", config.parent, "--task", "perplxity", names=["did you mean perplexity?"])
+
+
+@pytest.mark.parametrize("number", ["inf", "1e400", "-3", "4K", "0", "1.5"])
+def test_a_number_that_is_none_is_refused_by_its_option(number, refused, tokens):
+    refused("data", "blend", tokens, "--tokens", number, names=["invalid value for '--tokens'", number])
+
+
+def test_a_file_that_exists_is_not_replaced_unasked(refused, sambalm, tmp_path):
+    text, model = tmp_path / "text.txt", tmp_path / "t.model"
+    text.write_text("one two three\n" * 100)
+    model.write_text("mine")
+    training = ("data", "tokenizer", "--input", text, "--vocab-size", 268, "--output")
+    refused(*training, model, names=[model, "exists already", "--overwrite"])
+    refused(*training, text, names=[text, "exists already"])
+    refused("data", "python-corpus", text, names=[text, "--overwrite"])
+    assert sambalm(*training, model, "--overwrite")[0] == 0
+    assert model.read_bytes() != b"mine"
+
+
+def test_a_shard_is_not_taken_for_all_of_its_data(refused, config, tokens, tmp_path):
+    prefix, text, model = tmp_path / "many", tokens.with_name("text.jsonl"), tokens.with_name("tokenizer.model")
+    summary = make_shards([text], tokenizer=model, output_prefix=prefix, shard_tokens=40_000)
+    shard = f"{prefix}_00000"
+    refused(
+        "train",
+        config,
+        f"data.train={shard}",
+        names=[f"{shard} is one of the {summary.shards} shards of {prefix}: give {prefix}"],
+    )
+
+
+def test_files_that_the_system_refuses_are_named(refused, config, tokens, tmp_path):
+    refused("data", "python-corpus", config / "corpus.jsonl", names=[config, "choose a writable directory"])
+    refused("report", tmp_path / "none", names=[tmp_path / "none", "not a run", "metrics.jsonl"])
+    output = tmp_path / "folder"
+    output.mkdir()
+    arguments = ("--input", tokens.with_name("text.jsonl"), "--vocab-size", 384, "--output", output, "--overwrite")
+    refused("data", "tokenizer", *arguments, names=[output])
+
+
+def test_a_device_is_a_name_or_a_file(refused, sambalm, config, tmp_path):
+    planning = ("plan", config, "--gpus", 2, "--gpu-memory-gib", 80, "--top", 1, "--json")
+    refused(*planning, "--device", "h20", names=["no device 'h20' among h100, h200, a100, b200", "did you mean h200?"])
+    device = tmp_path / "own.yaml"
+    refused(*planning, "--device", device, names=[device, "No such file"])
+    device.write_text("name: own\nmatrix_flop: 1\n")
+    refused(*planning, "--device", device, names=["unknown key matrix_flop", "did you mean matrix_flops?"])
+    device.write_text("name: own\nmemory_bytes_per_s: 1e9\n")
+    (slow,) = json.loads(sambalm(*planning, "--device", device)[1])
+    (fast,) = json.loads(sambalm(*planning)[1])
+    assert slow["time"]["compute_s"] > 10 * fast["time"]["compute_s"]
+    assert fast["memory_bytes"] == max(stage["total_bytes"] for stage in fast["stages"])
+
+
+def test_params_are_printed_as_json(sambalm, config):
+    counts = json.loads(sambalm("params", config, "--json")[1])
+    assert sambalm("params", config)[1].split() == [str(word) for pair in counts.items() for word in pair]
+
+
+def test_a_sample_is_shown_as_its_run_reads_it(sambalm, refused, config, tokens):
+    code, out, _ = sambalm("data", "inspect", "--config", config, "--sample", 3)
+    assert code == 0
+    assert "from byte " in out
+    values = yaml.safe_load(config.read_text())
+    values["run"]["seed"] += 1
+    config.write_text(yaml.safe_dump(values))
+    assert sambalm("data", "inspect", "--config", config, "--sample", 3)[1] != out
+    refused("data", "inspect", names=["either PREFIX or --config"])
+    refused("data", "inspect", "--config", config, names=["--config goes with --sample"])
+
+
+def test_a_shell_completes_commands(sambalm, monkeypatch):
+    monkeypatch.setenv("_SAMBALM_COMPLETE", "complete_bash")
+    for words, completed in (("sambalm che", ["checkpoint", "check-layout"]), ("sambalm data pre", ["preprocess"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        code, out, _ = sambalm()
+        assert (code, sorted(out.split())) == (0, sorted(completed))

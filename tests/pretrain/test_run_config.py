@@ -123,7 +123,6 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
         ("train.steps=abc", "train.steps", "'abc'", "integer"),
         ("train.steps=true", "train.steps", "True", "integer"),
         ("train.steps=1.5", "train.steps", "1.5", "integer"),
-        ("train.steps='50'", "train.steps", "'50'", "integer"),
         ("train.steps=", "train.steps", "None", "integer"),
         ("train.steps={}", "train.steps", "{}", "integer"),
         ("train.steps=0", "train.steps", "0", "greater than 0"),
@@ -152,7 +151,7 @@ def test_a_bad_value_is_refused_by_key_value_and_what_is_allowed(override, key, 
     message = refusal(override)
     assert f"{key} is {value}" in message or f"{key} (value {value})" in message
     assert allowed in message
-    assert str(DEMO) in message
+    assert message.startswith(f"the override {override!r}: ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""Relative paths of a config that do not exist from the working directory, found from the config's own folder."""
+
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from sambalm.pretrain.config_yaml import Key
+
+# What a run reads. What it writes (run.dir, data.cache_dir) is never moved.
+PREFIX_KEYS: tuple[Key, ...] = (("data", "train"), ("data", "validation"))
+FILE_KEYS: tuple[Key, ...] = (("data", "tokenizer"), ("train", "init_from"))
+
+
+def folders_of_paths(folder: Path, values: dict[str, Any]) -> list[Path]:
+    """Where to look for the paths of a config in a folder.
+
+    The config of a run's folder was read where the run was started, which lies above the folder by run.dir.
+    """
+    run = values.get("run")
+    run_dir = run.get("dir") if isinstance(run, dict) else None
+    started = started_in(folder, run_dir) if isinstance(run_dir, str) else None
+    return [folder, started] if started else [folder]
+
+
+def started_in(run_folder: Path, run_dir: str) -> Path | None:
+    """The working directory from which a relative run.dir names a run's folder; None where none is."""
+    parts, folder = Path(run_dir).parts, run_folder.absolute()
+    if not parts or Path(run_dir).is_absolute() or folder.parts[-len(parts) :] != parts:
+        return None
+    return folder.parents[len(parts) - 1]
+
+
+def with_found_paths(
+    values: dict[str, Any],
+    *,
+    folders: Iterable[Path],
+    tell: Callable[[str], None],
+    keys: Collection[Key] | None = None,
+) -> dict[str, Any]:
+    """Returns values whose relative paths exist, where one of the folders has what the working directory lacks.
+
+    Args:
+        values: plain ones, which stay as they are.
+        folders: in the order in which they are tried.
+        tell: takes a sentence for each path that was found so.
+        keys: of PREFIX_KEYS and FILE_KEYS those to look at; None: all.
+    """
+    folders = list(folders)
+    for key in (*PREFIX_KEYS, *FILE_KEYS):
+        section, name = key
+        given = values.get(section)
+        if (keys is not None and key not in keys) or not isinstance(given, dict) or name not in given:
+            continue
+
+        def find(text: str, key: Key = key) -> str:
+            found = _find(text, folders, is_prefix=key in PREFIX_KEYS)
+            if found != text:
+                tell(f"{'.'.join(key)}: {text} does not exist from here, and {found} is taken")
+            return found
+
+        values = values | {section: given | {name: _in_entries(given[name], find)}}
+    return values
+
+
+def _in_entries(value: Any, find: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return find(value)
+    if isinstance(value, list):
+        return [_in_entries(one, find) if isinstance(one, str | dict) else one for one in value]
+    if isinstance(value, dict) and isinstance(value.get("prefix"), str):
+        return value | {"prefix": find(value["prefix"])}
+    return value
+
+
+def _find(text: str, folders: list[Path], *, is_prefix: bool) -> str:
+    if not text or Path(text).is_absolute() or "://" in text or _exists(Path(text), is_prefix=is_prefix):
+        return text
+    found = (folder / text for folder in folders if _exists(folder / text, is_prefix=is_prefix))
+    return str(next(found, text))
+
+
+def _exists(path: Path, *, is_prefix: bool) -> bool:
+    try:
+        if is_prefix:  # a manifest, or one bare shard
+            return any(path.with_name(path.name + ending).exists() for ending in (".json", ".idx"))
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
