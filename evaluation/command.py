@@ -1,7 +1,8 @@
 """From a model's path and the names of tasks to tables and files: what the command does."""
 
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,8 +10,9 @@ from rich.table import Table
 
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
-from sambalm.evaluation.results import RESULT, table
-from sambalm.evaluation.runner import Bar, Plan, evaluate
+from sambalm.evaluation.ranks import main_first, started
+from sambalm.evaluation.results import RESULT, Result, table
+from sambalm.evaluation.runner import Bar, Plan, evaluate, silent
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.registry import TASKS, described_keys, task_settings
 from sambalm.pretrain.checkpointing.format import MANIFEST
@@ -50,19 +52,30 @@ def evaluate_model(
         raise EvaluationError(f"there is nothing to measure: give --task, once or several times, of {', '.join(TASKS)}")
     task_settings(tasks, overrides, data=data)  # before a model is loaded, which may take minutes
     folder = output or _default_output(path)
-    opened = open_model(path, device=device, dtype=dtype, tokenizer=tokenizer, step=step)
-    surroundings = Surroundings(opened.model, opened.run, cache_dir=folder / CACHE)
     plan = Plan(tasks, overrides, data, folder, batch_tokens)
-    console, records = Console(), []
-    try:
-        for result in evaluate(plan, surroundings, bar=bar):
-            if as_json:
-                records.append(json.loads((result.folder / RESULT).read_text("utf-8")))
+    with started(device) as (ranks, place):
+        # The main one first, since opening may leave files behind that the others read.
+        opened = main_first(ranks, lambda: open_model(path, device=place, dtype=dtype, tokenizer=tokenizer, step=step))
+        surroundings = Surroundings(opened.model, opened.run, cache_dir=folder / CACHE)
+        results = evaluate(plan, surroundings, bar=bar if ranks.is_main else silent, ranks=ranks)
+        try:
+            if ranks.is_main:
+                _show(results, as_json=as_json)
             else:
-                console.print(table(result))
-    except KeyboardInterrupt:
-        print_line(f"stopped; what is done is kept in {folder}, and the same command goes on from there")
-        raise
+                deque(results, maxlen=0)
+        except KeyboardInterrupt:
+            print_line(f"stopped; what is done is kept in {folder}, and the same command goes on from there")
+            raise
+
+
+def _show(results: Iterable[Result], *, as_json: bool) -> None:
+    """Prints each result when it is there, or all as JSON at the end."""
+    console, records = Console(), []
+    for result in results:
+        if as_json:
+            records.append(json.loads((result.folder / RESULT).read_text("utf-8")))
+        else:
+            console.print(table(result))
     if as_json:
         print(json.dumps(records, indent=2))
 

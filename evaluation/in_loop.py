@@ -7,8 +7,7 @@ the items. No checkpoint is written for it. Results lie where those of `sambalm 
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +19,7 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.samba import SambaModel
 from sambalm.evaluation.ranks import main_first
 from sambalm.evaluation.results import Result
-from sambalm.evaluation.runner import Plan, evaluate, prepare
+from sambalm.evaluation.runner import Plan, evaluate, prepare, silent
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.registry import task_settings
 from sambalm.model.hf.generate import model_of_state
@@ -95,7 +94,7 @@ class InLoopEvaluation(Hook):
                 print_warning(f"the run goes on, but the evaluation after step {step.number} is not complete: {error}")
 
     def _scores(self, surroundings: Surroundings) -> dict[str, float]:
-        results = evaluate(self._plan, surroundings, bar=_silent, ranks=self._world)
+        results = evaluate(self._plan, surroundings, bar=silent, ranks=self._world)
         return {name: value for result in results for name, value in metrics(result).items()}
 
     def _with_model(self, step: int, action: Callable[[Surroundings], T]) -> T:
@@ -165,8 +164,3 @@ def metrics(result: Result) -> dict[str, float]:
 def _overrides(config: RunConfig) -> list[str]:
     tasks = config.evaluation.tasks.items()
     return [f"{task}.{key}={json.dumps(value, default=str)}" for task, keys in tasks for key, value in keys.items()]
-
-
-@contextmanager
-def _silent(_: str) -> Iterator[Callable[[int, int], None]]:
-    yield lambda done, total: None

@@ -1,9 +1,13 @@
 """The processes that measure together: one alone, or all ranks of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from sambalm.evaluation.errors import EvaluationError
+from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.environment import world_size
+from sambalm.parallel.groups import start_world
 from sambalm.pretrain.errors import one_sentence
 
 T = TypeVar("T")
@@ -41,6 +45,25 @@ class Alone:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
+
+
+@contextmanager
+def started(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
+    """Yields the processes that torchrun has started, or this one alone, and the device of this one.
+
+    Args:
+        device: what the user names; None for the GPU where there is one. Under torchrun each process has its own GPU.
+
+    Raises:
+        EvaluationError: one device of several is named for several processes.
+    """
+    if world_size() == 1:
+        yield Alone(), device
+        return
+    if device is not None and device not in ("cpu", "cuda"):
+        raise EvaluationError(f"--device is {device}, and {world_size()} processes cannot share it: leave it out")
+    with start_world(ParallelConfig()) as world:
+        yield world, device if device == "cpu" else str(world.device)
 
 
 def on_each(ranks: Ranks, action: Callable[[], T]) -> list[T]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,12 @@ from sambalm.evaluation.tasks.registry import TASKS, task_settings
 HASH_DIGITS = 12
 # Shows what a task of that name is at while it is entered, and is told (tokens done, tokens in all).
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@contextmanager
+def silent(_: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows nothing; a `Bar`."""
+    yield lambda done, total: None
 
 
 @dataclass(frozen=True)

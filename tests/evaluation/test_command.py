@@ -1,5 +1,6 @@
 """`sambalm evaluate`: what it prints and leaves, every mistake in a sentence, and a kill that loses nothing."""
 
+import contextlib
 import json
 import signal
 
@@ -163,3 +164,29 @@ def test_a_killed_evaluation_goes_on(run_dir, sambalm, tmp_path):
     (result,) = json.loads(out)
     assert done()[: len(kept) - 1] == kept[:-1]
     assert len(done()) == result["scores"][0]["items"] > len(kept)
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_items_and_print_once(run_dir, sambalm, tmp_path):
+    words = ["evaluate", run_dir, "--task", "perplexity", "--task", "passkey", *PERPLEXITY, *PASSKEY]
+    words += ["--batch-tokens", 200, "--json"]  # few enough for several batches
+    code, out, _ = sambalm(*words, "--output", tmp_path / "alone")
+    assert code == 0
+    with contextlib.ExitStack() as stack:
+        two = program.start_ranks(*words, "--output", tmp_path / "two", ranks=2)
+        outputs = [stack.enter_context(one).communicate(120) for one in two]
+        assert [one.wait() for one in two] == [0, 0]
+    assert outputs[1][0] == ""
+    alone, shared = json.loads(out), json.loads(outputs[0][0])
+    assert [result["scores"] for result in shared] == [result["scores"] for result in alone]
+    assert [result["protocol"] for result in shared] == [result["protocol"] for result in alone]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_several_processes_is_told_once(run_dir):
+    with contextlib.ExitStack() as stack:
+        two = program.start_ranks("evaluate", run_dir, "--task", "passkey", "--device", "cuda:1", ranks=2)
+        errors = [stack.enter_context(one).communicate(60)[1] for one in two]
+        assert [one.wait() for one in two] == [ExitCode.BAD_INPUT] * 2
+    assert "2 processes cannot share it" in errors[0]
+    assert errors[1] == ""
