@@ -224,7 +224,7 @@ def test_a_bad_line_is_named_or_counted(line, reason, chats, template, tokenizer
 
 
 def test_messages_without_a_template_are_told_of_it(chats, tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"no key 'text' \(keys: messages\); .* or give a chat template for messages"):
+    with pytest.raises(DataError, match=r"no key 'text' \(keys: messages\); .* or give a --chat-template"):
         preprocess([chats], tokenizer=tokenizer.path, output_prefix=tmp_path / "d")
 
 
