@@ -68,7 +68,10 @@ def test_errors_name_the_line_or_the_override(config):
         ("trein.steps=3", "train"),
         ("steps=3", "train.steps"),
         ("model.sequence_length=3", "data.sequence_length"),
-        ("every_steps=3", "validation.every_steps or evaluation.every_steps or checkpoint.every_steps or stragglers.every_steps"),
+        (
+            "every_steps=3",
+            "validation.every_steps or evaluation.every_steps or checkpoint.every_steps or stragglers.every_steps",
+        ),
     ],
 )
 def test_an_unknown_key_is_asked_about(override, question, config):
