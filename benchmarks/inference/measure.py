@@ -1,7 +1,8 @@
 """Prefill and decoding of a Samba and of a Llama of the same sizes, by length and batch, side by side on one GPU.
 
-    python benchmarks/inference/measure.py configs/samba_1.7b.yaml --output inference.jsonl python
-    benchmarks/inference/measure.py configs/samba_1.7b.yaml --output inference.jsonl --only prefill --models samba
+    python benchmarks/inference/measure.py configs/samba_1.7b.yaml --output inference.jsonl
+    python benchmarks/inference/measure.py configs/samba_1.7b.yaml --output inference.jsonl --models samba \\
+        --only prefill --lengths 1048576
     python benchmarks/inference/measure.py --output inference.jsonl --table --plot inference.png
 
 Weights are random, in bf16. A prefill reads `--tokens` tokens in all, in as many rows as their length allows, and
