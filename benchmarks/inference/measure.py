@@ -14,6 +14,7 @@ first.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -30,6 +31,7 @@ from sambalm.model.hf import SambaForCausalLM, Stream
 from sambalm.model.hf.decoder import Decoder
 from sambalm.model.hf.mixers import fp32_tensors
 from sambalm.model.hf.names import hf_config
+from sambalm.model.mixers.counts import mean_keys
 from sambalm.pretrain.config_file import load_config
 
 DEVICE = torch.device("cuda")
@@ -151,18 +153,12 @@ def product_flops(config: ModelConfig, name: str, length: int) -> float:
     """Returns the operations a token of a prefill's products with weights and with keys and values."""
     width, mlp = config.hidden_size, 6 * config.hidden_size * config.mlp_size
     attention = 4 * width**2 + 4 * width * config.kv_size
-    mean_keys = length / 2 if name == "llama" else mean_window(config.window, length)
-    attention += 4 * width * mean_keys
+    keys = length / 2 if name == "llama" else mean_keys(length, config.window)
+    attention += 4 * width * keys
     inner, rank, states = config.inner_size, config.dt_rank_size, config.d_state
     mamba = 2 * (3 * width * inner + inner * (2 * rank + 2 * states))
     letters = "*-" * (len(config.pattern) // 2) if name == "llama" else config.pattern
     return sum({"*": attention, "-": mlp, "M": mamba}[letter] for letter in letters)
-
-
-def mean_window(window: int, length: int) -> float:
-    """Returns the keys that a query sees, in the mean over a sequence."""
-    short = min(window, length)
-    return (short * (short + 1) / 2 + (length - short) * window) / length
 
 
 def decode(
@@ -247,6 +243,22 @@ def print_tables(records: list[Record]) -> None:
         cells = [MODELS[record["model"]], str(record["rows"]), f"{record['context']:,}"]
         cells += [f"{1e3 * record['seconds']:.2f}", f"{record['tokens_per_s']:,.0f}", f"{floor_ms:.2f}"]
         print(f"| {' | '.join(cells)} |")
+
+    print_means([record for record in records if record["kind"] == "decode" and "seconds" in record])
+
+
+def print_means(records: list[Record]) -> None:
+    """Prints the mean time of a step from no context to the longest, straight lines between those measured."""
+    longest = max((record["context"] for record in records), default=0)
+    print(f"\n| decode, mean ms over {longest:,} | rows | {' | '.join(MODELS.values())} |\n| --- |" + " ---: |" * 3)
+    for rows in sorted({record["rows"] for record in records}):
+        cells = []
+        for model in MODELS:
+            own = sorted((r["context"], r["seconds"]) for r in records if (r["model"], r["rows"]) == (model, rows))
+            points = [(0, own[0][1]), *own] if own else []
+            area = sum((x - w) * (s + t) / 2 for (w, s), (x, t) in itertools.pairwise(points))
+            cells.append(f"{1e3 * area / points[-1][0]:.2f}" if points else "")
+        print(f"| mean | {rows} | {' | '.join(cells)} |")
 
 
 def plot(records: list[Record], path: Path) -> None:

@@ -41,7 +41,7 @@ def values(result, name):
 
 @torch.no_grad()
 def nats_of(path, ids):
-    """Of every token but the first, by one forward of transformers."""
+    """Returns the loss of every token but the first, fp64 [tokens - 1], by one forward of transformers."""
     ids = torch.as_tensor(np.asarray(ids))[None]
     logits = AutoModelForCausalLM.from_pretrained(path)(ids).logits[:, :-1].double()
     return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
