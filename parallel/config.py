@@ -48,8 +48,8 @@ class ParallelConfig(BaseModel):
             )
         if self.pipeline > 1 and self.zero_stage > 1:
             raise ValueError(
-                f"parallel.zero_stage is {self.zero_stage} while parallel.pipeline is {self.pipeline}: DeepSpeed cuts "
-                "gradients and weights in each backward, of which a pipeline has several at once, so set "
+                f"parallel.zero_stage is {self.zero_stage} while parallel.pipeline is {self.pipeline}: ZeRO-2 and "
+                "ZeRO-3 reduce gradients in each backward, layer by layer, of which a pipeline has several in turns, so set "
                 "parallel.zero_stage to 1"
             )
         if self.pipeline_layers is not None and len(self.pipeline_layers) != self.model_chunks:
@@ -68,14 +68,17 @@ class ParallelConfig(BaseModel):
         """Ranks with the same weights, of the data and the context dimension; where it is one, there is no ZeRO."""
         return world_size // (self.tensor * self.pipeline)
 
-    def partitions(self, world_size: int) -> bool:
-        """Whether ZeRO takes gradients or weights apart in every micro-batch (stages 2 and 3)."""
+    def partitions_gradients(self, world_size: int) -> bool:
+        """Whether a rank keeps its share of the layers' gradients alone, of every micro-batch (ZeRO-2 and ZeRO-3)."""
         return self.zero_stage > 1 and self.replicas(world_size) > 1
 
+    def partitions_weights(self, world_size: int) -> bool:
+        """Whether a rank keeps its share of the layers' weights alone (ZeRO-3)."""
+        return self.zero_stage > 2 and self.replicas(world_size) > 1
+
     def overlaps_messages(self, world_size: int) -> bool:
-        """Whether replicas reduce gradients within a step's last backward and gather weights within its first forward
-        (ZeRO-1)."""
-        return self.zero_stage == 1 and self.pipeline == 1 and self.replicas(world_size) > 1
+        """Whether replicas reduce gradients within backwards and gather weights within forwards."""
+        return self.pipeline == 1 and self.replicas(world_size) > 1
 
     @property
     def model_chunks(self) -> int:

@@ -15,11 +15,12 @@ from sambalm.parallel.layers.linear import fuse_gradient_accumulation
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.pipeline.schedule import PipelineSchedule
 from sambalm.parallel.zero.buckets import GradientBucket
-from sambalm.parallel.zero.clipping import clip_before_steps, guard_own_steps
+from sambalm.parallel.zero.clipping import clip_before_steps
 from sambalm.parallel.zero.compute_weights import ComputeWeights
 from sambalm.parallel.zero.deepspeed_adapter import Engine
-from sambalm.parallel.zero.engine import set_accumulation, tensors_of_run
+from sambalm.parallel.zero.engine import tensors_of_run
 from sambalm.parallel.zero.gradients import FlatGradients
+from sambalm.parallel.zero.partitioned_gradients import PartitionedGradients
 from sambalm.parallel.zero.step_guard import StepGuard
 from sambalm.parallel.zero.weights import FlatWeights
 
@@ -73,10 +74,10 @@ def evaluating(engine: Engine) -> Iterator[None]:
 
 
 class AccumulatingExecutor(Executor):
-    """Every rank holds all layers and adds up whole gradients; DeepSpeed's engine takes the step.
+    """Every rank runs all layers, and DeepSpeed's engine takes the step.
 
     Args:
-        gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
+        gradients, weights: where ranks share out their optimizer; None elsewhere.
         compute_weights: the model's.
         fp8: the scales of products in FP8; None: there are none.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
@@ -144,43 +145,10 @@ class AccumulatingExecutor(Executor):
             self.fp8.renewing() if self.fp8 and is_first else nullcontext(),
         ):
             loss = batch.mean(self._forward(batch))
-        with (
-            self.gradients.overwritten() if self.gradients and is_first else nullcontext(),
-            self.gradients.overlapped() if self.gradients and is_last else nullcontext(),
-        ):
+        gradients = self.gradients
+        with gradients.accumulating(is_first=is_first, is_last=is_last) if gradients else nullcontext():
             (loss / micro_batches).backward()
         return loss.detach()
-
-
-class PartitioningExecutor(Executor):
-    """Every rank holds all layers, and DeepSpeed's engine shares out gradients or weights in every micro-batch."""
-
-    def __init__(self, engine: Engine, *, guard: StepGuard) -> None:
-        self.engine, self.guard = engine, guard
-        guard_own_steps(engine, guard)
-
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        losses: list[Tensor] = []
-        set_accumulation(self.engine, len(micro_batches))
-        for number, batch in enumerate(micro_batches, start=1):
-            # The engine would count micro-batches over all steps, which goes wrong once steps differ in size.
-            is_last = number == len(micro_batches)
-            self.engine.set_gradient_accumulation_boundary(is_last)
-            loss = batch.mean(self._forward(batch))
-            self.engine.backward(loss)
-            losses.append(loss.detach())
-            if is_last:
-                mean = torch.stack(losses).mean()
-                self.guard.after_backward(mean)
-            self.engine.step()
-        return mean
-
-    def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        with evaluating(self.engine):
-            return [self._forward(batch) for batch in micro_batches]
-
-    def _forward(self, batch: MicroBatch) -> Tensor:
-        return self.engine(batch.tokens, batch.labels, document_starts=batch.document_starts)
 
 
 class PipelinedExecutor(Executor):
@@ -247,7 +215,9 @@ class PipelinedExecutor(Executor):
 def _step_buffers(
     gradients: FlatGradients | None, weights: FlatWeights | None, compute_weights: ComputeWeights
 ) -> list[Tensor]:
-    flat = [*(gradients.buffers if gradients else ()), *(weights.buffers if weights else ())]
+    flat = [*gradients.buffers, *gradients.shares] if gradients else []
+    if weights:
+        flat += [*weights.buffers, *weights.shares, *(weights.partitioned.tensors if weights.partitioned else ())]
     return [*flat, *compute_weights.copies.values()]
 
 
@@ -256,6 +226,7 @@ def build_executor(
     chunks: Sequence[nn.Module],
     *,
     world: World,
+    zero_stage: int,
     buckets: Sequence[GradientBucket],
     hidden_size: int,
     dtype: torch.dtype,
@@ -269,6 +240,7 @@ def build_executor(
     """Returns the way to run this rank's model chunks, which the engine holds.
 
     Args:
+        zero_stage: what replicas share out: 1 the optimizer's state, 2 gradients as well, 3 weights as well.
         buckets: those of the engine's optimizer.
         dtype: of activations and matrix products.
         recompute_layers: whether the backward runs layers again; products then convert weights at each use.
@@ -276,15 +248,17 @@ def build_executor(
         captures_documents: whether no kernel reads the documents of a micro-batch on the host.
     """
     guard = StepGuard(world)
-    if engine.managed_gradient_accumulation():
-        return PartitioningExecutor(engine, guard=guard)
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     fuse_gradient_accumulation(parameters)
     compute_weights = ComputeWeights([] if recompute_layers or dtype == torch.float32 else parameters)
     gradients = weights = None
-    if engine.zero_optimization_stage() == 1:
-        gradients = FlatGradients(engine, world, buckets=buckets, clip_norm=clip_norm, guard=guard)
-        weights = FlatWeights(engine, chunks, world=world, dtype=dtype, compute_weights=compute_weights)
+    if world.replica_size > 1:
+        kind = PartitionedGradients if zero_stage > 1 else FlatGradients
+        gradients = kind(engine, world, buckets=buckets, clip_norm=clip_norm, guard=guard)
+        partitioned = sum(bucket.completed_by is not None for bucket in buckets) if zero_stage == 3 else 0
+        weights = FlatWeights(
+            engine, chunks, world=world, dtype=dtype, compute_weights=compute_weights, partitioned=partitioned
+        )
     else:
         clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group, guard=guard)
     if world.pipeline.size > 1:

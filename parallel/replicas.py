@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import canonical_slices
-from sambalm.parallel.zero.deepspeed_adapter import own_share
 from sambalm.parallel.zero.parameter_info import CanonicalSlice, info_of
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # elements that are hashed at a time, in 8 bytes each; a CPU's stay in cache
 BITS = {4: torch.int32, 2: torch.int16}  # of an element, by its bytes
 # Odd numbers of 64 bits whose bits look random; splitmix64 (Steele and others, OOPSLA 2014) has the first two.
 STEP, MIX, FOLD = (number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0xD1342543DE82EF95))
-SHARE = "share"  # in the key of what ZeRO-3 leaves a rank
 NOTHING = torch.iinfo(torch.int64).min
 
 
@@ -71,14 +69,14 @@ class Replicas:
 
     def __init__(self, chunks: Sequence[nn.Module], *, world: World) -> None:
         self._world = world
-        held = {key: tensor for chunk in chunks for key, tensor in _held(chunk, world=world)}
+        held = {key: tensor for chunk in chunks for key, tensor in _held(chunk)}
         keys: list[list[str]] = [list(held)]
         if world.replica_size < world.size:
             keys = [[]] * (world.size // world.replica_size)
             dist.all_gather_object(keys, list(held), group=world.model_group)
         everyone = [key for of_rank in keys for key in of_rank]
         shared = sorted({key for key in everyone if everyone.count(key) > 1} if len(keys) > 1 else ())
-        self._whole = world.replica_size > 1 and not any(SHARE in key.split() for key in held)
+        self._whole = world.replica_size > 1
         self.names = [key for key in held if self._whole or key in set(shared)]
         self._tensors = [held[key] for key in self.names]
         self._shared = len(shared)  # in the model group; this rank holds those whose places are these:
@@ -145,33 +143,23 @@ def _disagree(largest: Tensor, smallest: Tensor, *, group: dist.ProcessGroup) ->
     return both[0] != ~both[1]
 
 
-def _held(chunk: nn.Module, *, world: World) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _held(chunk: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yields a key for each rectangle that a chunk's parameters hold, the same on all ranks with it, and its numbers.
 
-    ZeRO-3 leaves a rank a flat share of a whole parameter, which ranks with the same data-parallel number share.
+    Left out is what ZeRO-3 has taken apart: only products read that, no tensor-parallel rank holds a copy of it, and of
+    a replica's share there is one.
     """
-    seen: dict[nn.Parameter, list[str]] = {}
     for name, parameter, piece in canonical_slices(chunk):
-        if own_share(parameter) is not None:
-            seen.setdefault(parameter, []).append(f"{name} {piece.offsets}")
-        else:
+        if not info_of(parameter).is_partitioned:
             yield f"{name} {piece.offsets} {piece.sizes}", partial(_slice, parameter, piece)
-    for parameter, names in seen.items():
-        yield f"{' '.join(names)} {SHARE} {world.replica_rank}", partial(_share, parameter)
 
 
 def _slice(parameter: nn.Parameter, piece: CanonicalSlice) -> Tensor:
     return piece.of_local(_weight(parameter))
 
 
-def _share(parameter: nn.Parameter) -> Tensor:
-    share = own_share(parameter)
-    assert share is not None, "ZeRO-3 takes parameters apart when the engine is made"
-    return share
-
-
 def _weight(parameter: nn.Parameter) -> Tensor:
-    """Returns what this rank computes with: the parameter, or its compute weights where ZeRO-1 gathers those alone."""
+    """Returns what this rank computes with: the parameter, or its compute weights where ZeRO gathers those alone."""
     store = info_of(parameter).compute_weights
     adopted = store.adopted_copy(parameter) if store else None
     return parameter.detach() if adopted is None else adopted

@@ -82,8 +82,8 @@ class TrainSection(BaseModel):
     )
     cuda_graphs: bool = Field(
         True,
-        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines, ZeRO-2 and "
-        "ZeRO-3 never do, nor packed documents whose attention is a flash kernel",
+        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines never do, "
+        "nor packed documents whose attention is a flash kernel",
     )
 
     profile_steps: list[Annotated[int, Field(gt=0)]] | None = Field(
@@ -332,10 +332,10 @@ class RunConfig(BaseModel):
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError or ParallelError unless the run fits a number of processes."""
         check_world_size(self.parallel, world_size=world_size)
-        if self.train.matmul_precision == "fp8" and self.parallel.partitions(world_size):
+        if self.train.matmul_precision == "fp8" and self.parallel.partitions_weights(world_size):
             raise ConfigError(
-                f"train.matmul_precision is 'fp8', which parallel.zero_stage {self.parallel.zero_stage} does not take: "
-                "set parallel.zero_stage=1, or train.matmul_precision=null"
+                "train.matmul_precision is 'fp8', which parallel.zero_stage 3 does not take: its weights in 8 bits stay "
+                "whole on each rank, so set parallel.zero_stage to 1 or 2, or train.matmul_precision=null"
             )
         data_size = world_size // self.parallel.model_ranks
         for batch_samples in reversed(self.batch_schedule.sizes()):

@@ -85,9 +85,7 @@ def build_training(
         chunks,
         config.optimizer.build(buckets, adamw=kernels.optimizer),
         world=world,
-        zero_stage=parallel.zero_stage,
         micro_batch_size=config.train.micro_batch_size,
-        clip_norm=config.optimizer.clip_norm,
         done_steps=checkpoint.step if checkpoint else 0,
     )
     if checkpoint:
@@ -98,6 +96,7 @@ def build_training(
         engine,
         chunks,
         world=world,
+        zero_stage=parallel.zero_stage,
         buckets=buckets,
         hidden_size=config.model.hidden_size,
         dtype=dtype,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.layers.fp8 import scales_of
 from sambalm.parallel.layers.fp8_linear import Fp8Linear, observed
-from sambalm.parallel.layers.product_weights import compute_weight, weight_gradient
+from sambalm.parallel.layers.product_weights import compute_weight, kept_weight, weight_gradient
 from sambalm.parallel.layers.sequence_messages import Gathered, Summed
 from sambalm.parallel.zero.parameter_info import info_of
 
@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, sizes: Sequence[Sequence[int]], tp: TensorParallel, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         weight = compute_weight(weights, x.dtype)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, kept_weight(weights, weight))
         ctx.weights, ctx.sizes, ctx.tp = weights, sizes, tp
         y, features = F.linear(Gathered(x, tp).wait(), weight), list(chain(*sizes))
         return y.split(features, dim=-1) if len(features) > 1 else (y,)
@@ -108,6 +108,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """What ranks exchange is under way while this one computes, as in megatron-core's linear layer."""
         x, weight = ctx.saved_tensors
+        weight = compute_weight(ctx.weights, x.dtype) if weight is None else weight
         gathered = Gathered(x, ctx.tp)
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         features = [gradient.shape[1] for gradient in flat]
@@ -128,7 +129,7 @@ class _LinearBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         converted = compute_weight((weight,), x.dtype)
-        ctx.save_for_backward(x, converted)
+        ctx.save_for_backward(x, kept_weight((weight,), converted))
         ctx.weight = weight
         return x.view_as(x), F.linear(x, converted)
 
@@ -136,6 +137,7 @@ class _LinearBeside(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
+        weight = compute_weight((ctx.weight,), x.dtype) if weight is None else weight
         gradient = gradient.reshape(-1, gradient.shape[-1])
         sums = grad_x.reshape(-1, x.shape[-1]).addmm_(gradient, weight)
         rows = x.reshape(-1, x.shape[-1])

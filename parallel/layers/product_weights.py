@@ -23,6 +23,12 @@ def compute_weight(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return joined([keeper.of((weight,), dtype) if keeper else weight for weight, keeper in kept], dtype)
 
 
+def kept_weight(weights: Sequence[Tensor], computed: Tensor) -> Tensor | None:
+    """Returns what autograd keeps of a `compute_weight` for the backward; None where the backward asks for it again."""
+    info = find_info(weights[0])
+    return None if info and info.is_partitioned else computed
+
+
 def weight_gradient(weight: Tensor, write: Callable[[Tensor, int], None]) -> Tensor | None:
     """Returns a gradient in the weight's shape and dtype; None where it has been added to the weight's own.
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sambalm.parallel.zero.deepspeed_adapter import Engine, before_own_steps, report_norm
+from sambalm.parallel.zero.deepspeed_adapter import report_norm
 from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.parallel.zero.step_guard import StepGuard
 
@@ -58,15 +58,6 @@ def _count_skipped(optimizer: Any, args: tuple, kwargs: dict) -> None:
     parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
     steps = [optimizer.state[parameter]["step"] for parameter in parameters]
     torch._foreach_add_(steps, [optimizer.found_inf] * len(steps))  # the host would read a tensor for all, and wait
-
-
-def guard_own_steps(engine: Engine, guard: StepGuard) -> None:
-    """Lets a guard skip steps of ZeRO-2 and ZeRO-3, where DeepSpeed clips and skips what is not finite."""
-
-    def judge(optimizer: Any, norm: Tensor) -> None:
-        optimizer.found_inf = guard.skips(norm)
-
-    before_own_steps(engine, judge).register_step_post_hook(_count_skipped)
 
 
 def clip_before_steps(optimizer: Optimizer, *, max_norm: float, group: dist.ProcessGroup, guard: StepGuard) -> None:

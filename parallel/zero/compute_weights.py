@@ -58,7 +58,7 @@ class ComputeWeights:
     def of(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Returns [out, in] of all weights, one below the other."""
         if weights[0] in self.adopted:
-            return _below_each_other([self.adopted[weight] for weight in weights])
+            return below_each_other([self.adopted[weight] for weight in weights])
         if not self.valid:
             return joined(weights, dtype)
         if weights not in self.copies:
@@ -81,13 +81,13 @@ class ComputeWeights:
         return copies[0]
 
 
-def _below_each_other(tensors: list[Tensor]) -> Tensor:
+def below_each_other(tensors: Sequence[Tensor]) -> Tensor:
     """Returns one view of all tensors where they follow one another in memory, and else a copy."""
     first, *others = tensors
     end = first.storage_offset() + first.numel()
     for other in others:
         if other.storage_offset() != end or other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(tensors)
+            return torch.cat(list(tensors))
         end += other.numel()
     return first.as_strided((sum(map(len, tensors)), first.shape[1]), first.stride())
 

@@ -26,7 +26,6 @@ from torch.optim import Optimizer
 
 from sambalm.parallel.compat.megatron_core import parallel_state
 from sambalm.parallel.compat.uncompiled import nothing_compiled
-from sambalm.parallel.zero.parameter_info import info_of
 
 with nothing_compiled():
     import deepspeed.runtime.zero.muon.original_muon  # which ZeRO's engine imports to ask whether AdamW is Muon
@@ -68,9 +67,7 @@ def start_engine(model: nn.Module, optimizer: Optimizer, *, config: Mapping[str,
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
-    for parameter in model.parameters():
-        _count_in_norm(parameter, owned=info_of(parameter).owned)
-    # Stages 1 and 2 keep slices of the weights. With gradients these would keep autograd's nodes, which belong to the
+    # The engine keeps slices of the weights. With gradients these would keep autograd's nodes, which belong to the
     # stream where they were made: a backward on another stream, where it is captured, would have to wait for that one.
     with torch.no_grad():
         engine, *_ = deepspeed.initialize(
@@ -84,16 +81,6 @@ def _spare_compilation() -> None:
     # By its name, since the package's attribute `torch` is the package torch.
     communication: Any = importlib.import_module("deepspeed.comm.torch")
     communication.build_shm_op = lambda: None
-
-
-def _count_in_norm(parameter: nn.Parameter, *, owned: bool) -> None:
-    """Says whether DeepSpeed's own norm, which stages 2 and 3 clip by, counts this rank's copy (runtime/utils.py).
-
-    `tensor_model_parallel` counts a parameter on every tensor-parallel rank, where DeepSpeed otherwise counts it on the
-    first alone. `ds_pipe_replicated` counts it on none.
-    """
-    marked: Any = parameter
-    marked.tensor_model_parallel, marked.ds_pipe_replicated = owned, not owned
 
 
 def leave_gradients(engine: Engine) -> None:
@@ -111,23 +98,6 @@ def report_norm(optimizer: Any, norm: Tensor) -> None:
     optimizer._global_grad_norm = norm
 
 
-def before_own_steps(engine: Engine, call: Callable[[Optimizer, Tensor], None]) -> Optimizer:
-    """Has a function called before AdamW's steps under ZeRO-2 and ZeRO-3, which clip by DeepSpeed's own norm.
-
-    Both (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py) know the norm before AdamW steps the first shares.
-
-    Args:
-        call: receives AdamW and the norm of the whole gradient before clipping, [].
-
-    Returns:
-        AdamW.
-    """
-    zero: Any = engine.optimizer
-    stepped = adamw(engine)
-    stepped.register_step_pre_hook(lambda *_: call(stepped, torch.as_tensor(zero._global_grad_norm)))
-    return stepped
-
-
 def adamw(engine: Engine) -> Optimizer:
     """Returns the optimizer that steps `stepped_tensors`, which ZeRO wraps."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
@@ -136,36 +106,21 @@ def adamw(engine: Engine) -> Optimizer:
 def stepped_tensors(engine: Engine) -> list[Tensor]:
     """Returns the fp32 tensors that AdamW steps on this rank: whole parameters, or flat shares under ZeRO.
 
-    Stages 1 and 2 keep them in runtime/zero/stage_1_and_2.py, stage 3 in runtime/zero/stage3.py.
+    The latter are in runtime/zero/stage_1_and_2.py.
     """
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
+    if engine.zero_optimization_stage() == 0:
         return list(engine.module.parameters())
     optimizer: Any = engine.optimizer
-    return optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    return optimizer.single_partition_of_fp32_groups
 
 
 def link_optimizer_state(engine: Engine) -> None:
     """Links parameters to AdamW's state, which must be there for all of `stepped_tensors`.
 
-    Stages 1 and 2 (runtime/zero/stage_1_and_2.py) would do so after the first parameter group's first step, when the
-    other groups have no state yet. Stage 3 looks the state up when it is asked.
+    ZeRO (runtime/zero/stage_1_and_2.py) would do so after the first parameter group's first step, when the other groups
+    have no state yet.
     """
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Returns the shape of a parameter, which ZeRO-3 empties between uses (runtime/zero/partition_parameters.py)."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def own_share(parameter: nn.Parameter) -> Tensor | None:
-    """Returns this rank's flat share of a parameter that ZeRO-3 has taken apart (runtime/zero/partition_parameters.py).
-
-    None under the other stages. Shares of the last ranks are padded to equal lengths.
-    """
-    return getattr(parameter, "ds_tensor", None)
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def gathered_weight(parameter: nn.Parameter) -> Tensor:
@@ -181,37 +136,28 @@ def gathered_state(parameter: nn.Parameter, key: str) -> Tensor:
 def held_range(parameter: nn.Parameter) -> tuple[int, int]:
     """Returns where this rank's share of a flattened parameter begins and its elements, without the padding.
 
-    Stages 1 and 2 know no share of a parameter that this rank steps nothing of (utils/tensor_fragment.py). Stage 3
-    shares out every parameter evenly, rounded up (runtime/zero/partition_parameters.py).
+    There is none of a parameter that this rank steps nothing of (utils/tensor_fragment.py).
     """
     sharded: Any = parameter
-    if not hasattr(parameter, "ds_id"):
-        mapping = sharded._hp_mapping
-        return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
-    length, elements = sharded.ds_tensor.ds_numel, whole_shape(parameter).numel()
-    start = min(elements, MegatronUnit.get_data_parallel_rank() * length)
-    return start, min(length, elements - start)
+    mapping = sharded._hp_mapping
+    return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
 
 
 def held_weight(parameter: nn.Parameter) -> Tensor:
     """Returns this rank's share of an fp32 parameter as AdamW steps it, [at least the elements of `held_range`]."""
-    if hasattr(parameter, "ds_id"):
-        return deepspeed.utils.safe_get_local_fp32_param(parameter)
     mapped: Any = parameter
     return mapped._hp_mapping.get_hp_fragment()
 
 
 def held_state(parameter: nn.Parameter, key: str) -> Tensor:
     """Returns this rank's share of an entry of AdamW's state, as `held_weight` does."""
-    if hasattr(parameter, "ds_id"):
-        return deepspeed.utils.safe_get_local_optimizer_state(parameter, key)
     mapped: Any = parameter
     return mapped._hp_mapping.get_hp_fragment(key)
 
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """How ZeRO-1 lays a parameter group out: one parameter after the other in a flat buffer, padded to equal shares.
+    """How ZeRO lays a parameter group out: one parameter after the other in a flat buffer, padded to equal shares.
 
     Attributes:
         parameters: in their order in the buffer.
@@ -228,7 +174,7 @@ class FlatGroup:
 
 
 class ShardedOptimizer:
-    """DeepSpeed's optimizer of ZeRO-1, whose reduction and gather can be replaced.
+    """DeepSpeed's optimizer of stage 1, whose reduction and gather can be replaced.
 
     All members that it touches are of DeepSpeedZeroOptimizer in runtime/zero/stage_1_and_2.py; runtime/engine.py calls
     that class.

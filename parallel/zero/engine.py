@@ -16,6 +16,9 @@ from sambalm.parallel.zero.deepspeed_adapter import Engine
 from sambalm.parallel.zero.parameter_info import info_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
+# Contiguous gradients take a hook for each parameter, which only costs time in every backward. Norms are those of
+# `clipping`: for DeepSpeed's the host waits, once for each group.
+STAGE_1 = {"stage": 1, "contiguous_gradients": False, "compute_grad_norm": False}
 WEIGHT = "model"  # what checkpoints call the weight itself beside the moments
 
 
@@ -24,31 +27,25 @@ def zero_engine(
     optimizer: torch.optim.Optimizer,
     *,
     world: World,
-    zero_stage: int,
     micro_batch_size: int,
-    clip_norm: float,
     done_steps: int = 0,
 ) -> Engine:
     """Puts this rank's model chunks, whose weights are already set, under ZeRO. Collective.
 
-    The optimizer is as after done_steps steps, with zero moments; `held_tensors` are where to fill them. Where ranks
-    keep weights and gradients whole (stage 1, or a single replica), the engine's step() takes the gradients that it
-    finds; `FlatGradients` reduces those of stage 1, and `Clipping` shortens them. Elsewhere
-    (`engine.managed_gradient_accumulation()`), call `set_accumulation` for each step, and the engine, its backward()
-    and step() for each micro-batch.
+    The optimizer is as after done_steps steps, with zero moments; `held_tensors` are where to fill them. The engine's
+    step() takes the gradients that it finds: `FlatGradients` has reduced those of replicas, and `Clipping` shortens
+    them. To the engine ZeRO-2 and ZeRO-3 are stage 1: what else they share out is `FlatGradients`' and `FlatWeights`'.
 
     Args:
         optimizer: over all of the chunks' parameters.
-        clip_norm: of the gradients that DeepSpeed clips.
     """
     shared = world.replica_size > 1
-    partitioned = shared and zero_stage > 1
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": partitioned,
-        "gradient_clipping": clip_norm if partitioned else 0.0,
-        "zero_optimization": _zero_settings(zero_stage if shared else 0),
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "zero_optimization": STAGE_1 if shared else {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
@@ -59,19 +56,6 @@ def zero_engine(
         deepspeed.leave_gradients(engine)
     _create_moments(engine, optimizer, done_steps=done_steps)
     return engine
-
-
-def _zero_settings(stage: int) -> dict[str, int | bool]:
-    if stage != 1:
-        return {"stage": stage}
-    # Contiguous gradients take a hook for each parameter, which under stage 1 only costs time in every backward. Norms
-    # are those of `clipping`: for DeepSpeed's the host waits, once for each group.
-    return {"stage": stage, "contiguous_gradients": False, "compute_grad_norm": False}
-
-
-def set_accumulation(engine: Engine, micro_batches: int) -> None:
-    """Says how many micro-batches of each rank the next step has; gradients are means over them."""
-    engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
 
 
 def _create_moments(engine: Engine, optimizer: torch.optim.Optimizer, *, done_steps: int) -> None:
@@ -122,11 +106,6 @@ def held_tensors(parameter: nn.Parameter) -> dict[str, Tensor]:
         tensors = {WEIGHT: deepspeed.held_weight(parameter)}
         tensors |= {key: deepspeed.held_state(parameter, key) for key in MOMENTS}
     return {key: tensor.detach().view(-1)[:elements] for key, tensor in tensors.items()}
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Returns the shape of a parameter of this tensor-parallel rank, also where ZeRO-3 has taken it apart."""
-    return deepspeed.whole_shape(parameter)
 
 
 def optimizer_is_finite(engine: Engine) -> bool:

@@ -1,4 +1,4 @@
-"""Gradients under ZeRO-1, in one buffer for each bucket.
+"""Gradients where ranks share out the optimizer, in one buffer for each bucket.
 
 DeepSpeed would copy gradients into buckets, all-reduce these, though a rank needs its share alone, and copy them back.
 Here they are accumulated where one reduce-scatter finds them (arXiv 1910.02054, section 7.2.1; megatron-core's
@@ -9,8 +9,9 @@ A buffer may be reduced while a step's last backward still fills others, as with
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,11 @@ from sambalm.parallel.zero.step_guard import StepGuard
 
 
 class FlatGradients:
-    """Reduces gradients in place of DeepSpeed, in the order and with the padding of its flat weights.
+    """Reduces gradients in place of DeepSpeed, in the order and with the padding of its flat weights (ZeRO-1).
 
-    Call `clear` before each step's first micro-batch and run its backward inside `overwritten`. Run the last backward
-    inside `overlapped`, or call `reduce` after it, before the engine's step(). Buffers stay allocated between steps.
+    Call `clear` before each step's first micro-batch, and run each backward inside `accumulating`. A pipeline, whose
+    backwards are not its own to order, runs all of them inside `overwritten`, and calls `reduce` after the last, before
+    the engine's step(). Buffers stay allocated between steps.
 
     Args:
         engine: whose parameters `fuse_gradient_accumulation` has been told of.
@@ -46,19 +48,17 @@ class FlatGradients:
         guard: StepGuard,
     ) -> None:
         optimizer = ShardedOptimizer(engine)
-        self.group, self.size = world.replica_group, world.replica_size
-        self.buffers = [torch.zeros_like(weights) for weights in optimizer.flat_weights()]
-        self.shares = [buffer.chunk(self.size)[world.replica_rank] for buffer in self.buffers]
-        self.views: list[tuple[nn.Parameter, Tensor]] = []
+        self.group, self.size, self.rank = world.replica_group, world.replica_size, world.replica_rank
+        self.buffers, self.shares = self._allocate(optimizer.flat_weights(), buckets)
+        self.views_of: list[list[tuple[nn.Parameter, Tensor]]] = []  # each bucket's parameters, where they lie
         self.owned: list[Tensor] = []  # pieces of the shares, which count in the norm
-        for buffer, group in zip(self.buffers, optimizer.groups, strict=True):
-            length = buffer.numel() // self.size
-            first, last = world.replica_rank * length, (world.replica_rank + 1) * length
-            self.views += group.views(buffer)
+        for buffer, share, group in zip(self.buffers, self.shares, optimizer.groups, strict=True):
+            first = self.rank * share.numel()
+            self.views_of.append(list(group.views(buffer)))
             for parameter, offset in zip(group.parameters, group.offsets, strict=True):
-                start, end = max(offset, first), min(offset + parameter.numel(), last)
+                start, end = max(offset - first, 0), min(offset + parameter.numel() - first, share.numel())
                 if info_of(parameter).owned and start < end:
-                    self.owned.append(buffer[start:end])
+                    self.owned.append(share[start:end])
         self.overlapping = False
         self.under_way: list[dist.Work] = []  # reductions of the first buffers
         for count, bucket in enumerate(buckets, start=1):
@@ -68,26 +68,39 @@ class FlatGradients:
         self.clipping = Clipping(optimizer.adamw, max_norm=clip_norm, groups=groups, guard=guard)
         optimizer.replace_reduction(self._reduced)
 
+    def _allocate(
+        self, flat_weights: Sequence[Tensor], buckets: Sequence[GradientBucket]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns each bucket's buffer, and in it this rank's share."""
+        buffers = [torch.zeros_like(weights) for weights in flat_weights]
+        return buffers, [self._own(buffer) for buffer in buffers]
+
+    def _own(self, buffer: Tensor) -> Tensor:
+        return buffer.chunk(self.size)[self.rank]
+
     def clear(self) -> None:
         """Gives all parameters gradients, where they are reduced from: DeepSpeed's step leaves them without.
 
         They are zero but for those that `overwritten` is about.
         """
-        torch._foreach_zero_([view for parameter, view in self.views if not info_of(parameter).has_product])
-        for parameter, view in self.views:
+        views = list(chain(*self.views_of))
+        torch._foreach_zero_([view for parameter, view in views if not info_of(parameter).has_product])
+        for parameter, view in views:
             parameter.grad = view
 
     def overwritten(self) -> AbstractContextManager[None]:
         """Goes around a step's first backward, or all of them: products need no zeroes to add their gradients to."""
-        return overwriting([parameter for parameter, _ in self.views if info_of(parameter).has_product])
+        return overwriting([parameter for parameter, _ in chain(*self.views_of) if info_of(parameter).has_product])
 
     @contextmanager
-    def overlapped(self) -> Iterator[None]:
-        """Goes around a step's last backward: reduces each buffer once that has completed it, and all by its end."""
-        self.overlapping = True
-        yield
-        self.overlapping = False
-        self.reduce()
+    def accumulating(self, *, is_first: bool, is_last: bool) -> Iterator[None]:
+        """Goes around a micro-batch's backward. The last of a step reduces: each buffer once it has completed it."""
+        with self.overwritten() if is_first else nullcontext():
+            self.overlapping = is_last
+            yield
+            self.overlapping = False
+        if is_last:
+            self.reduce()
 
     def reduce(self) -> None:
         """Leaves this rank's share of each buffer as the mean over all ranks. The device waits, the host need not."""
@@ -104,9 +117,13 @@ class FlatGradients:
 
     def _start(self, count: int) -> None:
         """Sends what has not been sent of the first `count` buffers: in the same order on all ranks."""
-        started = slice(len(self.under_way), count)
-        for share, buffer in zip(self.shares[started], self.buffers[started], strict=True):
-            self.under_way.append(dist.reduce_scatter_tensor(share, buffer, group=self.group, async_op=True))
+        for number in range(len(self.under_way), count):
+            self.under_way.append(self._send(number))
+
+    def _send(self, number: int) -> dist.Work:
+        """Has ranks add up a buffer, each its own share of it, in place."""
+        buffer = self.buffers[number]
+        return dist.reduce_scatter_tensor(self._own(buffer), buffer, group=self.group, async_op=True)
 
     def _reduced(self) -> tuple[list[Tensor], Tensor]:
         """Returns what the engine's step() takes: this rank's shares, and the norm before clipping."""

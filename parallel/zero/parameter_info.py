@@ -120,6 +120,8 @@ class ParameterInfo:
         fuses_accumulation: whether matrix products add to `parameter.grad` themselves. Autograd then finds no gradient.
         has_product: whether a matrix product has ever added to `parameter.grad` so; True from the first backward on.
         is_overwritten: whether the next such product writes over what `parameter.grad` holds, instead of adding to it.
+        is_partitioned: whether the keeper of the copy has it only while products ask for it (ZeRO-3). A product asks
+            again in its backward.
         fp8: the scales of the product that reads it, where that runs in FP8.
         optimizer_state: AdamW's state of the parameter where this rank holds its only replica; None where DeepSpeed
             shares the state out over ranks.
@@ -134,6 +136,7 @@ class ParameterInfo:
     fuses_accumulation: bool = False
     has_product: bool = False
     is_overwritten: bool = False
+    is_partitioned: bool = False
     fp8: Fp8Scales | None = None
     optimizer_state: dict[str, Tensor] | None = None
 

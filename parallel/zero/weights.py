@@ -1,10 +1,11 @@
-"""Weights under ZeRO-1, which ranks gather from each other's shares when they next need them.
+"""Weights under ZeRO, which ranks gather from each other's shares when they next need them.
 
 DeepSpeed's step would gather them at its end and wait. Here the next step's first forward does, which computes with the
 first layers while the weights of others are on their way, as with megatron-core's --overlap-param-gather.
 
 What only matrix products read is gathered as compute weights, in the products' precision, and is whole in no other:
-ranks send and keep half as much. The optimizer steps its share in fp32.
+ranks send and keep half as much. The optimizer steps its share in fp32. Under ZeRO-3 the layers' share of that is not
+gathered here, but before each use (partitioned_weights.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.zero.compute_weights import ComputeWeights
 from sambalm.parallel.zero.deepspeed_adapter import Engine, FlatGroup, ShardedOptimizer
 from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.parallel.zero.partitioned_weights import PartitionedWeights, leave_empty
 
 
 class FlatWeights:
@@ -34,6 +36,7 @@ class FlatWeights:
             those of modules that it calls. Those that are gathered as compute weights hold no numbers from now on.
         dtype: of matrix products.
         compute_weights: of the chunks.
+        partitioned: how many of the optimizer's groups, the first ones, ZeRO-3 takes apart; 0 under the other stages.
     """
 
     def __init__(
@@ -44,18 +47,29 @@ class FlatWeights:
         world: World,
         dtype: torch.dtype,
         compute_weights: ComputeWeights,
+        partitioned: int,
     ) -> None:
         optimizer = ShardedOptimizer(engine)
         self.group, self.compute_weights, self.stale = world.replica_group, compute_weights, False
-        self.buffers = optimizer.flat_weights()
+        flat = optimizer.flat_weights()
         optimizer.leave_gather()
-        for number, group in enumerate(optimizer.groups):
+        self.partitioned = None
+        if partitioned:
+            own = [weights.chunk(world.replica_size)[world.replica_rank].to(dtype, copy=True) for weights in flat]
+            for number, share in enumerate(own[:partitioned]):
+                optimizer.replace_weights(number, [share] * world.replica_size)
+            forward = range(partitioned)[::-1]
+            groups, shares = [optimizer.groups[number] for number in forward], [own[number] for number in forward]
+            self.partitioned = PartitionedWeights(groups, shares, group=world.replica_group)
+        self.buffers = flat[partitioned:]
+        whole = optimizer.groups[partitioned:]
+        for number, group in enumerate(whole):
             if dtype != torch.float32 and all(info_of(parameter).matmul_only for parameter in group.parameters):
                 self.buffers[number] = self.buffers[number].to(dtype)
-                optimizer.replace_weights(number, self.buffers[number].chunk(world.replica_size))
+                optimizer.replace_weights(partitioned + number, self.buffers[number].chunk(world.replica_size))
                 _adopt_all(group, self.buffers[number], compute_weights)
         self.shares = [buffer.chunk(world.replica_size)[world.replica_rank] for buffer in self.buffers]
-        self.parameters = [group.parameters for group in optimizer.groups]  # of each buffer
+        self.parameters = [group.parameters for group in whole]  # of each buffer
         self.order = self._hook(chunks)  # of the buffers
         self.arrived = len(self.order)
         optimizer.adamw.register_step_post_hook(self._changed)
@@ -64,6 +78,8 @@ class FlatWeights:
     def arriving(self) -> Iterator[None]:
         """Goes around a forward, whose modules wait for the buffers with their parameters. The host need not."""
         self.stale, self.arrived = False, 0
+        if self.partitioned:
+            self.partitioned.forget()
         self._send()
         yield
         self._wait(len(self.order))
@@ -78,7 +94,7 @@ class FlatWeights:
         """Lets modules wait; returns the buffers in the order in which a forward needs them."""
         buffer_of = {p: number for number, parameters in enumerate(self.parameters) for p in parameters}
         needed = {
-            module: [buffer_of[parameter] for parameter in module.parameters(recurse=False)]
+            module: [buffer_of[parameter] for parameter in module.parameters(recurse=False) if parameter in buffer_of]
             for chunk in chunks
             for module in chunk.modules()
         }
@@ -116,11 +132,12 @@ class FlatWeights:
             number = self.order[self.arrived]
             buffer, share = self.buffers[number], self.shares[number]
             self.work = dist.all_gather_into_tensor(buffer, share, group=self.group, async_op=True)
+        elif self.partitioned:
+            self.partitioned.begin()
 
 
 def _adopt_all(group: FlatGroup, buffer: Tensor, compute_weights: ComputeWeights) -> None:
     """Makes a buffer the compute weights of a group, whose parameters keep their shapes and lose their numbers."""
     for parameter, view in group.views(buffer):
         compute_weights.adopt(parameter, view)
-        # It shows wherever something should read the parameter nevertheless.
-        parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+        leave_empty(parameter)

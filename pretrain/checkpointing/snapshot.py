@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sambalm.parallel.rectangles import Rectangle, rectangles
 from sambalm.parallel.sharding import canonical_slices
-from sambalm.parallel.zero.engine import held_range, held_tensors, whole_shape
+from sambalm.parallel.zero.engine import held_range, held_tensors
 from sambalm.parallel.zero.parameter_info import CanonicalSlice, info_of
 
 FP32_BYTES = 4
@@ -106,7 +106,7 @@ def held_slices(
         `held_tensors` or a copy.
     """
     first, elements = held_range(parameter)
-    for rectangle in rectangles(tuple(whole_shape(parameter)), start=first, stop=first + elements):
+    for rectangle in rectangles(tuple(parameter.shape), start=first, stop=first + elements):
         common = piece.intersection(rectangle.offsets, rectangle.sizes)
         if common:
             offsets, at, length = common

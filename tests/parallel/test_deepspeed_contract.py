@@ -44,13 +44,13 @@ class Tiny(nn.Module):
         return factor * (2 * self.matrix.sum() + 3 * self.vector.sum())
 
 
-def tiny_engine(world, *, stage: int):
+def tiny_engine(world):
     from sambalm.parallel.zero.engine import zero_engine
 
     model = Tiny(first=world.tensor.rank == 0)
     groups = [{"params": [model.matrix]}, {"params": [model.vector]}]
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
-    return zero_engine([model], optimizer, world=world, zero_stage=stage, micro_batch_size=1, clip_norm=1e9)
+    return zero_engine([model], optimizer, world=world, micro_batch_size=1)
 
 
 def breaches_on_rank(stage: int) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
@@ -58,7 +58,7 @@ def breaches_on_rank(stage: int) -> tuple[list[str], dict[tuple[str, str], list[
     from sambalm.parallel.groups import start_world
 
     with start_world(ParallelConfig()) as world:
-        found = owners(tiny_engine(world, stage=stage))
+        found = owners(tiny_engine(world))
         controls = {}
         for member in (member for member in MEMBERS if stage in member.stages):
             owner = found[member.owner]
@@ -69,7 +69,7 @@ def breaches_on_rank(stage: int) -> tuple[list[str], dict[tuple[str, str], list[
         return list(breaches(found, stage=stage)), controls
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1])
 def test_members_are_there(stage):
     for sentences, controls in run_world(breaches_on_rank, stage, ranks=2 if stage else 1):
         assert sentences == []
@@ -85,7 +85,7 @@ def steps_of_stage_1_on_rank() -> dict[str, Any]:
     from sambalm.parallel.zero.deepspeed_adapter import ShardedOptimizer
 
     with start_world(ParallelConfig()) as world:
-        engine = tiny_engine(world, stage=1)
+        engine = tiny_engine(world)
         optimizer = ShardedOptimizer(engine)
         matrix, vector = optimizer.flat_weights()
         optimizer.leave_gather()
@@ -146,22 +146,3 @@ def gradient_without_zero_on_rank(leaves: bool) -> float:
 def test_an_engine_without_zero_reduces_nothing_once_it_is_told():
     assert run_world(gradient_without_zero_on_rank, True, ranks=2) == pytest.approx([1.0 + LR, 1.0 - LR])
     assert run_world(gradient_without_zero_on_rank, False, ranks=2) == pytest.approx([1.0, 1.0])
-
-
-def norm_on_rank(stage: int) -> float:
-    from sambalm.parallel.groups import start_world
-    from sambalm.parallel.zero.engine import gradient_norm, set_accumulation
-
-    with start_world(ParallelConfig(tensor=2)) as world:
-        engine = tiny_engine(world, stage=stage)
-        set_accumulation(engine, 1)
-        engine.backward(engine(1.0))
-        engine.step()
-        return float(gradient_norm(engine))
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeeds_norm_counts_what_ranks_own(stage):
-    """The matrix of both tensor-parallel ranks, and the vector once."""
-    expected = math.sqrt(2 * ROWS * WIDTH * 2**2 + WIDTH * 3**2)
-    assert run_world(norm_on_rank, stage, ranks=4) == pytest.approx([expected] * 4)

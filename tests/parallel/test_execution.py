@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sambalm.parallel import execution
-from sambalm.parallel.execution import AccumulatingExecutor, PartitioningExecutor, PipelinedExecutor
+from sambalm.parallel.execution import AccumulatingExecutor, PipelinedExecutor
 
 
 def executors(buffers: dict[str, Any]) -> list[execution.Executor]:
@@ -21,18 +21,14 @@ def executors(buffers: dict[str, Any]) -> list[execution.Executor]:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_released_executor_holds_no_memory(number, monkeypatch):
-    of_engine, of_gradients, of_weights, copied = tensors = [torch.ones(3) for _ in range(4)]
+    of_engine, gradient, sums, weight, own, slot, copied = tensors = [torch.ones(3) for _ in range(7)]
     monkeypatch.setattr(execution, "tensors_of_run", lambda engine: [of_engine])
-    flat = {"gradients": SimpleNamespace(buffers=[of_gradients]), "weights": SimpleNamespace(buffers=[of_weights])}
+    partitioned = SimpleNamespace(tensors=[slot])
+    flat = {
+        "gradients": SimpleNamespace(buffers=[gradient], shares=[sums]),
+        "weights": SimpleNamespace(buffers=[weight], shares=[own], partitioned=partitioned),
+    }
     executors(flat | {"compute_weights": SimpleNamespace(copies={(): copied})})[number].release()
-    assert [tensor.untyped_storage().size() for tensor in tensors] == [0] * 4
+    assert [tensor.untyped_storage().size() for tensor in tensors] == [0] * 7
     alone = {"gradients": None, "weights": None, "compute_weights": SimpleNamespace(copies={})}
     assert executors(alone)[number].buffers() == []
-
-
-def test_an_engine_that_partitions_has_all_that_there_is(monkeypatch):
-    held = torch.ones(3)
-    monkeypatch.setattr(execution, "tensors_of_run", lambda engine: [held])
-    monkeypatch.setattr(execution, "guard_own_steps", lambda engine, guard: None)
-    PartitioningExecutor(None, guard=None).release()
-    assert held.untyped_storage().size() == 0

@@ -102,6 +102,7 @@ def added_to_those_of_the_step_before(monkeypatch):
     ("ranks", "parallel"),
     [
         (2, {"zero_stage": 1}),
+        (2, {"zero_stage": 2}),
         (4, {"pipeline": 2, "virtual_pipeline": 2, "zero_stage": 1}),
         (4, {"tensor": 2, "sequence": True, "zero_stage": 1}),
     ],

@@ -197,6 +197,7 @@ LAYOUTS = {
     "CP2": (2, {"context": 2}),
     "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "DP2, ZeRO-1": (2, {"zero_stage": 1}),
+    "DP2, ZeRO-2": (2, {"zero_stage": 2}),
     "DP2xTP2+SP": (4, SP2 | {"zero_stage": 1}),
     "alone, full": (1, {"recompute": "full"}),
     "alone, selective": (1, {"recompute": "selective"}),
@@ -243,11 +244,12 @@ def test_known_mistakes_are_seen(one_process):
     assert result.norms[1] != pytest.approx(one_process.norms[1], rel=5e-3)
 
 
-def test_stages_of_zero_that_take_no_fp8_are_refused():
-    config = parse_config(fp8_values({"zero_stage": 2}), source="test")
+def test_zero_3_takes_no_fp8():
+    parse_config(fp8_values({"zero_stage": 2}), source="test").check_world(2)
+    config = parse_config(fp8_values({"zero_stage": 3}), source="test")
     config.check_world(1)
     with pytest.raises(
-        ConfigError, match=r"train.matmul_precision is 'fp8', which parallel.zero_stage 2 does not take"
+        ConfigError, match=r"train.matmul_precision is 'fp8', which parallel.zero_stage 3 does not take"
     ):
         config.check_world(2)
 

@@ -42,6 +42,8 @@ def reads_on_rank(values: dict) -> int:
     [
         (1, {}),
         (2, {"zero_stage": 1}),
+        (2, {"zero_stage": 2}),
+        (2, {"zero_stage": 3}),
         (2, {"tensor": 2, "sequence": True}),
         (2, {"context": 2}),
         (2, {"pipeline": 2}),
@@ -52,5 +54,7 @@ def test_a_step_reads_nothing_on_the_host(ranks, parallel):
     assert run_world(reads_on_rank, run_values(parallel=parallel), ranks=ranks) == [0] * ranks
 
 
-def test_the_reads_of_deepspeeds_own_step_are_counted():
-    assert min(run_world(reads_on_rank, run_values(parallel={"zero_stage": 2}), ranks=2)) > 0
+def test_reads_are_counted():
+    with HostReads() as reads:
+        float(torch.ones(2).sum())
+    assert reads.count == 1

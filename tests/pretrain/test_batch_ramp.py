@@ -140,19 +140,6 @@ def plain_loop(values: dict) -> list[tuple[float, float]]:
     return found
 
 
-def engine_counts(values: dict) -> list[tuple[float, float]]:
-    """The run as it would be if DeepSpeed counted micro-batches over all steps."""
-    from deepspeed import DeepSpeedEngine
-
-    from sambalm.pretrain.reporting.metrics_file import read_metrics
-    from sambalm.pretrain.trainer import train as run
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeepSpeedEngine, "set_gradient_accumulation_boundary", lambda engine, boundary: None)
-        run(parse_config(values, source="test"))
-        return _losses_and_norms(read_metrics(Path(values["run"]["dir"])))
-
-
 def _losses_and_norms(records: list[dict]) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in records]
 
@@ -190,12 +177,3 @@ def test_adamw_takes_every_number_of_the_config():
     groups = optimizer.build(buckets, adamw=torch.optim.AdamW).param_groups
     found = [(group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in groups]
     assert found == [(0.3, (0.8, 0.7), 1e-4, decay) for decay in (0.2, 0.0)]
-
-
-@pytest.mark.slow
-def test_an_engine_left_to_count_goes_wrong(ramp_values, plain):
-    if not plain:
-        (plain["found"],) = run_world(plain_loop, ramp_values, ranks=1)
-    # The engine counts where it acts on each micro-batch.
-    found, _ = run_world(engine_counts, changed(ramp_values, parallel={"zero_stage": 2}), ranks=2)
-    assert np.array(found) != pytest.approx(np.array(plain["found"]), rel=1e-3)

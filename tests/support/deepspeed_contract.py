@@ -43,12 +43,12 @@ def _lists_of_tensors(value: Any) -> bool:
 
 
 STAGE_1_2, ENGINE = "runtime/zero/stage_1_and_2.py", "runtime/engine.py"
-LINKAGE, PARTITION = "utils/mixed_precision_linkage.py", "runtime/zero/partition_parameters.py"
+LINKAGE = "utils/mixed_precision_linkage.py"
 MEMBERS = (
-    Member("build_shm_op", "communication", (0, 1, 2, 3), callable, "comm/torch.py"),
-    Member("enable_backward_allreduce", "engine", (0, 1, 2, 3), lambda value: isinstance(value, bool), ENGINE),
-    Member("_global_grad_norm", "engine", (0, 1, 2, 3), lambda value: value is None, ENGINE),
-    Member("_global_grad_norm", "optimizer", (1, 2, 3), lambda value: value == 0.0, STAGE_1_2),
+    Member("build_shm_op", "communication", (0, 1), callable, "comm/torch.py"),
+    Member("enable_backward_allreduce", "engine", (0, 1), lambda value: isinstance(value, bool), ENGINE),
+    Member("_global_grad_norm", "engine", (0, 1), lambda value: value is None, ENGINE),
+    Member("_global_grad_norm", "optimizer", (1,), lambda value: value == 0.0, STAGE_1_2),
     Member("optimizer", "optimizer", (1,), lambda value: isinstance(value, torch.optim.AdamW), STAGE_1_2),
     Member("averaged_gradients", "optimizer", (1,), lambda value: value == {}, STAGE_1_2),
     Member("reduce_gradients", "optimizer", (1,), callable, STAGE_1_2),
@@ -57,21 +57,15 @@ MEMBERS = (
     Member("round_robin_bit16_offsets", "optimizer", (1,), _lists, STAGE_1_2),
     Member("parallel_partitioned_bit16_groups", "optimizer", (1,), _lists_of_tensors, STAGE_1_2),
     Member("_update_model_bit16_weights", "optimizer", (1,), callable, STAGE_1_2),
-    Member("single_partition_of_fp32_groups", "optimizer", (1, 2), _tensors, STAGE_1_2),
-    Member("_lazy_init_hp_params_optimizer_state", "optimizer", (1, 2), callable, STAGE_1_2),
-    Member("_hp_mapping", "parameter", (1, 2), lambda value: hasattr(value, "lp_fragment"), LINKAGE),
-    Member("lp_fragment", "mapping", (1, 2), torch.is_tensor, "utils/tensor_fragment.py"),
-    Member("lp_fragment_address", "mapping", (1, 2), lambda value: hasattr(value, "numel"), "utils/tensor_fragment.py"),
-    Member("get_hp_fragment", "mapping", (1, 2), callable, "utils/tensor_fragment.py"),
-    Member("fp32_partitioned_groups_flat", "optimizer", (3,), _tensors, "runtime/zero/stage3.py"),
-    Member("ds_id", "parameter", (3,), lambda value: isinstance(value, int), PARTITION),
-    Member("ds_shape", "parameter", (3,), lambda value: isinstance(value, torch.Size), PARTITION),
-    Member("ds_tensor", "parameter", (3,), torch.is_tensor, PARTITION),
-    Member("ds_numel", "share", (3,), lambda value: isinstance(value, int), PARTITION),
+    Member("single_partition_of_fp32_groups", "optimizer", (1,), _tensors, STAGE_1_2),
+    Member("_lazy_init_hp_params_optimizer_state", "optimizer", (1,), callable, STAGE_1_2),
+    Member("_hp_mapping", "parameter", (1,), lambda value: hasattr(value, "lp_fragment"), LINKAGE),
+    Member("lp_fragment", "mapping", (1,), torch.is_tensor, "utils/tensor_fragment.py"),
+    Member("lp_fragment_address", "mapping", (1,), lambda value: hasattr(value, "numel"), "utils/tensor_fragment.py"),
+    Member("get_hp_fragment", "mapping", (1,), callable, "utils/tensor_fragment.py"),
 )
-READ_BY_DEEPSPEED = {"tensor_model_parallel", "ds_pipe_replicated"}  # from parameters, for its norm
 # What no other file of the product may mention. `optimizer` is too common a name for that.
-PRIVATE_NAMES = {member.name for member in MEMBERS if member.name != "optimizer"} | READ_BY_DEEPSPEED
+PRIVATE_NAMES = {member.name for member in MEMBERS if member.name != "optimizer"}
 
 
 def owners(engine: Any) -> dict[str, Any]:
@@ -85,7 +79,6 @@ def owners(engine: Any) -> dict[str, Any]:
         "optimizer": engine.optimizer,
         "parameter": (mapped or parameters)[0],
         "mapping": mapped[0]._hp_mapping if mapped else None,
-        "share": getattr(parameters[0], "ds_tensor", None),
     }
 
 
