@@ -49,8 +49,8 @@ class ParallelConfig(BaseModel):
         if self.pipeline > 1 and self.zero_stage > 1:
             raise ValueError(
                 f"parallel.zero_stage is {self.zero_stage} while parallel.pipeline is {self.pipeline}: ZeRO-2 and "
-                "ZeRO-3 reduce gradients in each backward, layer by layer, of which a pipeline has several in turns, so set "
-                "parallel.zero_stage to 1"
+                "ZeRO-3 reduce gradients in each backward, layer by layer, of which a pipeline has several in turns, "
+                "so set parallel.zero_stage to 1"
             )
         if self.pipeline_layers is not None and len(self.pipeline_layers) != self.model_chunks:
             raise ValueError(

@@ -334,8 +334,8 @@ class RunConfig(BaseModel):
         check_world_size(self.parallel, world_size=world_size)
         if self.train.matmul_precision == "fp8" and self.parallel.partitions_weights(world_size):
             raise ConfigError(
-                "train.matmul_precision is 'fp8', which parallel.zero_stage 3 does not take: its weights in 8 bits stay "
-                "whole on each rank, so set parallel.zero_stage to 1 or 2, or train.matmul_precision=null"
+                "train.matmul_precision is 'fp8', which parallel.zero_stage 3 does not take: its weights in 8 bits "
+                "stay whole on each rank, so set parallel.zero_stage to 1 or 2, or train.matmul_precision=null"
             )
         data_size = world_size // self.parallel.model_ranks
         for batch_samples in reversed(self.batch_schedule.sizes()):

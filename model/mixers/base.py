@@ -106,9 +106,6 @@ class Mixer(ABC):
     title: ClassVar[str]
     """What tables and descriptions for people call it, in a word or two."""
 
-    modules: ClassVar[int]
-    """Modules with parameters of their own, the sublayer's norm included."""
-
     abilities: ClassVar[frozenset[Ability]]
     """What it can do. There is no default, since a mixer that claims too much trains to silently wrong weights."""
 

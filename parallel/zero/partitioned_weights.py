@@ -33,7 +33,7 @@ class PartitionedWeights:
     def __init__(self, groups: Sequence[FlatGroup], shares: Sequence[Tensor], *, group: dist.ProcessGroup) -> None:
         self.shares, self.group = shares, group
         sizes = [share.numel() * group.size() for share in shares]
-        self.slots = [shares[0].new_empty(max(sizes)) for _ in range(min(SLOTS, len(sizes)))]
+        self.slots = [shares[0].new_zeros(max(sizes)) for _ in range(min(SLOTS, len(sizes)))]
         self.buffers = [self.slots[place % SLOTS][:size] for place, size in enumerate(sizes)]
         self.place_of: dict[Tensor, int] = {}
         self.views: dict[Tensor, Tensor] = {}

@@ -10,19 +10,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.mixers.base import Mixer
 from sambalm.model.mixers.counts import FP32_BYTES, Message, Share
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.optimizer import BUCKET_ELEMENTS, bucket_ranges
+from sambalm.pretrain.planner.buckets import SLOTS, layer_buckets, reduced_groups
 from sambalm.pretrain.planner.kernels import planned_kernels
-from sambalm.pretrain.planner.memory import MAX_LIVE_PARAMETERS
 from sambalm.pretrain.planner.sizes import (
-    PERSISTENT_ELEMENTS,
     Chunk,
     Stage,
     activation_bytes,
     embedding_rows,
-    local_sizes,
     micro_batch_tokens,
     only_rounded_elements,
     share_of,
@@ -141,73 +137,34 @@ def _replicas(ledger: _Ledger, config: RunConfig, stage: Stage, *, world_size: i
     parallel, model = config.parallel, config.model
     ranks = parallel.replicas(world_size)
     weights = stage.parameters * FP32_BYTES
-    if parallel.zero_stage == 3:
-        gathered = _gathered_bytes(config, stage, micro_batches=micro_batches)
-        ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)  # a module's start is counted apart
-        ledger.add("data", "reduce-scatter", ranks, weights, times=micro_batches)
+    rounded = only_rounded_elements(config, stage, world_size=world_size)
+    gathered = weights - rounded * (FP32_BYTES - activation_bytes(config))
+    if not parallel.overlaps_messages(world_size):
+        ledger.add("data", "reduce-scatter", ranks, weights, times=1)
+        ledger.add("data", "all-gather", ranks, gathered / ranks, times=1)
     else:
-        groups = len(reduced_groups(config)) if parallel.overlaps_messages(world_size) else 1
-        if parallel.zero_stage == 1:
-            ledger.add("data", "reduce-scatter", ranks, weights / groups, times=groups)
-        else:
-            ledger.add("data", "all-reduce", ranks, weights, times=micro_batches)
-        rounded = only_rounded_elements(config, stage, world_size=world_size)
-        gathered = weights - rounded * (FP32_BYTES - activation_bytes(config))
-        ledger.add("data", "all-gather", ranks, gathered / groups / ranks, times=groups)
+        _bucket_messages(ledger, config, ranks=ranks, gathered=gathered, micro_batches=micro_batches)
     ends = any(chunk.is_first != chunk.is_last for chunk in stage.chunks)
     if model.tie_embeddings and parallel.pipeline > 1 and ends:
         rows = embedding_rows(model, parallel.tensor)
         ledger.add("pipeline", "all-reduce", 2, rows * model.hidden_size * FP32_BYTES, times=1)
 
 
-@dataclass(frozen=True)
-class ReducedGroup:
-    """Gradients that are reduced together."""
-
-    elements: int
-    within_backward: bool  # or at its end
-
-
-def reduced_groups(config: RunConfig) -> tuple[ReducedGroup, ...]:
-    """Lists those of the first tensor-parallel rank in their order, where the reduction overlaps with the backward."""
-    return _reduced_groups(config.model, config.parallel.tensor)
-
-
-@lru_cache(maxsize=64)
-def _reduced_groups(model: ModelConfig, tensor_ranks: int) -> tuple[ReducedGroup, ...]:
-    """Counts what `gradient_buckets` puts into each bucket, from what mixers say of their parameters."""
-    rows, width = embedding_rows(model, tensor_ranks), model.hidden_size
-    kinds = {one.letter: _bucketed_elements(one, model, tensor_ranks) for one in model.kinds}
-    layers = [kinds[letter] for letter in reversed(model.pattern)]
-    if not model.tie_embeddings:
-        layers.insert(0, (model.vocab_size * width // tensor_ranks, rows * width))
-    buckets = bucket_ranges([size for size, _ in layers], max_elements=BUCKET_ELEMENTS)
-    elements = [sum(held for _, held in layers[bucket.start : bucket.stop]) for bucket in buckets]
-    # The others come at the backward's end: those that decay, the embedding among them, and those that do not.
-    others = Counter({True: rows * width, False: (len(model.pattern) + 1) * width})  # the norms
-    for one in model.kinds:
-        for each in one.parameters(model, tensor_ranks=tensor_ranks):
-            if not each.matmul_only:
-                others[each.decays] += model.pattern.count(one.letter) * each.elements
-    return (*(ReducedGroup(held, True) for held in elements), *(ReducedGroup(others[key], False) for key in others))
-
-
-def _bucketed_elements(one: Mixer, model: ModelConfig, tensor_ranks: int) -> tuple[int, int]:
-    """Counts a layer's weights that only products read: an even share of the whole ones, and the first rank's share."""
-    held = {each.name: each.elements for each in one.parameters(model, tensor_ranks=tensor_ranks) if each.matmul_only}
-    whole = sum(each.counted for each in one.parameters(model, tensor_ranks=1) if each.name in held)
-    return whole // tensor_ranks, sum(held.values())
-
-
-def _gathered_bytes(config: RunConfig, stage: Stage, *, micro_batches: int) -> float:
-    """Weights that ZeRO-3 gathers: for each micro-batch's forward, what it may not keep alive again for the backward.
-
-    Tensors below its persistence threshold are gathered once a step.
-    """
-    model, whole = config.model, stage.parameters
-    tensor = config.parallel.tensor
-    small = sum(number * local_sizes(model, letter, tensor).small for letter, number in stage.letters)
-    embedding = embedding_rows(model, tensor) * model.hidden_size
-    small += model.hidden_size + (embedding if embedding < PERSISTENT_ELEMENTS else 0)
-    again = max(0, whole - MAX_LIVE_PARAMETERS)
-    return FP32_BYTES * (micro_batches * (whole - small + again) + small)
+def _bucket_messages(ledger: _Ledger, config: RunConfig, *, ranks: int, gathered: float, micro_batches: int) -> None:
+    """The buckets' gradients, and `gathered` bytes of weights where a step gathers each once."""
+    stage, groups, layers = config.parallel.zero_stage, reduced_groups(config), layer_buckets(config)
+    for group in groups:
+        times = micro_batches if group.within_backward and stage > 1 else 1
+        ledger.add("data", "reduce-scatter", ranks, group.elements * FP32_BYTES, times=times)
+    if stage < 3:
+        ledger.add("data", "all-gather", ranks, gathered / len(groups) / ranks, times=len(groups))
+        return
+    for group in groups:
+        if not group.within_backward:
+            ledger.add("data", "all-gather", ranks, group.elements * FP32_BYTES / ranks, times=1)
+    for number, elements in enumerate(layers):
+        # A backward begins with what the forward used last, the first buckets; the next forward with the others.
+        forwards = micro_batches if number < len(layers) - SLOTS else 1
+        backwards = micro_batches if number >= SLOTS else 0
+        sent = elements * activation_bytes(config) / ranks
+        ledger.add("data", "all-gather", ranks, sent, times=forwards + backwards)

@@ -108,8 +108,6 @@ FUSED_SHARE = 0.84
 # Of PyTorch's single operations, many of them strided or on small pieces: from a step of 421M on one H100 with them,
 # whose other parts are measured. Multiprocessors bind them rather than memory: an H200 is hardly faster.
 SINGLE_BYTES_PER_S = 1.68e12
-# That the device waits for the host in a step under ZeRO-2 and 3, which read the gradient's norm: 421M on one H100.
-ZERO_IDLE_S = 8e-3
 # Of a micro-batch's time, with a forward that takes a third of forward and backward: assumed.
 BACKWARD_SHARE = {"none": 2 / 3, "selective": 2 / 3, "full": 3 / 4}
 
@@ -132,15 +130,8 @@ LINK_SHARE = 0.75
 TORCH_SCAN_TOKEN_S = 50e-6
 TORCH_SCAN_PASSES = 20
 
-# Bytes a parameter that are moved: of the whole gradient under stages 2 and 3, in each micro-batch, its copy into the
-# bucket and its division by the ranks (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py). Of a rank's
-# share once a step there the flat copy, the norm in fp64, clipping, AdamW (weight, gradient and moments read; all but
-# the gradient written) and the copy of the new weights; under stage 1 the division by the ranks, the norm, AdamW and
-# that copy, rounded to bf16; without replicas the norm and AdamW.
-REDUCED_BYTES = 16
-SHARE_BYTES = 8 + 20 + 8 + 28 + 8
-STAGE_1_SHARE_BYTES = 8 + 4 + 28 + 6
+# Bytes of a parameter that are moved once a step: of a rank's share under ZeRO the division by the ranks, the norm,
+# AdamW (weight, gradient and moments read; all but the gradient written) and the copy of the new weights, rounded to
+# bf16; without replicas the norm and AdamW.
+SHARE_BYTES = 8 + 4 + 28 + 6
 SINGLE_REPLICA_BYTES = 4 + 28
-# Stage 3 runs hooks on the host around every module that has parameters, forward and backward, which start its gather
-# and wait. From the steps of two H200 and of two H100, between which it lies.
-ZERO3_MODULE_S = 0.95e-3

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sambalm.model.mixers.counts import FP32_BYTES, KernelNames
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.planner.activations import ChunkMemory, activation_counts, rounded_bytes
+from sambalm.pretrain.planner.buckets import SLOTS, layer_buckets
 from sambalm.pretrain.planner.sizes import (
     Stage,
     activation_bytes,
@@ -20,12 +21,6 @@ from sambalm.pretrain.planner.sizes import (
     share_of,
     stages_of,
 )
-
-# DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py). Stage 2 allocates the bucket while gradients are
-# reduced, stage 3 keeps it, and stage 1 has none (parallel/zero/gradients.py). Stage 3 keeps gathered weights, up to
-# max_live_parameters.
-REDUCE_BUCKET_ELEMENTS = 500_000_000
-MAX_LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -84,28 +79,33 @@ def _rank_memory(
     parallel = config.parallel
     weights, gradients, optimizer = _state_bytes(config, stage, world_size=world_size)
     saved = dict.fromkeys(chunks[0].saved_by_kind, 0)
-    stay = rounded_weights_stay(config, world_size=world_size)
+    stay = rounded_weights_stay(config)
     alone = only_rounded_elements(config, stage, world_size=world_size)
     for number, forwards in in_flight.items():
-        rounded = chunks[number].rounded_by_kind if stay else {}
+        elsewhere = chunks[number].rounded_by_kind if stay else {}
         for kind, kept in chunks[number].saved_by_kind.items():
-            saved[kind] += forwards * (kept - rounded.get(kind, 0))
-    shared = parallel.replicas(world_size) > 1
-    flat = shared and parallel.zero_stage == 1  # gradients, which are always there
-    bucket = REDUCE_BUCKET_ELEMENTS * FP32_BYTES if shared and not flat else 0
+            saved[kind] += forwards * (kept - elsewhere.get(kind, 0))
     late = 0
-    if config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1 and not flat:
-        # Without gradients of an earlier micro-batch: they come, and the bucket with the first, after the loss's.
-        late = gradients + max(0, min(bucket, *(chunk.at_loss_bytes - chunk.in_layers_bytes for chunk in chunks)))
+    if (
+        config.accumulation_steps(data_size=world_size // parallel.model_ranks) == 1
+        and parallel.replicas(world_size) == 1
+    ):
+        late = gradients  # those of an earlier micro-batch are not there: they come while activations go
     copies = sum(sum(chunk.rounded_by_kind.values()) for chunk in chunks) if stay else 0
+    rounded = max(copies, rounded_bytes(activation_bytes(config), alone))
+    if parallel.partitions_weights(world_size):
+        layers = layer_buckets(config)
+        parts = math.ceil(sum(layers) / parallel.replicas(world_size)) + _in_slots(layers)
+        weights -= (sum(layers) - alone) * FP32_BYTES
+        rounded += parts * activation_bytes(config) - rounded_bytes(activation_bytes(config), alone)
     return RankMemory(
         weights_bytes=weights - alone * FP32_BYTES,
-        rounded_bytes=max(copies, rounded_bytes(activation_bytes(config), alone)),
+        rounded_bytes=rounded,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         saved_by_kind=saved,
         workspace_bytes=max(max(chunk.at_loss_bytes, chunk.in_layers_bytes) for chunk in chunks),
-        communication_bytes=bucket + (_gather_buffer_bytes(config) if parallel.sequence else 0),
+        communication_bytes=_gather_buffer_bytes(config) if parallel.sequence else 0,
         late_bytes=late,
     )
 
@@ -117,12 +117,15 @@ def _state_bytes(config: RunConfig, stage: Stage, *, world_size: int) -> tuple[i
     if replicas == 1:  # no ZeRO
         return whole, whole, 2 * whole
     share = math.ceil(whole / replicas)
-    optimizer = 3 * share  # the partition that the optimizer steps, and two moments
-    if parallel.zero_stage == 1:
-        return whole, whole, optimizer
-    if parallel.zero_stage == 2:
-        return whole, share, optimizer
-    return share + min(whole, MAX_LIVE_PARAMETERS * FP32_BYTES), share, optimizer
+    gradients = whole
+    if parallel.partitions_gradients(world_size):
+        layers = layer_buckets(config)
+        gradients += (math.ceil(sum(layers) / replicas) + _in_slots(layers) - sum(layers)) * FP32_BYTES
+    return whole, gradients, 3 * share  # the partition that the optimizer steps, and two moments
+
+
+def _in_slots(layers: Sequence[int]) -> int:
+    return min(SLOTS, len(layers)) * max(layers)
 
 
 def chunks_in_flight(config: RunConfig, *, stage: int, world_size: int) -> list[int]:
@@ -138,9 +141,9 @@ def chunks_in_flight(config: RunConfig, *, stage: int, world_size: int) -> list[
     return [number // stages % chunks for number in range(forwards)]
 
 
-def rounded_weights_stay(config: RunConfig, *, world_size: int) -> bool:
+def rounded_weights_stay(config: RunConfig) -> bool:
     """Whether weights are rounded once a step, into copies that stay, and not at every use."""
-    return not config.parallel.partitions(world_size) and config.parallel.recompute != "full"
+    return config.parallel.recompute != "full"
 
 
 def _gather_buffer_bytes(config: RunConfig) -> int:

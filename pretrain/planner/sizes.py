@@ -12,15 +12,12 @@ from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.shard import Position, equal_shard
 from sambalm.pretrain.config import PRECISION_BYTES, RunConfig
 
-PERSISTENT_ELEMENTS = 100_000  # DeepSpeed 0.19.8's param_persistence_threshold, runtime/zero/config.py
-
 
 @dataclass(frozen=True)
 class LocalSizes:
     """The first tensor-parallel rank's share of a sublayer's parameters, which is the largest."""
 
     parameters: int
-    small: int  # of them in tensors that ZeRO-3 never releases
     matrix: int  # elements of the weights that matrix products take, in the activations' dtype
     matmul_only: int  # of them in weights that nothing else reads
     fp8: int  # of them in products that may be in FP8
@@ -35,7 +32,6 @@ def local_sizes(model: ModelConfig, letter: str, tensor_ranks: int) -> LocalSize
     in_fp8 = [each for each in parameters if each.takes_fp8]
     return LocalSizes(
         parameters=sum(sizes),
-        small=sum(size for size in sizes if size < PERSISTENT_ELEMENTS),
         matrix=sum(each.elements for each in parameters if each.in_product),
         matmul_only=sum(each.elements for each in parameters if each.matmul_only),
         fp8=sum(each.elements for each in in_fp8),
@@ -183,9 +179,7 @@ def only_rounded_elements(config: RunConfig, stage: Stage, *, world_size: int) -
 
     See parallel/zero/weights.py.
     """
-    parallel = config.parallel
-    flat = parallel.zero_stage == 1 and parallel.replicas(world_size) > 1
-    if not flat or activation_bytes(config) == FP32_BYTES:
+    if config.parallel.replicas(world_size) == 1 or activation_bytes(config) == FP32_BYTES:
         return 0
     return stage.matmul_only
 

@@ -23,7 +23,8 @@ from sambalm.model.registry import mixer
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.planner import hardware as assumed
 from sambalm.pretrain.planner import kernels as costs
-from sambalm.pretrain.planner.communication import ReducedGroup, Transfer, reduced_groups
+from sambalm.pretrain.planner.buckets import ReducedGroup, reduced_groups
+from sambalm.pretrain.planner.communication import Transfer
 from sambalm.pretrain.planner.hardware import Hardware
 from sambalm.pretrain.planner.kernels import Seconds
 from sambalm.pretrain.planner.memory import rounded_weights_stay
@@ -120,39 +121,60 @@ def _stage_time(
     computed_s = micro_batches * compute_s + rounding_s
     busy_s = computed_s + layout_s
     sublayers = _launched_sublayers(config, stage, micro_batches=micro_batches)
-    host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, world_size=world_size, captured=captured)
+    host_s = _host_s(config, stage, transfers, micro_batches=micro_batches, captured=captured)
     launched_s = max(busy_s + sublayers * assumed.KERNEL_GAPS_S, host_s)
     moved_s, update_s = _deepspeed_s(config, stage, world_size=world_size, hardware=hardware)
-    idle_s = assumed.ZERO_IDLE_S if parallel.partitions(world_size) else 0.0
     if parallel.overlaps_messages(world_size):
         micro_batch_s = launched_s / micro_batches
         backward_s = micro_batch_s * assumed.BACKWARD_SHARE[parallel.recompute]
-        data_s = _exposed_data_s(config, sent_s, backward_s=backward_s, forward_s=micro_batch_s - backward_s)
+        computed = {"backward_s": backward_s, "forward_s": micro_batch_s - backward_s}
+        data_s = _exposed_data_s(config, sent_s, micro_batches=micro_batches, **computed)
     return StepTime(
         compute_s=computed_s,
         layout_s=layout_s,
         bubble_s=launched_s * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline),
         zero_s=data_s + moved_s,
         optimizer_s=update_s,
-        idle_s=launched_s - busy_s + idle_s,
+        idle_s=launched_s - busy_s,
     )
 
 
 def _exposed_data_s(
-    config: RunConfig, sent_s: defaultdict[tuple[str, str], float], *, backward_s: float, forward_s: float
+    config: RunConfig,
+    sent_s: defaultdict[tuple[str, str], float],
+    *,
+    micro_batches: int,
+    backward_s: float,
+    forward_s: float,
 ) -> float:
-    """What neither the last backward hides of the gradients that ZeRO-1 sends, nor the first forward of the weights."""
-    groups, a = reduced_groups(config), activation_bytes(config)
-    exposed = 0.0
-    for operation, layers_bytes, hidden_by_s in (
-        ("reduce-scatter", FP32_BYTES, backward_s),
-        ("all-gather", a, forward_s),
-    ):
-        sizes = [group.elements * (layers_bytes if group.within_backward else FP32_BYTES) for group in groups]
-        total = sum(sizes)
-        each_s = [sent_s["data", operation] * size / total for size in sizes]
-        exposed += exposed_s(groups, sent_s=each_s, computed_s=hidden_by_s)
-    return exposed
+    """What backwards do not hide of the gradients that ZeRO sends, nor forwards of the weights.
+
+    Under ZeRO-1 the last backward and the first forward of a step do, else all (of the weights under ZeRO-3, which the
+    backwards gather once more).
+    """
+    groups, stage = reduced_groups(config), config.parallel.zero_stage
+    layers = sum(group.within_backward for group in groups)
+    gathers, reductions = (2 * micro_batches if stage == 3 else 1), (micro_batches if stage > 1 else 1)
+    a = activation_bytes(config)
+    gathered_s = _messages_s(groups, sent_s["data", "all-gather"], layers_bytes=a, times=gathers)
+    reduced_s = _messages_s(groups, sent_s["data", "reduce-scatter"], layers_bytes=FP32_BYTES, times=reductions)
+    if stage == 3:
+        reduced_s[:layers] = [one + other for one, other in zip(gathered_s[:layers], reduced_s, strict=False)]
+    exposed = exposed_s(groups, sent_s=gathered_s, computed_s=forward_s)
+    exposed += exposed_s(groups, sent_s=reduced_s, computed_s=backward_s)
+    return exposed + (reductions - 1) * exposed_s(groups[:layers], sent_s=reduced_s[:layers], computed_s=backward_s)
+
+
+def _messages_s(groups: Sequence[ReducedGroup], sent_s: float, *, layers_bytes: int, times: int) -> list[float]:
+    """Shares out the seconds of a step's messages: what each group's takes once.
+
+    Args:
+        layers_bytes: of an element of a layer's group; of others in fp32.
+        times: that a layer's group is sent; others once.
+    """
+    each = [group.elements * (layers_bytes if group.within_backward else FP32_BYTES) for group in groups]
+    total = sum(size * (times if group.within_backward else 1) for group, size in zip(groups, each, strict=True))
+    return [sent_s * size / total for size in each]
 
 
 def exposed_s(groups: Sequence[ReducedGroup], *, sent_s: Sequence[float], computed_s: float) -> float:
@@ -186,27 +208,21 @@ def _host_s(
     transfers: Sequence[Transfer],
     *,
     micro_batches: int,
-    world_size: int,
     captured: bool,
 ) -> float:
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
     parallel = config.parallel
-    partitioned = parallel.partitions(world_size)
-    if captured and parallel.pipeline == 1 and not partitioned:
+    if captured and parallel.pipeline == 1:
         return 0.0
     launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)
-    if partitioned and parallel.zero_stage == 3:
-        modules = 2 + sum(count * mixer(letter).modules for letter, count in stage.letters)
-        forwards = 2 if parallel.recompute == "full" else 1
-        launches_s += micro_batches * (forwards + 1) * modules * assumed.ZERO3_MODULE_S
     return launches_s + messages_s
 
 
 def _rounding_s(config: RunConfig, stage: Stage, *, micro_batches: int, world_size: int, hardware: Hardware) -> float:
     """Weights to the activations' dtype, once a step or wherever they are used."""
     rounded = stage.parameters - only_rounded_elements(config, stage, world_size=world_size)
-    if not rounded_weights_stay(config, world_size=world_size):
+    if not rounded_weights_stay(config):
         moved_bytes = costs.ROUNDING_BYTES * micro_batches * (2 if config.parallel.recompute == "full" else 1)
     elif config.parallel.replicas(world_size) > 1:
         moved_bytes = costs.ROUNDING_BYTES
@@ -230,12 +246,9 @@ def _deepspeed_s(config: RunConfig, stage: Stage, *, world_size: int, hardware: 
     rate = hardware.memory_bytes_per_s * assumed.FUSED_SHARE
     if replicas == 1:
         return 0.0, parameters * assumed.SINGLE_REPLICA_BYTES / rate
-    if not parallel.partitions(world_size):  # products write gradients where they are reduced
-        return 0.0, share * assumed.STAGE_1_SHARE_BYTES / rate
-    # Each micro-batch's are reduced, and the shares added up.
-    moved_bytes: float = micro_batches * assumed.REDUCED_BYTES * parameters
-    moved_bytes += (micro_batches - 1) * costs.ACCUMULATION_BYTES * share
-    return moved_bytes / rate, share * assumed.SHARE_BYTES / rate
+    # Products write gradients where they are reduced. ZeRO-2 and 3 add up this rank's share of each micro-batch's.
+    added = micro_batches - 1 if parallel.partitions_gradients(world_size) else 0
+    return added * costs.ACCUMULATION_BYTES * share / rate, share * assumed.SHARE_BYTES / rate
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,6 @@ def test_every_mixer_counts_the_parameters_that_its_layer_has(ranks):
         # Keys' and values' weights are in the product of the queries', which alone has the scales.
         in_fp8 = [each.name for each in counts if each.takes_fp8 and not each.name.endswith("key_value")]
         assert in_fp8 == [name for name, value in held.items() if info_of(value).takes_fp8]
-        assert one.modules == sum(any(True for _ in module.parameters(recurse=False)) for module in layer.modules())
 
 
 def test_it_is_counted():

@@ -1,6 +1,5 @@
 """What the adapter takes from DeepSpeed beyond its public interface is there, and does what the adapter says."""
 
-import math
 from typing import Any
 
 import pytest

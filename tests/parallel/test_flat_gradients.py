@@ -1,9 +1,9 @@
-"""When gradients are reduced under ZeRO-1, and which of them together."""
+"""When gradients are reduced under ZeRO, and which of them together."""
 
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from sambalm.model.samba import Samba
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.parallel.zero.partitioned_gradients import PartitionedGradients
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from tests.support.layout_runs import MODEL, STEPS, batches, one_process, run_values, steps_on_rank
 from tests.support.worlds import run_world
@@ -82,15 +83,23 @@ def test_a_bucket_of_several_layers_is_sent_after_the_lowest():
 
 def poisoned(monkeypatch):
     """What products find gradients for holds no number before they have."""
-    clear = FlatGradients.clear
+    clear, take_slot = FlatGradients.clear, PartitionedGradients._take_slot
 
     def clear_and_poison(gradients):
         clear(gradients)
-        for parameter, view in gradients.views:
+        poison(chain(*gradients.views_of))
+
+    def poison(views):
+        for parameter, view in views:
             if info_of(parameter).has_product:
                 view.fill_(torch.nan)
 
+    def take_slot_and_poison(gradients, number):
+        take_slot(gradients, number)
+        poison(gradients.views_of[number] if number < gradients.layers else ())
+
     monkeypatch.setattr(FlatGradients, "clear", clear_and_poison)
+    monkeypatch.setattr(PartitionedGradients, "_take_slot", take_slot_and_poison)
 
 
 def added_to_those_of_the_step_before(monkeypatch):

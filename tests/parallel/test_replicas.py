@@ -69,7 +69,7 @@ LAYOUTS = {
     ),
     "tensor, a copied kv head": (4, {"tensor": 4}, {}, "k.weight", "rank 2"),
     "tensor and data": (4, {"tensor": 2, "zero_stage": 1}, {}, "final_norm", "ranks 0, 1, 2"),
-    "tensor and ZeRO-3": (4, {"tensor": 2, "zero_stage": 3}, {}, "final_norm", "rank 2"),
+    "tensor and ZeRO-3": (4, {"tensor": 2, "zero_stage": 3}, {}, "final_norm", "ranks 0, 1, 2"),
 }
 
 

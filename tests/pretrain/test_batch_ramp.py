@@ -1,7 +1,6 @@
 """A global batch that grows: sizes, gradients against a plain loop, and the same samples whatever reads them."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest

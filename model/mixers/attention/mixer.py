@@ -94,7 +94,7 @@ def _positions_text(hf: Any) -> str:
 class WindowAttention(Mixer):
     """Causal attention over a sliding window, with grouped queries and, where `rope_base` is given, positions."""
 
-    letter, name, modules = LETTER, "attention", 3
+    letter, name = LETTER, "attention"
     title, abilities = "window attention", frozenset(Ability)
     hf = AttentionHF()
 

@@ -88,7 +88,7 @@ class MambaHF(HFSide):
 class Mamba(Mixer):
     """Selective state space layer with a causal convolution."""
 
-    letter, name, modules = "M", "mamba", 7
+    letter, name = "M", "mamba"
     title, abilities = "Mamba", frozenset(Ability)
     hf = MambaHF()
 

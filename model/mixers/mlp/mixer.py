@@ -67,7 +67,7 @@ class MLP2HF(MLPHF):
 class MLP(Mixer):
     """down(SiLU(gate(x)) * up(x))."""
 
-    letter, name, modules = "-", "mlp", 3
+    letter, name = "-", "mlp"
     title, abilities = "MLP", frozenset(Ability)
     key = "model.mlp_size"  # of its width
     hf = MLPHF()

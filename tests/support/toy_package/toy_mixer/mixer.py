@@ -39,7 +39,7 @@ class TokenShiftHF(HFSide):
 
 
 class TokenShift(Mixer):
-    letter, name, modules = "T", "token_shift", 4
+    letter, name = "T", "token_shift"
     title, abilities = "token shift", frozenset(Ability)
     sizes = TokenShiftSizes
     hf = TokenShiftHF()
