@@ -4,9 +4,10 @@ A micro-batch is thousands of kernels, most of them shorter than the host takes 
 between them. As a graph they are launched at once, with what ranks send each other on the way.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,46 @@ from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.transfer import to_device
 
 UNCAPTURED_STEPS = 2  # in which kernels are compiled, loaded and chosen, and ranks connect, which cannot be captured
+
+
+@contextmanager
+def captured_graph(pool: Any = None) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what is inside as a graph, instead of running it.
+
+    Args:
+        pool: the memory of other graphs, to share it; None: memory of its own.
+
+    Raises:
+        ParallelError: it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # NCCL has a thread that looks after its messages all the while; only this one's calls are to be refused.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield graph
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ParallelError(
+            f"a micro-batch could not be captured as a CUDA graph ({reason}): set train.cuda_graphs=false"
+        ) from error
+
+
+def fixed_copy(batch: MicroBatch) -> MicroBatch:
+    """Returns a micro-batch on its device whose tensors a graph may read at each launch, after `fill`."""
+    # Starts come from the CPU, so that moving them makes a tensor of the graph's own.
+    starts = None if batch.document_starts is None else to_device(batch.document_starts, batch.tokens.device)
+    weights = None if batch.loss_weights is None else batch.loss_weights.clone()
+    return MicroBatch(batch.tokens.clone(), batch.labels.clone(), starts, weights)
+
+
+def fill(fixed: MicroBatch, batch: MicroBatch) -> None:
+    """Writes a micro-batch into a `fixed_copy` of another."""
+    fixed.tokens.copy_(batch.tokens)
+    fixed.labels.copy_(batch.labels)
+    if fixed.document_starts is not None and batch.document_starts is not None:
+        fixed.document_starts.copy_(to_device(batch.document_starts, batch.tokens.device))
+    if fixed.loss_weights is not None and batch.loss_weights is not None:
+        fixed.loss_weights.copy_(batch.loss_weights)
 
 
 class Run(Protocol):
@@ -94,12 +135,7 @@ class CapturedMicroBatches:
         if kind not in self.captured:
             self.captured[kind] = self._capture(batch, is_first=is_first, is_last=is_last)
         captured = self.captured[kind]
-        captured.batch.tokens.copy_(batch.tokens)
-        captured.batch.labels.copy_(batch.labels)
-        if captured.batch.document_starts is not None and batch.document_starts is not None:
-            captured.batch.document_starts.copy_(to_device(batch.document_starts, batch.tokens.device))
-        if captured.batch.loss_weights is not None and batch.loss_weights is not None:
-            captured.batch.loss_weights.copy_(batch.loss_weights)
+        fill(captured.batch, batch)
         captured.micro_batches.fill_(micro_batches)
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients, strict=True):
@@ -108,21 +144,8 @@ class CapturedMicroBatches:
 
     def _capture(self, batch: MicroBatch, *, is_first: bool, is_last: bool) -> Captured:
         """Captures a graph, which computes nothing yet. It will add to gradients that parameters have by now."""
-        device, starts = batch.tokens.device, batch.document_starts
-        # Starts come from the CPU, so that moving them makes a tensor of the graph's own.
-        starts = None if starts is None else to_device(starts, device)
-        weights = None if batch.loss_weights is None else batch.loss_weights.clone()
-        batch = MicroBatch(batch.tokens.clone(), batch.labels.clone(), starts, weights)
-        micro_batches = torch.ones((), device=device)
-        graph = torch.cuda.CUDAGraph()
+        batch, micro_batches = fixed_copy(batch), torch.ones((), device=batch.tokens.device)
         pool = next((other.graph.pool() for other in self.captured.values()), None)
-        try:
-            # NCCL has a thread that looks after its messages all the while; only this one's calls are to be refused.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss = self.run(batch, micro_batches, is_first=is_first, is_last=is_last)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ParallelError(
-                f"a micro-batch could not be captured as a CUDA graph ({reason}): set train.cuda_graphs=false"
-            ) from error
+        with captured_graph(pool) as graph:
+            loss = self.run(batch, micro_batches, is_first=is_first, is_last=is_last)
         return Captured(graph, batch, micro_batches, loss, [parameter.grad for parameter in self.parameters])

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sambalm.parallel.cuda_graphs import CapturedMicroBatches, run_in_turn
+from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches, run_in_turn
 from sambalm.parallel.groups import World
 from sambalm.parallel.layers.fp8 import Fp8Store
 from sambalm.parallel.layers.linear import fuse_gradient_accumulation
@@ -158,6 +158,8 @@ class PipelinedExecutor(Executor):
         schedule: over this rank's chunks.
         gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
         compute_weights, fp8: the chunks'.
+        cuda_graphs, captures_documents: see `build_executor`. Without FP8, whose weights a step's first micro-batch
+            rounds, chunks are launched as CUDA graphs, whose memory is free during `losses`.
         embedding_group: the first and the last stage.
         tied_weight: this rank's copy of an embedding that these two share; None elsewhere.
     """
@@ -172,6 +174,8 @@ class PipelinedExecutor(Executor):
         weights: FlatWeights | None,
         compute_weights: ComputeWeights,
         fp8: Fp8Store | None,
+        cuda_graphs: bool,
+        captures_documents: bool,
         embedding_group: dist.ProcessGroup | None,
         tied_weight: nn.Parameter | None,
     ) -> None:
@@ -179,17 +183,20 @@ class PipelinedExecutor(Executor):
         self.gradients, self.weights = gradients, weights
         self.compute_weights, self.fp8 = compute_weights, fp8
         self.embedding_group, self.tied_weight = embedding_group, tied_weight
+        self.captures, self.captures_documents = cuda_graphs and fp8 is None, captures_documents
+        self.uncaptured_steps = UNCAPTURED_STEPS
+        self.own_gradients: list[Tensor] = []  # where graphs add up those that no replica has a part in
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        if self.gradients:
-            self.gradients.clear()
+        captured = self._is_captured(micro_batches)
+        self._clear(captured=captured)
         if not self.weights:
             self.compute_weights.update()
         with (
             self.compute_weights.kept(),
             self.fp8.kept() if self.fp8 else nullcontext(),
             self.fp8.renewing() if self.fp8 else nullcontext(),
-            self.gradients.overwritten() if self.gradients else nullcontext(),
+            self.gradients.overwritten() if self.gradients and not captured else nullcontext(),
         ):
             loss = self.schedule.train_step(micro_batches)
         if self.fp8:
@@ -204,12 +211,38 @@ class PipelinedExecutor(Executor):
             self.weights.gather()
         return loss
 
+    def _is_captured(self, micro_batches: Sequence[MicroBatch]) -> bool:
+        """Says whether a step's chunks are launched as CUDA graphs, and has the schedule do so."""
+        packed = any(batch.document_starts is not None for batch in micro_batches)
+        captured = self.captures and self.uncaptured_steps == 0 and (self.captures_documents or not packed)
+        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
+        if captured:
+            self.schedule.capture()
+        return captured
+
+    def _clear(self, *, captured: bool) -> None:
+        """Prepares parameters' gradients. Graphs, which are the same for all micro-batches, add to those of any step."""
+        if self.gradients:
+            self.gradients.clear(everything=captured)
+        elif captured:
+            parameters = list(self.engine.module.parameters())
+            self.own_gradients = self.own_gradients or [torch.empty_like(parameter) for parameter in parameters]
+            torch._foreach_zero_(self.own_gradients)
+            for parameter, gradient in zip(parameters, self.own_gradients, strict=True):
+                parameter.grad = gradient
+
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        self.close()  # longer sequences may need the memory
         with evaluating(self.engine):
             return self.schedule.losses(micro_batches)
 
+    def close(self) -> None:
+        if self.captures and self.uncaptured_steps == 0:
+            self.schedule.release()
+            torch.cuda.empty_cache()
+
     def buffers(self) -> list[Tensor]:
-        return _step_buffers(self.gradients, self.weights, self.compute_weights)
+        return [*self.own_gradients, *_step_buffers(self.gradients, self.weights, self.compute_weights)]
 
 
 def _step_buffers(
@@ -261,6 +294,7 @@ def build_executor(
         )
     else:
         clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group, guard=guard)
+    captured = cuda_graphs and world.device.type == "cuda"
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(chunks, world=world, hidden_size=hidden_size, dtype=dtype)
         return PipelinedExecutor(
@@ -271,10 +305,11 @@ def build_executor(
             weights=weights,
             compute_weights=compute_weights,
             fp8=fp8,
+            cuda_graphs=captured,
+            captures_documents=captures_documents,
             embedding_group=world.pipeline.embedding_group,
             tied_weight=tied_weight,
         )
-    captured = cuda_graphs and world.device.type == "cuda"
     return AccumulatingExecutor(
         engine,
         chunks[0],

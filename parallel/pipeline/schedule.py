@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sambalm.parallel.compat.megatron_core import ModelParallelConfig, ModelType, schedules
 from sambalm.parallel.groups import World
 from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.pipeline.captured_chunk import CapturedChunk
 
 Reduce = Callable[[MicroBatch, Tensor], Tensor]
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -23,11 +24,14 @@ class ScheduledChunk(nn.Module):
         super().__init__()
         self.module, self.config = module, config
         self.hidden: Tensor | None = None
+        self.captured: CapturedChunk | None = None  # runs the module, where that is launched as CUDA graphs
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         (self.hidden,) = tensors
 
     def forward(self, batch: MicroBatch) -> Tensor:
+        if self.captured:
+            return self.captured(batch, self.hidden)
         return self.module(batch.tokens, batch.labels, hidden=self.hidden, document_starts=batch.document_starts)
 
 
@@ -52,13 +56,24 @@ class PipelineSchedule:
             # With two stages the interleaved schedule's batched messages mix up its two directions, silently.
             overlap_p2p_comm=pipeline.chunks > 1,
             batch_p2p_comm=pipeline.chunks == 1,
-            batch_p2p_sync=world.device.type == "cuda",
+            # The device would wait for each message, because of a fault of PyTorch before 1.13 (pytorch#82450).
+            batch_p2p_sync=False,
             deallocate_pipeline_outputs=False,
         )
         # The schedules read these two of a TransformerConfig, which a model that is none does not have.
         config.hidden_size, config.fine_grained_activation_offloading = hidden_size, False
         self.world = world
         self.chunks = [ScheduledChunk(module, config) for module in modules]
+
+    def capture(self) -> None:
+        """Has chunks launched as CUDA graphs in the steps to come, until `release`."""
+        for chunk in self.chunks:
+            chunk.captured = chunk.captured or CapturedChunk(chunk.module)
+
+    def release(self) -> None:
+        """Gives the graphs' memory back; chunks are launched kernel by kernel."""
+        for chunk in self.chunks:
+            chunk.captured = None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Adds a step's gradients (of the mean over the micro-batches) to the parameters' and returns the mean loss."""

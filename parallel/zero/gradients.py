@@ -78,13 +78,14 @@ class FlatGradients:
     def _own(self, buffer: Tensor) -> Tensor:
         return buffer.chunk(self.size)[self.rank]
 
-    def clear(self) -> None:
+    def clear(self, *, everything: bool = False) -> None:
         """Gives all parameters gradients, where they are reduced from: DeepSpeed's step leaves them without.
 
-        They are zero but for those that `overwritten` is about.
+        Args:
+            everything: also sets those to zero that `overwritten` is about.
         """
         views = list(chain(*self.views_of))
-        torch._foreach_zero_([view for parameter, view in views if not info_of(parameter).has_product])
+        torch._foreach_zero_([view for parameter, view in views if everything or not info_of(parameter).has_product])
         for parameter, view in views:
             parameter.grad = view
 

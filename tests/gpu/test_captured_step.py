@@ -50,49 +50,55 @@ def host_never_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def steps(config, world, *, graphs):
+def steps(config, world, micro_batches, *, graphs):
     """Losses, held-out losses between steps, and the weights at the end."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
     training = build_training(config, world=world, checkpoint=None, bucket_elements=1)  # a bucket for each layer
-    captured = training.executor.graphs.captured if graphs else {}
+    pipelined = world.pipeline.size > 1
+    captured = training.executor.graphs.captured if graphs and not pipelined else {}
     reduces = training.executor.gradients is not None  # in a step's last micro-batch, which has a graph of its own
     expected = set()
     torch.manual_seed(world.data_rank)
     losses, held_out = [], []
     with closing(training.executor):  # graphs that hold messages must be gone before their process groups
-        for step, count in enumerate(MICRO_BATCHES, start=1):
+        for step, count in enumerate(micro_batches, start=1):
             batches = batches_of(config, count, world=world, length=256)
             with host_never_waiting() if graphs and step > UNCAPTURED_STEPS else nullcontext():
                 loss = training.executor.train_step(batches)
             losses.append(loss.item())
-            if graphs and step > UNCAPTURED_STEPS:
+            if graphs and pipelined:
+                chunks = [chunk.captured for chunk in training.executor.schedule.chunks]
+                assert all(chunk and chunk.slots for chunk in chunks) == (step > UNCAPTURED_STEPS)
+            elif graphs and step > UNCAPTURED_STEPS:
                 expected |= {(number == 1, reduces and number == count) for number in range(1, count + 1)}
                 assert set(captured) == expected
             if step % 4 == 0:
                 batches = batches_of(config, 2, world=world, length=512)
                 held_out.append(training.executor.losses(batches)[1].mean().item())
                 assert not captured  # their memory is free meanwhile
+                assert not (pipelined and training.executor.schedule.chunks[0].captured)
                 expected.clear()
-    return losses, held_out, [whole_parameter(parameter).clone() for parameter in training.chunks[0].parameters()]
+    weights = [whole_parameter(parameter).clone() for chunk in training.chunks for parameter in chunk.parameters()]
+    return losses, held_out, weights
 
 
-def compare_steps(parallel, *settings):
+def compare_steps(parallel, *settings, micro_batches=MICRO_BATCHES):
     layout = (f"parallel.{key}={value}" for key, value in parallel.items())
     config = load_config(CONFIG, [*SETTINGS, *layout, *settings])
     copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
     with start_world(config.parallel, copies=copies) as world:
-        losses, held_out, weights = steps(config, world, graphs=True)
-        expected = steps(config, world, graphs=False)
-    assert len(set(losses)) == len(MICRO_BATCHES)
+        losses, held_out, weights = steps(config, world, micro_batches, graphs=True)
+        expected = steps(config, world, micro_batches, graphs=False)
+    assert len(set(losses)) == len(micro_batches)
     assert losses == expected[0]
     assert held_out == expected[1]
     assert all(torch.equal(here, there) for here, there in zip(weights, expected[2], strict=True))
 
 
-def compare_on_rank(rank, ranks, parallel, port, settings):
+def compare_on_rank(rank, ranks, parallel, port, settings, micro_batches):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
-    compare_steps(parallel, *settings)
+    compare_steps(parallel, *settings, micro_batches=micro_batches)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -121,27 +127,42 @@ def test_documents_whose_lengths_a_kernel_reads_on_the_host_are_launched_kernel_
         assert not training.executor.graphs.captured
 
 
+def test_graphs_of_an_interleaved_pipeline_take_the_steps_that_kernels_take():
+    """Its schedule takes micro-batches in rounds of the stages."""
+    on_gpus(2, {"pipeline": 2, "virtual_pipeline": 2}, (), (2, 4, 2, 4, 6, 2, 4, 4))
+
+
 @pytest.mark.parametrize("settings", [(), ("data.reset_at_document=true",)], ids=["stream", "packed"])
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
         (2, {"zero_stage": 1}),
+        (2, {"zero_stage": 2}),
+        (2, {"zero_stage": 3}),
+        (2, {"zero_stage": 3, "recompute": "full"}),
+        (2, {"pipeline": 2}),
+        (2, {"pipeline": 2, "recompute": "full"}),
         (2, {"tensor": 2}),
         (2, {"tensor": 2, "sequence": "true"}),
         (2, {"tensor": 2, "sequence": "true", "recompute": "full"}),
         (2, {"context": 2}),
         (2, {"context": 2, "recompute": "selective"}),
         (4, {"tensor": 2, "sequence": "true", "zero_stage": 1}),
+        (4, {"pipeline": 2, "zero_stage": 1}),
     ],
     ids=str,
 )
 def test_graphs_of_several_gpus_take_the_steps_that_kernels_take(ranks, parallel, settings):
+    on_gpus(ranks, parallel, settings, MICRO_BATCHES)
+
+
+def on_gpus(ranks, parallel, settings, micro_batches):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(compare_on_rank, (ranks, parallel, port, settings), nprocs=ranks)
+    torch.multiprocessing.spawn(compare_on_rank, (ranks, parallel, port, settings, micro_batches), nprocs=ranks)
 
 
 def refuse_on_rank(rank):

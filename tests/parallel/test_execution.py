@@ -12,9 +12,9 @@ from sambalm.parallel.execution import AccumulatingExecutor, PipelinedExecutor
 
 
 def executors(buffers: dict[str, Any]) -> list[execution.Executor]:
-    rest: dict[str, Any] = {**buffers, "guard": None, "fp8": None}
+    rest: dict[str, Any] = {**buffers, "guard": None, "fp8": None, "cuda_graphs": False, "captures_documents": True}
     return [
-        AccumulatingExecutor(None, nn.Linear(2, 2), cuda_graphs=False, captures_documents=True, **rest),
+        AccumulatingExecutor(None, nn.Linear(2, 2), **rest),
         PipelinedExecutor(None, None, embedding_group=None, tied_weight=None, **rest),
     ]
 
