@@ -221,7 +221,7 @@ class PipelinedExecutor(Executor):
         return captured
 
     def _clear(self, *, captured: bool) -> None:
-        """Prepares parameters' gradients. Graphs, which are the same for all micro-batches, add to those of any step."""
+        """Prepares parameters' gradients. Graphs, the same for all micro-batches, add to what is there."""
         if self.gradients:
             self.gradients.clear(everything=captured)
         elif captured:
