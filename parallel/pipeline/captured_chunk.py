@@ -1,8 +1,9 @@
 """A pipeline's chunk whose forwards and backwards are launched as CUDA graphs.
 
 A pipeline has several micro-batches between their forward and their backward. Each of them has a slot: a graph of the
-forward, one of the backward, and the activations between the two. Slots are made when a schedule first needs one more,
-and used again once their backward is through; a step takes them in the same order as the step before.
+forward, one of the backward, and memory of its own, with the activations between the two. Slots are made when a
+schedule first needs one more, and used again once their backward is through; a step takes them in the same order as the
+step before.
 """
 
 import heapq
@@ -22,7 +23,7 @@ class Slot:
 
     Attributes:
         batch, hidden: the forward's inputs; hidden is the chunk before's output, None for the first chunk.
-        output: the forward's, which also holds what autograd has kept for the backward.
+        output: the forward's.
         gradient: of the output, the backward's input.
     """
 
@@ -65,14 +66,12 @@ class CapturedChunk:
         """Captures both graphs, which compute nothing yet."""
         batch = fixed_copy(replace(batch, loss_weights=None))  # the schedule takes the mean
         hidden = None if hidden is None else hidden.detach().clone().requires_grad_()
-        pool = self.slots[0].forward.pool() if self.slots else None
-        with captured_graph(pool) as forward:
+        with captured_graph() as forward:
             output = self.module(batch.tokens, batch.labels, hidden=hidden, document_starts=batch.document_starts)
         gradient = torch.zeros_like(output)
         with captured_graph(forward.pool()) as backward:
-            # What autograd keeps stays, so that no other slot's graphs use its memory.
-            torch.autograd.backward(output, gradient, retain_graph=True)
-        return Slot(forward, backward, batch, hidden, output, gradient)
+            torch.autograd.backward(output, gradient)
+        return Slot(forward, backward, batch, hidden, output.detach(), gradient)
 
 
 class _Replay(torch.autograd.Function):
@@ -83,7 +82,7 @@ class _Replay(torch.autograd.Function):
             slot.hidden.detach().copy_(hidden)
         fill(slot.batch, batch)
         slot.forward.replay()
-        return slot.output.detach().clone()  # it is on its way to the next stage when the slot is used again
+        return slot.output.clone()  # it is on its way to the next stage when the slot is used again
 
     @staticmethod
     @torch.autograd.function.once_differentiable
