@@ -42,6 +42,7 @@ LAYOUTS = {
     "PP2": (2, ["parallel.pipeline=2"]),
     "PP2 x VPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "DP2, ZeRO-1": (2, ["parallel.zero_stage=1"]),
+    "DP2, ZeRO-2": (2, ["parallel.zero_stage=2"]),
     "DP2, ZeRO-3": (2, ["parallel.zero_stage=3"]),
     "CP2": (2, ["parallel.context=2"]),
     "CP2, packed documents": (2, ["parallel.context=2", "data.reset_at_document=true"]),

@@ -175,7 +175,9 @@ def plot(records: list[Record], path: Path) -> None:
         for axis, key in zip(axes, ("processor_ms", "mib"), strict=True):
             axis.plot(tokens, [record[key] for record in own], linewidth=0.9, label=name)
     for axis, label in zip(axes, ("ms a token (processor time)", "MiB"), strict=True):
-        axis.set(xlabel="tokens generated", ylabel=label, ylim=0)
+        axis.set(xlabel="tokens generated", ylabel=label, ylim=(0, 1.25 * axis.get_ylim()[1]))
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

@@ -82,7 +82,7 @@ class TrainSection(BaseModel):
     )
     cuda_graphs: bool = Field(
         True,
-        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines never do, "
+        description="Whether a GPU launches each micro-batch as a CUDA graph; pipelines in FP8 never do, "
         "nor packed documents whose attention is a flash kernel",
     )
 

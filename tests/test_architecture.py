@@ -230,7 +230,7 @@ def test_a_product_file_keeps_the_rules(path):
         (deepspeed_uses, "import_module('deepspeed.comm.torch')"),
         (deepspeed_uses, "norm = engine.optimizer._global_grad_norm"),
         (deepspeed_uses, "optimizer.bit16_groups_flat = []"),
-        (deepspeed_uses, "shape = getattr(parameter, 'ds_shape', None)"),
+        (deepspeed_uses, "mapping = getattr(parameter, '_hp_mapping', None)"),
         (executions, "import pickle"),
         (executions, "from pickle import loads"),
         (executions, "x = torch.load(path)"),

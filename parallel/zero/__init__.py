@@ -7,7 +7,7 @@ replicas: those of the data and of the context dimension.
 Two things are known before the first step. Each parameter carries a `ParameterInfo` (parameter_info.py), the only thing
 that is attached to parameters. pretrain/gradient_buckets.py sorts the parameters into a list of `GradientBucket`s
 (buckets.py), which the optimizer and `FlatGradients` both receive: a bucket is a parameter group of AdamW, and under
-ZeRO-1 also one message of gradients and one of weights.
+ZeRO also one message of gradients and one of weights.
 
 **A step under ZeRO-1**, where replicas share out the optimizer's state (`AccumulatingExecutor`):
 
@@ -17,8 +17,9 @@ ZeRO-1 also one message of gradients and one of weights.
 3. layers/linear.py: products take compute weights (compute_weights.py), the weights in the precision of the product.
    In the backward they add each weight's gradient to its view, in fp32; the step's first product writes over what is
    there. Autograd adds the gradients of everything that is no matrix product.
-4. gradients.py, `FlatGradients.overlapped`: in the last micro-batch's backward, a hook on `GradientBucket.completed_by`
-   starts a bucket's reduce-scatter. At the end each rank has the mean gradient of its own share of each bucket.
+4. gradients.py, `FlatGradients.accumulating`: in the last micro-batch's backward, a hook on the bucket's
+   `GradientBucket.completed_by` starts a reduce-scatter. At the end each rank has the mean gradient of its own share of
+   each bucket.
 5. clipping.py, `Clipping.prepare`: within the engine's step(), ranks add up the squares of the gradients that they own.
    The norm stays on the device. AdamW's kernel divides gradients by the clipping factor, and skips the step where
    step_guard.py says so: loss or norm is not finite or beyond a limit.
@@ -34,10 +35,13 @@ and DeepSpeed's step leaves none of them, so that the first micro-batch makes th
 kernel writes the compute weights with them (model/ops/cuda/adamw.py); elsewhere `ComputeWeights.update` converts the
 weights when the next step begins.
 
-**ZeRO-2 and ZeRO-3** are DeepSpeed's own: `PartitioningExecutor` of execution.py calls its engine. Its backward reduces
-gradients in every micro-batch, in hooks on the parameters (DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py),
-stage 3 gathers weights in every forward and backward, and its step clips by its own norm, for which the host waits.
-Products convert weights at each use.
+**ZeRO-2** differs in stages 1 and 4 (partitioned_gradients.py). The buckets of layers take two slots of memory in
+turns. Every micro-batch's backward reduces each of them, and the rank adds its share to that of the micro-batches
+before. To DeepSpeed's engine it is stage 1, and so is ZeRO-3: its own stages reduce and gather parameter by parameter.
+
+**ZeRO-3** differs from ZeRO-2 in stages 2 and 7 (partitioned_weights.py). Of the layers' weights a rank keeps its share
+alone, in the precision of products. A product that asks for its weights waits for their bucket, in the backward once
+more, and has the next bucket sent meanwhile; two slots of memory hold both.
 
 **Pipelines** (`PipelinedExecutor`, without ZeRO or with stage 1): megatron-core's schedule orders forwards and
 backwards, so nothing overlaps with them. All backwards are `overwritten`, `FlatGradients.reduce` follows the last one,

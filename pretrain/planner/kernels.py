@@ -40,9 +40,14 @@ def planned_kernels(config: RunConfig) -> KernelNames:
 
 
 def are_captured(config: RunConfig, kernels: KernelNames) -> bool:
-    """Whether a run's micro-batches could be CUDA graphs: the host may not have to read the documents of each."""
+    """Whether a run's micro-batches are CUDA graphs on a GPU.
+
+    The host may not have to read the documents of each, nor may a pipeline be in FP8 (parallel/execution.py).
+    """
     chosen = {operation: getattr(kernels, operation) for operation in KernelConfig.model_fields}
-    return config.train.cuda_graphs and not (config.data.reset_at_document and reads_documents(chosen))
+    if not config.train.cuda_graphs or (config.data.reset_at_document and reads_documents(chosen)):
+        return False
+    return config.parallel.pipeline == 1 or config.train.matmul_precision is None
 
 
 def _planned(operation: str, asked: str, requirements: KernelRequirements) -> str:

@@ -211,8 +211,7 @@ def _host_s(
     captured: bool,
 ) -> float:
     """What the host needs to launch a step's micro-batches; nothing where they are CUDA graphs."""
-    parallel = config.parallel
-    if captured and parallel.pipeline == 1:
+    if captured:
         return 0.0
     launches_s = _launched_sublayers(config, stage, micro_batches=micro_batches) * assumed.HOST_SUBLAYER_S
     messages_s = sum(assumed.HOST_MESSAGE_S.get(each.dimension, 0.0) * each.messages for each in transfers)

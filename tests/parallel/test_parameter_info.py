@@ -65,4 +65,4 @@ def attributes_on_rank(values: dict) -> set[str]:
 
 def test_the_product_attaches_nothing_else():
     (attributes,) = run_world(attributes_on_rank, run_values(precision="bf16"), ranks=1)
-    assert attributes == {"sambalm_info", "tensor_model_parallel", "ds_pipe_replicated"}
+    assert attributes == {"sambalm_info"}

@@ -22,6 +22,7 @@ from tests.support.planned_runs import config_of
 CONFIGS = Path(__file__).parents[2] / "configs"
 OLD = KernelNames("mamba-ssm", "torch", "torch-flash", "torch", "torch")
 NEW = KernelNames("cuda", "causal-conv1d", "cudnn", "compiled", "compiled")
+CUDA = replace(NEW, conv="cuda")
 EAGER, TP2_SP = "train.cuda_graphs=false", ("parallel.tensor=2", "parallel.sequence=true")
 
 
@@ -65,6 +66,14 @@ MEASURED = {
     "CP2, H100, packed, kernel by kernel": Measured(
         139_843, None, NEW, "h100", settings=("parallel.context=2", "data.reset_at_document=true", EAGER)
     ),
+    "DP2, ZeRO-1, H200": Measured(347_667, 18.9, CUDA),
+    "DP2, ZeRO-2, H200": Measured(338_869, 18.5, CUDA, settings=("parallel.zero_stage=2",)),
+    "DP2, ZeRO-2, H200, fp8": Measured(
+        399_997, 18.5, CUDA, settings=("parallel.zero_stage=2", "train.matmul_precision=fp8")
+    ),
+    "DP2, ZeRO-3, H200": Measured(336_723, 18.3, CUDA, settings=("parallel.zero_stage=3",)),
+    "PP2, H200": Measured(288_931, 19.1, CUDA, settings=("parallel.pipeline=2",)),
+    "PP2 x VPP2, H200": Measured(312_511, 20.8, CUDA, settings=("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
     "1 x 4096": Measured(134_986, 9.1, NEW, "h100", 1, 4_096, 1),
     "1 x 4096, kernel by kernel": Measured(57_902, 9.1, NEW, "h100", 1, 4_096, 1, (EAGER,)),
     "4 times 4 x 4096, H200": Measured(178_654, 21.1, NEW, ranks=1),
