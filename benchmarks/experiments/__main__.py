@@ -4,8 +4,8 @@
     python -m benchmarks.experiments architectures --data data/prose --folder runs/paper --minutes 9
     python -m benchmarks.experiments architectures --folder runs/paper --table --plot architectures.png
 
-Experiments: architectures, extrapolation, passkey, patterns. The same command goes on where it was stopped, by a signal
-or by --minutes. Exit codes: 0 when all jobs are done, 75 when time was up, 1 when a job failed.
+Experiments: architectures, extrapolation, reading, passkey, patterns. The same command goes on where it was stopped, by a
+signal or by --minutes. Exit codes: 0 when all jobs are done, 75 when time was up, 1 when a job failed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 
-from .experiments import EXPERIMENTS, Plan
+from .experiments import EXPERIMENTS, Plan, architectures, sweep
 from .layout import DataFolder, Layout
 from .models import ExperimentError
 from .plots import draw
@@ -50,7 +50,7 @@ def main() -> int:
             draw(arguments.experiment, layout, arguments.plot)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the jobs are stopped on the way out
-    make_jobs, _, _ = EXPERIMENTS[arguments.experiment]
+    make_jobs = sweep if arguments.sweep else EXPERIMENTS[arguments.experiment][0]
     places = [gpu for gpu in _gpus(arguments.gpus) for _ in range(arguments.per_gpu)]
     return EXIT_CODES[run_jobs(make_jobs(_plan(arguments, layout)), layout, places=places, minutes=arguments.minutes)]
 
@@ -81,6 +81,9 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("--minutes", type=float, help="after which all jobs have stopped")
         one.add_argument("--gpus", nargs="+", help="numbers of GPUs; default: all that there are")
         one.add_argument("--per-gpu", type=int, default=1, help="jobs on a GPU at a time, which slow each other")
+        if make_jobs is architectures:
+            one.add_argument("--sweep", action="store_true", help="run the sweep of learning rates alone")
+        one.set_defaults(sweep=False)
         one.add_argument("--table", action="store_true", help="print what is there, and run nothing")
         one.add_argument("--plot", type=Path, help="draw what is there as a PNG, and run nothing")
     arguments = parser.parse_args()

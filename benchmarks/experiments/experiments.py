@@ -25,7 +25,7 @@ class Plan:
 
     Args:
         models: names of its table, in order.
-        seeds: of weights and data order; the sweep takes the first.
+        seeds: of weights and data order; a sweep takes the first, as what follows on a trained model does.
         rates: learning rates; a single one is taken without a sweep.
         vocab_size: of the data's tokenizer.
     """
@@ -47,9 +47,14 @@ def turn_of_rate(rate: float) -> str:
     return f"lr{rate:g}"
 
 
+def sweep(plan: Plan) -> list[Job]:
+    """Short runs of every architecture at each learning rate."""
+    return [job for name in plan.models for job in _sweep(plan, name)]
+
+
 def architectures(plan: Plan) -> list[Job]:
     """The paper's comparison: every model at its own learning rate, and its perplexity at the table's lengths."""
-    found = [job for name in plan.models for job in _sweep(plan, name)]
+    found = sweep(plan)
     for seed in plan.seeds:
         for name in plan.models:
             found += [_architecture(plan, name, seed=seed)]
@@ -58,16 +63,24 @@ def architectures(plan: Plan) -> list[Job]:
 
 
 def extrapolation(plan: Plan) -> list[Job]:
-    """Perplexity, memory and speed of the trained architectures at lengths far beyond that of training."""
+    """Perplexity of the trained architectures at lengths far beyond that of training."""
     scale, found = plan.scale, _first_seeds(plan)
     for name in plan.models:
         run = _run_name(name, plan.seeds[0])
         far = [] if ARCHITECTURES[name].grows else list(scale.long_lengths)
         found += [_perplexity(plan, run, FAR, scale.far_lengths, plan.data.long, tokens=2 * scale.text_tokens)]
-        found += [_reading(plan, run, [*scale.far_lengths, *far])]
         found += [_sliding(plan, run, DOCUMENTS, length=scale.document_length, texts=_READ_DOCUMENTS, join=False)]
         if far:
             found += [_sliding(plan, run, JOINED, length=far[-1], texts=1, join=True)]
+    return found
+
+
+def reading(plan: Plan) -> list[Job]:
+    """Memory and speed of the trained architectures by length; a GPU should have nothing else to do."""
+    scale, found = plan.scale, _first_seeds(plan)
+    for name in plan.models:
+        far = [] if ARCHITECTURES[name].grows else list(scale.long_lengths)
+        found += [_reading(plan, _run_name(name, plan.seeds[0]), [*scale.far_lengths, *far])]
     return found
 
 
@@ -97,6 +110,7 @@ def patterns(plan: Plan) -> list[Job]:
 EXPERIMENTS: Mapping[str, tuple[Callable[[Plan], list[Job]], Mapping[str, Variant], Sequence[str]]] = {
     "architectures": (architectures, ARCHITECTURES, tuple(ARCHITECTURES)),
     "extrapolation": (extrapolation, ARCHITECTURES, tuple(ARCHITECTURES)),
+    "reading": (reading, ARCHITECTURES, (SAMBA, "llama", "llama-swa", "mamba")),
     "passkey": (passkey, ARCHITECTURES, (SAMBA, "llama-swa", "llama")),
     "patterns": (patterns, PATTERNS, tuple(PATTERNS)),
 }
@@ -116,8 +130,7 @@ def _sweep(plan: Plan, model: str) -> Iterator[Job]:
 
 def _first_seeds(plan: Plan) -> list[Job]:
     """Trains the architectures, of which nothing is done again that `architectures` has done in the same folder."""
-    swept = [job for name in plan.models for job in _sweep(plan, name)]
-    return swept + [_architecture(plan, name, seed=plan.seeds[0]) for name in plan.models]
+    return sweep(plan) + [_architecture(plan, name, seed=plan.seeds[0]) for name in plan.models]
 
 
 def _architecture(plan: Plan, name: str, *, seed: int) -> Job:

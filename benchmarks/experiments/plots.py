@@ -1,6 +1,6 @@
 """What the runs of a folder found, as PNG."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from .models import ARCHITECTURES, PATTERNS
 from .results import mean_and_spread, turns
 from .tables import PERPLEXITY, first_seed, tuned_from
 
-Points = Sequence[tuple[float, float]]
 _STYLES = ("o-", "s-", "^-", "v-", "D-", "P-", "X-")
 
 
@@ -40,28 +39,34 @@ def _architectures(layout: Layout, figure: Any) -> None:
         losses.plot(*zip(*runs[0].held_out, strict=True), _STYLES[number], markersize=4, linewidth=1, **style)
         scores = [run.scores(TABLE, PERPLEXITY) for run in runs]
         points = [(length, mean_and_spread([s[length] for s in scores if length in s])) for length in scores[0]]
+        if not points:
+            continue
         x, y, spread = [p[0] for p in points], [p[1][0] for p in points], [p[1][1] for p in points]
         perplexities.errorbar(x, y, yerr=spread, fmt=_STYLES[number], markersize=4, linewidth=1, capsize=2, **style)
     losses.set(xlabel="training tokens", ylabel="held-out loss, nats a token (first seed)")
-    _over_lengths(perplexities, "perplexity (mean over seeds)")
-    _legend(losses)
+    _over_lengths(perplexities, "perplexity, mean over seeds")
+    losses.legend(fontsize=8)
 
 
 def _extrapolation(layout: Layout, figure: Any) -> None:
-    runs = {name: first_seed(layout, name) for name in ARCHITECTURES}
-    windows, texts, memory, speed = figure.subplots(1, 4)
-    for number, (name, run) in enumerate(runs.items()):
-        style = {"color": f"C{number}", "label": ARCHITECTURES[name].title, "markersize": 4, "linewidth": 1}
-        _line(windows, sorted(run.scores(FAR, PERPLEXITY).items()), _STYLES[number], style)
+    windows, texts = figure.subplots(1, 2)
+    for number, (name, variant) in enumerate(ARCHITECTURES.items()):
+        run = first_seed(layout, name)
+        _line(windows, run.scores(FAR, PERPLEXITY).items(), number, variant.title)
         joined = run.scores(JOINED, PERPLEXITY) or run.scores(DOCUMENTS, PERPLEXITY)
-        _line(texts, sorted(joined.items()), _STYLES[number], style)
-        _line(memory, [(r["length"], r["peak_bytes"] / 2**30) for r in run.reading], _STYLES[number], style)
-        _line(speed, [(r["length"], r["tokens_per_second"]) for r in run.reading], _STYLES[number], style)
+        _line(texts, joined.items(), number, variant.title)
     _over_lengths(windows, "perplexity of windows")
     _over_lengths(texts, "perplexity up to there in one text")
+
+
+def _reading(layout: Layout, figure: Any) -> None:
+    memory, speed = figure.subplots(1, 2)
+    for number, (name, variant) in enumerate(ARCHITECTURES.items()):
+        found = first_seed(layout, name).reading
+        _line(memory, [(r["length"], r["peak_bytes"] / 2**30) for r in found], number, variant.title)
+        _line(speed, [(r["length"], r["tokens_per_second"]) for r in found], number, variant.title)
     _over_lengths(memory, "GiB at the most")
     _over_lengths(speed, "tokens a second")
-    _legend(windows)
 
 
 def _passkey(layout: Layout, figure: Any) -> None:
@@ -96,24 +101,24 @@ def _patterns(layout: Layout, figure: Any) -> None:
 _PLOTS: Mapping[str, Callable[[Layout, Any], None]] = {
     "architectures": _architectures,
     "extrapolation": _extrapolation,
+    "reading": _reading,
     "passkey": _passkey,
     "patterns": _patterns,
 }
 
 
-def _line(axes: Any, points: Points, style: str, keys: Mapping[str, Any]) -> None:
-    if points:
-        axes.plot(*zip(*points, strict=True), style, **keys)
+def _line(axes: Any, points: Iterable[tuple[float, float]], number: int, title: str) -> None:
+    found = sorted(points)
+    if found:
+        style = {"color": f"C{number}", "label": title, "markersize": 4, "linewidth": 1}
+        axes.plot(*zip(*found, strict=True), _STYLES[number], **style)
 
 
 def _over_lengths(axes: Any, name: str) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({int(x) for line in axes.lines for x in line.get_xdata()})
-    axes.set_xticks(ticks[::2], [shown_tokens(tick) for tick in ticks[::2]], fontsize=8)
+    axes.set_xticks(ticks, [shown_tokens(tick) for tick in ticks], fontsize=8)
     axes.minorticks_off()
     axes.set(xlabel="tokens", ylabel=name, yscale="log")
-
-
-def _legend(axes: Any) -> None:
     if axes.lines:
         axes.legend(fontsize=8)

@@ -14,8 +14,7 @@ from .layout import Layout
 from .models import ExperimentError
 
 POLL_S = 0.2
-SAVE_S = 25.0  # that jobs have between the signal and the deadline
-START_S = 30.0  # a job is not started for less
+SAVE_S, START_S = 25.0, 30.0
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -32,7 +31,13 @@ class _Runner:
     layout: Layout
     places: list[str | None]
     running: dict[str, tuple[subprocess.Popen[bytes], str | None, float]] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
+
+    def ready(self, jobs: Sequence[Job]) -> list[Job]:
+        """Returns the jobs that may be started."""
+        begun = self.done | self.failed.keys() | self.running.keys()
+        return [job for job in jobs if job.name not in begun and self.done.issuperset(job.needs)]
 
     def start(self, job: Job, place: str | None) -> None:
         try:
@@ -57,6 +62,7 @@ class _Runner:
             _, place, began_s = self.running.pop(job.name)
             self.places.append(place)
             if job.is_done():
+                self.done.add(job.name)
                 print(f"done      {job.name} after {time.monotonic() - began_s:.0f} s", flush=True)
             elif stopping:
                 print(f"stopped   {job.name}", flush=True)
@@ -73,7 +79,15 @@ class _Runner:
         print(f"failed    {name}: {reason}", flush=True)
 
 
-def run_jobs(jobs: Sequence[Job], layout: Layout, *, places: Sequence[str | None], minutes: float | None) -> Ending:
+def run_jobs(
+    jobs: Sequence[Job],
+    layout: Layout,
+    *,
+    places: Sequence[str | None],
+    minutes: float | None,
+    save_s: float = SAVE_S,
+    start_s: float = START_S,
+) -> Ending:
     """Runs what is not done.
 
     A job that fails is not started again by this call, nor what needs it.
@@ -81,37 +95,32 @@ def run_jobs(jobs: Sequence[Job], layout: Layout, *, places: Sequence[str | None
     Args:
         places: numbers of GPUs, each as often as it takes jobs at a time; None for the CPU.
         minutes: after which no job runs any more; None for no limit.
+        save_s: that jobs have between the signal and the deadline.
+        start_s: a job is not started for less.
     """
     end_s = time.monotonic() + 60 * minutes if minutes else float("inf")
-    done = {job.name for job in jobs if job.is_done()}
-    print(f"{len(done)} of {len(jobs)} jobs were done before", flush=True)
-    runner = _Runner(layout, list(places))
+    runner = _Runner(layout, list(places), done={job.name for job in jobs if job.is_done()})
+    print(f"{len(runner.done)} of {len(jobs)} jobs were done before", flush=True)
     try:
-        while time.monotonic() < end_s - SAVE_S:
+        while time.monotonic() < end_s - save_s:
             runner.collect(jobs, stopping=False)
-            done |= {job.name for job in jobs if job.name not in done | runner.failed.keys() and job.is_done()}
-            ready = [
-                job
-                for job in jobs
-                if job.name not in done | runner.failed.keys() | runner.running.keys() and done.issuperset(job.needs)
-            ]
-            if ready and runner.places and time.monotonic() < end_s - SAVE_S - START_S:
+            ready = runner.ready(jobs)
+            if ready and runner.places and time.monotonic() < end_s - save_s - start_s:
                 runner.start(ready[0], runner.places.pop(0))
             elif not runner.running:
                 break
             else:
                 time.sleep(POLL_S)
     finally:
-        _stop(runner, jobs, end_s=end_s)
+        _stop(runner, jobs, kill_s=min(end_s, time.monotonic() + save_s))
     left = [job.name for job in jobs if not job.is_done()]
     print(f"left: {', '.join(left)}" if left else "all jobs are done", flush=True)
     return Ending.FAILED if runner.failed else Ending.LEFT if left else Ending.DONE
 
 
-def _stop(runner: _Runner, jobs: Sequence[Job], *, end_s: float) -> None:
-    """Lets the jobs save and leave; kills what takes longer than the deadline allows."""
+def _stop(runner: _Runner, jobs: Sequence[Job], *, kill_s: float) -> None:
+    """Lets the jobs save and leave, and kills those that are still there at some moment."""
     runner.signal(signal.SIGTERM)
-    kill_s = min(time.monotonic() + SAVE_S, end_s)
     while runner.running:
         if time.monotonic() > kill_s:
             runner.signal(signal.SIGKILL)

@@ -62,17 +62,26 @@ def patterns_table(layout: Layout) -> str:
 
 
 def extrapolation_table(layout: Layout) -> str:
-    """Perplexity, memory and speed by length."""
-    runs = {name: first_seed(layout, name) for name in ARCHITECTURES}
-    measures: Mapping[str, Callable[[Run], Mapping[int, str]]] = {
-        "Perplexity of windows of each length, read from nothing": lambda run: _scores(run, FAR),
-        "Perplexity of the first tokens of long documents": lambda run: _scores(run, DOCUMENTS),
-        "Perplexity of the first tokens of one text, joined of documents": lambda run: _scores(run, JOINED),
-        "Memory at the most, GiB": lambda run: {r["length"]: f"{r['peak_bytes'] / 2**30:.2f}" for r in run.reading},
-        "Tokens a second": lambda run: {r["length"]: f"{r['tokens_per_second']:,.0f}" for r in run.reading},
-    }
-    tables = [_by_length(title, {name: read(run) for name, run in runs.items()}) for title, read in measures.items()]
-    return "\n\n".join(table for table in tables if table)
+    """Perplexity by length: of windows, of documents, of one long text."""
+    return _tables_by_length(
+        layout,
+        {
+            "Perplexity of windows of each length, read from nothing": lambda run: _scores(run, FAR),
+            "Perplexity of the first tokens of long documents": lambda run: _scores(run, DOCUMENTS),
+            "Perplexity of the first tokens of one text, joined of documents": lambda run: _scores(run, JOINED),
+        },
+    )
+
+
+def reading_table(layout: Layout) -> str:
+    """Memory and speed by length."""
+    return _tables_by_length(
+        layout,
+        {
+            "GiB at the most": lambda run: {r["length"]: f"{r['peak_bytes'] / 2**30:.2f}" for r in run.reading},
+            "Tokens a second": lambda run: {r["length"]: f"{r['tokens_per_second']:,.0f}" for r in run.reading},
+        },
+    )
 
 
 def passkey_table(layout: Layout) -> str:
@@ -88,6 +97,7 @@ def passkey_table(layout: Layout) -> str:
 TABLES: Mapping[str, Callable[[Layout], str]] = {
     "architectures": architectures_table,
     "extrapolation": extrapolation_table,
+    "reading": reading_table,
     "passkey": passkey_table,
     "patterns": patterns_table,
 }
@@ -148,6 +158,13 @@ def _cell(values: Sequence[float], form: str) -> str:
 
 def _scores(run: Run, label: str) -> dict[int, str]:
     return {length: f"{value:.2f}" for length, value in run.scores(label, PERPLEXITY).items()}
+
+
+def _tables_by_length(layout: Layout, measures: Mapping[str, Callable[[Run], Mapping[int, str]]]) -> str:
+    """Returns a table for each measure of which anything is there, by its title."""
+    runs = {name: first_seed(layout, name) for name in ARCHITECTURES}
+    tables = [_by_length(title, {name: read(run) for name, run in runs.items()}) for title, read in measures.items()]
+    return "\n\n".join(table for table in tables if table)
 
 
 def _by_length(title: str, found: Mapping[str, Mapping[int, str]]) -> str:
