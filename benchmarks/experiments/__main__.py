@@ -4,8 +4,8 @@
     python -m benchmarks.experiments architectures --data data/prose --folder runs/paper --minutes 9
     python -m benchmarks.experiments architectures --folder runs/paper --table --plot architectures.png
 
-Experiments: architectures, extrapolation, reading, passkey, patterns. The same command goes on where it was stopped, by a
-signal or by --minutes. Exit codes: 0 when all jobs are done, 75 when time was up, 1 when a job failed.
+Experiments: architectures, extrapolation, reading, passkey, patterns. The same command goes on where it was stopped, by
+a signal or by --minutes. Exit codes: 0 when all jobs are done, 75 when time was up, 1 when a job failed.
 """
 
 import argparse
