@@ -17,6 +17,7 @@ ARCHITECTURE_RUNS, PATTERN_RUNS, TUNED = "architectures", "patterns", "passkey"
 TABLE, FAR, DOCUMENTS, JOINED, GRID, LONG_GRID = "table", "far", "documents", "joined", "grid", "long-grid"
 _DOCUMENTS_JOB = "passkey-documents"
 _READ_DOCUMENTS = 24  # long documents, at most
+SWEEP_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Plan:
 
     Args:
         models: names of its table, in order.
-        seeds: of weights and data order; a sweep takes the first, as what follows on a trained model does.
+        seeds: of weights and data order; what goes on with a trained model takes that of the first.
         rates: learning rates; a single one is taken without a sweep.
         vocab_size: of the data's tokenizer.
     """
@@ -97,10 +98,12 @@ def passkey(plan: Plan) -> list[Job]:
 def patterns(plan: Plan) -> list[Job]:
     """What the paper leaves open: orders and shares of layers, windows, heads, states; all at Samba's learning rate."""
     found = list(_sweep(plan, SAMBA))
-    runs = [(name, f"{PATTERN_RUNS}/{name}/{turn_of_seed(seed)}") for seed in plan.seeds for name in plan.models]
-    for (name, run), seed in zip(runs, [seed for seed in plan.seeds for _ in plan.models], strict=True):
-        found += [_pretrained(plan, PATTERNS[name], (PATTERN_RUNS, name), seed=seed, rates_of=SAMBA)]
-        found += [_perplexity(plan, run, TABLE, plan.scale.pattern_lengths, plan.data.held_out)]
+    runs = []
+    for seed in plan.seeds:
+        for name in plan.models:
+            found += [_pretrained(plan, PATTERNS[name], (PATTERN_RUNS, name), seed=seed, rates_of=SAMBA)]
+            runs.append((name, found[-1].name))
+            found += [_perplexity(plan, found[-1].name, TABLE, plan.scale.pattern_lengths, plan.data.held_out)]
     found += [_documents(plan)]
     for name, run in runs:
         found += _tuned(plan, PATTERNS[name], run, lengths=plan.scale.passkey.pattern_lengths, is_long=False)
@@ -124,7 +127,7 @@ def _run_name(model: str, seed: int) -> str:
 def _sweep(plan: Plan, model: str) -> Iterator[Job]:
     for rate in plan.rates if len(plan.rates) > 1 else ():
         name = f"{ARCHITECTURE_RUNS}/{model}/{turn_of_rate(rate)}"
-        write = partial(_write_pretraining, plan, ARCHITECTURES[model], name, plan.seeds[0], lambda rate=rate: rate)
+        write = partial(_write_pretraining, plan, ARCHITECTURES[model], name, SWEEP_SEED, lambda rate=rate: rate)
         yield _training(plan, name, needs=(), prepare=partial(write, plan.scale.sweep_tokens))
 
 
