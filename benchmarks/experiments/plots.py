@@ -49,14 +49,15 @@ def _architectures(layout: Layout, figure: Any) -> None:
 
 
 def _extrapolation(layout: Layout, figure: Any) -> None:
-    windows, texts = figure.subplots(1, 2)
+    windows, documents, text = figure.subplots(1, 3)
     for number, (name, variant) in enumerate(ARCHITECTURES.items()):
         run = first_seed(layout, name)
         _line(windows, run.scores(FAR, PERPLEXITY).items(), number, variant.title)
-        joined = run.scores(JOINED, PERPLEXITY) or run.scores(DOCUMENTS, PERPLEXITY)
-        _line(texts, joined.items(), number, variant.title)
+        _line(documents, run.scores(DOCUMENTS, PERPLEXITY).items(), number, variant.title)
+        _line(text, run.scores(JOINED, PERPLEXITY).items(), number, variant.title)
     _over_lengths(windows, "perplexity of windows")
-    _over_lengths(texts, "perplexity up to there in one text")
+    _over_lengths(documents, "perplexity of the first tokens of documents")
+    _over_lengths(text, "perplexity of the first tokens of one text")
 
 
 def _reading(layout: Layout, figure: Any) -> None:
@@ -96,6 +97,7 @@ def _patterns(layout: Layout, figure: Any) -> None:
             axes.errorbar(speed, loss, yerr=spread, fmt="o", markersize=4, capsize=2)
             axes.annotate(variant.title, (speed, loss), fontsize=7, xytext=(4, 2), textcoords="offset points")
     axes.set(xlabel="tokens a second in training", ylabel="held-out loss, nats a token")
+    axes.margins(x=0.15)
 
 
 _PLOTS: Mapping[str, Callable[[Layout, Any], None]] = {
@@ -115,10 +117,14 @@ def _line(axes: Any, points: Iterable[tuple[float, float]], number: int, title: 
 
 
 def _over_lengths(axes: Any, name: str) -> None:
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     axes.set_xscale("log", base=2)
     ticks = sorted({int(x) for line in axes.lines for x in line.get_xdata()})
-    axes.set_xticks(ticks, [shown_tokens(tick) for tick in ticks], fontsize=8)
-    axes.minorticks_off()
+    axes.set_xticks(ticks, [shown_tokens(tick) for tick in ticks], fontsize=7)
     axes.set(xlabel="tokens", ylabel=name, yscale="log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     if axes.lines:
         axes.legend(fontsize=8)

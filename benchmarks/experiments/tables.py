@@ -30,7 +30,9 @@ def architectures_table(layout: Layout) -> str:
         name: {_rate(run): f"{run.held_out[-1][1]:.4f}" for run in runs if run.is_complete and run.held_out}
         for name, runs in sweeps.items()
     }
-    swept = [[ARCHITECTURES[name].title, *(found.get(rate, "") for rate in rates)] for name, found in losses.items()]
+    swept = [
+        [ARCHITECTURES[name].title, *(found.get(rate, "") for rate in rates)] for name, found in losses.items() if found
+    ]
     seeds = {name: _complete(turns(layout.run(ARCHITECTURE_RUNS, name), "seed")) for name in ARCHITECTURES}
     shown = {ARCHITECTURES[name].title: runs for name, runs in seeds.items() if runs}
     sweep_title = (
