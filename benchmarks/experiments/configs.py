@@ -1,0 +1,102 @@
+"""A run's YAML file: what all models share, and what one has of its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .layout import DataFolder
+from .models import ExperimentError
+from .scales import Scale
+
+
+def pretraining(
+    model: Mapping[str, Any], scale: Scale, data: DataFolder, *, run: Path, seed: int, peak_lr: float, tokens: int
+) -> dict[str, Any]:
+    """Returns the values of a run from drawn weights: the paper's recipe at 421M, but for a longer warm-up."""
+    steps = max(1, tokens // scale.batch_tokens)
+    return {
+        "format_version": 1,
+        "run": {"dir": str(run), "seed": seed},
+        "model": dict(model),
+        "data": {
+            "train": str(data.train.resolve()),
+            "validation": str(data.held_out.resolve()),
+            "validation_fraction": 0,
+            "sequence_length": scale.length,
+        },
+        "train": {
+            "steps": steps,
+            "global_batch_tokens": scale.batch_tokens,
+            "micro_batch_size": scale.micro_batch,
+            "precision": scale.precision,
+        },
+        # 1% of so few steps would be about ten.
+        "optimizer": _optimizer(peak_lr, warmup_fraction=0.05),
+        "validation": {"every_steps": max(1, steps // 4), "tokens": scale.text_tokens, "length_multiples": [1]},
+        **_saved(steps),
+    }
+
+
+def passkey_tuning(
+    model: Mapping[str, Any], scale: Scale, documents: Path, *, run: Path, start: Path, seed: int
+) -> dict[str, Any]:
+    """Returns the values of a run that starts from trained weights, on passkey documents as in configs/finetune/."""
+    passkey = scale.passkey
+    length = min(passkey.lengths)
+    return {
+        "format_version": 1,
+        "run": {"dir": str(run), "seed": seed},
+        "model": dict(model),
+        "data": {
+            "train": str(documents.resolve()),
+            "packing": "documents",
+            "sequence_length": length,
+            "validation_fraction": 0.02,
+        },
+        "train": {
+            "init_from": str(start.resolve()),
+            "steps": passkey.steps,
+            "global_batch_tokens": passkey.batch * length,
+            "micro_batch_size": min(scale.micro_batch, passkey.batch),
+            "precision": scale.precision,
+        },
+        "optimizer": _optimizer(passkey.peak_lr, warmup_fraction=0.5),
+        "validation": {
+            "every_steps": max(1, passkey.steps // 8),
+            "tokens": scale.text_tokens,
+            "length_multiples": [1],
+        },
+        **_saved(passkey.steps),
+    }
+
+
+def _optimizer(peak_lr: float, *, warmup_fraction: float) -> dict[str, Any]:
+    return {
+        "peak_lr": peak_lr,
+        "final_lr_ratio": 0.1,
+        "schedule": "cosine",
+        "warmup_fraction": warmup_fraction,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+    }
+
+
+def _saved(steps: int) -> dict[str, Any]:
+    return {"checkpoint": {"every_steps": max(1, steps // 4), "keep": 1}, "reporting": {"writers": []}}
+
+
+def write_config(values: Mapping[str, Any], path: Path) -> None:
+    """Writes a config, which must not differ from the one that is there: its run may have begun.
+
+    Raises:
+        ExperimentError: it differs.
+    """
+    text = yaml.safe_dump(dict(values), sort_keys=False)
+    if path.exists() and path.read_text() != text:
+        raise ExperimentError(f"{path} was written with other settings: give those again, or another --folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -1,0 +1,251 @@
+"""Which jobs each experiment has, in the order in which they are worth their time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from . import jobs
+from .configs import passkey_tuning, pretraining, write_config
+from .jobs import Job
+from .layout import DataFolder, Layout
+from .models import ARCHITECTURES, PATTERNS, SAMBA, ExperimentError, Variant, fitted_model
+from .results import best_rate
+from .scales import Scale
+
+ARCHITECTURE_RUNS, PATTERN_RUNS, TUNED = "architectures", "patterns", "passkey"
+TABLE, FAR, DOCUMENTS, JOINED, GRID, LONG_GRID = "table", "far", "documents", "joined", "grid", "long-grid"
+_DOCUMENTS_JOB = "passkey-documents"
+_READ_DOCUMENTS = 24  # long documents, at most
+SWEEP_SEED = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment is asked for.
+
+    Args:
+        models: names of its table, in order.
+        seeds: of weights and data order; what goes on with a trained model takes that of the first.
+        rates: learning rates; a single one is taken without a sweep.
+        vocab_size: of the data's tokenizer.
+    """
+
+    layout: Layout
+    data: DataFolder
+    scale: Scale
+    models: Sequence[str]
+    seeds: Sequence[int]
+    rates: Sequence[float]
+    vocab_size: int
+
+
+def turn_of_seed(seed: int) -> str:
+    return f"seed{seed}"
+
+
+def turn_of_rate(rate: float) -> str:
+    return f"lr{rate:g}"
+
+
+def sweep(plan: Plan) -> list[Job]:
+    """Short runs of every architecture at each learning rate."""
+    return [job for name in plan.models for job in _sweep(plan, name)]
+
+
+def architectures(plan: Plan) -> list[Job]:
+    """The paper's comparison: every model at its own learning rate, and its perplexity at the table's lengths."""
+    found = sweep(plan)
+    for seed in plan.seeds:
+        for name in plan.models:
+            found += [_architecture(plan, name, seed=seed)]
+            found += [_perplexity(plan, _run_name(name, seed), TABLE, plan.scale.lengths, plan.data.held_out)]
+    return found
+
+
+def extrapolation(plan: Plan) -> list[Job]:
+    """Perplexity of the trained architectures at lengths far beyond that of training."""
+    scale, found = plan.scale, _first_seeds(plan)
+    for name in plan.models:
+        run = _run_name(name, plan.seeds[0])
+        far = [] if ARCHITECTURES[name].grows else list(scale.long_lengths)
+        found += [_perplexity(plan, run, FAR, scale.far_lengths, plan.data.long, tokens=2 * scale.text_tokens)]
+        found += [_sliding(plan, run, DOCUMENTS, length=scale.document_length, texts=_READ_DOCUMENTS, join=False)]
+        if far:
+            found += [_sliding(plan, run, JOINED, length=far[-1], texts=1, join=True)]
+    return found
+
+
+def reading(plan: Plan) -> list[Job]:
+    """Memory and speed of the trained architectures by length; a GPU should have nothing else to do."""
+    scale, found = plan.scale, _first_seeds(plan)
+    for name in plan.models:
+        far = [] if ARCHITECTURES[name].grows else list(scale.long_lengths)
+        found += [_reading(plan, _run_name(name, plan.seeds[0]), [*scale.far_lengths, *far])]
+    return found
+
+
+def passkey(plan: Plan) -> list[Job]:
+    """The trained architectures, tuned on short passkey documents and asked for keys in long ones."""
+    found = [*_first_seeds(plan), _documents(plan)]
+    for name in plan.models:
+        start = _run_name(name, plan.seeds[0])
+        grows = ARCHITECTURES[name].grows
+        found += _tuned(plan, ARCHITECTURES[name], start, lengths=plan.scale.passkey.lengths, is_long=not grows)
+    return found
+
+
+def patterns(plan: Plan) -> list[Job]:
+    """What the paper leaves open: orders and shares of layers, windows, heads, states; all at Samba's learning rate."""
+    found = list(_sweep(plan, SAMBA))
+    runs = []
+    for seed in plan.seeds:
+        for name in plan.models:
+            found += [_pretrained(plan, PATTERNS[name], (PATTERN_RUNS, name), seed=seed, rates_of=SAMBA)]
+            runs.append((name, found[-1].name))
+            found += [_perplexity(plan, found[-1].name, TABLE, plan.scale.pattern_lengths, plan.data.held_out)]
+    found += [_documents(plan)]
+    for name, run in runs:
+        found += _tuned(plan, PATTERNS[name], run, lengths=plan.scale.passkey.pattern_lengths, is_long=False)
+    return found
+
+
+EXPERIMENTS: Mapping[str, tuple[Callable[[Plan], list[Job]], Mapping[str, Variant], Sequence[str]]] = {
+    "architectures": (architectures, ARCHITECTURES, tuple(ARCHITECTURES)),
+    "extrapolation": (extrapolation, ARCHITECTURES, tuple(ARCHITECTURES)),
+    "reading": (reading, ARCHITECTURES, (SAMBA, "llama", "llama-swa", "mamba")),
+    "passkey": (passkey, ARCHITECTURES, (SAMBA, "llama-swa", "llama")),
+    "patterns": (patterns, PATTERNS, tuple(PATTERNS)),
+}
+"""By name: the jobs, the table of models, and the models that are taken where none are named."""
+
+
+def _run_name(model: str, seed: int) -> str:
+    return f"{ARCHITECTURE_RUNS}/{model}/{turn_of_seed(seed)}"
+
+
+def _sweep(plan: Plan, model: str) -> Iterator[Job]:
+    for rate in plan.rates if len(plan.rates) > 1 else ():
+        name = f"{ARCHITECTURE_RUNS}/{model}/{turn_of_rate(rate)}"
+        write = partial(_write_pretraining, plan, ARCHITECTURES[model], name, SWEEP_SEED, lambda rate=rate: rate)
+        yield _training(plan, name, needs=(), prepare=partial(write, plan.scale.sweep_tokens))
+
+
+def _first_seeds(plan: Plan) -> list[Job]:
+    """Trains the architectures, of which nothing is done again that `architectures` has done in the same folder."""
+    return sweep(plan) + [_architecture(plan, name, seed=plan.seeds[0]) for name in plan.models]
+
+
+def _architecture(plan: Plan, name: str, *, seed: int) -> Job:
+    return _pretrained(plan, ARCHITECTURES[name], (ARCHITECTURE_RUNS, name), seed=seed, rates_of=name)
+
+
+def _pretrained(plan: Plan, variant: Variant, of: tuple[str, str], *, seed: int, rates_of: str) -> Job:
+    """Trains a model in full.
+
+    Args:
+        of: the experiment and the model's name.
+        rates_of: the architecture whose sweep chooses the learning rate.
+    """
+    name = "/".join((*of, turn_of_seed(seed)))
+    swept = [f"{ARCHITECTURE_RUNS}/{rates_of}/{turn_of_rate(rate)}" for rate in plan.rates]
+    needs = swept if len(swept) > 1 else ()
+    write = partial(_write_pretraining, plan, variant, name, seed, lambda: _rate(plan, rates_of))
+    return _training(plan, name, needs=needs, prepare=partial(write, plan.scale.tokens))
+
+
+def _rate(plan: Plan, model: str) -> float:
+    if len(plan.rates) == 1:
+        return plan.rates[0]
+    runs = {rate: plan.layout.run(ARCHITECTURE_RUNS, model, turn_of_rate(rate)) for rate in plan.rates}
+    rate = best_rate(runs)
+    if rate is None:
+        raise ExperimentError(f"the sweep of {model} has no held-out loss: see the runs {', '.join(map(str, runs))}")
+    return rate
+
+
+def _write_pretraining(
+    plan: Plan, variant: Variant, name: str, seed: int, rate: Callable[[], float], tokens: int
+) -> None:
+    model = fitted_model(variant, plan.scale, vocab_size=plan.vocab_size)
+    run = plan.layout.run(name).resolve()
+    values = pretraining(model, plan.scale, plan.data, run=run, seed=seed, peak_lr=rate(), tokens=tokens)
+    write_config(values, plan.layout.config(name))
+
+
+def _training(plan: Plan, name: str, *, needs: Sequence[str], prepare: Callable[[], None]) -> Job:
+    config = plan.layout.config(name)
+    return jobs.training(name, config, plan.layout.run(name), needs=needs, prepare=prepare)
+
+
+def _documents(plan: Plan) -> Job:
+    made = plan.scale.passkey
+    return jobs.passkey_documents(
+        _DOCUMENTS_JOB,
+        _documents_prefix(plan),
+        tokenizer=plan.data.tokenizer,
+        documents=made.documents,
+        tokens=min(made.lengths),
+    )
+
+
+def _documents_prefix(plan: Plan) -> Path:
+    return plan.layout.folder / "documents" / "passkey"
+
+
+def _tuned(plan: Plan, variant: Variant, start: str, *, lengths: Sequence[int], is_long: bool) -> list[Job]:
+    """Tunes a run on passkeys and asks for keys in texts of several lengths.
+
+    Args:
+        start: name of the run.
+        is_long: whether the first of the scale's long lengths is asked for as well.
+    """
+    name, passkey = f"{TUNED}/{start}", plan.scale.passkey
+    run = plan.layout.run(name)
+
+    def prepare() -> None:
+        model = fitted_model(variant, plan.scale, vocab_size=plan.vocab_size)
+        documents, first = _documents_prefix(plan), plan.layout.run(start)
+        seed = plan.seeds[0]
+        values = passkey_tuning(model, plan.scale, documents, run=run.resolve(), start=first, seed=seed)
+        write_config(values, plan.layout.config(name))
+
+    grids = [(GRID, lengths, passkey.samples)]
+    grids += [(LONG_GRID, plan.scale.long_lengths[:1], passkey.long_samples)] if is_long else []
+    found = [_training(plan, name, needs=(start, _DOCUMENTS_JOB), prepare=prepare)]
+    for label, asked, samples in grids:
+        keys = [f"lengths={list(asked)}", f"depths={passkey.depths}", f"samples={samples}"]
+        found.append(_evaluation(plan, name, label, task="passkey", keys=keys, data=()))
+    return found
+
+
+def _perplexity(
+    plan: Plan, run: str, label: str, lengths: Sequence[int], data: Path, *, tokens: int | None = None
+) -> Job:
+    keys = [f"lengths={list(lengths)}", f"tokens={tokens or plan.scale.text_tokens}"]
+    return _evaluation(plan, run, label, task="perplexity", keys=keys, data=(data,))
+
+
+def _sliding(plan: Plan, run: str, label: str, *, length: int, texts: int, join: bool) -> Job:
+    keys = [f"length={length}", f"documents={texts}", f"join={str(join).lower()}"]
+    data = (plan.data.long, plan.data.held_out) if join else (plan.data.long,)
+    return _evaluation(plan, run, label, task="sliding", keys=keys, data=data)
+
+
+def _evaluation(plan: Plan, run: str, label: str, *, task: str, keys: Sequence[str], data: Sequence[Path]) -> Job:
+    return jobs.evaluation(
+        f"{run}/{label}",
+        plan.layout.run(run),
+        label,
+        task=task,
+        keys=[key.replace(" ", "") for key in keys],
+        data=data,
+        precision=plan.scale.precision,
+        batch_tokens=plan.scale.evaluation_tokens,
+        needs=(run,),
+    )
+
+
+def _reading(plan: Plan, run: str, lengths: Sequence[int]) -> Job:
+    place = plan.layout.run(run)
+    return jobs.reading(f"{run}/reading", place, lengths=lengths, precision=plan.scale.precision, needs=(run,))

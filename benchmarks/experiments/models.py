@@ -1,0 +1,117 @@
+"""The models as a table, each fitted to one number of parameters by the width of its MLPs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sambalm.model.config import ModelConfig
+from sambalm.model.parameters import count_parameters
+
+from .scales import Scale
+
+
+class ExperimentError(Exception):
+    """A mistake that the user can mend, as one sentence."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of a comparison.
+
+    Args:
+        title: as tables show it.
+        block: letters of a layer pattern.
+        share: sublayers over those of the model of Mamba layers alone.
+        keys: of the section `model`, over what all models share; of `heads` multiples of the scale's.
+        window_share: window over the scale's.
+    """
+
+    title: str
+    block: str
+    share: float = 1.0
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    window_share: float = 1.0
+    heads_share: float = 1.0
+    kv_share: float = 1.0
+
+    @property
+    def grows(self) -> bool:
+        """Whether its state grows with the text."""
+        return "F" in self.block
+
+
+SAMBA = "samba"
+ARCHITECTURES = {
+    SAMBA: Variant("Samba", "M-*-"),
+    "llama": Variant("Llama, full attention", "F-"),
+    "llama-swa": Variant("Llama-SWA", "*-"),
+    "mamba": Variant("Mamba", "M"),
+    "mamba-swa-mlp": Variant("Mamba-SWA-MLP", "M*-"),
+    "mlp2-swa-mlp": Variant("MLP2-SWA-MLP", "=-*-"),
+    "samba-nope": Variant("Samba-NoPE", "M-*-", keys={"rope_base": None}),
+}
+_WINDOWS = {"256": 1 / 8, "512": 1 / 4, "1024": 1 / 2, "4096": 2.0}  # of a scale whose window is 2048
+PATTERNS = {
+    SAMBA: ARCHITECTURES[SAMBA],
+    "attention-first": Variant("attention before Mamba", "*-M-"),
+    "mamba-swa-mlp": ARCHITECTURES["mamba-swa-mlp"],
+    "mamba-3-of-4": Variant("3 Mamba to 1 attention", "M-M-M-*-"),
+    "mamba-1-of-4": Variant("1 Mamba to 3 attention", "M-*-*-*-"),
+    "mamba-mlp": Variant("Mamba and MLP", "M-"),
+    "swa-mlp": ARCHITECTURES["llama-swa"],
+    "mamba-below": Variant("all Mamba below all attention", "M-M-M-M-*-*-*-*-"),
+    "attention-below": Variant("all attention below all Mamba", "*-*-*-*-M-M-M-M-"),
+    "no-mlp": Variant("Mamba and attention", "M*", share=1.25),
+    "pairs": Variant("two mixers, then two MLPs", "M*--"),
+    **{f"window-{name}": Variant(f"window {name}", "M-*-", window_share=share) for name, share in _WINDOWS.items()},
+    "heads-half": Variant("half the heads", "M-*-", heads_share=0.5, kv_share=0.5),
+    "heads-twice": Variant("twice the heads", "M-*-", heads_share=2.0, kv_share=2.0),
+    "kv-quarter": Variant("a quarter of the key and value heads", "M-*-", kv_share=0.25),
+    "state-8": Variant("8 states", "M-*-", keys={"d_state": 8}),
+    "state-32": Variant("32 states", "M-*-", keys={"d_state": 32}),
+    "state-64": Variant("64 states", "M-*-", keys={"d_state": 64}),
+    "conv-2": Variant("a convolution of 2 taps", "M-*-", keys={"d_conv": 2}),  # the model takes no fewer
+}
+
+
+def fitted_model(variant: Variant, scale: Scale, *, vocab_size: int) -> dict[str, Any]:
+    """Returns the section `model` of a variant with as many parameters as the model of Mamba layers alone.
+
+    Raises:
+        ExperimentError: no width of its MLPs brings it within the scale's tolerance.
+    """
+    target = _parameters(_section(ARCHITECTURES["mamba"], scale, vocab_size=vocab_size))
+    section = _section(variant, scale, vocab_size=vocab_size)
+    if "-" in section["pattern"]:
+        step = scale.mlp_multiple
+        narrow, wide = (_parameters(section | {"mlp_size": step * times}) for times in (1, 2))
+        times = 1 + round((target - narrow) / (wide - narrow))
+        section["mlp_size"] = step * max(times, 1)
+    found = _parameters(section)
+    if abs(found - target) > scale.tolerance * target:
+        raise ExperimentError(
+            f"the pattern {section['pattern']} gives {found:,} parameters, where {target:,} are asked for: change its "
+            "number of sublayers in benchmarks/experiments/models.py"
+        )
+    return section
+
+
+def _section(variant: Variant, scale: Scale, *, vocab_size: int) -> dict[str, Any]:
+    times = max(1, round(scale.sublayers * variant.share / len(variant.block)))
+    section: dict[str, Any] = {"pattern": f"{variant.block} x {times}", "hidden_size": scale.hidden_size}
+    section |= {"vocab_size": vocab_size, "tie_embeddings": True}
+    letters = set(variant.block)
+    if letters & {"*", "F"}:
+        section["num_query_heads"] = round(scale.heads * variant.heads_share)
+        section["num_kv_heads"] = max(1, round(scale.heads * variant.kv_share))
+    if "*" in letters:
+        section["window"] = round(scale.window * variant.window_share)
+    if "-" in letters:
+        section["mlp_size"] = scale.mlp_multiple
+    if "=" in letters:
+        section["mixers"] = {"mlp2": {"size": 2 * scale.hidden_size}}
+    return section | dict(variant.keys)
+
+
+def _parameters(section: Mapping[str, Any]) -> int:
+    return count_parameters(ModelConfig(**section))["total"]

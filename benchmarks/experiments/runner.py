@@ -1,0 +1,133 @@
+"""Starts jobs, one on each place of a GPU at a time, and stops them all before a deadline."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from .jobs import Job
+from .layout import Layout
+from .models import ExperimentError
+
+POLL_S = 0.2
+SAVE_S, START_S = 25.0, 30.0
+GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+class Ending(Enum):
+    """What is true of the jobs at the end of a call."""
+
+    DONE = "all are done"
+    FAILED = "one has failed"
+    LEFT = "time was up"
+
+
+@dataclass
+class _Runner:
+    layout: Layout
+    places: list[str | None]
+    running: dict[str, tuple[subprocess.Popen[bytes], str | None, float]] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def ready(self, jobs: Sequence[Job]) -> list[Job]:
+        """Returns the jobs that may be started."""
+        begun = self.done | self.failed.keys() | self.running.keys()
+        return [job for job in jobs if job.name not in begun and self.done.issuperset(job.needs)]
+
+    def start(self, job: Job, place: str | None) -> None:
+        try:
+            job.prepare()
+        except ExperimentError as error:
+            self._fail(job.name, str(error))
+            self.places.append(place)
+            return
+        log = self.layout.log(job.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | ({GPU_VARIABLE: place} if place is not None else {})
+        with log.open("ab") as file:
+            process = subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)
+        self.running[job.name] = process, place, time.monotonic()
+        print(f"started   {job.name}{f' on GPU {place}' if place is not None else ''}", flush=True)
+
+    def collect(self, jobs: Sequence[Job], *, stopping: bool) -> None:
+        """Takes the jobs that have ended from those that run."""
+        for job in jobs:
+            if job.name not in self.running or (code := self.running[job.name][0].poll()) is None:
+                continue
+            _, place, began_s = self.running.pop(job.name)
+            self.places.append(place)
+            if job.is_done():
+                self.done.add(job.name)
+                print(f"done      {job.name} after {time.monotonic() - began_s:.0f} s", flush=True)
+            elif stopping:
+                print(f"stopped   {job.name}", flush=True)
+            else:
+                log = self.layout.log(job.name)
+                self._fail(job.name, f"exit code {code}, {_last_line(log)} ({log})")
+
+    def signal(self, number: signal.Signals) -> None:
+        for process, _, _ in self.running.values():
+            process.send_signal(number)
+
+    def _fail(self, name: str, reason: str) -> None:
+        self.failed[name] = reason
+        print(f"failed    {name}: {reason}", flush=True)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    layout: Layout,
+    *,
+    places: Sequence[str | None],
+    minutes: float | None,
+    save_s: float = SAVE_S,
+    start_s: float = START_S,
+) -> Ending:
+    """Runs what is not done.
+
+    A job that fails is not started again by this call, nor what needs it.
+
+    Args:
+        places: numbers of GPUs, each as often as it takes jobs at a time; None for the CPU.
+        minutes: after which no job runs any more; None for no limit.
+        save_s: that jobs have between the signal and the deadline.
+        start_s: a job is not started for less.
+    """
+    end_s = time.monotonic() + 60 * minutes if minutes else float("inf")
+    runner = _Runner(layout, list(places), done={job.name for job in jobs if job.is_done()})
+    print(f"{len(runner.done)} of {len(jobs)} jobs were done before", flush=True)
+    try:
+        while time.monotonic() < end_s - save_s:
+            runner.collect(jobs, stopping=False)
+            ready = runner.ready(jobs)
+            if ready and runner.places and time.monotonic() < end_s - save_s - start_s:
+                runner.start(ready[0], runner.places.pop(0))
+            elif not runner.running:
+                break
+            else:
+                time.sleep(POLL_S)
+    finally:
+        _stop(runner, jobs, kill_s=min(end_s, time.monotonic() + save_s))
+    left = [job.name for job in jobs if not job.is_done()]
+    print(f"left: {', '.join(left)}" if left else "all jobs are done", flush=True)
+    return Ending.FAILED if runner.failed else Ending.LEFT if left else Ending.DONE
+
+
+def _stop(runner: _Runner, jobs: Sequence[Job], *, kill_s: float) -> None:
+    """Lets the jobs save and leave, and kills those that are still there at some moment."""
+    runner.signal(signal.SIGTERM)
+    while runner.running:
+        if time.monotonic() > kill_s:
+            runner.signal(signal.SIGKILL)
+        time.sleep(POLL_S)
+        runner.collect(jobs, stopping=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
