@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.window_attention import window_attention
 
 from .configuration_samba import SambaConfig
@@ -18,6 +19,7 @@ from .operations import IN_TORCH, Operations
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FEW_TOKENS = 8  # of a call of the delta rule
 WHOLE_QUERIES = 1024  # cuDNN compiles a graph for each length; multiples of this are few
 
 
@@ -51,6 +53,7 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
         window_attention=partial(_attention, best.attention, any_length.attention),
         rotary=best.elementwise.rotary,
         swiglu=best.elementwise.swiglu,
+        delta_rule=partial(_delta_rule, best.delta_rule),
     )
 
 
@@ -83,6 +86,11 @@ def _scan(
     if dt_bias is None:
         dt_bias = torch.zeros_like(options["D"])
     return kernel(*tensors, dt_bias=dt_bias, **options)
+
+
+def _delta_rule(kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, **options: Any) -> Any:
+    """A kernel for many tokens, and PyTorch for the few of a generation, which do not fill a chunk."""
+    return (kernel if tensors[0].shape[1] > FEW_TOKENS else gated_delta_rule)(*tensors, **options)
 
 
 def _attention(

@@ -23,6 +23,7 @@ class KernelNames:
     attention: str
     norm: str
     elementwise: str
+    delta_rule: str = "torch"
     device: str = "cuda"
 
     def __str__(self) -> str:

@@ -34,6 +34,7 @@ class KernelRequirements:
     precision: Literal["bf16", "fp16", "fp32"]  # of activations
     d_state: int = 16  # states of a channel that the scan holds
     d_conv: int = 4  # taps of the convolution
+    delta_key_dims: tuple[int, ...] = ()  # channels of a key of the delta rule, in each kind of layer with one
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether sequences hold several documents, which must not see each other
     attention_calls: tuple[AttentionCall, ...] = ()  # every one of a training step; none where they are not known
@@ -54,6 +55,7 @@ class Implementation:
     may_decline: bool = False  # whether it may raise DeclinedError when it is called
     max_d_state: int | None = None
     max_d_conv: int | None = None
+    max_delta_key_dim: int | None = None
     min_head_dim: int = 1
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
@@ -71,6 +73,9 @@ class Implementation:
             return f"model.d_state is {d_state} and it holds at most {self.max_d_state} states"
         if self.max_d_conv is not None and d_conv > self.max_d_conv:
             return f"model.d_conv is {d_conv} and it holds at most {self.max_d_conv} taps"
+        key_dim = max(requirements.delta_key_dims, default=0)
+        if self.max_delta_key_dim is not None and key_dim > self.max_delta_key_dim:
+            return f"the delta rule's head_dim is {key_dim} and it takes {self.max_delta_key_dim} at most"
         for head_dim in sorted({call.head_dim for call in requirements.attention_calls}):
             if reason := self._declines_head_dim(head_dim):
                 return f"the head dim is {head_dim} and {reason}"
@@ -121,6 +126,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "torch": _IN_TORCH,
     },
     "elementwise": {"compiled": Implementation(is_compiled=True), "torch": _IN_TORCH},
+    "delta_rule": {
+        # fla-core. fla/ops/kda/chunk.py refuses wider keys; its products are in half precision.
+        "fla": Implementation("fla.ops", is_extra=True, half_only=True, reads_documents=True, max_delta_key_dim=256),
+        "torch": _IN_TORCH,
+    },
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
+from sambalm.model.mixers.convolution import causal_conv
 from sambalm.model.mixers.mamba.context_parallel_scan import context_parallel_scan
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.layers.context_parallel import HaloExchange
 from sambalm.parallel.layers.linear import linear, linear_beside
 from sambalm.parallel.layers.tensor_parallel import (
     ColumnParallelLinear,
@@ -62,22 +62,12 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: Shard, taps: int, *, kernels: Kernels) -> None:
         super().__init__()
-        self.kernel, self.taps = kernels.conv, taps
+        self.kernel = kernels.conv
         self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
         self.bias = sharded_parameter((0,), {"bias": channels}, init=init.linear(taps))
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        if context.cp.size == 1:
-            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
-        reach = self.taps - 1
-        neighbours = HaloExchange(x_BSD, reach, cp=context.cp)
-        y_BSD = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
-        before = neighbours.wait()
-        start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
-        resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
-        y_start = self.kernel(start, self.weight, self.bias, resets=resets)
-        y_SBD = torch.cat((y_start[:, before.shape[1] :].transpose(0, 1), y_BSD[:, reach:].transpose(0, 1)))
-        return y_SBD.transpose(0, 1)  # so that it lies in memory as without neighbours
+        return causal_conv(self.kernel, x_BSD, self.weight, self.bias, context)
 
 
 class StateProjection(nn.Module):
