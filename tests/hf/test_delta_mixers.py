@@ -87,7 +87,7 @@ def test_a_stream_generates_and_is_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(sentencepiece_model, documents, tmp_path_factory):
-    config = config_of("G-K*", vocab_size=1200)
+    config = config_of("G-K*", vocab_size=1200, dt_rank=3)
     state = RandomState(config)
     output = tmp_path_factory.mktemp("export") / "model"
     output.mkdir()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sambalm.model.ops.registry import Kernels
     from sambalm.parallel.groups import TensorParallel
 
+CHUNK_TOKENS = 64  # of the kernels, here and there
 # The state decays, is read under the key, takes in a product of key and value, and is read by the query.
 RULE_FLOPS = 7
 # Of a value: casts, norm, activation, product.
@@ -170,8 +171,10 @@ class GatedDeltaNet(Mixer):
         total = a * T * (self._projected(config, share) + 2 * key + value)  # the projections, and conv's output
         if share.kernels.conv == "torch":
             total += a * T * (2 * key + value)  # the sum before SiLU
+            total += a * (2 * key + value) * sizes.d_conv if share.is_narrow else 0  # the weights' copy
         total += self._norm_bytes(config, share) + a * T * value  # and out_proj's input
-        return total
+        total += self._context_bytes(config, share, inside=inside)
+        return total + self._rule_bytes(config, share, columns=sizes.value_dim) if inside else total
 
     def _projected(self, config: "ModelConfig", share: Share) -> int:
         """Counts the features that one product makes of the stream, whose parts are views of it."""
@@ -179,7 +182,39 @@ class GatedDeltaNet(Mixer):
         return 2 * heads.key.length + 2 * heads.value.length + 2 * heads.numbers.held
 
     def _norm_bytes(self, config: "ModelConfig", share: Share) -> int:
-        return 0
+        """Counts what the norm keeps: its input alone where it is one kernel, else all factors in fp32."""
+        heads = self._heads(config, share.tensor_ranks)
+        elements, statistics = share.tokens * heads.value.length, FP32_BYTES * share.tokens * heads.heads.length
+        if share.kernels.elementwise == "compiled":
+            return share.activation_bytes * elements + statistics
+        factors = 3  # input, norm, activation
+        factors += share.kernels.device == "cpu"  # the input times its statistics
+        factors += share.is_narrow and not self.per_channel  # SiLU keeps its input, which is a copy
+        return FP32_BYTES * factors * elements + statistics
+
+    def _rule_bytes(self, config: "ModelConfig", share: Share, *, columns: int) -> int:
+        """Counts what the rule keeps besides its inputs, of states with so many columns."""
+        a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
+        if share.kernels.delta_rule == "torch":  # the states at the beginning of each chunk
+            states = share.sequences * heads.heads.length * config.sizes_of(self).head_dim * columns
+            return FP32_BYTES * math.ceil(share.part_tokens / CHUNK_TOKENS) * states
+        # Both of length one, their lengths, sums of decays, beta, and a triangular matrix of each chunk for the system.
+        count, decays = heads.heads.length, heads.key.length if self.per_channel else heads.heads.length
+        total = 2 * a * T * heads.key.length + FP32_BYTES * T * (2 * count + decays) + a * T * count
+        return total + (2 if self.per_channel else 1) * a * T * count * CHUNK_TOKENS
+
+    def _context_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        """Counts what passing states over context-parallel ranks keeps."""
+        sizes, heads = config.sizes_of(self), self._heads(config, share.tensor_ranks).heads.length
+        if share.context_ranks == 1:
+            return 0
+        columns = sizes.head_dim + sizes.value_dim
+        states = FP32_BYTES * share.sequences * heads * sizes.head_dim * columns
+        total = share.context_ranks * states  # what all ranks sent
+        if share.context_ranks == 2:
+            return total + states  # zeros, which the ends of the sequence send
+        total += share.activation_bytes * share.tokens * heads * columns  # the values with zeros beside them
+        return total + self._rule_bytes(config, share, columns=columns) if inside else total
 
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
         heads = self._heads(config, share.tensor_ranks)
@@ -216,7 +251,8 @@ class KimiDelta(GatedDeltaNet):
     def _projected(self, config: "ModelConfig", share: Share) -> int:
         heads, rank = self._heads(config, share.tensor_ranks), config.sizes_of(self).value_dim
         one_product = 2 * heads.key.length + heads.value.length + heads.numbers.held + 2 * rank
-        return one_product + heads.key.length + heads.value.length
+        gate = heads.value.length if share.kernels.elementwise == "compiled" else 0  # a sigmoid keeps its result
+        return one_product + heads.key.length + gate
 
 
 MIXER, KIMI = GatedDeltaNet(), KimiDelta()

@@ -82,8 +82,8 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        *sequences, A_log, dt_bias, resets = ctx.saved_tensors[:8]
-        states = ctx.saved_tensors[8:]
+        q, k, v, gate, beta, A_log, dt_bias, resets, *states = ctx.saved_tensors  # recomputation unpacks them once
+        sequences = (q, k, v, gate, beta)
         grads = [torch.empty_like(t) for t in sequences]
         grad_rates, grad_bias = torch.zeros_like(A_log), torch.zeros_like(dt_bias)
         for state, span in reversed(list(zip(states, _spans(grad_y.shape[1]), strict=True))):
