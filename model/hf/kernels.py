@@ -39,10 +39,11 @@ def has_kernels(device: torch.device) -> bool:
 def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> Operations:
     # Of a CPU's model none of it is needed.
     from sambalm.model.ops.config import KernelConfig
-    from sambalm.model.ops.implementations import KernelRequirements
+    from sambalm.model.ops.implementations import FLA_MAX_KEY_DIM, KernelRequirements
     from sambalm.model.ops.registry import build_kernels
 
-    needs = KernelRequirements("cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True)
+    sizes = {"d_state": d_state, "d_conv": d_conv, "delta_key_dims": (1,)}  # of others below
+    needs = KernelRequirements("cuda", precision, initial_states=True, **sizes)
     with torch.cuda.device(index):
         best = build_kernels(KernelConfig(), needs)
         any_length = build_kernels(KernelConfig(attention="torch" if precision == "fp32" else "torch-flash"), needs)
@@ -53,7 +54,7 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
         window_attention=partial(_attention, best.attention, any_length.attention),
         rotary=best.elementwise.rotary,
         swiglu=best.elementwise.swiglu,
-        delta_rule=partial(_delta_rule, best.delta_rule),
+        delta_rule=partial(_delta_rule, best.delta_rule, FLA_MAX_KEY_DIM),
     )
 
 
@@ -88,9 +89,13 @@ def _scan(
     return kernel(*tensors, dt_bias=dt_bias, **options)
 
 
-def _delta_rule(kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, **options: Any) -> Any:
+def _delta_rule(
+    kernel: Callable[..., tuple[Tensor, Tensor]], max_key_dim: int, q: Tensor, *tensors: Tensor, **options: Any
+) -> Any:
     """A kernel for many tokens, and PyTorch for the few of a generation, which do not fill a chunk."""
-    return (kernel if tensors[0].shape[1] > FEW_TOKENS else gated_delta_rule)(*tensors, **options)
+    _, tokens, _, key_dim = q.shape
+    fits = tokens > FEW_TOKENS and key_dim <= max_key_dim
+    return (kernel if fits else gated_delta_rule)(q, *tensors, **options)
 
 
 def _attention(

@@ -91,6 +91,7 @@ class Implementation:
         return None
 
 
+FLA_MAX_KEY_DIM = 256  # fla/ops/kda/chunk.py refuses wider keys
 _NVRTC = "cuda.bindings.nvrtc"  # comes with PyTorch's CUDA build
 _IN_TORCH = Implementation(runs_on_cpu=True)
 # By operation and name, best first. The last of each runs everywhere.
@@ -127,12 +128,19 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     },
     "elementwise": {"compiled": Implementation(is_compiled=True), "torch": _IN_TORCH},
     "delta_rule": {
-        # fla-core. fla/ops/kda/chunk.py refuses wider keys; its products are in half precision.
-        "fla": Implementation("fla.ops", is_extra=True, half_only=True, reads_documents=True, max_delta_key_dim=256),
+        # fla-core, whose products are in half precision.
+        "fla": Implementation(
+            "fla.ops", is_extra=True, half_only=True, reads_documents=True, max_delta_key_dim=FLA_MAX_KEY_DIM
+        ),
         "torch": _IN_TORCH,
     },
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
+
+
+def is_used(operation: str, requirements: KernelRequirements) -> bool:
+    """Whether a run may call an operation; of those that most models lack, only where a mixer says so."""
+    return bool(requirements.delta_key_dims) if operation == "delta_rule" else True
 
 
 def reads_documents(chosen: Mapping[str, str]) -> bool:

@@ -19,7 +19,7 @@ from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
 from sambalm.model.ops.cuda.scan_sizes import why_too_large
 from sambalm.model.ops.errors import DeclinedError
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, is_used, reads_documents
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
@@ -48,7 +48,7 @@ class Kernels:
     elementwise: Elementwise
     delta_rule: DeltaRuleKernel
     optimizer: type[torch.optim.AdamW]
-    names: tuple[str, ...]  # operation=implementation of each, as it runs in training, for the log
+    names: tuple[str, ...]  # operation=implementation of each that the model has, as it runs in training, for the log
     captures_documents: bool = True  # whether none reads the documents of a micro-batch on the host
 
     def recomputing(self) -> "Kernels":
@@ -93,6 +93,8 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
         KernelError: a kernel is asked for that cannot run here.
     """
     asked = dict.fromkeys(IMPLEMENTATIONS, "auto") | config.model_dump()
+    used = [operation for operation in IMPLEMENTATIONS if is_used(operation, requirements)]
+    asked |= {operation: "torch" for operation in IMPLEMENTATIONS if operation not in used}
     chosen = {
         operation: choose(operation, asked[operation], partial(why_unavailable, operation, requirements=requirements))
         for operation in IMPLEMENTATIONS
@@ -101,7 +103,7 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
     kernels["attention"] = _with_fallbacks("attention", chosen["attention"], requirements)
     return Kernels(
         **kernels,
-        names=tuple(f"{operation}={name}" for operation, name in chosen.items()),
+        names=tuple(f"{operation}={chosen[operation]}" for operation in used),
         captures_documents=not reads_documents(chosen),
     )
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.mixers.counts import KernelNames, Traffic
 from sambalm.model.ops.config import KernelConfig
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
+from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, is_used, reads_documents
 from sambalm.parallel.shard import Position
 from sambalm.pretrain.config import RunConfig
 
 KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
 
 
-TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", device="cpu")
+TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", delta_rule="torch", device="cpu")
 
 
 def planned_kernels(config: RunConfig) -> KernelNames:
@@ -35,13 +35,14 @@ def planned_kernels(config: RunConfig) -> KernelNames:
         tp=Position(config.parallel.tensor),
         cp=Position(config.parallel.context),
     )
-    asked = config.kernels.model_dump()
+    asked = {name: value for name, value in config.kernels.model_dump().items() if is_used(name, requirements)}
     return KernelNames(**{operation: _planned(operation, name, requirements) for operation, name in asked.items()})
 
 
 def are_captured(config: RunConfig, kernels: KernelNames) -> bool:
     """Whether a run's micro-batches could be CUDA graphs: the host may not have to read the documents of each."""
     chosen = {operation: getattr(kernels, operation) for operation in KernelConfig.model_fields}
+    chosen = {operation: name for operation, name in chosen.items() if name}
     return config.train.cuda_graphs and not (config.data.reset_at_document and reads_documents(chosen))
 
 

@@ -160,6 +160,7 @@ class GatedDeltaNet(Mixer):
         heads = self._heads(config, share.tensor_ranks)
         values = share.tokens * heads.value.length
         yield Convolution(share.tokens * (2 * heads.key.length + heads.value.length))
+        assert share.kernels.delta_rule is not None, "kernel_needs says that there is one"
         rule = MemoryPass(RULE[share.kernels.delta_rule], values)
         yield from [rule] * (2 if share.context_ranks > 1 else 1)  # as often as a rank between others runs it
         yield MemoryPass(GATED_NORM[share.kernels.elementwise], values)
