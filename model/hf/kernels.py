@@ -42,8 +42,9 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
     from sambalm.model.ops.implementations import FLA_MAX_KEY_DIM, KernelRequirements
     from sambalm.model.ops.registry import build_kernels
 
-    sizes = {"d_state": d_state, "d_conv": d_conv, "delta_key_dims": (1,)}  # of others below
-    needs = KernelRequirements("cuda", precision, initial_states=True, **sizes)
+    needs = KernelRequirements(
+        "cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True, delta_key_dims=(1,)
+    )
     with torch.cuda.device(index):
         best = build_kernels(KernelConfig(), needs)
         any_length = build_kernels(KernelConfig(attention="torch" if precision == "fp32" else "torch-flash"), needs)

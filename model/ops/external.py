@@ -97,7 +97,8 @@ def fla_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's chunked kernels, which take documents as one sequence of their own each."""
     name = "chunk_kda" if gate.dim() == 4 else "chunk_gated_delta_rule"
-    sequences, options = (q, k, v, gate, beta), {"initial_state": initial_state}
+    sequences: Iterable[Tensor] = (q, k, v, gate, beta)
+    options: dict[str, Any] = {"initial_state": initial_state}
     if resets is not None:
         begins = resets.clone()
         begins[:, 0] = True

@@ -53,7 +53,9 @@ class Kernels:
 
     def recomputing(self) -> "Kernels":
         """The same with the insides of scan, attention and delta rule computed again in the backward, not kept."""
-        again = {name: partial(recomputed, getattr(self, name)) for name in ("scan", "attention", "delta_rule")}
+        again: dict[str, Any] = {
+            name: partial(recomputed, getattr(self, name)) for name in ("scan", "attention", "delta_rule")
+        }
         return replace(self, **again)
 
 

@@ -152,9 +152,9 @@ def test_their_own_mistakes_are_refused_in_a_sentence():
         ({"dt_min": 1.0}, {}, "dt_min is 1.0, above dt_max 0.1"),
         ({"num_heads": 1}, {"tensor": 2}, r"num_heads is 1, less than parallel\.tensor 2"),
     ):
+        values = run_values(model={"pattern": "G", "mixers": {"gated_deltanet": sizes}}, parallel=parallel)
         with pytest.raises(ConfigError, match=words):
-            model = {"pattern": "G", "mixers": {"gated_deltanet": sizes}}
-            parse_config(run_values(model=model, parallel=parallel), source="test")
+            parse_config(values, source="test")
 
 
 def test_a_run_resumes_on_another_layout(request, tmp_path):

@@ -1,4 +1,4 @@
-"""Gated DeltaNet and Kimi Delta Attention with their heads dealt to tensor-parallel ranks (arXiv 2412.06464, 2510.26692).
+"""Gated DeltaNet (arXiv 2412.06464) and Kimi Delta Attention (arXiv 2510.26692), heads dealt to tensor-parallel ranks.
 
 S: sequence, B: batch, H: heads, K and V: channels of a key and a value, D: of all queries, keys and values.
 """
@@ -65,7 +65,7 @@ class KimiInputProjection(nn.Module):
         self.sizes = [[2 * share.key.length + share.value.length], [share.numbers.held], [rank, rank]]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Takes the stream to [S, B, D], the gate [S, B, values], decays [S, B, keys] and beta [S, B, H] of the rank."""
+        """Takes the stream to [S, B, D], the gate [S, B, values], decays [S, B, keys] and beta [S, B, H]."""
         down = copy_to_region(self.down, self.tp)
         qkv, b, f, g = linear_parts(x, self.wide, self.numbers, down, sizes=self.sizes, tp=self.tp)
         return qkv, linear(g, self.g_up), linear(f, self.f_up), b[..., : self.count]
@@ -136,7 +136,9 @@ class DeltaLayer(nn.Module):
         qkv_SBD, gate_SBD, decay, beta_SBH = self.in_proj(x)
         qkv_BSD = self.conv(qkv_SBD.transpose(0, 1), context)
         q, k, v = qkv_BSD.split(self.widths, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, self.head_dim), (k, self.head_dim), (v, self.value_dim)))
+        q, k, v = (
+            t.unflatten(-1, (-1, size)) for t, size in ((q, self.head_dim), (k, self.head_dim), (v, self.value_dim))
+        )
         dt_bias = self.dt_bias
         if self.per_channel:
             decay, dt_bias = (t.unflatten(-1, (-1, self.head_dim)) for t in (decay, dt_bias))

@@ -12,7 +12,7 @@ B: batch, L: length, H: heads, K and V: channels of a key and a value, C: tokens
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class _DeltaRule(torch.autograd.Function):
         for span in _spans(q.shape[1]):
             states.append(state)
             parts = (t[:, span] for t in (q, k, v, gate, beta))
-            y[:, span], state = _chunk(*parts, A_log, dt_bias, state, None if resets is None else resets[:, span])
+            y[:, span], state = _chunk(parts, A_log, dt_bias, state, None if resets is None else resets[:, span])
         ctx.save_for_backward(q, k, v, gate, beta, A_log, dt_bias, resets, *states)
         return y, state
 
@@ -89,12 +89,14 @@ class _DeltaRule(torch.autograd.Function):
         for state, span in reversed(list(zip(states, _spans(grad_y.shape[1]), strict=True))):
             given = [t.detach().requires_grad_() for t in (*(t[:, span] for t in sequences), A_log, dt_bias, state)]
             with torch.enable_grad():
-                results = _chunk(*given, None if resets is None else resets[:, span])
-            *found, rates, bias, grad_state = torch.autograd.grad(results, given, (grad_y[:, span], grad_state))
-            for whole, part in zip(grads, found, strict=True):
+                rates, bias, before = given[5:]
+                results = _chunk(given[:5], rates, bias, before, None if resets is None else resets[:, span])
+            found = torch.autograd.grad(results, given, (grad_y[:, span], grad_state))
+            *found_sequences, found_rates, found_bias, grad_state = found
+            for whole, part in zip(grads, found_sequences, strict=True):
                 whole[:, span] = part
-            grad_rates += rates
-            grad_bias += bias
+            grad_rates += found_rates
+            grad_bias += found_bias
         return *grads, grad_rates, grad_bias, grad_state, None
 
 
@@ -103,24 +105,19 @@ def _spans(length: int) -> Iterator[slice]:
 
 
 def _chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    beta: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    resets: Tensor | None,
+    sequences: Iterable[Tensor], A_log: Tensor, dt_bias: Tensor, state: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Runs the rule over one chunk, whose arguments are those of the whole sequence. Returns output and state."""
+    """Runs the rule over one chunk of q, k, v, gate and beta. Returns output and state."""
+    q, k, v, gate, beta = sequences
     dtype, work, per_channel = v.dtype, state.dtype, gate.dim() == 4
     q, k, v, gate, beta = (t.to(work) for t in (q, k, v, gate, beta))
     rates = A_log.exp().unsqueeze(-1) if per_channel else A_log.exp()
     decays_BHCK = (-rates * F.softplus(gate + dt_bias)).transpose(1, 2)
     if not per_channel:
         decays_BHCK = decays_BHCK.unsqueeze(-1)
-    q, k, v, beta = (t.transpose(1, 2) for t in (_of_length_one(q) / math.sqrt(q.shape[-1]), _of_length_one(k), v, beta))
+    q, k, v, beta = (
+        t.transpose(1, 2) for t in (_of_length_one(q) / math.sqrt(q.shape[-1]), _of_length_one(k), v, beta)
+    )
     beta = beta.sigmoid().unsqueeze(-1)
     # From the chunk's beginning to each token, itself included; fp32 would lose what differs after a strong decay.
     total = decays_BHCK.double().cumsum(2)
