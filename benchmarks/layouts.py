@@ -159,7 +159,7 @@ def kernels_here(config: RunConfig) -> KernelNames:
         cp=ContextParallel(size=config.parallel.context),
     )
     chosen = dict(name.split("=") for name in build_kernels(config.kernels, requirements).names)
-    return KernelNames(**{name: chosen[name] for name in KernelConfig.model_fields if name in chosen}, device=device)
+    return KernelNames(**{operation: chosen.get(operation) for operation in KernelConfig.model_fields}, device=device)
 
 
 def device_here() -> str | None:

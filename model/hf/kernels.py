@@ -43,7 +43,7 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
     from sambalm.model.ops.registry import build_kernels
 
     needs = KernelRequirements(
-        "cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True, delta_key_dims=(1,)
+        "cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True, operations=("delta_rule",)
     )
     with torch.cuda.device(index):
         best = build_kernels(KernelConfig(), needs)

@@ -34,6 +34,7 @@ class KernelRequirements:
     precision: Literal["bf16", "fp16", "fp32"]  # of activations
     d_state: int = 16  # states of a channel that the scan holds
     d_conv: int = 4  # taps of the convolution
+    operations: tuple[str, ...] = ()  # of BY_MIXERS, those that a layer of the model computes
     delta_key_dims: tuple[int, ...] = ()  # channels of a key of the delta rule, in each kind of layer with one
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether sequences hold several documents, which must not see each other
@@ -138,9 +139,15 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
 }
 
 
-def is_used(operation: str, requirements: KernelRequirements) -> bool:
-    """Whether a run may call an operation; of those that most models lack, only where a mixer says so."""
-    return bool(requirements.delta_key_dims) if operation == "delta_rule" else True
+# Operations that only some mixers have. A run without such a layer takes PyTorch's and names none.
+BY_MIXERS = frozenset({"delta_rule"})
+
+
+def why_unasked(operation: str, name: str, requirements: KernelRequirements) -> str | None:
+    """Why a run has no use for the implementation of an operation; None where a layer of its model computes it."""
+    if operation in BY_MIXERS.difference(requirements.operations) and IMPLEMENTATIONS[operation][name] is not _IN_TORCH:
+        return "no layer of model.pattern computes it"
+    return None
 
 
 def reads_documents(chosen: Mapping[str, str]) -> bool:

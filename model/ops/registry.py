@@ -19,7 +19,14 @@ from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
 from sambalm.model.ops.cuda.scan_sizes import why_too_large
 from sambalm.model.ops.errors import DeclinedError
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, is_used, reads_documents
+from sambalm.model.ops.implementations import (
+    BY_MIXERS,
+    IMPLEMENTATIONS,
+    KernelRequirements,
+    choose,
+    reads_documents,
+    why_unasked,
+)
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
@@ -95,8 +102,6 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
         KernelError: a kernel is asked for that cannot run here.
     """
     asked = dict.fromkeys(IMPLEMENTATIONS, "auto") | config.model_dump()
-    used = [operation for operation in IMPLEMENTATIONS if is_used(operation, requirements)]
-    asked |= {operation: "torch" for operation in IMPLEMENTATIONS if operation not in used}
     chosen = {
         operation: choose(operation, asked[operation], partial(why_unavailable, operation, requirements=requirements))
         for operation in IMPLEMENTATIONS
@@ -105,7 +110,11 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
     kernels["attention"] = _with_fallbacks("attention", chosen["attention"], requirements)
     return Kernels(
         **kernels,
-        names=tuple(f"{operation}={chosen[operation]}" for operation in used),
+        names=tuple(
+            f"{operation}={name}"
+            for operation, name in chosen.items()
+            if operation not in BY_MIXERS.difference(requirements.operations)
+        ),
         captures_documents=not reads_documents(chosen),
     )
 
@@ -113,6 +122,8 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
 def why_unavailable(operation: str, name: str, requirements: KernelRequirements) -> str | None:
     """Why the named implementation of an operation cannot do what is required here; None when it can."""
     implementation = IMPLEMENTATIONS[operation][name]
+    if reason := why_unasked(operation, name, requirements):
+        return reason
     if requirements.device != "cuda" and not implementation.runs_on_cpu:
         return f"it needs a CUDA device and this run is on {requirements.device}"
     if reason := implementation.declines(requirements):

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, carried_states, last_tokens
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
-from sambalm.model.ops.reference.elementwise import gated_norm
+from sambalm.model.ops.reference.elementwise import norm_and_gate
 
 # A gate this negative neither decays a state nor writes to it, whatever its bias: the state stays as it is.
 NO_STEP = -1e4
@@ -90,7 +90,7 @@ class SambaGatedDeltaNet(SambaLayer):
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
             cache.update_recurrent_state(state, self.layer_idx)
         gate = gate.unflatten(-1, (-1, self.value_dim))
-        y_BSHV = gated_norm(y_BSHV, self.o_norm, gate, eps=self.config.norm_eps, activation=self.activation)
+        y_BSHV = norm_and_gate(y_BSHV, self.o_norm, gate, eps=self.config.norm_eps, activation=self.activation)
         output = self.o_proj(y_BSHV.flatten(2))
         return padding.back(output) if padding else output
 

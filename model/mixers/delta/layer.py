@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sambalm.model import initialization as init
+from sambalm.model.causal_conv import CausalConv
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
-from sambalm.model.mixers.convolution import causal_conv
 from sambalm.model.mixers.delta.sizes import GatedDeltaNetSizes, HeadShare, share_heads
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import ContextParallel, TensorParallel
@@ -71,25 +71,12 @@ class KimiInputProjection(nn.Module):
         return qkv, linear(g, self.g_up), linear(f, self.f_up), b[..., : self.count]
 
 
-class ShortConvolution(nn.Module):
-    """The depthwise convolution and SiLU of this rank's queries, keys and values. It has no bias."""
-
-    def __init__(self, share: HeadShare, taps: int, *, kernels: Kernels) -> None:
-        super().__init__()
-        self.kernel = kernels.conv
-        parts = {"q.weight": share.key, "k.weight": share.key, "v.weight": share.value}
-        self.weight = sharded_parameter((0, taps), parts, init=init.linear(taps))
-
-    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        return causal_conv(self.kernel, x_BSD, self.weight, torch.zeros_like(self.weight[:, 0]), context)
-
-
 class GatedNorm(nn.Module):
     """The norm of each head's output times an activation of its gate. All heads have the same weights."""
 
     def __init__(self, channels: int, *, eps: float, activation: str, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
-        self.tp, self.kernel = tp, partial(kernels.elementwise.gated_norm, eps=eps, activation=activation)
+        self.tp, self.kernel = tp, partial(kernels.elementwise.norm_and_gate, eps=eps, activation=activation)
         self.weight = replicated_parameter((channels,), name="weight", init=init.ones, tp=tp)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -121,7 +108,8 @@ class DeltaLayer(nn.Module):
             self.in_proj: nn.Module = KimiInputProjection(width, sizes.value_dim, share, tp=tp)
         else:
             self.in_proj = InputProjection(width, share, tp=tp)
-        self.conv = ShortConvolution(share, sizes.d_conv, kernels=kernels)
+        convolved = {"q.": share.key, "k.": share.key, "v.": share.value}
+        self.conv = CausalConv(convolved, sizes.d_conv, kernels=kernels, has_bias=False)
         rates = init.log_uniform(LOWEST_KIMI_RATE if per_channel else LOWEST_RATE, HIGHEST_RATE)
         self.A_log = sharded_parameter((0,), {"A_log": share.heads}, init=rates)
         steps = share.key if per_channel else share.heads

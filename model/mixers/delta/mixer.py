@@ -36,7 +36,7 @@ CHUNK_TOKENS = 64  # of the kernels, here and there
 # The state decays, is read under the key, takes in a product of key and value, and is read by the query.
 RULE_FLOPS = 7
 # Of a value: casts, norm, activation, product.
-GATED_NORM = {"torch": Traffic(48, 80), "compiled": Traffic(6, 10, fused=True)}
+NORM_AND_GATE = {"torch": Traffic(48, 80), "compiled": Traffic(6, 10, fused=True)}
 # Of a value, as if memory bounded the rule: estimates from launches and products, which no GPU has been asked about.
 RULE = {"torch": Traffic(800, 2400), "fla": Traffic(60, 180, fused=True)}
 
@@ -116,7 +116,7 @@ class GatedDeltaNet(Mixer):
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:
         sizes = config.sizes_of(self)
-        return {"d_conv": sizes.d_conv, "delta_key_dims": (sizes.head_dim,)}
+        return {"d_conv": sizes.d_conv, "operations": ("delta_rule",), "delta_key_dims": (sizes.head_dim,)}
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, sizes, share = config.hidden_size, config.sizes_of(self), self._heads(config, tensor_ranks)
@@ -167,7 +167,7 @@ class GatedDeltaNet(Mixer):
         assert share.kernels.delta_rule is not None, "kernel_needs says that there is one"
         rule = MemoryPass(RULE[share.kernels.delta_rule], values)
         yield from [rule] * (2 if share.context_ranks > 1 else 1)  # as often as a rank between others runs it
-        yield MemoryPass(GATED_NORM[share.kernels.elementwise], values)
+        yield MemoryPass(NORM_AND_GATE[share.kernels.elementwise], values)
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         a, T, sizes = share.activation_bytes, share.tokens, config.sizes_of(self)

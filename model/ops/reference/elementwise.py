@@ -18,7 +18,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gated_norm(x: Tensor, weight: Tensor, gate: Tensor, *, eps: float, activation: str) -> Tensor:
+def norm_and_gate(x: Tensor, weight: Tensor, gate: Tensor, *, eps: float, activation: str) -> Tensor:
     """The `rms_norm` of x times an activation of its gate, both of one shape, in fp32 (fp64 for fp64); in x's dtype.
 
     Args:
@@ -48,7 +48,7 @@ class Elementwise:
 
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
-    gated_norm: Callable[..., Tensor] = gated_norm
+    norm_and_gate: Callable[..., Tensor] = norm_and_gate
     token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
 
     def compiled(self) -> "Elementwise":
@@ -56,7 +56,7 @@ class Elementwise:
         return Elementwise(
             swiglu=torch.compile(self.swiglu),
             rotary=torch.compile(self.rotary),
-            gated_norm=torch.compile(self.gated_norm),
+            norm_and_gate=torch.compile(self.norm_and_gate),
             token_losses=torch.compile(self.token_losses),
         )
 
