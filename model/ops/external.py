@@ -97,7 +97,7 @@ def fla_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's chunked kernels, which take documents as one sequence of their own each."""
     name = "chunk_kda" if gate.dim() == 4 else "chunk_gated_delta_rule"
-    sequences: Iterable[Tensor] = (q, k, v, gate, beta)
+    sequences = {"q": q, "k": k, "v": v, "g": gate, "beta": beta}
     options: dict[str, Any] = {"initial_state": initial_state}
     if resets is not None:
         begins = resets.clone()
@@ -108,10 +108,10 @@ def fla_delta_rule(
         if initial_state is not None:
             kept = initial_state.masked_fill(resets[:, 0, None, None, None], 0)
             options["initial_state"] = kept.new_zeros(len(starts), *kept.shape[1:]).index_copy(0, first, kept)
-        sequences = tuple(t.flatten(0, 1).unsqueeze(0) for t in sequences)
+        sequences = {name: t.flatten(0, 1).unsqueeze(0) for name, t in sequences.items()}
         options["cu_seqlens"] = F.pad(starts, (0, 1), value=resets.numel())
     y, state = _imported("delta_rule", "fla", name)(
-        *(t.contiguous() for t in sequences),
+        **{name: t.contiguous() for name, t in sequences.items()},
         A_log=A_log,
         dt_bias=dt_bias.flatten(),
         output_final_state=True,
