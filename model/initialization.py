@@ -5,6 +5,7 @@ whatever a rank holds of it, so it may give each channel or head a value of its 
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -32,7 +33,20 @@ def residual_linear(fan_in: int, config: ModelConfig) -> Init:
     return linear(fan_in, scale=1.0 / math.sqrt(len(config.pattern)))
 
 
-def dt_bias(config: ModelConfig) -> Init:
+class StepSizes(Protocol):
+    """Initial step sizes: log-uniform between two, and not below a third."""
+
+    @property
+    def dt_min(self) -> float: ...
+
+    @property
+    def dt_max(self) -> float: ...
+
+    @property
+    def dt_floor(self) -> float: ...
+
+
+def dt_bias(config: StepSizes) -> Init:
     """The inverse softplus of log-uniform step sizes."""
 
     def fill(tensor: Tensor, generator: Generator) -> None:
@@ -41,6 +55,11 @@ def dt_bias(config: ModelConfig) -> Init:
         tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     return fill
+
+
+def log_uniform(low: float, high: float) -> Init:
+    """The logarithm of numbers that are uniform within two bounds."""
+    return lambda tensor, generator: tensor.uniform_(low, high, generator=generator).log_()
 
 
 def a_log(tensor: Tensor, generator: Generator) -> None:

@@ -30,6 +30,7 @@ def kernel_requirements(
     needs: dict[str, Any] = {"initial_states": cp.size > 1, "resets": resets}
     for one in config.kinds:
         own = one.kernel_needs(config, sequences=micro_batch_size, part_tokens=sequence_length // cp.size, tp=tp, cp=cp)
-        for name, value in own.items():  # of calls, a kernel has to take those of every mixer
-            needs[name] = (*needs.get(name, ()), *value) if isinstance(value, tuple) else value
+        for name, value in own.items():  # a kernel has to take the calls, and the largest sizes, of every mixer
+            listed = isinstance(value, tuple)
+            needs[name] = (*needs.get(name, ()), *value) if listed else max(value, needs.get(name, value))
     return KernelRequirements(device, precision, **needs)

@@ -22,6 +22,8 @@ BUILT_IN = {
     "-": "sambalm.model.mixers.mlp.mixer:MIXER",
     "F": "sambalm.model.mixers.attention.mixer:FULL",
     "=": "sambalm.model.mixers.mlp.mixer:SECOND",
+    "G": "sambalm.model.mixers.delta.mixer:MIXER",
+    "K": "sambalm.model.mixers.delta.mixer:KIMI",
 }
 
 

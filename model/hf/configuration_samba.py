@@ -6,7 +6,7 @@ mixer with the MLP behind it; a mixer without an MLP and an MLP without a mixer 
 
 The pattern's letters are M (Mamba), * (attention), - (MLP), and those that `extensions` describes:
 
-    {"G": {"name": "token_shift", "layer_type": "linear_attention", "is_mlp": false, "sizes": {"rank": 4}}}
+    {"T": {"name": "token_shift", "layer_type": "linear_attention", "is_mlp": false, "sizes": {"rank": 4}}}
 
 `layer_type` is the kind of cache layer that transformers makes for the mixer, `sizes` are what its layer is made with,
 and `is_mlp` says whether it stands behind a mixer in the mixer's block, as an MLP does.

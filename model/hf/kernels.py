@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.window_attention import window_attention
 
 from .configuration_samba import SambaConfig
@@ -18,6 +19,7 @@ from .operations import IN_TORCH, Operations
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FEW_TOKENS = 8  # of a call of the delta rule
 WHOLE_QUERIES = 1024  # cuDNN compiles a graph for each length; multiples of this are few
 
 
@@ -37,10 +39,12 @@ def has_kernels(device: torch.device) -> bool:
 def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> Operations:
     # Of a CPU's model none of it is needed.
     from sambalm.model.ops.config import KernelConfig
-    from sambalm.model.ops.implementations import KernelRequirements
+    from sambalm.model.ops.implementations import FLA_MAX_KEY_DIM, KernelRequirements
     from sambalm.model.ops.registry import build_kernels
 
-    needs = KernelRequirements("cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True)
+    needs = KernelRequirements(
+        "cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True, operations=("delta_rule",)
+    )
     with torch.cuda.device(index):
         best = build_kernels(KernelConfig(), needs)
         any_length = build_kernels(KernelConfig(attention="torch" if precision == "fp32" else "torch-flash"), needs)
@@ -51,6 +55,7 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
         window_attention=partial(_attention, best.attention, any_length.attention),
         rotary=best.elementwise.rotary,
         swiglu=best.elementwise.swiglu,
+        delta_rule=partial(_delta_rule, best.delta_rule, FLA_MAX_KEY_DIM),
     )
 
 
@@ -83,6 +88,15 @@ def _scan(
     if dt_bias is None:
         dt_bias = torch.zeros_like(options["D"])
     return kernel(*tensors, dt_bias=dt_bias, **options)
+
+
+def _delta_rule(
+    kernel: Callable[..., tuple[Tensor, Tensor]], max_key_dim: int, q: Tensor, *tensors: Tensor, **options: Any
+) -> Any:
+    """A kernel for many tokens, and PyTorch for the few of a generation, which do not fill a chunk."""
+    _, tokens, _, key_dim = q.shape
+    fits = tokens > FEW_TOKENS and key_dim <= max_key_dim
+    return (kernel if fits else gated_delta_rule)(q, *tensors, **options)
 
 
 def _attention(

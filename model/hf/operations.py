@@ -22,6 +22,7 @@ class Operations:
     window_attention: Callable[..., Tensor] = window_attention
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+    delta_rule: Callable[..., tuple[Tensor, Tensor]] | None = None  # None: what the layer has with it, in PyTorch
 
 
 IN_TORCH = Operations()

@@ -16,18 +16,20 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class KernelNames:
-    """Names the implementation of each operation, as the keys of `kernels` in a config do."""
+    """Names the implementation of each operation, as the keys of `kernels` in a config do; None: the model has none."""
 
     scan: str
     conv: str
     attention: str
     norm: str
     elementwise: str
+    delta_rule: str | None = None
     device: str = "cuda"
 
     def __str__(self) -> str:
         """The names as the start line of a run has them, as in 'scan=cuda conv=cuda ...'."""
-        return " ".join(f"{key.name}={getattr(self, key.name)}" for key in fields(self) if key.name != "device")
+        names = {key.name: getattr(self, key.name) for key in fields(self) if key.name != "device"}
+        return " ".join(f"{operation}={name}" for operation, name in names.items() if name)
 
 
 @dataclass(frozen=True)

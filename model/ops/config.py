@@ -25,5 +25,9 @@ class KernelConfig(BaseModel):
         "auto", description="RMSNorm with the residual sum before it; compiled is PyTorch's, fused by torch.compile"
     )
     elementwise: Literal["auto", "torch", "compiled"] = Field(
-        "auto", description="SwiGLU, rotary positions and losses; compiled fuses each by torch.compile"
+        "auto",
+        description="SwiGLU, rotary positions, norms with a gate, and losses; compiled fuses each by torch.compile",
+    )
+    delta_rule: Literal["auto", "torch", "fla"] = Field(
+        "auto", description="Delta rule of Gated DeltaNet and Kimi Delta Attention; fla is flash-linear-attention's"
     )

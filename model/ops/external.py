@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sambalm.model.ops.documents import AttentionDocuments
@@ -80,6 +81,46 @@ def torch_flash_window(
         *joined, *lengths, 0.0, True, False, window_size_left=window - 1, window_size_right=0
     )
     return y.reshape(q.shape).transpose(1, 2)
+
+
+def fla_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    beta: Tensor,
+    *,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """flash-linear-attention's chunked kernels, which take documents as one sequence of their own each."""
+    name = "chunk_kda" if gate.dim() == 4 else "chunk_gated_delta_rule"
+    sequences = {"q": q, "k": k, "v": v, "g": gate, "beta": beta}
+    options: dict[str, Any] = {"initial_state": initial_state}
+    if resets is not None:
+        begins = resets.clone()
+        begins[:, 0] = True
+        starts = begins.flatten().nonzero().flatten()
+        first = begins.sum(1).cumsum(0) - begins.sum(1)  # number of each row's first document
+        last = first + begins.sum(1) - 1
+        if initial_state is not None:
+            kept = initial_state.masked_fill(resets[:, 0, None, None, None], 0)
+            options["initial_state"] = kept.new_zeros(len(starts), *kept.shape[1:]).index_copy(0, first, kept)
+        sequences = {name: t.flatten(0, 1).unsqueeze(0) for name, t in sequences.items()}
+        options["cu_seqlens"] = F.pad(starts, (0, 1), value=resets.numel())
+    y, state = _imported("delta_rule", "fla", name)(
+        **{name: t.contiguous() for name, t in sequences.items()},
+        A_log=A_log,
+        dt_bias=dt_bias.flatten(),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        **options,
+    )
+    return (y, state) if resets is None else (y.view_as(v), state[last])
 
 
 def apex_add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:

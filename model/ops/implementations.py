@@ -34,6 +34,8 @@ class KernelRequirements:
     precision: Literal["bf16", "fp16", "fp32"]  # of activations
     d_state: int = 16  # states of a channel that the scan holds
     d_conv: int = 4  # taps of the convolution
+    operations: tuple[str, ...] = ()  # of BY_MIXERS, those that a layer of the model computes
+    delta_key_dims: tuple[int, ...] = ()  # channels of a key of the delta rule, in each kind of layer with one
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether sequences hold several documents, which must not see each other
     attention_calls: tuple[AttentionCall, ...] = ()  # every one of a training step; none where they are not known
@@ -54,6 +56,7 @@ class Implementation:
     may_decline: bool = False  # whether it may raise DeclinedError when it is called
     max_d_state: int | None = None
     max_d_conv: int | None = None
+    max_delta_key_dim: int | None = None
     min_head_dim: int = 1
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
@@ -71,6 +74,9 @@ class Implementation:
             return f"model.d_state is {d_state} and it holds at most {self.max_d_state} states"
         if self.max_d_conv is not None and d_conv > self.max_d_conv:
             return f"model.d_conv is {d_conv} and it holds at most {self.max_d_conv} taps"
+        key_dim = max(requirements.delta_key_dims, default=0)
+        if self.max_delta_key_dim is not None and key_dim > self.max_delta_key_dim:
+            return f"the delta rule's head_dim is {key_dim} and it takes {self.max_delta_key_dim} at most"
         for head_dim in sorted({call.head_dim for call in requirements.attention_calls}):
             if reason := self._declines_head_dim(head_dim):
                 return f"the head dim is {head_dim} and {reason}"
@@ -86,6 +92,7 @@ class Implementation:
         return None
 
 
+FLA_MAX_KEY_DIM = 256  # fla/ops/kda/chunk.py refuses wider keys
 _NVRTC = "cuda.bindings.nvrtc"  # comes with PyTorch's CUDA build
 _IN_TORCH = Implementation(runs_on_cpu=True)
 # By operation and name, best first. The last of each runs everywhere.
@@ -121,8 +128,26 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "torch": _IN_TORCH,
     },
     "elementwise": {"compiled": Implementation(is_compiled=True), "torch": _IN_TORCH},
+    "delta_rule": {
+        # fla-core, whose products are in half precision.
+        "fla": Implementation(
+            "fla.ops", is_extra=True, half_only=True, reads_documents=True, max_delta_key_dim=FLA_MAX_KEY_DIM
+        ),
+        "torch": _IN_TORCH,
+    },
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
+
+
+# Operations that only some mixers have. A run without such a layer takes PyTorch's and names none.
+BY_MIXERS = frozenset({"delta_rule"})
+
+
+def why_unasked(operation: str, name: str, requirements: KernelRequirements) -> str | None:
+    """Why a run has no use for the implementation of an operation; None where a layer of its model computes it."""
+    if operation in BY_MIXERS.difference(requirements.operations) and IMPLEMENTATIONS[operation][name] is not _IN_TORCH:
+        return "no layer of model.pattern computes it"
+    return None
 
 
 def reads_documents(chosen: Mapping[str, str]) -> bool:

@@ -19,8 +19,16 @@ from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
 from sambalm.model.ops.cuda.scan_sizes import why_too_large
 from sambalm.model.ops.errors import DeclinedError
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
+from sambalm.model.ops.implementations import (
+    BY_MIXERS,
+    IMPLEMENTATIONS,
+    KernelRequirements,
+    choose,
+    reads_documents,
+    why_unasked,
+)
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
@@ -32,6 +40,7 @@ from sambalm.parallel.layers.recompute import recomputed
 ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
 ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
+DeltaRuleKernel = Callable[..., tuple[Tensor, Tensor]]  # delta_rule.gated_delta_rule
 NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
 
@@ -44,13 +53,17 @@ class Kernels:
     attention: AttentionKernel
     norm: NormKernel
     elementwise: Elementwise
+    delta_rule: DeltaRuleKernel
     optimizer: type[torch.optim.AdamW]
-    names: tuple[str, ...]  # operation=implementation of each, as it runs in training, for the log
+    names: tuple[str, ...]  # operation=implementation of each that the model has, as it runs in training, for the log
     captures_documents: bool = True  # whether none reads the documents of a micro-batch on the host
 
     def recomputing(self) -> "Kernels":
-        """The same with the insides of scan and attention computed again in the backward instead of kept."""
-        return replace(self, scan=partial(recomputed, self.scan), attention=partial(recomputed, self.attention))
+        """The same with the insides of scan, attention and delta rule computed again in the backward, not kept."""
+        again: dict[str, Any] = {
+            name: partial(recomputed, getattr(self, name)) for name in ("scan", "attention", "delta_rule")
+        }
+        return replace(self, **again)
 
 
 class Fallbacks:
@@ -97,7 +110,11 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
     kernels["attention"] = _with_fallbacks("attention", chosen["attention"], requirements)
     return Kernels(
         **kernels,
-        names=tuple(f"{operation}={name}" for operation, name in chosen.items()),
+        names=tuple(
+            f"{operation}={name}"
+            for operation, name in chosen.items()
+            if operation not in BY_MIXERS.difference(requirements.operations)
+        ),
         captures_documents=not reads_documents(chosen),
     )
 
@@ -105,6 +122,8 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
 def why_unavailable(operation: str, name: str, requirements: KernelRequirements) -> str | None:
     """Why the named implementation of an operation cannot do what is required here; None when it can."""
     implementation = IMPLEMENTATIONS[operation][name]
+    if reason := why_unasked(operation, name, requirements):
+        return reason
     if requirements.device != "cuda" and not implementation.runs_on_cpu:
         return f"it needs a CUDA device and this run is on {requirements.device}"
     if reason := implementation.declines(requirements):
@@ -149,6 +168,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
         "torch": add_rms_norm,
     },
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
+    "delta_rule": {"fla": external.fla_delta_rule, "torch": gated_delta_rule},
     "optimizer": {"cuda": CudaAdamW, "torch-fused": torch.optim.AdamW},
 }
 
@@ -158,6 +178,7 @@ TORCH_KERNELS = Kernels(
     attention=window_attention,
     norm=add_rms_norm,
     elementwise=Elementwise(),
+    delta_rule=gated_delta_rule,
     optimizer=torch.optim.AdamW,
     names=("torch",),
 )

@@ -122,6 +122,20 @@ def incoming_state(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Te
     return _IncomingState.apply(torch.stack((decay, reached)), cp)
 
 
+def incoming_matrix_state(transition: Tensor, reached: Tensor, *, cp: ContextParallel) -> Tensor:
+    """The state at the start of this rank's part, as `incoming_state`, of a recurrence with a matrix as its state.
+
+    Over its part a rank's state becomes transition @ state + reached.
+
+    Args:
+        transition: [..., K, K]. reached: [..., K, V].
+
+    Returns:
+        [..., K, V]; zeros on the first rank.
+    """
+    return _IncomingMatrixState.apply(torch.cat((transition, reached), dim=-1), cp)
+
+
 def after(result: Tensor, other: Tensor) -> Tensor:
     """The result, with the backward of another tensor run too: a collective one has to be run on every rank."""
     return _After.apply(result, other)
@@ -160,6 +174,37 @@ class _IncomingState(torch.autograd.Function):
         own = torch.empty_like(gathered[0])
         dist.reduce_scatter_tensor(own, gradients.flatten(0, 1), group=cp.group)
         return own, None
+
+
+class _IncomingMatrixState(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, cp: ContextParallel) -> Tensor:
+        ctx.cp = cp
+        gathered = own.new_empty(cp.size, *own.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), own.contiguous(), group=cp.group)
+        ctx.save_for_backward(gathered)
+        return _matrix_states(gathered, cp.rank)[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        cp, (gathered,) = ctx.cp, ctx.saved_tensors
+        states = _matrix_states(gathered, cp.rank)
+        gradients = torch.zeros_like(gathered)
+        for rank in reversed(range(cp.rank)):
+            gradients[rank] = torch.cat((gradient @ states[rank].mT, gradient), dim=-1)
+            gradient = gathered[rank, ..., : gathered.shape[-2]].mT @ gradient
+        own = torch.empty_like(gathered[0])
+        dist.reduce_scatter_tensor(own, gradients.flatten(0, 1), group=cp.group)
+        return own, None
+
+
+def _matrix_states(gathered: Tensor, rank: int) -> list[Tensor]:
+    """The states [..., K, V] at the start of each rank's part up to `rank`, from [ranks, ..., K, K + V] of both."""
+    transitions, reached = gathered.tensor_split([gathered.shape[-2]], dim=-1)
+    states = [torch.zeros_like(reached[0])]
+    for number in range(rank):
+        states.append(transitions[number] @ states[-1] + reached[number])
+    return states
 
 
 def _states(gathered: Tensor, rank: int) -> list[Tensor]:

@@ -23,6 +23,7 @@ from sambalm.model.ops.documents import Documents
 from sambalm.model.ops.errors import DeclinedError, KernelError
 from sambalm.model.ops.external import mamba_ssm_scan
 from sambalm.model.ops.implementations import IMPLEMENTATIONS, AttentionCall, KernelRequirements, reads_documents
+from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.window_attention import window_attention
 from sambalm.model.ops.registry import build_kernels
 from sambalm.model.samba import Samba
@@ -190,8 +191,40 @@ def test_adamw_is_chosen_and_named_with_the_others(gpu, installed, name, kind):
     assert kernels.optimizer is kind
 
 
+@pytest.mark.parametrize(
+    ("precision", "key_dims", "expected"),
+    [("bf16", (128, 256), "fla"), ("bf16", (128, 257), "torch"), ("fp32", (128,), "torch")],
+)
+def test_auto_takes_flas_delta_rule_where_it_fits(gpu, precision, key_dims, expected):
+    gpu("fla.ops")
+    needs = {"operations": ("delta_rule",), "delta_key_dims": key_dims}
+    assert chosen("delta_rule", precision=precision, **needs) == expected
+    if expected == "torch":
+        with pytest.raises(KernelError, match=r"kernels\.delta_rule is 'fla'"):
+            chosen("delta_rule", "fla", precision=precision, **needs)
+
+
+def test_a_model_without_the_delta_rule_takes_and_names_none(gpu):
+    gpu("fla.ops")
+    kernels = build_kernels(KernelConfig(), KernelRequirements("cuda", "bf16"))
+    assert not any(name.startswith("delta_rule") for name in kernels.names)
+    assert kernels.delta_rule is gated_delta_rule
+    with pytest.raises(KernelError, match=r"no layer of model\.pattern computes it"):
+        chosen("delta_rule", "fla")
+
+
+def test_sizes_of_several_mixers_are_the_largest():
+    sizes = {"gated_deltanet": {"d_conv": 2, "head_dim": 64}, "kimi_delta": {"head_dim": 32, "d_conv": 3}}
+    model = ModelConfig(pattern="GMK", hidden_size=64, vocab_size=64, d_conv=7, mixers=sizes)
+    needs = kernel_requirements(
+        model, device="cuda", precision="bf16", micro_batch_size=1, sequence_length=64, resets=False
+    )
+    assert (needs.d_conv, sorted(needs.delta_key_dims)) == (7, [32, 64])
+
+
 def test_a_cpu_runs_plain_pytorch_and_says_so():
-    names = build_kernels(KernelConfig(), KernelRequirements("cpu", "bf16", resets=True, initial_states=True)).names
+    requirements = KernelRequirements("cpu", "bf16", resets=True, initial_states=True, operations=("delta_rule",))
+    names = build_kernels(KernelConfig(), requirements).names
     operations = dict.fromkeys(IMPLEMENTATIONS, "torch") | {"optimizer": "torch-fused"}
     assert names == tuple(f"{operation}={name}" for operation, name in operations.items())
 
@@ -322,7 +355,7 @@ def test_a_plan_counts_with_what_a_run_takes_where_no_package_is_added(gpu, conf
         resets=config.data.reset_at_document,
     )
     planned = vars(planned_kernels(config))
-    names = [f"{operation}={planned[operation]}" for operation in KernelConfig.model_fields]
+    names = [f"{operation}={planned[operation]}" for operation in KernelConfig.model_fields if planned[operation]]
     assert build_kernels(config.kernels, requirements).names == (*names, "optimizer=cuda")
 
 

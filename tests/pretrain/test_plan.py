@@ -58,6 +58,8 @@ def counted_activations(config: RunConfig) -> tuple[int, int]:
         {"pattern": "M*", "num_kv_heads": 1, "mlp_size": 40},
         {"pattern": "=F-", "mixers": {"mlp2": {"size": 77}}},
         {"pattern": "F*", "rope_base": None},
+        {"pattern": "G-", "mixers": {"gated_deltanet": {"num_heads": 5, "head_dim": 12}}},
+        {"pattern": "K-", "mixers": {"kimi_delta": {"num_heads": 3, "head_dim": 24}}},
     ],
     ids=lambda model: model["pattern"],
 )

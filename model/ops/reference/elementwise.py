@@ -18,6 +18,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def norm_and_gate(x: Tensor, weight: Tensor, gate: Tensor, *, eps: float, activation: str) -> Tensor:
+    """The `rms_norm` of x times an activation of its gate, both of one shape, in fp32 (fp64 for fp64); in x's dtype.
+
+    Args:
+        activation: silu or sigmoid.
+    """
+    work = torch.promote_types(x.dtype, torch.float32)
+    opened = F.silu(gate.to(work)) if activation == "silu" else gate.to(work).sigmoid()
+    return (F.rms_norm(x.to(work), (x.shape[-1],), weight.to(work), eps) * opened).to(x.dtype)
+
+
 def token_losses(logits: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
     """Negative log-likelihood of each label among the first `vocabulary` logits.
 
@@ -37,6 +48,7 @@ class Elementwise:
 
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
+    norm_and_gate: Callable[..., Tensor] = norm_and_gate
     token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
 
     def compiled(self) -> "Elementwise":
@@ -44,6 +56,7 @@ class Elementwise:
         return Elementwise(
             swiglu=torch.compile(self.swiglu),
             rotary=torch.compile(self.rotary),
+            norm_and_gate=torch.compile(self.norm_and_gate),
             token_losses=torch.compile(self.token_losses),
         )
 

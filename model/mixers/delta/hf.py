@@ -1,0 +1,121 @@
+"""Gated DeltaNet and Kimi Delta Attention in the Hugging Face format, in PyTorch alone.
+
+Between calls the cache holds the last inputs of the convolution and each head's state.
+B: batch, S: sequence, D: channels of queries, keys and values, H: heads, K and V: channels of a key and a value.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from sambalm.model.hf.configuration_samba import SambaConfig
+from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, carried_states, last_tokens
+from sambalm.model.ops.reference.delta_rule import gated_delta_rule
+from sambalm.model.ops.reference.elementwise import norm_and_gate
+
+# A gate this negative neither decays a state nor writes to it, whatever its bias: the state stays as it is.
+NO_STEP = -1e4
+
+
+class SambaGatedDeltaNet(SambaLayer):
+    """Gated DeltaNet (arXiv 2412.06464, section 3.4)."""
+
+    isolates_documents = True
+    name: ClassVar = "gated_deltanet"
+    per_channel: ClassVar = False
+    activation: ClassVar = "silu"
+    lowest_rate: ClassVar = 1e-4
+
+    def __init__(self, config: SambaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        sizes, width = config.sizes(self.name), config.hidden_size
+        self.sizes, heads, self.head_dim = sizes, sizes["num_heads"], sizes["head_dim"]
+        self.value_dim = sizes["expand_v"] * self.head_dim
+        key, value = heads * self.head_dim, heads * self.value_dim
+        self.widths = [key, key, value]
+        self.q_proj, self.k_proj = (nn.Linear(width, key, bias=False) for _ in range(2))
+        self.v_proj, self.b_proj = (nn.Linear(width, size, bias=False) for size in (value, heads))
+        self.q_conv, self.k_conv, self.v_conv = (
+            nn.Parameter(torch.empty(size, sizes["d_conv"])) for size in self.widths
+        )
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(key if self.per_channel else heads))
+        self.o_norm = nn.Parameter(torch.ones(self.value_dim))
+        self.o_proj = SambaResidualLinear(value, width, bias=False)
+        self.make_gates(width, key=key, value=value, heads=heads)
+
+    def make_gates(self, width: int, *, key: int, value: int, heads: int) -> None:
+        """Makes what `gates` calls."""
+        self.g_proj, self.a_proj = (nn.Linear(width, size, bias=False) for size in (value, heads))
+
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the decays before softplus, [B, S, H] or [B, S, keys], and the output's gate [B, S, values]."""
+        return self.a_proj(hidden_states), self.g_proj(hidden_states)
+
+    def init_weights(self) -> None:
+        """Fills convolutions, decays and norm; see sambalm.model.mixers.delta.layer."""
+        bound = 1 / math.sqrt(self.sizes["d_conv"])
+        for weight in (self.q_conv, self.k_conv, self.v_conv):
+            init.uniform_(weight, -bound, bound)
+        init.copy_(self.A_log, torch.empty(self.A_log.shape).uniform_(self.lowest_rate, 16.0).log())
+        low, high = math.log(self.sizes["dt_min"]), math.log(self.sizes["dt_max"])
+        dt = torch.empty(self.dt_bias.shape).uniform_(low, high).exp().clamp(min=self.sizes["dt_floor"])
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        init.ones_(self.o_norm)
+
+    def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
+        """Maps hidden_states [B, S, width] to the same; continues from and updates the context's cache."""
+        cache, padding = context.cache, context.padding
+        conv_state, state = carried_states(cache, self.layer_idx)
+        if padding:
+            hidden_states = padding.front(hidden_states)
+        qkv_BSD = torch.cat([project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        (decay, gate), beta = self.gates(hidden_states), self.b_proj(hidden_states)
+        if padding:
+            decay, beta = (t.masked_fill(~padding.real[..., None], NO_STEP) for t in (decay, beta))
+        qkv_BSD, conv_state = self._convolve(qkv_BSD, conv_state, context)
+        q, k, v = qkv_BSD.split(self.widths, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, n)) for t, n in ((q, self.head_dim), (k, self.head_dim), (v, self.value_dim)))
+        dt_bias = self.dt_bias
+        if self.per_channel:
+            decay, dt_bias = (t.unflatten(-1, (-1, self.head_dim)) for t in (decay, dt_bias))
+        rule = context.operations.delta_rule or gated_delta_rule
+        resets = None if context.resets is None else context.resets.expand(len(q), -1)
+        options = {"A_log": self.A_log, "dt_bias": dt_bias, "initial_state": state, "resets": resets}
+        y_BSHV, state = rule(q, k, v, decay, beta, **options)
+        if cache is not None:
+            cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
+            cache.update_recurrent_state(state, self.layer_idx)
+        gate = gate.unflatten(-1, (-1, self.value_dim))
+        y_BSHV = norm_and_gate(y_BSHV, self.o_norm, gate, eps=self.config.norm_eps, activation=self.activation)
+        output = self.o_proj(y_BSHV.flatten(2))
+        return padding.back(output) if padding else output
+
+    def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """Returns the convolution's output [B, S, D] and its last real inputs [B, d_conv - 1, D]."""
+        weight = torch.cat((self.q_conv, self.k_conv, self.v_conv))
+        before = None if state_BDT is None else state_BDT.transpose(1, 2).to(x_BSD.dtype)
+        resets = None if context.resets is None else context.resets.expand(len(x_BSD), -1)
+        bias = torch.zeros_like(weight[:, 0])
+        y_BSD = context.operations.causal_conv_silu(x_BSD, weight, bias, before, resets=resets)
+        return y_BSD, last_tokens(before, x_BSD, context.padding, count=weight.shape[1] - 1)
+
+
+class SambaKimiDelta(SambaGatedDeltaNet):
+    """Kimi Delta Attention (arXiv 2510.26692, section 4)."""
+
+    name: ClassVar = "kimi_delta"
+    per_channel: ClassVar = True
+    activation: ClassVar = "sigmoid"
+    lowest_rate: ClassVar = 1.0
+
+    def make_gates(self, width: int, *, key: int, value: int, heads: int) -> None:
+        rank = self.value_dim
+        self.f_down, self.g_down = (nn.Linear(width, rank, bias=False) for _ in range(2))
+        self.f_up, self.g_up = (nn.Linear(rank, size, bias=False) for size in (key, value))
+
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f_up(self.f_down(hidden_states)), self.g_up(self.g_down(hidden_states))
