@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sambalm.model import initialization as init
+from sambalm.model.causal_conv import CausalConv
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
 from sambalm.model.mixers.mamba.context_parallel_scan import context_parallel_scan
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.layers.context_parallel import HaloExchange
 from sambalm.parallel.layers.linear import linear, linear_beside
 from sambalm.parallel.layers.tensor_parallel import (
     ColumnParallelLinear,
@@ -36,7 +36,7 @@ class MambaLayer(nn.Module):
         self.kernels = kernels
         self.state_sizes = [rank, states, states]
         self.in_proj = ColumnParallelLinear(width, {"x": channels, "z": channels}, tp=tp, init=init.linear(width))
-        self.conv = CausalConv(channels, config.d_conv, kernels=kernels)
+        self.conv = CausalConv({"": channels}, config.d_conv, kernels=kernels)
         self.x_proj = StateProjection(channels, rank + 2 * states, tp=tp)
         self.dt_proj = StepProjection(rank, channels, bias_init=init.dt_bias(config))
         self.A_log = sharded_parameter((0, states), {"A_log": channels}, init=init.a_log, weight_decay=False)
@@ -55,29 +55,6 @@ class MambaLayer(nn.Module):
         scan = partial(self.kernels.scan, u_BSD, dt_BSD, A, B, C, D=self.D, z=z_BSD, dt_bias=dt_bias, resets=resets)
         y_BSD = context_parallel_scan(scan, dt=dt_BSD, A=A, dt_bias=dt_bias, resets=resets, cp=context.cp)
         return self.out_proj(y_BSD.transpose(0, 1))
-
-
-class CausalConv(nn.Module):
-    """Mamba's depthwise convolution and SiLU over this rank's channels."""
-
-    def __init__(self, channels: Shard, taps: int, *, kernels: Kernels) -> None:
-        super().__init__()
-        self.kernel, self.taps = kernels.conv, taps
-        self.weight = sharded_parameter((0, taps), {"weight": channels}, init=init.linear(taps))
-        self.bias = sharded_parameter((0,), {"bias": channels}, init=init.linear(taps))
-
-    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        if context.cp.size == 1:
-            return self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
-        reach = self.taps - 1
-        neighbours = HaloExchange(x_BSD, reach, cp=context.cp)
-        y_BSD = self.kernel(x_BSD, self.weight, self.bias, resets=context.resets)
-        before = neighbours.wait()
-        start = torch.cat((before, x_BSD[:, :reach]), dim=1)  # the tokens that see a neighbour's
-        resets = context.documents.resets_from(before.shape[1])[:, : start.shape[1]] if context.documents else None
-        y_start = self.kernel(start, self.weight, self.bias, resets=resets)
-        y_SBD = torch.cat((y_start[:, before.shape[1] :].transpose(0, 1), y_BSD[:, reach:].transpose(0, 1)))
-        return y_SBD.transpose(0, 1)  # so that it lies in memory as without neighbours
 
 
 class StateProjection(nn.Module):
