@@ -159,7 +159,7 @@ def kernels_here(config: RunConfig) -> KernelNames:
         cp=ContextParallel(size=config.parallel.context),
     )
     chosen = dict(name.split("=") for name in build_kernels(config.kernels, requirements).names)
-    return KernelNames(**{operation: chosen[operation] for operation in KernelConfig.model_fields}, device=device)
+    return KernelNames(**{operation: chosen.get(operation) for operation in KernelConfig.model_fields}, device=device)
 
 
 def device_here() -> str | None:

@@ -5,6 +5,7 @@ whatever a rank holds of it, so it may give each channel or head a value of its 
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -32,7 +33,20 @@ def residual_linear(fan_in: int, config: ModelConfig) -> Init:
     return linear(fan_in, scale=1.0 / math.sqrt(len(config.pattern)))
 
 
-def dt_bias(config: ModelConfig) -> Init:
+class StepSizes(Protocol):
+    """The initial step sizes of a state space layer: log-uniform between two numbers, and at least a third."""
+
+    @property
+    def dt_min(self) -> float: ...
+
+    @property
+    def dt_max(self) -> float: ...
+
+    @property
+    def dt_floor(self) -> float: ...
+
+
+def dt_bias(config: StepSizes) -> Init:
     """The inverse softplus of log-uniform step sizes."""
 
     def fill(tensor: Tensor, generator: Generator) -> None:
@@ -46,3 +60,8 @@ def dt_bias(config: ModelConfig) -> Init:
 def a_log(tensor: Tensor, generator: Generator) -> None:
     """log(1), ..., log(d_state) in every channel (S4D-real)."""
     tensor.copy_(torch.arange(1, tensor.shape[1] + 1, dtype=tensor.dtype).log())
+
+
+def head_a_log(tensor: Tensor, generator: Generator) -> None:
+    """The logarithm of a decay rate between 1 and 16 for every head, uniform (arXiv 2405.21060's code)."""
+    tensor.copy_(tensor.uniform_(1, 16, generator=generator).log())

@@ -22,6 +22,7 @@ BUILT_IN = {
     "-": "sambalm.model.mixers.mlp.mixer:MIXER",
     "F": "sambalm.model.mixers.attention.mixer:FULL",
     "=": "sambalm.model.mixers.mlp.mixer:SECOND",
+    "S": "sambalm.model.mixers.mamba2.mixer:MIXER",
 }
 
 

@@ -23,11 +23,13 @@ class KernelNames:
     attention: str
     norm: str
     elementwise: str
+    ssd: str | None = None  # where a layer of the model computes it
     device: str = "cuda"
 
     def __str__(self) -> str:
         """The names as the start line of a run has them, as in 'scan=cuda conv=cuda ...'."""
-        return " ".join(f"{key.name}={getattr(self, key.name)}" for key in fields(self) if key.name != "device")
+        named = {key.name: getattr(self, key.name) for key in fields(self) if key.name != "device"}
+        return " ".join(f"{operation}={name}" for operation, name in named.items() if name is not None)
 
 
 @dataclass(frozen=True)

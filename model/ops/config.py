@@ -14,7 +14,7 @@ class KernelConfig(BaseModel):
         "auto", description="Selective scan; cuda is this project's own kernel"
     )
     conv: Literal["auto", "torch", "cuda", "causal-conv1d"] = Field(
-        "auto", description="Mamba's causal convolution; cuda is this project's own kernel"
+        "auto", description="Causal convolution of Mamba and Mamba-2; cuda is this project's own kernel"
     )
     attention: Literal["auto", "torch", "cudnn", "flex", "torch-flash", "flash-attn"] = Field(
         "auto",
@@ -25,5 +25,6 @@ class KernelConfig(BaseModel):
         "auto", description="RMSNorm with the residual sum before it; compiled is PyTorch's, fused by torch.compile"
     )
     elementwise: Literal["auto", "torch", "compiled"] = Field(
-        "auto", description="SwiGLU, rotary positions and losses; compiled fuses each by torch.compile"
+        "auto", description="SwiGLU, gated norms, rotary positions and losses; compiled fuses each by torch.compile"
     )
+    ssd: Literal["auto", "torch", "mamba-ssm"] = Field("auto", description="Mamba-2's scan")

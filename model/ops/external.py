@@ -45,6 +45,39 @@ def mamba_ssm_scan(
     return y.transpose(1, 2), state
 
 
+MAMBA_SSM_SSD_CHUNK_TOKENS = 256  # mamba-ssm's own default
+
+
+def mamba_ssm_ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """mamba-ssm's scan of Mamba-2. It knows documents by numbers, of which 0 alone goes on from the initial state."""
+    documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
+    return _imported("ssd", "mamba-ssm", "mamba_chunk_scan_combined")(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size=MAMBA_SSM_SSD_CHUNK_TOKENS,
+        D=D,
+        dt_bias=dt_bias,
+        initial_states=initial_state,
+        seq_idx=documents,
+        dt_softplus=True,
+        return_final_states=True,
+    )
+
+
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
     """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
     documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)

@@ -36,6 +36,7 @@ class KernelRequirements:
     d_conv: int = 4  # taps of the convolution
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether sequences hold several documents, which must not see each other
+    operations: tuple[str, ...] = ()  # of BY_MIXERS, those that a layer of the model computes
     attention_calls: tuple[AttentionCall, ...] = ()  # every one of a training step; none where they are not known
 
 
@@ -121,8 +122,19 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "torch": _IN_TORCH,
     },
     "elementwise": {"compiled": Implementation(is_compiled=True), "torch": _IN_TORCH},
+    "ssd": {"mamba-ssm": Implementation("mamba_ssm.ops.triton.ssd_combined", is_extra=True), "torch": _IN_TORCH},
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
+
+# Operations that only some mixers have. A run without such a layer takes PyTorch's and names none.
+BY_MIXERS = frozenset({"ssd"})
+
+
+def why_unasked(operation: str, name: str, requirements: KernelRequirements) -> str | None:
+    """Why a run has no use for the implementation of an operation; None where a layer of its model computes it."""
+    if operation in BY_MIXERS.difference(requirements.operations) and IMPLEMENTATIONS[operation][name] is not _IN_TORCH:
+        return "no layer of model.pattern computes it"
+    return None
 
 
 def reads_documents(chosen: Mapping[str, str]) -> bool:

@@ -19,11 +19,19 @@ from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
 from sambalm.model.ops.cuda.scan import cuda_selective_scan
 from sambalm.model.ops.cuda.scan_sizes import why_too_large
 from sambalm.model.ops.errors import DeclinedError
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
+from sambalm.model.ops.implementations import (
+    BY_MIXERS,
+    IMPLEMENTATIONS,
+    KernelRequirements,
+    choose,
+    reads_documents,
+    why_unasked,
+)
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
+from sambalm.model.ops.reference.ssd_scan import ssd_scan
 from sambalm.model.ops.reference.window_attention import window_attention
 from sambalm.parallel.environment import is_main_process
 from sambalm.parallel.layers.recompute import recomputed
@@ -32,6 +40,7 @@ from sambalm.parallel.layers.recompute import recomputed
 ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_selective_scan
 ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
+SSDKernel = Callable[..., tuple[Tensor, Tensor]]  # ssd_scan.ssd_scan
 NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
 
@@ -44,13 +53,19 @@ class Kernels:
     attention: AttentionKernel
     norm: NormKernel
     elementwise: Elementwise
+    ssd: SSDKernel
     optimizer: type[torch.optim.AdamW]
     names: tuple[str, ...]  # operation=implementation of each, as it runs in training, for the log
     captures_documents: bool = True  # whether none reads the documents of a micro-batch on the host
 
     def recomputing(self) -> "Kernels":
-        """The same with the insides of scan and attention computed again in the backward instead of kept."""
-        return replace(self, scan=partial(recomputed, self.scan), attention=partial(recomputed, self.attention))
+        """The same with the insides of scans and attention computed again in the backward instead of kept."""
+        return replace(
+            self,
+            scan=partial(recomputed, self.scan),
+            ssd=partial(recomputed, self.ssd),
+            attention=partial(recomputed, self.attention),
+        )
 
 
 class Fallbacks:
@@ -97,7 +112,11 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
     kernels["attention"] = _with_fallbacks("attention", chosen["attention"], requirements)
     return Kernels(
         **kernels,
-        names=tuple(f"{operation}={name}" for operation, name in chosen.items()),
+        names=tuple(
+            f"{operation}={name}"
+            for operation, name in chosen.items()
+            if operation not in BY_MIXERS.difference(requirements.operations)
+        ),
         captures_documents=not reads_documents(chosen),
     )
 
@@ -105,6 +124,8 @@ def build_kernels(config: KernelConfig, requirements: KernelRequirements) -> Ker
 def why_unavailable(operation: str, name: str, requirements: KernelRequirements) -> str | None:
     """Why the named implementation of an operation cannot do what is required here; None when it can."""
     implementation = IMPLEMENTATIONS[operation][name]
+    if reason := why_unasked(operation, name, requirements):
+        return reason
     if requirements.device != "cuda" and not implementation.runs_on_cpu:
         return f"it needs a CUDA device and this run is on {requirements.device}"
     if reason := implementation.declines(requirements):
@@ -149,6 +170,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
         "torch": add_rms_norm,
     },
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
+    "ssd": {"mamba-ssm": external.mamba_ssm_ssd_scan, "torch": ssd_scan},
     "optimizer": {"cuda": CudaAdamW, "torch-fused": torch.optim.AdamW},
 }
 
@@ -158,6 +180,7 @@ TORCH_KERNELS = Kernels(
     attention=window_attention,
     norm=add_rms_norm,
     elementwise=Elementwise(),
+    ssd=ssd_scan,
     optimizer=torch.optim.AdamW,
     names=("torch",),
 )

@@ -5,11 +5,19 @@ backward, by the list of kernels that PyTorch launches: a cast from bf16 to fp32
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from sambalm.model.kernel_requirements import kernel_requirements
 from sambalm.model.mixers.counts import KernelNames, Traffic
 from sambalm.model.ops.config import KernelConfig
-from sambalm.model.ops.implementations import IMPLEMENTATIONS, KernelRequirements, choose, reads_documents
+from sambalm.model.ops.implementations import (
+    BY_MIXERS,
+    IMPLEMENTATIONS,
+    KernelRequirements,
+    choose,
+    reads_documents,
+    why_unasked,
+)
 from sambalm.parallel.shard import Position
 from sambalm.pretrain.config import RunConfig
 
@@ -36,12 +44,13 @@ def planned_kernels(config: RunConfig) -> KernelNames:
         cp=Position(config.parallel.context),
     )
     asked = config.kernels.model_dump()
-    return KernelNames(**{operation: _planned(operation, name, requirements) for operation, name in asked.items()})
+    planned: dict[str, Any] = {name: _planned(name, wanted, requirements) for name, wanted in asked.items()}
+    return KernelNames(**planned | dict.fromkeys(BY_MIXERS.difference(requirements.operations)))
 
 
 def are_captured(config: RunConfig, kernels: KernelNames) -> bool:
     """Whether a run's micro-batches could be CUDA graphs: the host may not have to read the documents of each."""
-    chosen = {operation: getattr(kernels, operation) for operation in KernelConfig.model_fields}
+    chosen = {operation: name for operation in KernelConfig.model_fields if (name := getattr(kernels, operation))}
     return config.train.cuda_graphs and not (config.data.reset_at_document and reads_documents(chosen))
 
 
@@ -50,7 +59,7 @@ def _planned(operation: str, asked: str, requirements: KernelRequirements) -> st
         implementation = IMPLEMENTATIONS[operation][name]
         if asked == "auto" and implementation.is_extra:
             return "it has to be installed besides"
-        return implementation.declines(requirements)
+        return why_unasked(operation, name, requirements) or implementation.declines(requirements)
 
     return choose(operation, asked, declines=declines)
 

@@ -242,7 +242,11 @@ def states_between_ranks_carry_no_gradient(monkeypatch):
     from sambalm.parallel.layers import context_parallel
 
     with_gradient = context_parallel.incoming_state
-    monkeypatch.setattr(context_parallel, "incoming_state", lambda *factors, cp: with_gradient(*factors, cp=cp).detach())
+
+    def without(*factors, cp):
+        return with_gradient(*factors, cp=cp).detach()
+
+    monkeypatch.setattr(context_parallel, "incoming_state", without)
 
 
 def tokens_of_neighbours_carry_no_gradient(monkeypatch):

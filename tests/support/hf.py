@@ -31,9 +31,9 @@ class RandomState:
     @staticmethod
     def _fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("A_log"):
+        if name.endswith("A_log") and tensor.ndim == 2:
             return torch.arange(1, tensor.shape[1] + 1).log() + 0.1 * noise
-        if name.endswith("dt_proj.bias"):
+        if name.endswith(("dt_proj.bias", "dt_bias")):
             return -3 + noise
         if tensor.ndim == 1:
             return 1 + 0.3 * noise
