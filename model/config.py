@@ -23,7 +23,7 @@ class Trunk(BaseModel):
 
     pattern: str = Field(
         description="Sublayers in order, in megatron-core's notation: M Mamba-1, * sliding-window attention, - SwiGLU, "
-        "F full attention, = a SwiGLU of another width; 'M-*- x 6' repeats a pattern"
+        "F full attention, = a SwiGLU of another width, others as in docs/mixers.md; 'M-*- x 6' repeats a pattern"
     )
     hidden_size: int = Field(gt=0, description="Width of the residual stream (d_model)")
     vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's vocabulary")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.sharding import canonical_slices, initialize_parameters
 from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.check_layout import whole
-from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.communication import step_transfers
 from sambalm.pretrain.planner.hardware import DEVICES
@@ -32,6 +33,7 @@ from tests.support.planned_runs import config_of
 from tests.support.whole_runs import changed, stopped_after, train
 from tests.support.worlds import run_world
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "successors"
 SIZES = {"d_state": 5, "head_dim": 4, "groups": 3}  # 24 heads in 3 groups: uneven over two ranks
 MODEL = {"pattern": "S-*S", "mixers": {"mamba2": SIZES}}
 SP2, CP2 = {"tensor": 2, "sequence": True}, {"context": 2}
@@ -138,6 +140,16 @@ def test_it_is_counted():
     assert counts["mamba2"] == 2 * (projections + 5 * (inner + 2 * states) + 3 * heads + inner)
     assert counts["total"] == sum(parameter.numel() for parameter in Samba(config).parameters())
     assert flops_per_token(config, sequence_length=32).mixing["mamba2"] == 2 * 3 * 5 * inner * 5
+
+
+def test_samba_421m_with_it():
+    config = load_config(CONFIGS / "samba_mamba2_421m.yaml").model
+    width, inner, states, heads = 1536, 3072, 2 * 128, 48
+    mamba2 = width * (2 * inner + 2 * states + heads) + inner * width + 5 * (inner + 2 * states) + 3 * heads + inner
+    attention, mlp, norms = 4 * width**2, 3 * width * 4096, 25 * width
+    parameters = 6 * (mamba2 + attention) + 12 * mlp + norms + 32000 * width
+    assert (config.pattern, count_parameters(config)["total"]) == ("S-*-" * 6, parameters)
+    assert parameters == 422_528_352
 
 
 def test_its_initial_weights():
