@@ -19,7 +19,7 @@ from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.layers.context_parallel import scan_of_parts
 from sambalm.parallel.layers.linear import linear_parts
-from sambalm.parallel.layers.tensor_parallel import RowParallelLinear
+from sambalm.parallel.layers.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from sambalm.parallel.sharding import sharded_parameter
 
 
@@ -74,10 +74,12 @@ class Mamba2Layer(nn.Module):
         self.norm = GatedNorm(self.share, eps=config.norm_eps, kernels=kernels)
         self.out_proj = RowParallelLinear(inner, width, tp=tp, init=init.residual_linear(inner.size, config))
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """What is added to the stream, and the scan's output [S, B, channels], before its gate."""
         z_SBD, mixed_SBD, dt_SBH = self.in_proj(x)
         y_BSHP = self._scan(self.conv(mixed_SBD.transpose(0, 1), context), dt_SBH.transpose(0, 1), context)
-        return self.out_proj(self.norm(y_BSHP.flatten(2).transpose(0, 1), z_SBD))
+        y_SBD = y_BSHP.flatten(2).transpose(0, 1)
+        return self.out_proj(self.norm(y_SBD, z_SBD)), y_SBD
 
     def _scan(self, mixed_BSD: Tensor, dt_BSH: Tensor, context: SequenceContext) -> Tensor:
         inner, states = self.share.inner.length, self.share.states.length
@@ -95,6 +97,28 @@ class Mamba2Layer(nn.Module):
             like=A,
             cp=context.cp,
         )
+
+
+class GatedMemoryUnit(nn.Module):
+    """A gate over the scan's output of a layer before, in the place of a scan of its own (arXiv 2507.06607, section 2).
+
+    It gates and norms that output as the layer that wrote it does, and mixes no tokens.
+    """
+
+    def __init__(
+        self, config: ModelConfig, sizes: Mamba2Sizes, *, memory: str, tp: TensorParallel, kernels: Kernels
+    ) -> None:
+        super().__init__()
+        width, share, self.memory = config.hidden_size, share_heads(sizes, config.hidden_size, tp), memory
+        self.in_proj = ColumnParallelLinear(width, {"gate": share.inner}, tp=tp, init=init.linear(width))
+        self.norm = GatedNorm(share, eps=config.norm_eps, kernels=kernels)
+        self.out_proj = RowParallelLinear(
+            share.inner, width, tp=tp, init=init.residual_linear(share.inner.size, config)
+        )
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        (gate_SBD,) = self.in_proj(x)
+        return self.out_proj(self.norm(context.memories[self.memory], gate_SBD))
 
 
 def decay_over(dt: Tensor, A: Tensor, dt_bias: Tensor, resets: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mamba-2 as the rest of the code knows it: parameters, operations, memory, messages and names.
+"""Mamba-2 and the gated memory unit over its output, as the rest of the code knows them: counts, costs and names.
 
 T: tokens of a micro-batch on the rank, W: channels on the rank, H: its heads; `a` is the bytes of an activation.
 """
@@ -6,6 +6,8 @@ T: tokens of a micro-batch on the rank, W: channels on the rank, H: its heads; `
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
 
 from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 # A channel and state: the decay's product, the input's, their sum, C * h and the sum over states.
 SSD_FLOPS = 5
+SCAN_OUTPUT = "scan's output"  # the memory of a layer, before its gate
 # A channel. In PyTorch the chunks' operations, about so many passes in fp32; mamba-ssm's five kernels forward and their
 # backward's, estimated by what they read and write.
 SSD = {"torch": Traffic(160, 480), "mamba-ssm": Traffic(16, 48, fused=True)}
@@ -72,8 +75,9 @@ class Mamba2(Mixer):
 
     letter, name, modules = "S", "mamba2", 6
     title, abilities = "Mamba-2", frozenset(Ability)
-    sizes = Mamba2Sizes
-    hf = Mamba2HF()
+    sizes: ClassVar[type[BaseModel] | None] = Mamba2Sizes
+    hf: ClassVar[HFSide | None] = Mamba2HF()
+    writes: ClassVar[str | None] = SCAN_OUTPUT
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
         from sambalm.model.mixers.mamba2.layer import Mamba2Layer
@@ -131,11 +135,9 @@ class Mamba2(Mixer):
         W, H = heads.inner.length, heads.heads.length
         total = a * T * (W + heads.mixed + H)  # the projections in one piece
         total += a * T * heads.mixed * (2 if share.kernels.conv == "torch" else 1)  # the convolution's output, and sum
-        total += a * T * W  # out_proj's input
-        if share.kernels.elementwise == "compiled":
-            total += a * T * W  # the scan's output
-        else:  # that in fp32 and the gate, SiLU of it, the product, its norm and the groups' scales
-            total += FP32_BYTES * T * (W * (5 if share.is_narrow else 4) + heads.groups)
+        if share.kernels.elementwise == "compiled" or not share.is_narrow:
+            total += a * T * W  # the scan's output, which otherwise the norm has in fp32
+        total += _gated_norm_bytes(share, heads)
         total += self._context_bytes(config, share, inside=inside)
         return total + (self._scan_bytes(config, share) if inside else 0)
 
@@ -163,8 +165,7 @@ class Mamba2(Mixer):
 
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
         heads = self._share(config, share.tensor_ranks)
-        widths = 6 if share.kernels.elementwise == "compiled" else 13  # the gated norm's own, in single operations
-        total = share.tokens * FP32_BYTES * widths * heads.inner.length
+        total = _gated_norm_backward_bytes(share, heads)
         if share.kernels.ssd != "mamba-ssm":  # decays between tokens, weights of both, and their gradients
             from sambalm.model.ops.reference.ssd_scan import CHUNK_TOKENS
 
@@ -173,10 +174,72 @@ class Mamba2(Mixer):
         return total
 
     def _sizes(self, config: "ModelConfig") -> Mamba2Sizes:
-        return config.sizes_of(self)
+        return config.sizes_of(MIXER)
 
     def _share(self, config: "ModelConfig", tensor_ranks: int) -> HeadShare:
         return share_heads(self._sizes(config), config.hidden_size, Position(tensor_ranks))
 
 
-MIXER = Mamba2()
+class GatedMemoryUnit(Mamba2):
+    """A gate over the scan's output of the last Mamba-2 layer before, with that layer's sizes."""
+
+    letter, name, modules = "U", "gmu", 4
+    title, sizes, hf = "gated memory unit", None, None
+    writes, reads = None, SCAN_OUTPUT
+
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        from sambalm.model.mixers.mamba2.layer import GatedMemoryUnit as Layer
+
+        return Layer(config, self._sizes(config), memory=SCAN_OUTPUT, tp=tp, kernels=kernels)
+
+    def kernel_needs(
+        self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
+    ) -> dict[str, Any]:
+        return {}
+
+    def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
+        width, inner = config.hidden_size, self._share(config, tensor_ranks).inner.length
+        product = {"in_product": True, "matmul_only": True, "takes_fp8": True}
+        return (
+            Parameter("in_proj.weight", (inner, width), **product),
+            Parameter("norm.weight", (inner,)),
+            Parameter("out_proj.weight", (width, inner), **product),
+        )
+
+    def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
+        return 0.0
+
+    def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
+        return input_and_output_messages(config.hidden_size, share)
+
+    def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
+        channels = share.tokens * self._share(config, share.tensor_ranks).inner.length
+        yield MemoryPass(GATED_NORM[share.kernels.elementwise], channels)
+
+    def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        """Counts the norm, and the gate where the norm has no copy of it; the memory is the other layer's."""
+        heads = self._share(config, share.tensor_ranks)
+        has_copy = share.is_narrow and share.kernels.elementwise == "torch"
+        gate = 0 if has_copy else share.activation_bytes * share.tokens * heads.inner.length
+        return gate + _gated_norm_bytes(share, heads)
+
+    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
+        return _gated_norm_backward_bytes(share, self._share(config, share.tensor_ranks))
+
+
+def _gated_norm_bytes(share: Share, heads: HeadShare) -> int:
+    """Counts what the gated norm keeps besides its inputs in their own precision, its output included."""
+    T, W = share.tokens, heads.inner.length
+    total = share.activation_bytes * T * W
+    if share.kernels.elementwise == "compiled":
+        return total
+    # The inputs in fp32, SiLU of the gate, the product, its norm, and the groups' scales.
+    return total + FP32_BYTES * T * (W * (5 if share.is_narrow else 3) + heads.groups)
+
+
+def _gated_norm_backward_bytes(share: Share, heads: HeadShare) -> int:
+    widths = 6 if share.kernels.elementwise == "compiled" else 13  # in single operations
+    return share.tokens * FP32_BYTES * widths * heads.inner.length
+
+
+MIXER, GMU = Mamba2(), GatedMemoryUnit()
