@@ -84,6 +84,19 @@ class FullAttentionHF(AttentionHF):
         return f"full causal attention: {_heads_text(hf)}, {_positions_text(hf)}"
 
 
+class CrossAttentionHF(FullAttentionHF):
+    """Cross attention in the Hugging Face format, which keeps nothing in the cache."""
+
+    tensors: ClassVar = {
+        "q_proj.weight": HFTensor(("q_proj.q.weight",)),
+        "o_proj.weight": HFTensor(("o_proj.weight",)),
+    }
+    layer, cache_layer = "SambaCrossAttention", "moe"
+
+    def describe(self, hf: Any) -> str:
+        return f"cross attention: {_heads_text(hf)}, over the keys and values of the last `{FULL_LETTER}` before"
+
+
 def _heads_text(hf: Any) -> str:
     return f"{hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads"
 
@@ -281,7 +294,7 @@ class CrossAttention(FullAttention):
     """Causal attention over the keys and values of the last full attention before (arXiv 2405.05254, 2507.06607)."""
 
     letter, name, title, modules = CROSS_LETTER, "cross_attention", "cross attention", 3
-    hf = None
+    hf = CrossAttentionHF()
     writes, reads = None, KEYS_AND_VALUES
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":

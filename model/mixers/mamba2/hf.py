@@ -20,18 +20,24 @@ from sambalm.model.ops.reference.ssd_scan import ssd_scan
 NO_STEP = -1e4
 
 
-class ScaleWeight(nn.Module):
-    """The weight of the gated norm."""
+class GatedNorm(nn.Module):
+    """The norm of the gated output, each group's channels on their own."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, groups: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight, self.groups, self.eps = nn.Parameter(torch.ones(width)), groups, eps
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Maps y and gate [B, S, channels] to the same."""
+        shape, work = (self.groups, -1), torch.promote_types(y.dtype, torch.float32)
+        y, gate = (t.unflatten(2, shape) for t in (y, gate))
+        return gated_norm(y, gate, self.weight.view(shape).to(work), self.eps).flatten(2)
 
 
 class SambaMamba2(SambaLayer):
     """Mamba-2 (arXiv 2405.21060, section 7)."""
 
-    isolates_documents = True
+    isolates_documents, writes = True, "scan's output"
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -44,7 +50,7 @@ class SambaMamba2(SambaLayer):
         self.conv1d = nn.Conv1d(inner, inner, taps, groups=inner)
         self.bc_conv1d = nn.Conv1d(2 * states, 2 * states, taps, groups=2 * states)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.zeros(heads)) for _ in range(3))
-        self.norm = ScaleWeight(inner)
+        self.norm = GatedNorm(inner, groups=self.sizes["groups"], eps=config.norm_eps)
         self.out_proj = SambaResidualLinear(inner, width, bias=False)
 
     def init_weights(self) -> None:
@@ -76,11 +82,8 @@ class SambaMamba2(SambaLayer):
         if cache is not None:
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
             cache.update_recurrent_state(scan_state, self.layer_idx)
-        groups = (self.sizes["groups"], -1)
-        work = torch.promote_types(y_BSD.dtype, torch.float32)
-        y_BSGD, z_BSGD = (t.unflatten(2, groups) for t in (y_BSD, z_BSD))
-        normed = gated_norm(y_BSGD, z_BSGD, self.norm.weight.view(groups).to(work), self.config.norm_eps)
-        output = self.out_proj(normed.flatten(2))
+        self.written(padding.back(y_BSD) if padding else y_BSD, context)
+        output = self.out_proj(self.norm(y_BSD, z_BSD))
         return padding.back(output) if padding else output
 
     def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
@@ -115,3 +118,25 @@ class SambaMamba2(SambaLayer):
             resets=None if context.resets is None else context.resets.expand(len(x), -1),
         )
         return y.flatten(2), state
+
+
+class SambaGatedMemoryUnit(SambaLayer):
+    """A gate over the scan's output of the last Mamba-2 layer before (arXiv 2507.06607, section 2)."""
+
+    isolates_documents, reads = True, "scan's output"
+
+    def __init__(self, config: SambaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        sizes, width = config.sizes("mamba2"), config.hidden_size
+        inner = sizes["expand"] * width
+        self.in_proj = nn.Linear(width, inner, bias=False)
+        self.norm = GatedNorm(inner, groups=sizes["groups"], eps=config.norm_eps)
+        self.out_proj = SambaResidualLinear(inner, width, bias=False)
+
+    def init_weights(self) -> None:
+        """Fills the norm."""
+        init.ones_(self.norm.weight)
+
+    def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
+        """Maps hidden_states [B, S, width] to the same; the cache has nothing of it."""
+        return self.out_proj(self.norm(self.memory(context), self.in_proj(hidden_states)))

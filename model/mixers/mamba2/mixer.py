@@ -70,6 +70,20 @@ class Mamba2HF(HFSide):
         )
 
 
+class GatedMemoryUnitHF(HFSide):
+    """The gated memory unit in the Hugging Face format."""
+
+    tensors: ClassVar = {
+        "in_proj.weight": HFTensor(("in_proj.gate.weight",)),
+        "norm.weight": HFTensor(("norm.weight",)),
+        "out_proj.weight": HFTensor(("out_proj.weight",)),
+    }
+    module, layer = "sambalm.model.mixers.mamba2.hf", "SambaGatedMemoryUnit"
+
+    def describe(self, hf: Any) -> str:
+        return "gated memory unit over the scan's output of the last `S` before"
+
+
 class Mamba2(Mixer):
     """State space layer with one decay a head, computed in chunks, and a causal convolution before it."""
 
@@ -184,7 +198,7 @@ class GatedMemoryUnit(Mamba2):
     """A gate over the scan's output of the last Mamba-2 layer before, with that layer's sizes."""
 
     letter, name, modules = "U", "gmu", 4
-    title, sizes, hf = "gated memory unit", None, None
+    title, sizes, hf = "gated memory unit", None, GatedMemoryUnitHF()
     writes, reads = None, SCAN_OUTPUT
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
