@@ -124,7 +124,8 @@ class SambaLayer(nn.Module):
 
     def memory(self, context: SequenceContext) -> Any:
         """Returns what the layer's source has written in this call."""
-        assert context.memories is not None and self.source_idx is not None, "the model says what its layers read"
+        assert context.memories is not None, "the model makes room for what its layers write"
+        assert self.source_idx is not None, "the model tells a layer what it reads"
         return context.memories[self.source_idx]
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor | tuple[Tensor, Tensor | None]:

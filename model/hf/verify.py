@@ -158,9 +158,8 @@ class _ExportedModel:
         with torch.device("meta"):
             self.model = SambaForCausalLM(config).eval()
         self.tied = config.tie_word_embeddings
-        self.memories: defaultdict[int, dict[int, Any]] = defaultdict(
-            dict
-        )  # by where a piece begins; -1: the whole row
+        # What layers have written, by where a piece begins; -1 is the whole row.
+        self.memories: defaultdict[int, dict[int, Any]] = defaultdict(dict)
 
     @contextmanager
     def _loaded(self, name: str) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sambalm.model.samba import Samba, Sublayer
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.check_layout import whole
-from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.communication import step_transfers
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
@@ -28,6 +29,7 @@ from tests.support.planned_runs import config_of
 from tests.support.whole_runs import changed, stopped_after, train
 from tests.support.worlds import run_world
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "successors"
 SIZES = {"mamba2": {"d_state": 5, "head_dim": 4, "groups": 2}}
 # The second U reads the second S; both X read the one F.
 MODEL = {"pattern": "SFUXSUX", "mixers": SIZES}
@@ -105,6 +107,18 @@ def test_a_cross_attention_with_the_queries_of_its_writer_is_the_writer():
     context, x = SequenceContext(cp=model.cp, shared=shared), torch.randn(9, 2, 48, dtype=torch.float64)
     output, memory = full(x, context)
     torch.testing.assert_close(cross(x, context.with_memory(mixer("X").reads, memory)), output)
+
+
+def test_a_model_of_samba_421ms_sizes():
+    config = load_config(CONFIGS / "sambay_mamba2_402m.yaml")
+    width, inner = 1536, 3072
+    samba = count_parameters(load_config(CONFIGS / "samba_mamba2_421m.yaml").model)
+    attention, mamba2 = 4 * width**2, samba["mamba2"] // 6
+    of = {"S": mamba2, "*": attention, "F": attention, "X": attention // 2, "U": 2 * width * inner + inner}
+    mixers = sum(of[letter] for letter in "S*S*S*SFUXUX")
+    counts = count_parameters(config.model)
+    assert counts["total"] == mixers + samba["mlp"] + samba["norms"] + samba["embedding"] == 401_897_536
+    assert memory_writers(config.model.pattern) == {16: 12, 18: 14, 20: 12, 22: 14}
 
 
 def test_who_reads_whom():
