@@ -104,6 +104,12 @@ def memory_writers(pattern: str) -> dict[int, int]:
     return found
 
 
+def without_cuts_through_memories(pattern: str, ends: Iterable[int]) -> list[int]:
+    """Returns those of some cuts of a pattern, each by the sublayers before it, that part no reader from its writer."""
+    read = memory_writers(pattern).items()
+    return [end for end in ends if not any(writer < end <= reader for reader, writer in read)]
+
+
 def _rank(letter: str) -> tuple[int, str]:
     letters = list(BUILT_IN)
     return (letters.index(letter) if letter in BUILT_IN else len(letters), letter)

@@ -402,7 +402,7 @@ class RunConfig(BaseModel):
             if not any(reader in chunk and writer in chunk for chunk in chunks):
                 raise ValueError(
                     f"parallel.pipeline puts sublayer {reader + 1} of model.pattern on another part than sublayer "
-                    f"{writer + 1}, whose {mixer(self.model.pattern[reader]).reads} it reads: give "
+                    f"{writer + 1}, whose {mixer(self.model.pattern[reader]).reads} it reads: lower it, or give "
                     "parallel.pipeline_layers that keep them together"
                 )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from sambalm.model.config import ModelConfig
-from sambalm.model.registry import memory_writers
+from sambalm.model.registry import without_cuts_through_memories
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices
 
@@ -135,8 +135,7 @@ def _spans(config: SambaConfig) -> list[range]:
     """Lists the layers that the training model has at once: a block's, or all from one that writes to the last that
     reads it."""
     ends = [max(n for n in (block.mixer_sublayer, block.mlp_sublayer) if n is not None) + 1 for block in config.blocks]
-    read = memory_writers(config.pattern or "").items()
-    ends = [end for end in ends if not any(writer < end <= reader for reader, writer in read)]
+    ends = without_cuts_through_memories(config.pattern or "", ends)
     return [range(start, end) for start, end in itertools.pairwise((0, *ends))]
 
 

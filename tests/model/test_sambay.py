@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import flops_per_token
 from sambalm.model.mixers.context import SequenceContext
@@ -14,6 +15,7 @@ from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.parameters import count_parameters
 from sambalm.model.registry import memory_writers, mixer
 from sambalm.model.samba import Samba, Sublayer
+from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.check_layout import whole
@@ -45,6 +47,7 @@ LAYOUTS = {
     "DP2, ZeRO-3, full": (2, {"zero_stage": 3, "recompute": "full"}, {}),
 }
 CASES = [(name, documents) for name in LAYOUTS for documents in (False, True)]
+READ = {16: 12, 18: 14, 20: 12, 22: 14}  # of the config, each reader's writer
 QUICK = [("TP2+SP", False), ("CP2", True), ("PP2", False), ("alone, full", True)]
 
 
@@ -118,7 +121,15 @@ def test_a_model_of_samba_421ms_sizes():
     mixers = sum(of[letter] for letter in "S*S*S*SFUXUX")
     counts = count_parameters(config.model)
     assert counts["total"] == mixers + samba["mlp"] + samba["norms"] + samba["embedding"] == 401_897_536
-    assert memory_writers(config.model.pattern) == {16: 12, 18: 14, 20: 12, 22: 14}
+    assert memory_writers(config.model.pattern) == READ
+
+
+def test_balanced_parts_keep_readers_with_their_writers():
+    config = load_config(CONFIGS / "sambay_mamba2_402m.yaml")
+    for chunks in (2, 3, 8):
+        parts = chunk_layers(config.model, ParallelConfig(pipeline=chunks), sequence_length=4096)
+        assert len(parts) == chunks
+        assert all(any({reader, writer} <= set(part) for part in parts) for reader, writer in READ.items())
 
 
 def test_who_reads_whom():
@@ -202,6 +213,7 @@ def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
             {"pipeline": 2, "pipeline_layers": [2, 2]},
             r"puts sublayer 3 .* than sublayer 1, whose scan's output",
         ),
+        ("SFUX", {"pipeline": 2}, r"puts sublayer 3 of model\.pattern on another part than sublayer 1"),
         ("F-X-", {"pipeline": 2, "pipeline_layers": [1, 3]}, r"give parallel\.pipeline_layers that keep them together"),
     ],
 )
