@@ -70,6 +70,20 @@ def test_a_layout_trains_like_one_process(name, documents):
         assert result.norms == pytest.approx(expected.norms, rel=1e-5)
 
 
+def test_products_in_fp8_are_close_and_alike_on_ranks():
+    sizes = {"mamba2": {"d_state": 16, "head_dim": 4, "groups": 2}}  # every product's sizes are multiples of 16
+    model = {"pattern": "SFUX", "hidden_size": 64, "num_query_heads": 4, "mixers": sizes}
+    exact = run_values(model=MODEL | model)
+    fp8 = exact | {"train": exact["train"] | {"matmul_precision": "fp8"}}
+    losses = {
+        name: run_world(steps_on_rank, values | {"parallel": parallel}, 4, ranks=ranks)[0].losses
+        for name, values, parallel, ranks in (("exact", exact, {}, 1), ("alone", fp8, {}, 1), ("TP2", fp8, SP2, 2))
+    }
+    assert losses["TP2"] == pytest.approx(losses["alone"], rel=2e-3)
+    distance = max(abs(a - b) for a, b in zip(losses["exact"], losses["alone"], strict=True))
+    assert 1e-4 < distance < 0.05
+
+
 def a_memory_carries_no_gradient(monkeypatch):
     with_memory = SequenceContext.with_memory
 
