@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sambalm.model.ops.cuda.memory import EIGHT, filled_up
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.errors import KernelError
 from sambalm.model.ops.implementations import IMPLEMENTATIONS
@@ -79,12 +80,20 @@ def mamba_ssm_ssd_scan(
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
-    """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
-    documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
+    """causal-conv1d's fused convolution. It knows documents by numbers.
+
+    It reads channels-last input as it is where channels, and the distances between tokens and rows, are multiples of
+    eight; any other input is copied.
+    """
+    documents, channels = None if resets is None else resets.cumsum(1, dtype=torch.int32), x.shape[2]
+    more = -channels % EIGHT
+    x, weight, bias = filled_up(x, more), filled_up(weight, 0, more), filled_up(bias, more)
+    if x.stride(0) % EIGHT or x.stride(1) % EIGHT:
+        x = x.clone(memory_format=torch.contiguous_format)
     y = _imported("conv", "causal-conv1d", "causal_conv1d_fn")(
         x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)[..., :channels]
 
 
 def flash_attn_window(

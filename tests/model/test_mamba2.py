@@ -10,7 +10,9 @@ import torch
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import flops_per_token
 from sambalm.model.mixers.mamba2 import layer as layers
+from sambalm.model.ops import external
 from sambalm.model.ops.implementations import KernelRequirements
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.registry import TORCH_KERNELS, why_unavailable
 from sambalm.model.parameters import count_parameters
 from sambalm.model.registry import mixer
@@ -121,6 +123,21 @@ def test_mistakes_are_seen(mistake, parallel, ranks, documents, alone):
     assert max(worst.values()) > 1e-3
 
 
+@pytest.mark.parametrize(("channels", "features"), [(24, 27), (24, 32), (20, 41)])
+def test_causal_conv1d_is_given_rows_that_it_takes(channels, features, monkeypatch):
+    """An odd number of heads makes the projections' rows odd, which its kernel refuses."""
+
+    def kernel(x, weight, bias, *, seq_idx, activation):
+        assert x.shape[1] % 8 == x.stride(0) % 8 == x.stride(2) % 8 == 0
+        assert x.stride(1) == 1
+        return causal_conv_silu(x.transpose(1, 2), weight, bias).transpose(1, 2)
+
+    monkeypatch.setattr(external, "_imported", lambda *_: kernel)
+    x = torch.randn(2, 9, features)[..., 1 : 1 + channels]
+    weight, bias = torch.randn(channels, 4), torch.randn(channels)
+    torch.testing.assert_close(external.causal_conv1d_silu(x, weight, bias), causal_conv_silu(x, weight, bias))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_it_counts_the_parameters_that_its_layer_has(ranks):
     config, one = ModelConfig(**run_values(model=MODEL)["model"]), mixer("S")
@@ -214,7 +231,7 @@ def test_it_is_planned():
     assert 4 not in {plan.config.parallel.tensor for plan in plans}  # of three groups
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
     model = MODEL | {"mixers": {"mamba2": SIZES | {"groups": 2}}}
     values = changed(request.getfixturevalue("run_values"), model=model, train={"micro_batch_size": 1})
