@@ -61,7 +61,7 @@ def kept_bytes(config: ModelConfig, letter: str, mode: str, *, tokens: int, dtyp
     context = SequenceContext(cp=ContextParallel(), shared={letter: tables})
     x = torch.randn(tokens, 1, config.hidden_size, dtype=dtype).requires_grad_()
     with keeping() as kept:
-        _, output = recompute.recomputed(layer, x, None, context) if mode == "full" else layer(x, None, context)
+        _, output, _ = recompute.recomputed(layer, x, None, context) if mode == "full" else layer(x, None, context)
     assert output.requires_grad  # and so everything kept is alive, and no address was used twice
     weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     shared = {table.untyped_storage().data_ptr() for table in tables or ()}

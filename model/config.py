@@ -6,14 +6,14 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sambalm.model.mixers.attention.sizes import FULL_LETTER, LETTER, AttentionSizes
+from sambalm.model.mixers.attention.sizes import CROSS_LETTER, FULL_LETTER, LETTER, AttentionSizes
 from sambalm.model.mixers.base import Mixer
 from sambalm.model.mixers.mamba.sizes import MambaSizes
 from sambalm.model.mixers.mlp.sizes import MLPSizes
-from sambalm.model.registry import MixerError, all_mixers, mixer, mixers_of
+from sambalm.model.registry import MixerError, all_mixers, memory_writers, mixer, mixers_of
 
 # Sizes that a config may leave out where no layer reads them, and the letters of those that do.
-_ATTENTION = {LETTER, FULL_LETTER}
+_ATTENTION = {LETTER, FULL_LETTER, CROSS_LETTER}
 _READERS = {"num_query_heads": _ATTENTION, "num_kv_heads": _ATTENTION, "window": {LETTER}, "mlp_size": {"-"}}
 _PATTERN = re.compile(r"\s*([^\sx\d]+)\s*(?:x\s*(\d+)\s*)?")
 
@@ -76,6 +76,7 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
         for one in self.kinds:
             if one.sizes:
                 self.sizes_of(one)
+        memory_writers(self.pattern)
         return self
 
     @property

@@ -34,7 +34,7 @@ def residual_linear(fan_in: int, config: ModelConfig) -> Init:
 
 
 class StepSizes(Protocol):
-    """Initial step sizes: log-uniform between two, and not below a third."""
+    """The initial step sizes of a state space layer: log-uniform between two numbers, and at least a third."""
 
     @property
     def dt_min(self) -> float: ...
@@ -65,3 +65,8 @@ def log_uniform(low: float, high: float) -> Init:
 def a_log(tensor: Tensor, generator: Generator) -> None:
     """log(1), ..., log(d_state) in every channel (S4D-real)."""
     tensor.copy_(torch.arange(1, tensor.shape[1] + 1, dtype=tensor.dtype).log())
+
+
+def head_a_log(tensor: Tensor, generator: Generator) -> None:
+    """The logarithm of a decay rate between 1 and 16 for every head, uniform (arXiv 2405.21060's code)."""
+    tensor.copy_(tensor.uniform_(1, 16, generator=generator).log())

@@ -24,6 +24,9 @@ BUILT_IN = {
     "=": "sambalm.model.mixers.mlp.mixer:SECOND",
     "G": "sambalm.model.mixers.delta.mixer:MIXER",
     "K": "sambalm.model.mixers.delta.mixer:KIMI",
+    "X": "sambalm.model.mixers.attention.mixer:CROSS",
+    "S": "sambalm.model.mixers.mamba2.mixer:MIXER",
+    "U": "sambalm.model.mixers.mamba2.mixer:GMU",
 }
 
 
@@ -79,6 +82,34 @@ def external_mixers() -> dict[str, Mixer]:
 def _load(reference: str) -> Mixer:
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def memory_writers(pattern: str) -> dict[int, int]:
+    """Returns, by the number of each sublayer that reads a memory, the number of the one that wrote it.
+
+    Raises:
+        MixerError: there is none before it.
+    """
+    writers: dict[str | None, int] = {}
+    found = {}
+    for number, letter in enumerate(pattern):
+        one = mixer(letter)
+        if one.reads is not None:
+            if one.reads not in writers:
+                able = " or ".join(other.letter for other in all_mixers() if other.writes == one.reads)
+                raise MixerError(
+                    f"sublayer {number + 1} of model.pattern, {letter} ({one.name}), reads the {one.reads} of a layer "
+                    f"before it, and there is none: put {able} before it"
+                )
+            found[number] = writers[one.reads]
+        writers[one.writes] = number
+    return found
+
+
+def without_cuts_through_memories(pattern: str, ends: Iterable[int]) -> list[int]:
+    """Returns those of some cuts of a pattern, each by the sublayers before it, that part no reader from its writer."""
+    read = memory_writers(pattern).items()
+    return [end for end in ends if not any(writer < end <= reader for reader, writer in read)]
 
 
 def _rank(letter: str) -> tuple[int, str]:

@@ -27,12 +27,15 @@ class Sublayer(nn.Module):
     def __init__(self, letter: str, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.norm = RMSNorm(config, tp=tp, kernels=kernels)
+        self.writes = mixer(letter).writes
         self.mixer = mixer(letter).layer(config, tp=tp, kernels=kernels)
 
-    def forward(self, x: Tensor, branch: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """The residual stream and what the sublayer before adds to it, to the stream and what this one adds."""
+    def forward(self, x: Tensor, branch: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor, Any]:
+        """The residual stream and what the sublayer before adds to it, to the stream, what this one adds and writes."""
         x, normed = self.norm(x, branch)
-        return x, self.mixer(normed, context)
+        if self.writes is None:
+            return x, self.mixer(normed, context), None
+        return x, *self.mixer(normed, context)
 
 
 class Head(nn.Module):
@@ -87,6 +90,7 @@ class Samba(nn.Module):
             )
         # Keyed by their number in the whole model, which canonical names and initial weights depend on.
         self.kinds = mixers_of({config.pattern[i] for i in layers})
+        self.reads = {one.reads for one in self.kinds if one.reads}
         self.layers = nn.ModuleDict(
             {str(i): Sublayer(config.pattern[i], config, tp=tp, kernels=kernels) for i in layers}
         )
@@ -126,11 +130,14 @@ class Samba(nn.Module):
         assert x is not None, "stages after the first take the stage before's output"
         context = self._context(tokens, document_starts)
         branch = None
+        layer: Any
         for layer in self.layers.values():
             if self.recompute_layers and self.training:  # which keeps a layer's inputs: one is better than two
-                x, branch = recomputed(layer, _added(x, branch), None, context)
+                x, branch, memory = recomputed(layer, _added(x, branch), None, context)
             else:
-                x, branch = layer(x, branch, context)
+                x, branch, memory = layer(x, branch, context)
+            if layer.writes in self.reads:
+                context = context.with_memory(layer.writes, memory)
         if not self.is_last:
             return _added(x, branch)
         logits = self.head(self.final_norm(x, branch)[1])

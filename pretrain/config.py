@@ -5,9 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sambalm.data_pipeline.config import DataConfig
+from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability
 from sambalm.model.ops.config import KernelConfig
+from sambalm.model.registry import memory_writers, mixer
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.parallel.shard import Position, equal_shard
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
@@ -389,7 +391,20 @@ class RunConfig(BaseModel):
                 f"parallel.pipeline_layers is {layers}, {sum(layers)} in all, and model.pattern has "
                 f"{len(self.model.pattern)} sublayers: make them equal"
             )
+        self._check_memories()
         return self
+
+    def _check_memories(self) -> None:
+        if self.parallel.model_chunks == 1:
+            return
+        chunks = chunk_layers(self.model, self.parallel, sequence_length=self.data.sequence_length)
+        for reader, writer in memory_writers(self.model.pattern).items():
+            if not any(reader in chunk and writer in chunk for chunk in chunks):
+                raise ValueError(
+                    f"parallel.pipeline puts sublayer {reader + 1} of model.pattern on another part than sublayer "
+                    f"{writer + 1}, whose {mixer(self.model.pattern[reader]).reads} it reads: lower it, or give "
+                    "parallel.pipeline_layers that keep them together"
+                )
 
     def _check_batch_ramp(self) -> None:
         ramp, length = self.train.batch_ramp, self.data.sequence_length

@@ -86,6 +86,7 @@ class SequenceContext(NamedTuple):
     documents: PackedDocuments | None = None  # None where each row is one document
     real_keys: Tensor | None = None  # bool [B, past + S], False for padding; None when every key in the window counts
     operations: Operations = IN_TORCH
+    memories: dict[int, Any] | None = None  # what layers of this call have written, by the numbers of their blocks
 
     @property
     def resets(self) -> Tensor | None:
@@ -103,9 +104,29 @@ class SambaLayer(nn.Module):
     """Whether no token sees those before its document's first token, where the context has `documents`. Packed rows are
     refused in a model that has a layer which does not."""
 
+    writes: ClassVar[str | None] = None
+    """The name of what the layer leaves to layers after it, which it calls `written` with; None: nothing."""
+
+    reads: ClassVar[str | None] = None
+    """The name of what the layer takes by `memory`, of the last layer before it that writes it; None: nothing."""
+
+    source_idx: int | None = None
+    """The number of the block of that layer, which the model sets."""
+
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+
+    def written(self, memory: Any, context: SequenceContext) -> None:
+        """Leaves the memory of the call's tokens to the layers that read it."""
+        if context.memories is not None:
+            context.memories[self.layer_idx] = memory
+
+    def memory(self, context: SequenceContext) -> Any:
+        """Returns what the layer's source has written in this call."""
+        assert context.memories is not None, "the model makes room for what its layers write"
+        assert self.source_idx is not None, "the model tells a layer what it reads"
+        return context.memories[self.source_idx]
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor | tuple[Tensor, Tensor | None]:
         """Maps hidden_states [B, S, width] to the same; continues from and updates the context's cache.

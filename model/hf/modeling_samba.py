@@ -139,9 +139,19 @@ class SambaModel(SambaPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([SambaBlock(config, block, i) for i, block in enumerate(config.blocks)])
+        self._tell_sources()
         self.norm_f = SambaRMSNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _tell_sources(self) -> None:
+        """Tells each layer that reads a memory which block writes it."""
+        writers: dict[str, int] = {}
+        for number, block in enumerate(self.layers):
+            if isinstance(block.mixer, SambaLayer):
+                block.mixer.source_idx = writers.get(block.mixer.reads)
+                if block.mixer.writes is not None:
+                    writers[block.mixer.writes] = number
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
@@ -193,7 +203,7 @@ class SambaModel(SambaPreTrainedModel):
             past_key_values = new_cache(self.config)
         operations = operations_for(x, self.config)
         context = self.sequence_context(
-            SequenceContext(past_key_values, padding, None, None, documents, operations=operations),
+            SequenceContext(past_key_values, padding, None, None, documents, operations=operations, memories={}),
             x,
             mask=attention_mask,
             positions=position_ids,

@@ -1,16 +1,19 @@
 """The proof that an exported folder is the trained model: same logits on real tokens, same tokenizer."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from sambalm.model.config import ModelConfig
+from sambalm.model.registry import without_cuts_through_memories
 from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices
 
@@ -111,13 +114,13 @@ def largest_difference(
     exported = _ExportedModel(weights, hf_config)
     parts = partial(_training_part, state, config, dtype=hf_config.dtype)
     trained = None
-    whole, pieces = (exported.embed(row) for row in tokens.split(1))
-    cache = new_cache(hf_config)
-    for number, block in enumerate(hf_config.blocks):
-        sublayers = [n for n in (block.mixer_sublayer, block.mlp_sublayer) if n is not None]
-        part = parts(range(sublayers[0], sublayers[-1] + 1))
+    for layers in _spans(hf_config):
+        part = parts(layers)
         part.is_last = False  # the head is a part of its own
         trained = part(tokens, hidden=trained)  # [S, rows, width], as that model has it between its layers
+    whole, pieces = (exported.embed(row) for row in tokens.split(1))
+    cache = new_cache(hf_config)
+    for number in range(len(hf_config.blocks)):
         whole, pieces = exported.block(number, whole=whole, pieces=pieces, cache=cache)
     assert trained is not None, "a pattern has a layer"
     head, read = parts(range(len(config.pattern), len(config.pattern))), torch.cat((whole, pieces))
@@ -126,6 +129,14 @@ def largest_difference(
         for place in (slice(i, i + LOGIT_TOKENS) for i in range(0, tokens.shape[1], LOGIT_TOKENS))
     ]
     return torch.stack(differences).max().item()
+
+
+def _spans(config: SambaConfig) -> list[range]:
+    """Lists the layers that the training model has at once: a block's, or all from one that writes to the last that
+    reads it."""
+    ends = [max(n for n in (block.mixer_sublayer, block.mlp_sublayer) if n is not None) + 1 for block in config.blocks]
+    ends = without_cuts_through_memories(config.pattern or "", ends)
+    return [range(start, end) for start, end in itertools.pairwise((0, *ends))]
 
 
 def _training_part(state: CanonicalState, config: ModelConfig, layers: range, *, dtype: torch.dtype) -> Samba:
@@ -146,6 +157,8 @@ class _ExportedModel:
         with torch.device("meta"):
             self.model = SambaForCausalLM(config).eval()
         self.tied = config.tie_word_embeddings
+        # What layers have written, by where a piece begins; -1 is the whole row.
+        self.memories: defaultdict[int, dict[int, Any]] = defaultdict(dict)
 
     @contextmanager
     def _loaded(self, name: str) -> Iterator[nn.Module]:
@@ -166,15 +179,16 @@ class _ExportedModel:
         length = pieces.shape[1]
         half, outputs = length // 2, []
         with self._loaded(f"backbone.layers.{number}") as block:
-            whole = block(whole, self._context(whole, None, first=0))
+            whole = block(whole, self._context(whole, None, first=0, memories=self.memories[-1]))
             for first, end in ((0, half), (half, half + 1), (half + 1, length)):
                 piece = pieces[:, first:end]
-                outputs.append(block(piece, self._context(piece, cache, first=first)))
+                outputs.append(block(piece, self._context(piece, cache, first=first, memories=self.memories[first])))
         return whole, torch.cat(outputs, dim=1)
 
-    def _context(self, x: Tensor, cache: Cache | None, *, first: int) -> SequenceContext:
+    def _context(self, x: Tensor, cache: Cache | None, *, first: int, memories: dict[int, Any]) -> SequenceContext:
         positions = torch.arange(first, first + x.shape[1])[None]
-        return self.model.backbone.sequence_context(SequenceContext(cache, None, None, None), x, positions=positions)
+        context = SequenceContext(cache, None, None, None, memories=memories)
+        return self.model.backbone.sequence_context(context, x, positions=positions)
 
     def logits(self, x: Tensor) -> Tensor:
         with self._loaded("backbone.norm_f") as norm, self._loaded("lm_head") as head:

@@ -116,6 +116,13 @@ class Mixer(ABC):
     hf: ClassVar[HFSide | None] = None
     """The mixer in the Hugging Face format; None: a model with it trains, and `sambalm convert to-hf` refuses it."""
 
+    writes: ClassVar[str | None] = None
+    """The name of a memory that each of its layers leaves to layers after it; None: it leaves none."""
+
+    reads: ClassVar[str | None] = None
+    """The name of a memory that its layers take, of the last layer before that writes it. A pipeline keeps both in one
+    chunk; any other layout and recomputation keep what the writer leaves as it is, gradients included."""
+
     @abstractmethod
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
         """Returns the uninitialised layer of one rank.
@@ -125,7 +132,8 @@ class Mixer(ABC):
         part of the sequence. `ColumnParallelLinear` gathers the whole S and `RowParallelLinear` shares it out again.
         `context.resets` is [B, S], while activations are [S, B, ...] until the layer transposes them. Selective
         recomputation wraps the kernels of scan and attention and no more: a layer that computes other insides again
-        calls `parallel.layers.recompute.recomputed` itself.
+        calls `parallel.layers.recompute.recomputed` itself. A mixer that `writes` returns what is added and the memory,
+        one tensor or several; one that `reads` finds it in `context.memories` under the name.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ the same memory. S: sequence, B: batch, D: Mamba's channels, N: its states, H: h
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,11 @@ class SequenceContext:
     cp: ContextParallel  # where this rank's part of the sequence lies
     documents: Documents | None = None  # of packed sequences, where states and attention end with them
     shared: Mapping[str, Any] = field(default_factory=dict)  # `Mixer.shared_inputs`, by the mixers' letters
+    memories: Mapping[str, Any] = field(default_factory=dict)  # what layers before have written, by `Mixer.writes`
+
+    def with_memory(self, name: str, memory: Any) -> "SequenceContext":
+        """The same for the layers after one that writes a memory. Those before keep theirs, also when run again."""
+        return replace(self, memories={**self.memories, name: memory})
 
     @property
     def resets(self) -> Tensor | None:

@@ -23,13 +23,14 @@ class KernelNames:
     attention: str
     norm: str
     elementwise: str
-    delta_rule: str | None = None
+    delta_rule: str | None = None  # this and the next where a layer of the model computes it
+    ssd: str | None = None
     device: str = "cuda"
 
     def __str__(self) -> str:
         """The names as the start line of a run has them, as in 'scan=cuda conv=cuda ...'."""
-        names = {key.name: getattr(self, key.name) for key in fields(self) if key.name != "device"}
-        return " ".join(f"{operation}={name}" for operation, name in names.items() if name)
+        named = {key.name: getattr(self, key.name) for key in fields(self) if key.name != "device"}
+        return " ".join(f"{operation}={name}" for operation, name in named.items() if name is not None)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class KernelConfig(BaseModel):
         "auto", description="Selective scan; cuda is this project's own kernel"
     )
     conv: Literal["auto", "torch", "cuda", "causal-conv1d"] = Field(
-        "auto", description="Mamba's causal convolution; cuda is this project's own kernel"
+        "auto", description="Causal convolution of Mamba and Mamba-2; cuda is this project's own kernel"
     )
     attention: Literal["auto", "torch", "cudnn", "flex", "torch-flash", "flash-attn"] = Field(
         "auto",
@@ -31,3 +31,4 @@ class KernelConfig(BaseModel):
     delta_rule: Literal["auto", "torch", "fla"] = Field(
         "auto", description="Delta rule of Gated DeltaNet and Kimi Delta Attention; fla is flash-linear-attention's"
     )
+    ssd: Literal["auto", "torch", "mamba-ssm"] = Field("auto", description="Mamba-2's scan")

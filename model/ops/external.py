@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sambalm.model.ops.cuda.memory import EIGHT, filled_up
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.errors import KernelError
 from sambalm.model.ops.implementations import IMPLEMENTATIONS
@@ -46,13 +47,54 @@ def mamba_ssm_scan(
     return y.transpose(1, 2), state
 
 
-def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
-    """causal-conv1d's fused convolution, which reads channels-last input as it is. It knows documents by numbers."""
+MAMBA_SSM_SSD_CHUNK_TOKENS = 256  # mamba-ssm's own default
+
+
+def mamba_ssm_ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """mamba-ssm's scan of Mamba-2. It knows documents by numbers, of which 0 alone goes on from the initial state."""
     documents = None if resets is None else resets.cumsum(1, dtype=torch.int32)
+    return _imported("ssd", "mamba-ssm", "mamba_chunk_scan_combined")(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size=MAMBA_SSM_SSD_CHUNK_TOKENS,
+        D=D,
+        dt_bias=dt_bias,
+        initial_states=initial_state,
+        seq_idx=documents,
+        dt_softplus=True,
+        return_final_states=True,
+    )
+
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, *, resets: Tensor | None = None) -> Tensor:
+    """causal-conv1d's fused convolution. It knows documents by numbers.
+
+    It reads channels-last input as it is where channels, and the distances between tokens and rows, are multiples of
+    eight; any other input is copied.
+    """
+    documents, channels = None if resets is None else resets.cumsum(1, dtype=torch.int32), x.shape[2]
+    more = -channels % EIGHT
+    x, weight, bias = filled_up(x, more), filled_up(weight, 0, more), filled_up(bias, more)
+    if x.stride(0) % EIGHT or x.stride(1) % EIGHT:
+        x = x.clone(memory_format=torch.contiguous_format)
     y = _imported("conv", "causal-conv1d", "causal_conv1d_fn")(
         x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)[..., :channels]
 
 
 def flash_attn_window(

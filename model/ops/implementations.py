@@ -135,12 +135,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         ),
         "torch": _IN_TORCH,
     },
+    "ssd": {"mamba-ssm": Implementation("mamba_ssm.ops.triton.ssd_combined", is_extra=True), "torch": _IN_TORCH},
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
 
-
 # Operations that only some mixers have. A run without such a layer takes PyTorch's and names none.
-BY_MIXERS = frozenset({"delta_rule"})
+BY_MIXERS = frozenset({"delta_rule", "ssd"})
 
 
 def why_unasked(operation: str, name: str, requirements: KernelRequirements) -> str | None:

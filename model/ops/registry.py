@@ -32,6 +32,7 @@ from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
+from sambalm.model.ops.reference.ssd_scan import ssd_scan
 from sambalm.model.ops.reference.window_attention import window_attention
 from sambalm.parallel.environment import is_main_process
 from sambalm.parallel.layers.recompute import recomputed
@@ -41,6 +42,7 @@ ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_select
 ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
 DeltaRuleKernel = Callable[..., tuple[Tensor, Tensor]]  # delta_rule.gated_delta_rule
+SSDKernel = Callable[..., tuple[Tensor, Tensor]]  # ssd_scan.ssd_scan
 NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
 
@@ -54,14 +56,15 @@ class Kernels:
     norm: NormKernel
     elementwise: Elementwise
     delta_rule: DeltaRuleKernel
+    ssd: SSDKernel
     optimizer: type[torch.optim.AdamW]
     names: tuple[str, ...]  # operation=implementation of each that the model has, as it runs in training, for the log
     captures_documents: bool = True  # whether none reads the documents of a micro-batch on the host
 
     def recomputing(self) -> "Kernels":
-        """The same with the insides of scan, attention and delta rule computed again in the backward, not kept."""
+        """The same with the insides of scans, attention and delta rule computed again in the backward, not kept."""
         again: dict[str, Any] = {
-            name: partial(recomputed, getattr(self, name)) for name in ("scan", "attention", "delta_rule")
+            name: partial(recomputed, getattr(self, name)) for name in ("scan", "ssd", "attention", "delta_rule")
         }
         return replace(self, **again)
 
@@ -169,6 +172,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
     },
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
     "delta_rule": {"fla": external.fla_delta_rule, "torch": gated_delta_rule},
+    "ssd": {"mamba-ssm": external.mamba_ssm_ssd_scan, "torch": ssd_scan},
     "optimizer": {"cuda": CudaAdamW, "torch-fused": torch.optim.AdamW},
 }
 
@@ -179,6 +183,7 @@ TORCH_KERNELS = Kernels(
     norm=add_rms_norm,
     elementwise=Elementwise(),
     delta_rule=gated_delta_rule,
+    ssd=ssd_scan,
     optimizer=torch.optim.AdamW,
     names=("torch",),
 )

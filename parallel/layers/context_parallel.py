@@ -6,6 +6,7 @@ length of the sequence.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +108,45 @@ class _Arrive(torch.autograd.Function):
         return None, *pieces
 
 
+def scan_of_parts(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    *,
+    decay: Callable[[], Tensor],
+    decay_shape: Sequence[int],
+    state_shape: Sequence[int],
+    like: Tensor,
+    cp: ContextParallel,
+) -> Tensor:
+    """The scan of this rank's part of the sequence, going on from the states that the ranks before it reach.
+
+    Over its part a rank's state is decay * (state at its start) + (state reached from zero); both factors are found
+    locally, gathered, and composed to the state at each rank's start. What is sent does not grow with the sequence. The
+    first rank's state is zero, so its scan from zero is the result, and nobody goes on from the last rank's: both scan
+    once, the others twice.
+
+    Args:
+        scan: a kernel with all its arguments but `initial_state`, which is added where there is one; it returns its
+            output and the state after its last token.
+        decay: computes what is left of a state after the whole part.
+        decay_shape, state_shape: of the two, of which the first broadcasts to the second.
+        like: a tensor of their dtype and device.
+
+    Returns:
+        The scan's output.
+    """
+    if cp.size == 1:
+        return scan()[0]
+    zero = like.new_zeros((), requires_grad=True)  # of what nobody reads, so that every rank's backward is collective
+    no_decay, no_state = zero.expand(tuple(decay_shape)), zero.expand(tuple(state_shape))
+    if cp.rank == 0:
+        y, reached = scan()
+        return after(y, incoming_state(no_decay, reached, cp=cp))
+    own = (no_decay, no_state)
+    if cp.rank < cp.size - 1:
+        own = (decay(), scan()[1])
+    return scan(initial_state=incoming_state(*own, cp=cp))[0]
+
+
 def incoming_state(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Tensor:
     """The state at the start of this rank's part of a sequence, of a recurrence that is linear in its state.
 
@@ -114,12 +154,13 @@ def incoming_state(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Te
     every rank: the first rank's state is zero and yet it takes part.
 
     Args:
-        decay, reached: of this rank's part, of one shape on all ranks.
+        decay, reached: of this rank's part, of one dtype and of the same shapes on all ranks; decay's broadcasts to
+            that of reached.
 
     Returns:
-        A tensor of that shape; zeros on the first rank.
+        A tensor of the shape of reached; zeros on the first rank.
     """
-    return _IncomingState.apply(torch.stack((decay, reached)), cp)
+    return _IncomingState.apply(decay, reached, cp)
 
 
 def incoming_matrix_state(transition: Tensor, reached: Tensor, *, cp: ContextParallel) -> Tensor:
@@ -155,25 +196,30 @@ class _After(torch.autograd.Function):
 
 class _IncomingState(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor, cp: ContextParallel) -> Tensor:
-        ctx.cp = cp
-        gathered = own.new_empty(cp.size, *own.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), own.contiguous(), group=cp.group)
+    def forward(ctx: Any, decay: Tensor, reached: Tensor, cp: ContextParallel) -> Tensor:
+        ctx.cp, ctx.shapes = cp, (decay.shape, reached.shape)
+        own = torch.cat((decay.flatten(), reached.flatten()))
+        gathered = own.new_empty(cp.size, len(own))
+        dist.all_gather_into_tensor(gathered.flatten(), own, group=cp.group)
         ctx.save_for_backward(gathered)
-        return _states(gathered, cp.rank)[-1]
+        return _states(*_factors(gathered, ctx.shapes), cp.rank)[-1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         cp, (gathered,) = ctx.cp, ctx.saved_tensors
-        states = _states(gathered, cp.rank)
+        decays, reached = _factors(gathered, ctx.shapes)
+        states = _states(decays, reached, cp.rank)
         gradients = torch.zeros_like(gathered)
+        of_decays, of_reached = _factors(gradients, ctx.shapes)
         for rank in reversed(range(cp.rank)):
-            gradients[rank, 0] = gradient * states[rank]
-            gradients[rank, 1] = gradient
-            gradient = gradient * gathered[rank, 0]
+            of_decays[rank] = (gradient * states[rank]).sum_to_size(decays[rank].shape)
+            of_reached[rank] = gradient
+            gradient = gradient * decays[rank]
         own = torch.empty_like(gathered[0])
-        dist.reduce_scatter_tensor(own, gradients.flatten(0, 1), group=cp.group)
-        return own, None
+        dist.reduce_scatter_tensor(own, gradients.flatten(), group=cp.group)
+        decay_shape, state_shape = ctx.shapes
+        of_decay, of_state = own.split([decay_shape.numel(), state_shape.numel()])
+        return of_decay.view(decay_shape), of_state.view(state_shape), None
 
 
 class _IncomingMatrixState(torch.autograd.Function):
@@ -207,9 +253,15 @@ def _matrix_states(gathered: Tensor, rank: int) -> list[Tensor]:
     return states
 
 
-def _states(gathered: Tensor, rank: int) -> list[Tensor]:
-    """The states at the start of each rank's part up to `rank`, from decays and reached states [ranks, 2, ...]."""
-    states = [torch.zeros_like(gathered[0, 1])]
-    for decay, reached in gathered[:rank]:
-        states.append(decay * states[-1] + reached)
+def _factors(gathered: Tensor, shapes: tuple[torch.Size, torch.Size]) -> tuple[Tensor, Tensor]:
+    """All ranks' decays and reached states, as views [ranks, ...] of the ranks' numbers side by side."""
+    decays, reached = gathered.split([shape.numel() for shape in shapes], dim=1)
+    return decays.unflatten(1, shapes[0]), reached.unflatten(1, shapes[1])
+
+
+def _states(decays: Tensor, reached: Tensor, rank: int) -> list[Tensor]:
+    """The states at the start of each rank's part up to `rank`."""
+    states = [torch.zeros_like(reached[0])]
+    for before in range(rank):
+        states.append(decays[before] * states[-1] + reached[before])
     return states

@@ -223,7 +223,8 @@ def test_sizes_of_several_mixers_are_the_largest():
 
 
 def test_a_cpu_runs_plain_pytorch_and_says_so():
-    requirements = KernelRequirements("cpu", "bf16", resets=True, initial_states=True, operations=("delta_rule",))
+    operations = ("delta_rule", "ssd")
+    requirements = KernelRequirements("cpu", "bf16", resets=True, initial_states=True, operations=operations)
     names = build_kernels(KernelConfig(), requirements).names
     operations = dict.fromkeys(IMPLEMENTATIONS, "torch") | {"optimizer": "torch-fused"}
     assert names == tuple(f"{operation}={name}" for operation, name in operations.items())

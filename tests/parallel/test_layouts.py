@@ -239,10 +239,14 @@ def copies_of_a_kv_head_are_not_summed(monkeypatch):
 
 
 def states_between_ranks_carry_no_gradient(monkeypatch):
-    from sambalm.model.mixers.mamba import context_parallel_scan as sequence_scan
+    from sambalm.parallel.layers import context_parallel
 
-    with_gradient = sequence_scan.incoming_state
-    monkeypatch.setattr(sequence_scan, "incoming_state", lambda *factors, cp: with_gradient(*factors, cp=cp).detach())
+    with_gradient = context_parallel.incoming_state
+
+    def without(*factors, cp):
+        return with_gradient(*factors, cp=cp).detach()
+
+    monkeypatch.setattr(context_parallel, "incoming_state", without)
 
 
 def tokens_of_neighbours_carry_no_gradient(monkeypatch):

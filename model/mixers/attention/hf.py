@@ -40,13 +40,23 @@ class SambaAttention(AttentionWeightsLayer):
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor | None]:
         """Maps hidden_states [B, S, width] to the same; adds attention weights where the implementation gives them."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
-        if context.rotary is not None:
-            q, k = (context.operations.rotary(t, *context.rotary) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = (self._rotated(p(hidden_states), context) for p in (self.q_proj, self.k_proj))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
+        if self.writes is not None:
+            self.written((k, v), context)
+        return self._attend(q, k, v, context)
+
+    def _rotated(self, projected: Tensor, context: SequenceContext) -> Tensor:
+        """Returns queries or keys [B, H, S, d] with their positions, from their projection [B, S, width]."""
+        x_BSHd = projected.unflatten(-1, (-1, self.head_dim))
+        if context.rotary is not None:
+            x_BSHd = context.operations.rotary(x_BSHd, *context.rotary)
+        return x_BSHd.transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor | None]:
+        """Returns the layer's output [B, S, width], and attention weights where the implementation gives them."""
         weights = None
         masks = context.attention_masks
         if masks is None and self.config._attn_implementation in DENSE_ATTENTION:
@@ -56,10 +66,15 @@ class SambaAttention(AttentionWeightsLayer):
             y_BSHd, weights = self._attend_masked(q, k, v, mask)
         return self.o_proj(y_BSHd.flatten(2)), weights
 
+    @property
+    def _cache_idx(self) -> int:
+        """The number of the block whose keys these are."""
+        return self.layer_idx
+
     def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
         if context.cache is not None:
             # A static cache that is not yet full hands out its whole buffer.
-            seen = min(k.shape[2], context.cache.get_seq_length(self.layer_idx))
+            seen = min(k.shape[2], context.cache.get_seq_length(self._cache_idx))
             k, v = k[:, :, :seen], v[:, :, :seen]
         keys, documents, real = k.shape[2], None, context.real_keys
         if context.documents:
@@ -83,6 +98,28 @@ class SambaFullAttention(SambaAttention):
     """Causal attention over everything before."""
 
     is_full = True
+    writes = "keys and values"
+
+
+class SambaCrossAttention(SambaAttention):
+    """Causal attention over the keys and values of the last full attention before."""
+
+    is_full = True
+    reads = "keys and values"
+
+    def __init__(self, config: SambaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        del self.k_proj, self.v_proj
+
+    @property
+    def _cache_idx(self) -> int:
+        assert self.source_idx is not None, "the model tells the layer whose keys it reads"
+        return self.source_idx
+
+    def forward(self, hidden_states: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor | None]:
+        """Maps hidden_states [B, S, width] to the same, as its parent does; the cache has nothing of it."""
+        k, v = self.memory(context)
+        return self._attend(self._rotated(self.q_proj(hidden_states), context), k, v, context)
 
 
 def eager_attention_forward(

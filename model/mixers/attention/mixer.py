@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sambalm.model.mixers.attention.heads import HeadShare, kv_copies, share_heads
-from sambalm.model.mixers.attention.sizes import FULL_LETTER, LETTER
+from sambalm.model.mixers.attention.sizes import CROSS_LETTER, FULL_LETTER, LETTER
 from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Of a query or key: casts, four products of halves, two sums, joined.
 ROTARY = {"torch": Traffic(48, 52), "compiled": Traffic(4, 4, fused=True)}
+KEYS_AND_VALUES = "keys and values"  # the memory of full attention
 LAYOUT = Traffic(4, 4, fused=True)  # of a query: heads next to tokens and back
 
 
@@ -83,6 +84,19 @@ class FullAttentionHF(AttentionHF):
         return f"full causal attention: {_heads_text(hf)}, {_positions_text(hf)}"
 
 
+class CrossAttentionHF(FullAttentionHF):
+    """Cross attention in the Hugging Face format, which keeps nothing in the cache."""
+
+    tensors: ClassVar = {
+        "q_proj.weight": HFTensor(("q_proj.q.weight",)),
+        "o_proj.weight": HFTensor(("o_proj.weight",)),
+    }
+    layer, cache_layer = "SambaCrossAttention", "moe"
+
+    def describe(self, hf: Any) -> str:
+        return f"cross attention: {_heads_text(hf)}, over the keys and values of the last `{FULL_LETTER}` before"
+
+
 def _heads_text(hf: Any) -> str:
     return f"{hf.num_attention_heads} query heads, {hf.num_key_value_heads} key/value heads"
 
@@ -96,12 +110,12 @@ class WindowAttention(Mixer):
 
     letter, name = LETTER, "attention"
     title, abilities = "window attention", frozenset(Ability)
-    hf = AttentionHF()
+    hf: ClassVar[HFSide | None] = AttentionHF()
 
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
-        from sambalm.model.mixers.attention.layer import AttentionLayer
+        from sambalm.model.mixers.attention.layer import WindowAttentionLayer
 
-        return AttentionLayer(config, letter=self.letter, window=self._layer_window(config), tp=tp, kernels=kernels)
+        return WindowAttentionLayer(config, letter=self.letter, tp=tp, kernels=kernels)
 
     def _layer_window(self, config: "ModelConfig") -> int | None:
         return config.window
@@ -190,9 +204,8 @@ class WindowAttention(Mixer):
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
-        last = Position(share.context_ranks, rank=share.context_ranks - 1)  # which has the most keys
         query, kv, window = heads.query.length, heads.kv.length, self._window(config, share.sequence_tokens)
-        calls = _kernel_calls(window, share.part_tokens, last)
+        calls = _kernel_calls(window, share.part_tokens, _last(share))
         total = a * T * 2 * query  # the rotated queries, and o_proj's input
         if config.rope_base is None:
             total += a * T * 2 * kv  # the projections in one piece, whose queries are those
@@ -201,11 +214,16 @@ class WindowAttention(Mixer):
             total += a * share.sequences * keys * 2 * kv
         elif config.rope_base is not None:
             total += a * T * (query + 3 * kv)  # the projections, for the values, and the rotated keys
-        if not inside:
-            return total
-        total += a * T * query + FP32_BYTES * T * query // config.head_dim  # output, log-sum-exp
+        return total + (self._kernel_bytes(config, share) if inside else 0)
+
+    def _kernel_bytes(self, config: "ModelConfig", share: Share) -> int:
+        """Counts what the kernel keeps besides its inputs."""
+        a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
+        query, window = heads.query.length, self._window(config, share.sequence_tokens)
+        total = a * T * query + FP32_BYTES * T * query // config.head_dim  # output, log-sum-exp
         if share.kernels.attention != "torch":
             return total
+        calls = _kernel_calls(window, share.part_tokens, _last(share))
         return total + sum(_joined_blocks_bytes(share, heads, *call, window=window) for call in calls)
 
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
@@ -215,6 +233,11 @@ class WindowAttention(Mixer):
     @staticmethod
     def _heads(config: "ModelConfig", tensor_ranks: int) -> HeadShare:
         return share_heads(config, Position(tensor_ranks))
+
+
+def _last(share: Share) -> Position:
+    """Returns the context-parallel rank that has the most keys."""
+    return Position(share.context_ranks, rank=share.context_ranks - 1)
 
 
 def _kernel_calls(window: int, part_tokens: int, cp: Place) -> list[tuple[int, int]]:
@@ -252,7 +275,13 @@ class FullAttention(WindowAttention):
     """Causal attention over everything before, with the heads and positions of the window attention."""
 
     letter, name, title = FULL_LETTER, "full_attention", "full attention"
-    hf = FullAttentionHF()
+    hf: ClassVar[HFSide | None] = FullAttentionHF()
+    writes: ClassVar[str | None] = KEYS_AND_VALUES
+
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        from sambalm.model.mixers.attention.layer import FullAttentionLayer
+
+        return FullAttentionLayer(config, letter=self.letter, tp=tp, kernels=kernels)
 
     def _layer_window(self, config: "ModelConfig") -> int | None:
         return None
@@ -261,4 +290,36 @@ class FullAttention(WindowAttention):
         return share.sequence_tokens - (share.part_tokens - 1) / 2  # of the last part, which has the most before it
 
 
-MIXER, FULL = WindowAttention(), FullAttention()
+class CrossAttention(FullAttention):
+    """Causal attention over the keys and values of the last full attention before (arXiv 2405.05254, 2507.06607)."""
+
+    letter, name, title = CROSS_LETTER, "cross_attention", "cross attention"
+    hf = CrossAttentionHF()
+    writes, reads = None, KEYS_AND_VALUES
+
+    def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
+        from sambalm.model.mixers.attention.layer import CrossAttentionLayer
+
+        return CrossAttentionLayer(config, letter=self.letter, memory=KEYS_AND_VALUES, tp=tp, kernels=kernels)
+
+    def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
+        width, query = config.hidden_size, self._heads(config, tensor_ranks).query.length
+        product = {"in_product": True, "takes_fp8": True, "matmul_only": True}
+        return Parameter("q_proj.weight", (query, width), **product), Parameter(
+            "o_proj.weight", (width, query), **product
+        )
+
+    def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
+        return input_and_output_messages(config.hidden_size, share)
+
+    def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
+        """Counts what full attention keeps, without keys and values."""
+        a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
+        total = a * T * 2 * heads.query.length  # the rotated queries, and o_proj's input
+        return total + (self._kernel_bytes(config, share) if inside else 0)
+
+    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
+        return super().backward_bytes(config, share) * share.context_ranks  # keys' gradients are of all parts
+
+
+MIXER, FULL, CROSS = WindowAttention(), FullAttention(), CrossAttention()

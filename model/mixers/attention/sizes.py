@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-LETTER, FULL_LETTER = "*", "F"  # in a layer pattern: over a window, and over everything before
+# In a layer pattern: over a window, over everything before, and over the keys of the last of those.
+LETTER, FULL_LETTER, CROSS_LETTER = "*", "F", "X"
 
 
 class AttentionSizes(BaseModel):

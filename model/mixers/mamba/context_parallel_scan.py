@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sambalm.parallel.groups import ContextParallel
-from sambalm.parallel.layers.context_parallel import after, incoming_state
+from sambalm.parallel.layers.context_parallel import scan_of_parts
 
 
 def context_parallel_scan(
@@ -19,27 +19,23 @@ def context_parallel_scan(
     resets: Tensor | None,
     cp: ContextParallel,
 ) -> Tensor:
-    """The scan of this rank's part of the sequence, going on from the states that the ranks before it reach.
+    """The output of the scan of this rank's part of the sequence, as `scan_of_parts` makes it.
 
-    Over its part a rank's state is decay * (state at its start) + (state reached from zero); both factors are found
-    locally, gathered, and composed to the state at each rank's start. What is sent is two numbers a channel and state,
-    however long the sequence. The first rank's state is zero, so its scan from zero is the result, and nobody goes on
-    from the last rank's: both scan once, the others twice.
+    What is sent is two numbers a channel and state, however long the sequence.
 
     Args:
         scan: a kernel with all its arguments but `initial_state`, which is added where there is one.
         dt, A, dt_bias, resets: of those arguments.
     """
-    if cp.size == 1:
-        return scan()[0]
-    unused = torch.zeros(len(dt), *A.shape, dtype=A.dtype, device=A.device, requires_grad=True)
-    if cp.rank == 0:
-        y, reached = scan()
-        return after(y, incoming_state(unused, reached, cp=cp))
-    own = (unused, unused)
-    if cp.rank < cp.size - 1:
-        own = (decay_over(dt, A, dt_bias, resets), scan()[1])
-    return scan(initial_state=incoming_state(*own, cp=cp))[0]
+    shape = (len(dt), *A.shape)
+    return scan_of_parts(
+        scan,
+        decay=lambda: decay_over(dt, A, dt_bias, resets),
+        decay_shape=shape,
+        state_shape=shape,
+        like=A,
+        cp=cp,
+    )
 
 
 def decay_over(dt: Tensor, A: Tensor, dt_bias: Tensor, resets: Tensor | None) -> Tensor:

@@ -173,7 +173,7 @@ class Mamba(Mixer):
         states = FP32_BYTES * share.sequences * D * N
         total = 0
         if ranks > 1:  # all ranks' decays and reached states, and the state at the start
-            total += (2 * ranks + 2) * states
+            total += (2 * ranks + 1) * states
         if ranks > 2:  # a rank between others: the step sizes and the decay that it passes on
             total += FP32_BYTES * T * D + 2 * states
             if inside:  # and a scan from zero, of which the output and so the gate are not kept

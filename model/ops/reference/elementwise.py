@@ -29,6 +29,19 @@ def norm_and_gate(x: Tensor, weight: Tensor, gate: Tensor, *, eps: float, activa
     return (F.rms_norm(x.to(work), (x.shape[-1],), weight.to(work), eps) * opened).to(x.dtype)
 
 
+def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The root-mean-square norm of y * SiLU(gate) over the last dimension, times the weight; in y's dtype.
+
+    Args:
+        y, gate: [..., groups, width], computed with in fp32 (fp64 for fp64).
+        weight: fp32 [groups, width].
+        eps: added to the mean square.
+    """
+    work = torch.promote_types(y.dtype, torch.float32)
+    gated = y.to(work) * F.silu(gate.to(work))
+    return (F.rms_norm(gated, gated.shape[-1:], eps=eps) * weight).to(y.dtype)
+
+
 def token_losses(logits: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
     """Negative log-likelihood of each label among the first `vocabulary` logits.
 
@@ -44,12 +57,13 @@ def token_losses(logits: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """What lies between a model's matrix products, scans and attention, but for the norm."""
+    """What lies between a model's matrix products, scans and attention, but for the stream's norm."""
 
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
     norm_and_gate: Callable[..., Tensor] = norm_and_gate
     token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
+    gated_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = gated_norm
 
     def compiled(self) -> "Elementwise":
         """The same, each fused into as few passes over memory as it takes; logits are never held in fp32."""
@@ -58,6 +72,7 @@ class Elementwise:
             rotary=torch.compile(self.rotary),
             norm_and_gate=torch.compile(self.norm_and_gate),
             token_losses=torch.compile(self.token_losses),
+            gated_norm=torch.compile(self.gated_norm),
         )
 
 

@@ -1,0 +1,123 @@
+"""SambaY in the Hugging Face format: what layers read of others is as in training, also with a cache and padding."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from sambalm.model.hf import HFError, load_for_generation
+from sambalm.model.hf.export import export_hf
+from sambalm.model.hf.folder import FolderState
+from sambalm.model.hf.generate import load_config
+from sambalm.model.hf.layers import SambaLayer
+from sambalm.model.hf.modeling_samba import new_cache
+from sambalm.model.hf.verify import verify_export
+from tests.hf import test_packing as packing
+from tests.hf.test_modeling import largest_difference, padded
+from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
+from tests.support.remote_code import outputs_by_remote_code
+
+SIZES = {"mamba2": {"d_state": 5, "head_dim": 4, "groups": 4}}
+PATTERNS = ["S-*-SFU-X-", "SUSFUXU"]
+
+
+def config_of(pattern: str, **changes):
+    return tiny_config(pattern, mixers=SIZES, **changes)
+
+
+def model_of(pattern: str):
+    return hf_model(config_of(pattern), RandomState(config_of(pattern)))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_logits_are_the_training_models_at_once_in_pieces_and_with_padding(pattern):
+    config = config_of(pattern)
+    state = RandomState(config)
+    model, tokens = hf_model(config, state).double(), random_tokens(2, 30)
+    whole = model(tokens, use_cache=False).logits
+    assert largest_difference(whole, training_model(config, state)(tokens)) < 1e-5
+    for cache in (new_cache(model.config), StaticCache(config=model.config, max_cache_len=30)):
+        pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([7, 1, 1, 2, 19], dim=1)]
+        assert largest_difference(torch.cat(pieces, dim=1), whole) < 1e-12
+    for side in ("left", "right"):
+        together, mask = padded([tokens[0], tokens[1, :9]], length=30, side=side)
+        logits = model(together, attention_mask=mask).logits
+        assert largest_difference(logits[1][mask[1].bool()], whole[1, :9]) < 1e-12
+
+
+@torch.no_grad()
+def test_other_attention_and_packed_documents_give_the_same():
+    model = model_of(PATTERNS[0]).double()
+    row = torch.cat(packing.documents())[None]
+    packed = model(row, position_ids=packing.positions()[None])
+    assert largest_difference(packed.logits[0], packing.alone(model)) < 1e-12
+    whole = model(row).logits
+    model.set_attn_implementation("eager")
+    assert largest_difference(model(row).logits, whole) < 1e-10
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_is_that_without():
+    model, tokens = model_of(PATTERNS[1]), random_tokens(2, 9)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options))
+
+
+def test_checkpointed_gradients_are_those_of_a_plain_backward():
+    """A layer that runs again reads what it read, and not what a later layer has written since."""
+    model, tokens = model_of(PATTERNS[1]).double().train(), random_tokens(2, 12)
+    gradients = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+@pytest.fixture(scope="module")
+def folder(sentencepiece_model, documents, tmp_path_factory):
+    """(folder, state, config) of an export, which compares logits in pieces too."""
+    config = config_of(PATTERNS[0], vocab_size=1200)
+    state = RandomState(config)
+    output = tmp_path_factory.mktemp("export") / "model"
+    output.mkdir()
+    export_hf(state, config, folder=output, tokenizer_model=sentencepiece_model, documents=documents[:3])
+    return output, state, config
+
+
+def test_the_folder_gives_the_model_back(folder):
+    path, state, _ = folder
+    again = FolderState(path, load_config(path))
+    assert again.shapes() == state.shapes()
+    assert all(torch.equal(again.read(name), state.read(name)) for name in state.shapes())
+    card = (path / "README.md").read_text()
+    assert "- `U`: gated memory unit over the scan's output" in card
+    assert "- `X`: cross attention: 4 query heads" in card
+
+
+def test_the_verification_finds_a_layer_that_reads_another_memory(folder, documents, sentencepiece_model, monkeypatch):
+    path, state, config = folder
+    memory = SambaLayer.memory
+
+    def first(self, context):
+        found = memory(self, context)
+        return context.memories[0] if isinstance(found, torch.Tensor) else found
+
+    monkeypatch.setattr(SambaLayer, "memory", first)
+    with pytest.raises(HFError, match="logits of the exported model differ"):
+        verify_export(path, state, config, documents[:3], sentencepiece_model)
+
+
+@pytest.mark.long
+def test_remote_code_needs_no_package_of_ours(folder, tmp_path):
+    path = folder[0]
+    tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))
+    given = outputs_by_remote_code(path, tokens, tmp_path)
+    model, _ = load_for_generation(path)
+    with torch.no_grad():
+        assert torch.equal(given["logits"], model(tokens).logits)
+        generated = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(given["generated"], generated)

@@ -1,0 +1,270 @@
+"""Mamba-2: on layouts against one process, counted, planned, resumed, and what is refused."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sambalm.model.config import ModelConfig
+from sambalm.model.flops import flops_per_token
+from sambalm.model.mixers.mamba2 import layer as layers
+from sambalm.model.ops import external
+from sambalm.model.ops.implementations import KernelRequirements
+from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.registry import TORCH_KERNELS, why_unavailable
+from sambalm.model.parameters import count_parameters
+from sambalm.model.registry import mixer
+from sambalm.model.samba import Samba, Sublayer
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.sharding import canonical_slices, initialize_parameters
+from sambalm.parallel.zero.parameter_info import info_of
+from sambalm.pretrain.check_layout import whole
+from sambalm.pretrain.config_file import load_config, parse_config
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.planner.communication import step_transfers
+from sambalm.pretrain.planner.hardware import DEVICES
+from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, planned_kernels
+from sambalm.pretrain.planner.memory import stage_memories
+from sambalm.pretrain.planner.search import find_plans, plan_of
+from tests.pretrain.test_plan import counted_activations, handed_on_rank, kept_on_rank
+from tests.support.layout_runs import STEPS, differences, run_values, steps_on_rank
+from tests.support.marks import slow_except
+from tests.support.planned_runs import config_of
+from tests.support.whole_runs import changed, stopped_after, train
+from tests.support.worlds import run_world
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "successors"
+SIZES = {"d_state": 5, "head_dim": 4, "groups": 3}  # 24 heads in 3 groups: uneven over two ranks
+MODEL = {"pattern": "S-*S", "mixers": {"mamba2": SIZES}}
+SP2, CP2 = {"tensor": 2, "sequence": True}, {"context": 2}
+HANDED = [(2, SP2), (2, CP2), (2, SP2 | {"recompute": "full"}), (2, CP2 | {"recompute": "full"}), (4, SP2 | CP2)]
+KERNELS = replace(TORCH_ON_CPU, ssd="torch")
+LAYOUTS = {
+    "TP2+SP": (2, SP2),
+    "CP2": (2, {"context": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "CP4, selective": (4, {"context": 4, "recompute": "selective"}),
+    "TP3, full": (3, {"tensor": 3, "recompute": "full"}),
+    "CP2xTP2+SP": (4, SP2 | {"context": 2}),
+}
+
+
+def steps(parallel: dict, *, ranks: int, documents: bool = False, mistake=None, count: int = STEPS):
+    values = run_values(
+        model=MODEL | ({"num_kv_heads": 3} if ranks == 3 else {}), parallel=parallel, documents=documents
+    )
+    return run_world(steps_on_rank, values, count, mistake, ranks=ranks)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """By kv heads and documents: three ranks need three kv heads."""
+    found = {}
+
+    def of(kv_heads: int, documents: bool):
+        if (kv_heads, documents) not in found:
+            values = run_values(model=MODEL | {"num_kv_heads": kv_heads}, documents=documents)
+            (found[kv_heads, documents],) = run_world(steps_on_rank, values, STEPS, None, ranks=1)
+        return found[kv_heads, documents]
+
+    return of
+
+
+QUICK = [("TP2+SP", True), ("CP2", True), ("CP2", False), ("PP2", False)]
+CASES = [(name, documents) for name in LAYOUTS for documents in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "documents"), slow_except(QUICK, CASES, long=[case for case in CASES if case not in QUICK])
+)
+def test_a_layout_trains_like_one_process(name, documents, alone):
+    ranks, parallel = LAYOUTS[name]
+    expected = alone(3 if ranks == 3 else 2, documents)
+    results = steps(parallel, ranks=ranks, documents=documents)
+    worst = differences([result.gradients for result in results], whole(expected.gradients))
+    assert {name: value for name, value in worst.items() if value > 1e-5} == {}
+    for result in results:
+        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+
+
+def states_between_ranks_are_dropped(monkeypatch):
+    monkeypatch.setattr(layers, "scan_of_parts", lambda scan, **_: scan()[0])
+
+
+def a_document_that_begins_in_a_part_lets_the_state_through(monkeypatch):
+    decay = layers.decay_over
+    monkeypatch.setattr(layers, "decay_over", lambda dt, A, bias, resets: decay(dt, A, bias, None))
+
+
+def the_norm_spans_the_ranks_groups(monkeypatch):
+    forward = layers.GatedNorm.forward
+
+    def as_one_group(self, y, gate):
+        self.groups = 1
+        return forward(self, y, gate)
+
+    monkeypatch.setattr(layers.GatedNorm, "forward", as_one_group)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "parallel", "ranks", "documents"),
+    [
+        (states_between_ranks_are_dropped, {"context": 2}, 2, False),
+        (a_document_that_begins_in_a_part_lets_the_state_through, {"context": 4}, 4, True),
+        (the_norm_spans_the_ranks_groups, {"tensor": 2}, 2, False),
+    ],
+)
+def test_mistakes_are_seen(mistake, parallel, ranks, documents, alone):
+    results = steps(parallel, ranks=ranks, documents=documents, mistake=mistake, count=1)
+    worst = differences([result.gradients for result in results], whole(alone(2, documents).gradients))
+    assert max(worst.values()) > 1e-3
+
+
+@pytest.mark.parametrize(("channels", "features"), [(24, 27), (24, 32), (20, 41)])
+def test_causal_conv1d_is_given_rows_that_it_takes(channels, features, monkeypatch):
+    """An odd number of heads makes the projections' rows odd, which its kernel refuses."""
+
+    def kernel(x, weight, bias, *, seq_idx, activation):
+        assert x.shape[1] % 8 == x.stride(0) % 8 == x.stride(2) % 8 == 0
+        assert x.stride(1) == 1
+        return causal_conv_silu(x.transpose(1, 2), weight, bias).transpose(1, 2)
+
+    monkeypatch.setattr(external, "_imported", lambda *_: kernel)
+    x = torch.randn(2, 9, features)[..., 1 : 1 + channels]
+    weight, bias = torch.randn(channels, 4), torch.randn(channels)
+    torch.testing.assert_close(external.causal_conv1d_silu(x, weight, bias), causal_conv_silu(x, weight, bias))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_it_counts_the_parameters_that_its_layer_has(ranks):
+    config, one = ModelConfig(**run_values(model=MODEL)["model"]), mixer("S")
+    with torch.device("meta"):
+        layer = Sublayer("S", config, tp=TensorParallel(rank=0, size=ranks), kernels=TORCH_KERNELS)
+    counts, held = one.parameters(config, tensor_ranks=ranks), dict(layer.mixer.named_parameters())
+    assert {each.name: each.shape for each in counts} == {name: tuple(value.shape) for name, value in held.items()}
+    assert [each.name for each in counts if each.takes_fp8] == [n for n, v in held.items() if info_of(v).takes_fp8]
+    assert [each.decays for each in counts] == [info_of(held[each.name]).weight_decay for each in counts]
+    assert one.modules == sum(any(True for _ in module.parameters(recurse=False)) for module in layer.modules())
+
+
+def test_it_is_counted():
+    config = ModelConfig(**run_values(model=MODEL)["model"])
+    counts, inner, states, heads = count_parameters(config), 96, 15, 24
+    projections = 48 * (2 * inner + 2 * states + heads) + 48 * inner
+    assert counts["mamba2"] == 2 * (projections + 5 * (inner + 2 * states) + 3 * heads + inner)
+    assert counts["total"] == sum(parameter.numel() for parameter in Samba(config).parameters())
+    assert flops_per_token(config, sequence_length=32).mixing["mamba2"] == 2 * 3 * 5 * inner * 5
+
+
+def test_samba_421m_with_it():
+    config = load_config(CONFIGS / "samba_mamba2_421m.yaml").model
+    width, inner, states, heads = 1536, 3072, 2 * 128, 48
+    mamba2 = width * (2 * inner + 2 * states + heads) + inner * width + 5 * (inner + 2 * states) + 3 * heads + inner
+    attention, mlp, norms = 4 * width**2, 3 * width * 4096, 25 * width
+    parameters = 6 * (mamba2 + attention) + 12 * mlp + norms + 32000 * width
+    assert (config.pattern, count_parameters(config)["total"]) == ("S-*-" * 6, parameters)
+    assert parameters == 422_528_352
+
+
+def test_its_initial_weights():
+    model = Samba(ModelConfig(**run_values(model=MODEL)["model"]))
+    initialize_parameters(model, seed=0)
+    held = {name: piece.of_local(value).detach() for name, value, piece in canonical_slices(model)}
+    rates = held["layers.0.mixer.A_log"].exp()
+    assert 1 <= rates.min() < 4 < 12 < rates.max() <= 16
+    step = torch.nn.functional.softplus(held["layers.0.mixer.dt_bias"])
+    assert 1e-3 * 0.999 <= step.min() < 4e-3 < 3e-2 < step.max() <= 0.1 * 1.001
+    assert set(held) >= {f"layers.0.mixer.{kind}.weight" for kind in ("in_proj.dt", "conv.B", "norm", "out_proj")}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_it_keeps_what_it_says(precision, recompute):
+    config = kept_config({"recompute": recompute}, precision)
+    kept, peak = counted_activations(config)
+    memory, *_ = stage_memories(config, world_size=1, kernels=KERNELS)
+    saved = memory.rounded_bytes + memory.saved_bytes
+    assert saved == pytest.approx(kept, rel=0.01)
+    assert saved + memory.workspace_bytes == pytest.approx(peak, rel=0.1)
+
+
+def kept_config(parallel: dict, precision: str):
+    mixers = {"mamba2": {"d_state": 16, "head_dim": 16, "groups": 2}}
+    return config_of(parallel=parallel, train={"precision": precision}, pattern="SS", vocab_size=64, mixers=mixers)
+
+
+@pytest.mark.parametrize("recompute", slow_except(["none"], ["none", "selective"], long=["selective"]))
+@pytest.mark.parametrize("parallel", [SP2, {"context": 4}], ids=str)
+def test_a_rank_keeps_what_it_says(parallel, recompute):
+    config, ranks = kept_config(parallel | {"recompute": recompute}, "bf16"), max(parallel.values())
+    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=ranks))
+    memory, *_ = stage_memories(config, world_size=ranks, kernels=KERNELS)
+    assert memory.rounded_bytes + memory.saved_bytes == pytest.approx(kept, rel=0.03)
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), slow_except(HANDED[:2], HANDED, long=HANDED[2:]), ids=str)
+def test_it_sends_what_it_says(ranks, parallel):
+    config = config_of(parallel=parallel, pattern="S", mixers={"mamba2": {"d_state": 16, "head_dim": 16, "groups": 2}})
+    counted = Counter()
+    for _, handed in run_world(handed_on_rank, config.model_dump(), ranks=ranks):
+        counted |= handed
+    expected: Counter = Counter()
+    for transfer in step_transfers(config, stage=0, world_size=ranks):
+        expected[transfer.operation] += transfer.handed_bytes
+    assert expected == pytest.approx(+counted, rel=0.01)
+
+
+def test_it_is_planned():
+    values = changed(run_values(model=MODEL), data={"sequence_length": 64}, train={"global_batch_tokens": 256})
+    config = parse_config(values, source="test")
+    more = changed(values, model={"mixers": {"mamba2": SIZES | {"expand": 4}}})
+    times = [
+        plan_of(one, world_size=1, hardware=DEVICES["h100"]).time.compute_s
+        for one in (config, parse_config(more, source="test"))
+    ]
+    assert times[0] < times[1]
+    plans = find_plans(config, world_size=4, memory_gib=1, hardware=DEVICES["h100"])
+    assert {1, 2} <= {plan.config.parallel.tensor for plan in plans}
+    assert 4 not in {plan.config.parallel.tensor for plan in plans}  # of three groups
+
+
+@pytest.mark.long
+def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
+    model = MODEL | {"mixers": {"mamba2": SIZES | {"groups": 2}}}
+    values = changed(request.getfixturevalue("run_values"), model=model, train={"micro_batch_size": 1})
+    whole_run = train(values)
+    stopped = stopped_after(values, 3, tmp_path / "stopped")
+    resumed = train(changed(stopped, parallel=SP2), ranks=2)
+    for before, after in zip(whole_run, resumed, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parallel", "words"),
+    [
+        ({"groups": 5}, {}, r"model\.hidden_size is 96, which is no multiple of head_dim 4 x groups 5"),
+        ({}, {"tensor": 4}, r"model\.mixers\.mamba2\.groups is 3, less than parallel\.tensor 4"),
+        ({"dt_min": 1.0}, {}, r"dt_min is 1\.0, above dt_max 0\.1"),
+        ({"state": 4}, {}, r"unknown key model\.mixers\.mamba2\.state"),
+    ],
+)
+def test_its_mistakes_are_refused_in_a_sentence(sizes, parallel, words):
+    model = MODEL | {"mixers": {"mamba2": SIZES | sizes}, "num_kv_heads": 4}
+    with pytest.raises(ConfigError, match=words):
+        parse_config(run_values(model=model, parallel=parallel), source="test")
+
+
+def test_a_run_names_its_scan_only_where_a_layer_has_it():
+    with_it = parse_config(run_values(model=MODEL), source="test")
+    without = parse_config(run_values(), source="test")
+    assert planned_kernels(with_it).ssd == "torch"
+    assert str(planned_kernels(with_it)).endswith("ssd=torch")
+    assert planned_kernels(without).ssd is None
+    assert "ssd" not in str(planned_kernels(without))
+    for operations, words in (((), "no layer of model.pattern computes it"), (("ssd",), "it needs a CUDA device")):
+        requirements = KernelRequirements("cpu", "bf16", operations=operations)
+        assert words in why_unavailable("ssd", "mamba-ssm", requirements)
+        assert why_unavailable("ssd", "torch", requirements) is None
