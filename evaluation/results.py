@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from sambalm.evaluation.models.base import Identity
 from sambalm.evaluation.settings import shown_tokens
 from sambalm.evaluation.task import Outcome, Score
+from sambalm.pretrain.packages import installed_versions
 from sambalm.pretrain.reporting.durations import duration
 
 FORMAT_VERSION = 1
@@ -59,13 +59,7 @@ class Result:
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of this package and of those that scores depend on."""
-    found = {}
-    for name in ("sambalm", "torch", "transformers", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # the source tree without an installation
-            continue
-    return found
+    return installed_versions(("sambalm", "torch", "transformers", "tokenizers"))
 
 
 def table(result: Result) -> Table:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from sambalm.pretrain.checkpointing.shard_file import UnreadTensor, write_shard
 from sambalm.pretrain.checkpointing.snapshot import FP32_BYTES
 from sambalm.pretrain.checkpointing.to_hf import appearing_folder
 from sambalm.pretrain.checkpointing.write import PACKAGES
+from sambalm.pretrain.packages import installed_versions
 
 MODEL_FILE, SHARD = "model.yaml", "shard-00001-0.safetensors"
 VERIFIED_TOKENS = 64  # of each row, drawn at random
@@ -100,7 +100,7 @@ def _state(config: ModelConfig) -> dict[str, Any]:
         "tokens": 0,
         "data": NO_DATA_YET,
         "config": {"model": config.model_dump()},
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": installed_versions(PACKAGES),
         "hooks": {},
     }
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from sambalm.pretrain.checkpointing.snapshot import SavedSlice, Snapshot, fp8_sc
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import config_record
 from sambalm.pretrain.errors import NotSavedError, RunInUseError, SaveBrokenError, one_sentence, print_warning
+from sambalm.pretrain.packages import installed_versions
 
 PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed")
 
@@ -209,7 +209,7 @@ class CheckpointWriter:
             "tokens": copied.samples * self._config.data.sequence_length,
             "data": self._data,
             "config": config_record(self._config),
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": installed_versions(PACKAGES),
             "hooks": copied.hooks,
         }
         state |= {STARTED_FROM: self._started_from} if self._started_from else {}

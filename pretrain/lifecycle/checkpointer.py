@@ -99,6 +99,8 @@ class Checkpointer(Hook):
             SaveBrokenError, RunInUseError: on every rank.
         """
         if self.writer.under_way and step.votes[self] == SaveState.BROKEN:
+            if self.writer.is_broken:
+                self.writer.result()  # raises with the reason, which this rank knows
             raise SaveBrokenError("ranks lost each other while they wrote a checkpoint, so none was committed")
         if self.writer.under_way and step.votes[self] == SaveState.DONE:
             self._take_outcome()
