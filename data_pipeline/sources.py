@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from .errors import DataError
 from .files import sha256_file
 from .shard_index import IndexRequest, Shard, check_ids, indexed_shards
 from .shards import TokenizerEntry, manifest_path, read_manifest
-from .token_stream import TokenStream
+from .token_stream import ShardFiles, TokenStream
 
 
 @dataclass(frozen=True)
 class Source:
-    """One prefix. `name` is short and no other source's; `tokenizer` is None where there is no manifest."""
+    """One prefix. `name` is short and no other source's; `tokenizer` is None where there is no manifest.
+
+    All sources that were opened together read with the same `files`.
+    """
 
     prefix: str
     name: str
@@ -25,6 +28,7 @@ class Source:
     validation_fraction: float
     tokenizer: TokenizerEntry | None
     shards: list[Shard]
+    files: ShardFiles = field(repr=False, compare=False)
 
     @property
     def masked(self) -> bool:
@@ -38,7 +42,7 @@ class Source:
 
     def stream(self, *, held_out: bool) -> TokenStream:
         """The held-out or the training part, in stored order."""
-        return TokenStream(self.shards, held_out=held_out)
+        return TokenStream(self.shards, held_out=held_out, files=self.files)
 
     def content(self) -> str:
         """Hexadecimal SHA-256 over the tokens and the documents of all shards in order."""
@@ -64,7 +68,7 @@ def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], No
     `progress` receives (shards checked, shards) while the index of a source is made.
     Raises DataError for missing or damaged files.
     """
-    names = _names(config.prefixes)
+    names, files = _names(config.prefixes), ShardFiles()
     sources = []
     weights: Sequence[float | None] = config.weights or [None] * len(names)
     for prefix in config.prefixes:
@@ -82,6 +86,7 @@ def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], No
                 validation_fraction=fraction,
                 tokenizer=manifest.tokenizer if manifest else None,
                 shards=shards,
+                files=files,
             )
         )
     return sources

@@ -2,6 +2,7 @@
 
 import bisect
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from .loss_mask import mask_bytes, mask_path, unpacked
 from .shard_index import Shard
 from .shards import LENGTHS_OFFSET_BYTES
 
-_OPEN_FILES = 128
 _BOUNDS_AT_ONCE = 256
+# Of the files that the process may have open (`ulimit -n`), one set of shards takes an eighth at most: a run reads two,
+# trained and held-out data, and other packages open files too.
+_SHARE_OF_OPEN_FILES = 8
+_MOST_OPEN_FILES = 1024
 
 
 class ShardFiles:
@@ -26,8 +30,15 @@ class ShardFiles:
     """
 
     def __init__(self) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = _MOST_OPEN_FILES if limit == resource.RLIM_INFINITY else limit // _SHARE_OF_OPEN_FILES
+        self._most = max(1, min(limit, _MOST_OPEN_FILES))
         self._files: OrderedDict[str, FileIO] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["ShardFiles"], tuple[()]]:
+        """Goes to another process without the files that are open here: each has its own."""
+        return ShardFiles, ()
 
     def read(self, path: str, offset_bytes: int, size_bytes: int) -> bytes:
         """Exactly that range. Raises DataError naming path and offset where the file is missing or shorter."""
@@ -51,7 +62,7 @@ class ShardFiles:
             file = self._files.get(path)
             if file is None:
                 file = self._files[path] = FileIO(path)
-                if len(self._files) > _OPEN_FILES:
+                if len(self._files) > self._most:
                     # Closed once the last thread that reads it lets go of it.
                     self._files.popitem(last=False)
             self._files.move_to_end(path)
@@ -92,11 +103,15 @@ class _Piece:
 
 
 class TokenStream:
-    """A part of consecutive shards; `len` counts its tokens. Any thread may read."""
+    """A part of consecutive shards; `len` counts its tokens. Any thread may read.
 
-    def __init__(self, shards: list[Shard], *, held_out: bool) -> None:
+    Args:
+        files: that other streams may read with as well, so that all of them together have a bounded number open.
+    """
+
+    def __init__(self, shards: list[Shard], *, held_out: bool, files: ShardFiles) -> None:
         self.held_out = held_out
-        self._files = ShardFiles()
+        self._files = files
         self._begins = [shard.train_tokens if held_out else 0 for shard in shards]
         ends = [shard.tokens if held_out else shard.train_tokens for shard in shards]
         counts = np.subtract(ends, self._begins, dtype=np.int64)

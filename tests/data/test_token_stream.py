@@ -1,3 +1,6 @@
+import os
+import pickle
+import resource
 import sys
 import threading
 
@@ -5,8 +8,10 @@ import numpy as np
 import pytest
 
 from sambalm.data_pipeline import token_stream
+from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shard_index import IndexRequest, indexed_shards
+from sambalm.data_pipeline.sources import open_sources
 from sambalm.data_pipeline.token_stream import ShardFiles, TokenStream
 from tests.support.data import counting_documents, write_shard
 
@@ -30,7 +35,7 @@ def _part(*, held_out: bool) -> list[np.ndarray]:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_stream_is_its_documents_one_after_the_other(shards, held_out, monkeypatch):
     monkeypatch.setattr(token_stream, "_BOUNDS_AT_ONCE", 7)
-    stream, expected = TokenStream(shards, held_out=held_out), _part(held_out=held_out)
+    stream, expected = TokenStream(shards, held_out=held_out, files=ShardFiles()), _part(held_out=held_out)
     tokens = np.concatenate(expected)
     assert len(stream) == len(tokens)
     assert [document.tolist() for document in stream.documents()] == [document.tolist() for document in expected]
@@ -48,7 +53,7 @@ def test_a_stream_is_its_documents_one_after_the_other(shards, held_out, monkeyp
 
 
 def test_a_token_s_place_is_where_the_file_has_it(shards):
-    stream = TokenStream(shards, held_out=True)
+    stream = TokenStream(shards, held_out=True, files=ShardFiles())
     for token in range(0, len(stream), 17):
         path, offset_bytes = stream.place(token)
         dtype = np.dtype(shards[0].dtype)
@@ -56,14 +61,14 @@ def test_a_token_s_place_is_where_the_file_has_it(shards):
 
 
 def test_there_is_nothing_outside(shards):
-    stream = TokenStream(shards, held_out=False)
+    stream = TokenStream(shards, held_out=False, files=ShardFiles())
     for start, count in ((-1, 2), (len(stream), 1), (len(stream) - 1, 2)):
         with pytest.raises(IndexError):
             stream.read(start, count)
 
 
 def test_a_shard_cut_short_during_a_run_is_named_with_the_byte(shards):
-    stream = TokenStream(shards, held_out=False)
+    stream = TokenStream(shards, held_out=False, files=ShardFiles())
     size_bytes = np.dtype(shards[1].dtype).itemsize
     path = f"{shards[1].prefix}.bin"
     with open(path, "r+b") as file:
@@ -75,14 +80,37 @@ def test_a_shard_cut_short_during_a_run_is_named_with_the_byte(shards):
 
 
 def test_a_shard_removed_during_a_run_is_named(shards, tmp_path):
-    stream = TokenStream(shards, held_out=False)
+    stream = TokenStream(shards, held_out=False, files=ShardFiles())
     (tmp_path / "1.bin").unlink()
     with pytest.raises(DataError, match=r"cannot read .*1\.bin at byte 0: No such file"):
         stream.read(shards[0].train_tokens, 1)
 
 
+@pytest.mark.parametrize(("limit", "most"), [(4, 1), (32, 4), (1024, 128), (resource.RLIM_INFINITY, 1024)])
+def test_a_share_of_the_files_that_the_process_may_have_is_open(limit, most, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, resource.RLIM_INFINITY))
+    assert ShardFiles()._most == most
+
+
+def test_sources_share_the_files_that_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (48, 48))  # 6 of them
+    prefixes = [write_shard(tmp_path / str(n), DOCUMENTS[n % 3]) for n in range(9)]
+    config = DataConfig(train=prefixes, sequence_length=64, validation_fraction=0.25)
+    sources = open_sources(config)
+    streams = [source.stream(held_out=held_out) for source in sources for held_out in (False, True)]
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for stream in streams:
+            stream.read(0, 64)
+            stream.document_starts(0, 64)  # of the index beside the tokens
+    assert len(os.listdir("/proc/self/fd")) - before <= 6
+    elsewhere = pickle.loads(pickle.dumps(sources))
+    assert len({id(source.files) for source in elsewhere}) == 1
+    assert elsewhere[0].stream(held_out=False).read(0, 64).tolist() == streams[0].read(0, 64).tolist()
+
+
 def test_few_files_are_open_however_many_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_stream, "_OPEN_FILES", 4)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 32))
     files = ShardFiles()
     for number in range(200):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 8)

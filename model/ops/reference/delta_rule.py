@@ -52,31 +52,21 @@ def gated_delta_rule(
     work = torch.promote_types(q.dtype, torch.float32)
     if initial_state is None:
         initial_state = q.new_zeros(len(q), *q.shape[2:], v.shape[3], dtype=work)
-    return _DeltaRule.apply(q, k, v, gate, beta, A_log.to(work), dt_bias.to(work), initial_state.to(work), resets)
+    inputs = (q, k, v, gate, beta, A_log.to(work), dt_bias.to(work), initial_state.to(work), resets)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds a backward of its own
+        return _DeltaRule.apply(*inputs)
+    y, state, _ = _rule(*inputs)
+    return y, state
 
 
 class _DeltaRule(torch.autograd.Function):
     """Keeps its inputs and the states between chunks, and computes each chunk again in the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gate: Tensor,
-        beta: Tensor,
-        A_log: Tensor,
-        dt_bias: Tensor,
-        state: Tensor,
-        resets: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        y, states = torch.empty_like(v), []
-        for span in _spans(q.shape[1]):
-            states.append(state)
-            parts = (t[:, span] for t in (q, k, v, gate, beta))
-            y[:, span], state = _chunk(parts, A_log, dt_bias, state, None if resets is None else resets[:, span])
-        ctx.save_for_backward(q, k, v, gate, beta, A_log, dt_bias, resets, *states)
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, state, states = _rule(*inputs)  # type: ignore[arg-type]
+        *given, _, resets = inputs
+        ctx.save_for_backward(*given, resets, *states)
         return y, state
 
     @staticmethod
@@ -98,6 +88,26 @@ class _DeltaRule(torch.autograd.Function):
             grad_rates += found_rates
             grad_bias += found_bias
         return *grads, grad_rates, grad_bias, grad_state, None
+
+
+def _rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    beta: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns the output, the state after the last token and the states before each chunk."""
+    y, states = torch.empty_like(v), []
+    for span in _spans(q.shape[1]):
+        states.append(state)
+        parts = (t[:, span] for t in (q, k, v, gate, beta))
+        y[:, span], state = _chunk(parts, A_log, dt_bias, state, None if resets is None else resets[:, span])
+    return y, state, states
 
 
 def _spans(length: int) -> Iterator[slice]:
