@@ -45,7 +45,9 @@ def evaluate(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read together, at most.")] = 16384,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
+    ] = Dtype.auto,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
     step: Annotated[
         int | None, typer.Option(min=0, help="The step of a run's checkpoint; default: the newest good one's.")

@@ -22,7 +22,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Texts to generate at once; others wait.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a text at most.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are stored.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
+    ] = Dtype.auto,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
     step: Annotated[
         int | None, typer.Option(min=0, help="The step of a run's checkpoint; default: the newest good one's.")

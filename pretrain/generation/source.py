@@ -17,6 +17,7 @@ from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
 from sambalm.pretrain.checkpointing.format import MANIFEST, Checkpoint, checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
+from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import print_warning
 from sambalm.pretrain.generation.errors import GenerationError
 from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
@@ -64,7 +65,7 @@ def load_source(
     Args:
         path: a Hugging Face folder of a Samba model, a checkpoint, or a run folder: its newest good checkpoint.
         device: None for the GPU where there is one.
-        dtype: a key of DTYPES; None for that of the weights.
+        dtype: a key of DTYPES; None for that of the weights, and of a run on a GPU for the one that it trained in.
         tokenizer: a file that training takes; None for the folder's or the run's own.
         step: takes a run's checkpoint of this step and no other.
 
@@ -84,7 +85,7 @@ def load_source(
     try:
         if is_checkpoint:
             checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
-            return _checkpoint_source(checkpoint, device=place, dtype=kind or torch.float32, tokenizer=tokenizer)
+            return _checkpoint_source(checkpoint, device=place, dtype=kind, tokenizer=tokenizer)
         return _folder_source(path, device=place, dtype=kind, tokenizer=tokenizer)
     except torch.OutOfMemoryError as error:
         raise GenerationError(f"{path} does not fit the memory of {place}; take another --device or --dtype") from error
@@ -142,9 +143,10 @@ def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
 
 
 def _checkpoint_source(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, tokenizer: Path | None
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None, tokenizer: Path | None
 ) -> Source:
     run = saved_run(checkpoint)
+    dtype = dtype or dtype_of_run(run, device)
     file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
         raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
@@ -153,6 +155,11 @@ def _checkpoint_source(
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
     source = source_of_model(model, tokenizer=file, data=None if tokenizer or run is None else run.data)
     return replace(source, checkpoint=checkpoint)
+
+
+def dtype_of_run(run: RunConfig | None, device: torch.device) -> torch.dtype:
+    """Returns what a run's weights are loaded in where nobody says: as they are stored, on a GPU as it trained."""
+    return DTYPES[run.train.precision] if run and device.type == "cuda" else torch.float32
 
 
 def source_of_model(model: SambaForCausalLM, *, tokenizer: Path, data: DataConfig | None) -> Source:

@@ -17,6 +17,7 @@ from torch import nn
 from sambalm.data_pipeline.errors import DataError
 from sambalm.model.hf import HFError, Stream, load_for_generation
 from sambalm.model.hf.tokenizer import save_tokenizer
+from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.generation import source as source_file
 from sambalm.pretrain.generation.chat import Conversation
@@ -25,10 +26,11 @@ from sambalm.pretrain.generation.errors import GenerationError
 from sambalm.pretrain.generation.output import Output, interruptible
 from sambalm.pretrain.generation.prompts import read_prompts
 from sambalm.pretrain.generation.sampling import Sampler, Sampling
-from sambalm.pretrain.generation.source import load_source
+from sambalm.pretrain.generation.source import dtype_of_run, load_source
 from tests.pretrain.test_generated_text import sentencepiece_file
 from tests.support import program
 from tests.support.hf import RandomState, hf_model, tiny_config
+from tests.support.layout_runs import run_values as layout_values
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = ["one", "don't stop", "  two spaces first, and a long prompt that is longer than the window of the model"]
@@ -297,6 +299,16 @@ def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_man
     checkpoint: Any = SimpleNamespace(path=Path("run"))
     assert source_file._checkpoint_source(checkpoint, **options).eos_ids == eos_ids
     assert files == [given or "run.model"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "dtype"),
+    [("bf16", "cuda", torch.bfloat16), ("fp32", "cuda", torch.float32), ("bf16", "cpu", torch.float32)],
+)
+def test_a_run_is_loaded_on_a_gpu_as_it_trained(precision, device, dtype):
+    run = parse_config(layout_values(precision=precision), source="test")
+    assert dtype_of_run(run, torch.device(device)) == dtype
+    assert dtype_of_run(None, torch.device(device)) == torch.float32  # of a converted model nobody knows
 
 
 def test_states_that_do_not_fit_are_refused(folder, generated, tmp_path):
