@@ -5,12 +5,12 @@ whatever a rank holds of it, so it may give each channel or head a value of its 
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from sambalm.model.config import ModelConfig
+from sambalm.model.mixers.step_sizes import StepSizes
 from sambalm.parallel.sharding import Init
 
 
@@ -31,19 +31,6 @@ def linear(fan_in: int, *, scale: float = 1.0) -> Init:
 def residual_linear(fan_in: int, config: ModelConfig) -> Init:
     """For projections that write the residual stream: the default over the root of the number of such writes."""
     return linear(fan_in, scale=1.0 / math.sqrt(len(config.pattern)))
-
-
-class StepSizes(Protocol):
-    """The initial step sizes of a state space layer: log-uniform between two numbers, and at least a third."""
-
-    @property
-    def dt_min(self) -> float: ...
-
-    @property
-    def dt_max(self) -> float: ...
-
-    @property
-    def dt_floor(self) -> float: ...
 
 
 def dt_bias(config: StepSizes) -> Init:

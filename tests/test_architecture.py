@@ -98,7 +98,11 @@ def named_mixers(source: str, package: str) -> list[str]:
     own = ".".join(package.split(".")[:4])
     names = [name.split(".")[:4] for name in imported(ast.parse(source), package)]
     kinds = [name for name in names if name[:3] == ["sambalm", "model", "mixers"] and len(name) > 3]
-    return [kind[3] for kind in kinds if kind[3] not in ("base", "counts", "context") and ".".join(kind) != own]
+    return [
+        kind[3]
+        for kind in kinds
+        if kind[3] not in ("base", "context", "counts", "step_sizes") and ".".join(kind) != own
+    ]
 
 
 class _WithoutTypes(ast.NodeTransformer):

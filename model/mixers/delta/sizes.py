@@ -1,14 +1,14 @@
 """The sections `model.mixers.gated_deltanet` and `model.mixers.kimi_delta`, and what a rank holds of their heads."""
 
 from dataclasses import dataclass
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
+from sambalm.model.mixers.step_sizes import StepSizes
 from sambalm.parallel.shard import ALIGNMENT, Place, Shard, shard
 
 
-class GatedDeltaNetSizes(BaseModel):
+class GatedDeltaNetSizes(StepSizes):
     """Heads, convolution and initial decays; defaults are flash-linear-attention's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -17,15 +17,6 @@ class GatedDeltaNetSizes(BaseModel):
     head_dim: int = Field(256, gt=0, description="Channels of a head's queries and keys")
     expand_v: int = Field(2, gt=0, description="Channels of a head's values over head_dim")
     d_conv: int = Field(4, gt=1, description="Taps of the causal convolution of queries, keys and values")
-    dt_min: float = Field(1e-3, gt=0, description="Smallest initial step size (log-uniform up to dt_max)")
-    dt_max: float = Field(1e-1, gt=0, description="Largest initial step size")
-    dt_floor: float = Field(1e-4, gt=0, description="Floor of the initial step size")
-
-    @model_validator(mode="after")
-    def _check_steps(self) -> Self:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min is {self.dt_min}, above dt_max {self.dt_max}")
-        return self
 
     @property
     def value_dim(self) -> int:

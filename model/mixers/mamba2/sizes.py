@@ -1,14 +1,14 @@
 """The section `model.mixers.mamba2`, and how a layer's groups of heads are dealt to ranks."""
 
 from dataclasses import dataclass
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
+from sambalm.model.mixers.step_sizes import StepSizes
 from sambalm.parallel.shard import Place, Shard, shard
 
 
-class Mamba2Sizes(BaseModel):
+class Mamba2Sizes(StepSizes):
     """Sizes and initial step sizes of Mamba-2 (arXiv 2405.21060); the defaults are its code's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -22,15 +22,6 @@ class Mamba2Sizes(BaseModel):
     )
     d_conv: int = Field(4, gt=1, description="Taps of the causal convolution")
     expand: int = Field(2, gt=0, description="The inner width over hidden_size")
-    dt_min: float = Field(1e-3, gt=0, description="Smallest initial step size (log-uniform up to dt_max)")
-    dt_max: float = Field(1e-1, gt=0, description="Largest initial step size")
-    dt_floor: float = Field(1e-4, gt=0, description="Floor of the initial step size")
-
-    @model_validator(mode="after")
-    def _check_steps(self) -> Self:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min is {self.dt_min}, above dt_max {self.dt_max}")
-        return self
 
 
 @dataclass(frozen=True)
