@@ -5,18 +5,34 @@ An editable install then is one path, which editors and type checkers follow too
 The ranges below say what the code works with; ``requirements.lock`` pins what `make` installs and CI runs.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 FOLDERS = find_packages(".src/sambalm")
+# nvidia-cudnn-frontend 1.24 sets an attribute that torch 2.11's cuDNN 9.19 refuses.
+CUDA = ["cuda-bindings>=13.0", "nvidia-cudnn-frontend>=1.22,<1.24"]
 
 setup(
     name="sambalm",
     version="0.1.0",
     description="Distributed pretraining of Samba (Mamba + sliding-window attention) language models on megatron-core",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2406.07522"},
     python_requires=">=3.11,<3.13",
     packages=["sambalm", *(f"sambalm.{folder}" for folder in FOLDERS)],
     package_data={
+        "sambalm": ["configs/*.yaml", "configs/*/*"],
         "sambalm.evaluation.harness": ["*.yaml"],
         "sambalm.model.ops.cuda": ["source/*"],
         "sambalm.pretrain.reporting": ["*.css"],
@@ -51,17 +67,13 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        # cuda-bindings compiles our kernels. The others are CUDA kernels; NVIDIA apex is optional too, but only from
-        # source (docs/gpu.md). nvidia-cudnn-frontend 1.24 sets an attribute that torch 2.11's cuDNN 9.19 refuses.
-        "gpu": [
-            "causal-conv1d>=1.5",
-            "cuda-bindings>=13.0",
-            "flash-attn>=2.7",
-            "mamba-ssm>=2.2",
-            "nvidia-cudnn-frontend>=1.22,<1.24",
-        ],
+        # Wheels alone: cuda-bindings compiles our kernels as a run starts, and cuDNN's attention is the fastest.
+        "cuda": CUDA,
+        # Beside them what pip compiles against the installed torch, for minutes; NVIDIA apex is optional too, but only
+        # from source (docs/gpu.md).
+        "gpu": [*CUDA, "causal-conv1d>=1.5", "flash-attn>=2.7", "mamba-ssm>=2.2"],
         # Tasks of lm-evaluation-harness in `sambalm evaluate`.
-        "harness": ["lm_eval>=0.4.13,<0.5"],
+        "evaluate": ["lm_eval>=0.4.13,<0.5"],
         # Writers of metrics (docs/operations.md).
         "mlflow": ["mlflow-skinny>=3"],
         "wandb": ["wandb>=0.20"],

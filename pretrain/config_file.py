@@ -17,6 +17,7 @@ from sambalm.pretrain.config_paths import folders_of_paths, with_found_paths
 from sambalm.pretrain.config_yaml import Key, parse_value, read_yaml
 from sambalm.pretrain.credentials import without_credentials
 from sambalm.pretrain.errors import ConfigError, print_line
+from sambalm.pretrain.shipped_configs import config_file
 
 # By section the former names of keys and their present ones. Files, overrides and checkpoints may use the former.
 RENAMED = {"run": {"fruitless_attempts": "max_attempts_without_progress"}}
@@ -106,7 +107,7 @@ def _flow(value: Any) -> str:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and applies overrides such as 'train.steps=100'.
+    """Reads a YAML file, or a config that the package brings, and applies overrides such as 'train.steps=100'.
 
     Paths of data and weights that do not exist from the working directory are looked for from the file's folder.
 
@@ -118,6 +119,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def resolve_config(path: Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
     """Reads a config as `load_config` does, and keeps where each value came from."""
+    path = config_file(path)
     values, lines = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys: a config is a YAML mapping with the sections of docs/config.md")

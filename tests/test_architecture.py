@@ -333,8 +333,9 @@ def test_only_the_model_config_knows_kinds_of_mixers():
 
 
 def test_every_product_folder_is_a_package_and_is_linked_for_the_installation():
-    assert sorted(link.name for link in (ROOT / ".src" / "sambalm").iterdir()) == sorted(PRODUCT)
-    assert all((ROOT / ".src" / "sambalm" / name).resolve() == ROOT / name for name in PRODUCT)
+    linked = [*PRODUCT, "configs"]  # which the package brings along
+    assert sorted(link.name for link in (ROOT / ".src" / "sambalm").iterdir()) == sorted(linked)
+    assert all((ROOT / ".src" / "sambalm" / name).resolve() == ROOT / name for name in linked)
     assert all((path.parent / "__init__.py").is_file() for path in product_files())
 
 

@@ -79,7 +79,7 @@ def include(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lm_eval(tmp_path_factory):
-    pytest.importorskip("lm_eval", reason="an extra: pip install 'sambalm[harness]'")
+    pytest.importorskip("lm_eval", reason="an extra: pip install 'sambalm[evaluate]'")
     pytest.importorskip("accelerate", reason="which lm-eval's HFLM imports")
     import datasets
     import lm_eval

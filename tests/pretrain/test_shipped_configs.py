@@ -1,0 +1,73 @@
+"""Configs that the package brings: found by name from anywhere, in the wheel too."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.shipped_configs import shipped_names
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["samba_421m", "samba_421m.yaml", "paper/mamba_1.3b", "finetune/passkey_1.7b"])
+def test_a_config_is_found_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "configs" / f"{name.removesuffix('.yaml')}.yaml"
+    overrides = ["run.dir=x", "data.train=y", "train.init_from=null"]
+    assert load_config(Path(name), overrides) == load_config(file, overrides)
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "configs" / "samba_421m.yaml").read_text("utf-8").replace("hidden_size: 1536", "hidden_size: 768")
+    Path("samba_421m").write_text(text, encoding="utf-8")
+    assert load_config(Path("samba_421m")).model.hidden_size == 768
+    assert load_config(Path("samba_421m.yaml")).model.hidden_size == 1536
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("samba_42m", "did you mean samba_421m?"), ("mine.yaml", "such names are"), ("../samba_421m", "no such file")],
+)
+def test_another_name_is_refused_in_a_sentence(name, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot read the config .*: there is no such file") as error:
+        load_config(Path(name))
+    assert sentence in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_wheel_stands_alone(tmp_path):
+    """Its files, without the source tree, read every config and know where they lie."""
+    places = tmp_path / "places.cfg"  # of what setuptools would leave in the source tree
+    places.write_text(f"[build]\nbuild_base = {tmp_path}/build\n[egg_info]\negg_base = {tmp_path}\n", encoding="utf-8")
+    built = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
+    environment = os.environ | {"DIST_EXTRA_CONFIG": str(places)}
+    subprocess.run([sys.executable, *built], env=environment, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("sambalm-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text("utf-8")
+    assert "# sambalm" in metadata  # the README
+    script = """
+from pathlib import Path
+from sambalm.pretrain import config_file, shipped_configs
+names = sorted(shipped_configs.shipped_names())
+for name in names:
+    config_file.load_config(Path(name), ["run.dir=x", "data.train=y"])
+print(config_file.__file__, *names)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    file, *names = done.stdout.split()
+    assert Path(file).is_relative_to(tmp_path)
+    assert names == sorted(shipped_names())
+    assert "samba_3.8b" in names
