@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from sambalm.pretrain.errors import ConfigError
+
 if TYPE_CHECKING:
     from sambalm.pretrain.config import RunConfig
     from sambalm.pretrain.optimizer import OptimizerConfig
@@ -97,6 +99,25 @@ class RunSchedule:
                 return phase.first_sample + phase.config.batch_schedule.consumed_samples(steps)
             steps -= phase.config.train.steps
         return self.phases[-1].first_sample + self.phases[-1].config.batch_schedule.consumed_samples(steps)
+
+    def check_position(self, samples: int) -> None:
+        """Raises ConfigError unless whole steps lead from a position to the end of its phase."""
+        phase = self.at(samples)
+        batch_tokens, left = phase.config.train.global_batch_tokens, (phase.end_sample - samples) * phase.length
+        if self.is_phased and left > 0 and left % batch_tokens:
+            raise ConfigError(
+                f"{phase.key} has {left} tokens left, which its global batch of {batch_tokens} tokens does not divide: "
+                "restore the batch, or change the phase's tokens"
+            )
+
+    def begins(self, phase: RunPhase, *, step: int) -> str:
+        """Returns a line on a phase that begins with a step."""
+        train = phase.config.train
+        return (
+            f"phase {phase.number + 1} of {len(self.phases)} begins with step {step}: "
+            f"{phase.samples * phase.length:,} tokens, {train.global_batch_tokens:,} a step, "
+            f"in sequences of {phase.length:,}"
+        )
 
     def learning_rate(self, step: int, *, samples: int) -> float:
         """Returns the learning rate of a step.

@@ -1,13 +1,14 @@
 """What a rank trains, built from the configuration: model, engine, optimizer and the way to run them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from sambalm.model.build import build_chunks, tied_copy
 from sambalm.model.kernel_requirements import kernel_requirements
+from sambalm.model.ops.implementations import KernelRequirements
 from sambalm.model.ops.registry import Kernels, build_kernels
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.execution import Executor, build_executor
@@ -52,17 +53,7 @@ def build_training(
         bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    requirements = kernel_requirements(
-        config.model,
-        device=world.device.type,
-        precision=config.train.precision,
-        micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        resets=config.data.reset_at_document,
-        tp=world.tensor,
-        cp=world.context,
-    )
-    kernels = build_kernels(config.kernels, requirements)
+    kernels = build_kernels(config.kernels, _requirements(config, world=world))
     chunks = build_chunks(
         config.model,
         parallel,
@@ -108,6 +99,25 @@ def build_training(
         fp8=fp8,
     )
     return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)
+
+
+def _requirements(config: RunConfig, *, world: World) -> KernelRequirements:
+    """Returns what a run asks of its kernels, which have to take the micro-batches of all its phases."""
+    first, *others = (
+        kernel_requirements(
+            phase.config.model,
+            device=world.device.type,
+            precision=phase.config.train.precision,
+            micro_batch_size=phase.config.train.micro_batch_size,
+            sequence_length=phase.config.data.sequence_length,
+            resets=phase.config.data.reset_at_document,
+            tp=world.tensor,
+            cp=world.context,
+        )
+        for phase in config.schedule.phases
+    )
+    calls = dict.fromkeys(call for needs in (first, *others) for call in needs.attention_calls)
+    return replace(first, attention_calls=tuple(calls))
 
 
 def _fp8_store(chunks: Sequence[nn.Module], *, world: World, checkpoint: Checkpoint | None) -> Fp8Store:
