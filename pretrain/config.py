@@ -41,9 +41,10 @@ class TrainSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(
-        default=None,  # which RunConfig replaces or refuses
+        0,  # not given: RunConfig has those of data.phases, or refuses
         gt=0,
-        description="Optimizer steps of the whole run; required without data.phases, whose tokens say how many with them",
+        description="Optimizer steps of the whole run; with data.phases left out, since their tokens say how many",
+        json_schema_extra={"shown_default": "required without data.phases"},
     )
     global_batch_tokens: int = Field(gt=0, description="Tokens of one optimizer step over all ranks")
     batch_ramp: BatchRamp | None = Field(
@@ -417,7 +418,7 @@ class RunConfig(BaseModel):
         """Sets train.steps to the steps of data.phases, where there are any."""
         if self.data.phases is not None:
             self.__dict__["train"] = self.train.model_copy(update={"steps": steps_of_phases(self)})
-        elif self.train.steps is None:
+        elif not self.train.steps:
             raise ValueError("train.steps is missing; docs/config.md says what it holds")
 
     def check_shapes(self) -> None:

@@ -52,6 +52,11 @@ class RunPhase:
         return self.first_sample + self.samples
 
     @property
+    def tokens(self) -> int:
+        """Tokens that it has."""
+        return self.samples * self.length
+
+    @property
     def length(self) -> int:
         """Tokens of a sample."""
         return self.config.data.sequence_length
@@ -84,7 +89,7 @@ class RunSchedule:
 
     def samples(self, tokens: int) -> int:
         """Returns the samples that make the first tokens of the run."""
-        phase = next((phase for phase in reversed(self.phases) if tokens >= phase.first_token))
+        phase = next(phase for phase in reversed(self.phases) if tokens >= phase.first_token)
         return phase.first_sample + (tokens - phase.first_token) // phase.length
 
     def step_samples(self, samples: int) -> int:
@@ -100,24 +105,13 @@ class RunSchedule:
             steps -= phase.config.train.steps
         return self.phases[-1].first_sample + self.phases[-1].config.batch_schedule.consumed_samples(steps)
 
-    def check_position(self, samples: int) -> None:
-        """Raises ConfigError unless whole steps lead from a position to the end of its phase."""
-        phase = self.at(samples)
-        batch_tokens, left = phase.config.train.global_batch_tokens, (phase.end_sample - samples) * phase.length
-        if self.is_phased and left > 0 and left % batch_tokens:
+    def check_position(self, samples: int, *, step: int) -> None:
+        """Raises ConfigError unless the phases lead to a position in as many steps as the run has taken."""
+        if self.is_phased and (found := self.consumed_samples(step)) != samples:
             raise ConfigError(
-                f"{phase.key} has {left} tokens left, which its global batch of {batch_tokens} tokens does not divide: "
-                "restore the batch, or change the phase's tokens"
+                f"the run has consumed {samples} samples in {step} steps, and data.phases make {found} of them: give the "
+                "phases that have begun their former batches, and begin a phase with another batch here"
             )
-
-    def begins(self, phase: RunPhase, *, step: int) -> str:
-        """Returns a line on a phase that begins with a step."""
-        train = phase.config.train
-        return (
-            f"phase {phase.number + 1} of {len(self.phases)} begins with step {step}: "
-            f"{phase.samples * phase.length:,} tokens, {train.global_batch_tokens:,} a step, "
-            f"in sequences of {phase.length:,}"
-        )
 
     def learning_rate(self, step: int, *, samples: int) -> float:
         """Returns the learning rate of a step.
@@ -141,15 +135,24 @@ class RunSchedule:
         shared = sum(phase.tokens for phase in config.data.phases if phase.learning_rate is None)
         sample = token = done = 0
         for number, phase in enumerate(config.data.phases):
+            own = config.of_phase(phase)
             if phase.learning_rate is None:
                 curve = LearningRateCurve(config.optimizer, tokens=shared, done_tokens=done)
                 done += phase.tokens
             else:
-                curve = LearningRateCurve(phase.learning_rate.over(config.optimizer), tokens=phase.tokens, done_tokens=0)
-            own = config.of_phase(phase)
+                curve = LearningRateCurve(own.optimizer, tokens=phase.tokens, done_tokens=0)
             samples = phase.tokens // own.data.sequence_length
             yield RunPhase(number, own, first_sample=sample, first_token=token, samples=samples, curve=curve)
             sample, token = sample + samples, token + phase.tokens
+
+
+def phase_line(schedule: RunSchedule, phase: RunPhase) -> str:
+    """Returns what a phase is, as part of a sentence."""
+    train = phase.config.train
+    return (
+        f"phase {phase.number + 1} of {len(schedule.phases)}: {phase.tokens:,} tokens in {train.steps:,} steps of "
+        f"{train.global_batch_tokens:,}, sequences of {phase.length:,}"
+    )
 
 
 def steps_of_phases(config: "RunConfig") -> int:
@@ -179,7 +182,7 @@ def steps_of_phases(config: "RunConfig") -> int:
         except ValueError as error:
             raise ValueError(f"in data.phases.{number}, {error}") from None
         steps += own.train.steps
-    if given not in (None, steps):
+    if given not in (0, steps):
         raise ValueError(
             f"train.steps is {given}, and the tokens of data.phases make {steps} steps: remove train.steps"
         )

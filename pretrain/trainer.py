@@ -44,7 +44,7 @@ from sambalm.pretrain.lifecycle.stragglers import Stragglers
 from sambalm.pretrain.lifecycle.watchdog import watching
 from sambalm.pretrain.reporting.console import start_lines
 from sambalm.pretrain.reporting.metrics import RunReport
-from sambalm.pretrain.run_phases import RunPhase
+from sambalm.pretrain.run_phases import RunPhase, phase_line
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
@@ -180,7 +180,6 @@ class Trainer:
             started_from = initial.record() if initial else None
         self.step: int = checkpoint.step if checkpoint else 0
         self.samples: int = checkpoint.state["samples"] if checkpoint else 0
-        self.schedule.check_position(self.samples)
         self.rollbacks = Rollbacks(config.train.max_rollbacks)
         self.stragglers = Stragglers(config.stragglers, world=world)
         self.hooks = self._hooks(sources, record, started_from)
@@ -191,6 +190,8 @@ class Trainer:
         if rollback:
             self.rollbacks.load_state(rollback.record)
             folder.ledger.roll_back(self.step)
+        if not self.rollbacks.left_out:
+            self.schedule.check_position(self.samples, step=self.step)
         self.training = build_training(config, world=world, checkpoint=checkpoint, initial=initial)
         if world.is_main:
             if rollback:
@@ -232,7 +233,7 @@ class Trainer:
         self.training.executor.begin_anew()
         self.compiling_steps = COMPILING_STEPS
         if self.world.is_main:
-            print_line(self.schedule.begins(phase, step=self.step + 1))
+            print_line(f"step {self.step + 1} begins {phase_line(self.schedule, phase)}")
 
     def _hooks(
         self, sources: Sequence[Source], record: dict[str, Any], started_from: Mapping[str, Any] | None

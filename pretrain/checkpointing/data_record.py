@@ -53,7 +53,8 @@ def data_change(saved: dict[str, Any] | None, now: dict[str, Any], *, samples: i
     for key, name in {"seed": "run.seed", "packing": "data.packing"}.items():
         if saved[key] != now[key]:
             return f"{name} has changed from {saved[key]} to {now[key]}"
-    before, after, start = _phases(saved), _phases(now), 0
+    before, after = _phases(saved), _phases(now)
+    start: float = 0
     for number, phase in enumerate(before):
         if number and start >= samples:  # it had not begun
             return None
@@ -62,11 +63,11 @@ def data_change(saved: dict[str, Any] | None, now: dict[str, Any], *, samples: i
             return f"data.phases has changed from {len(before)} phases to {len(after)}"
         if change := _phase_change(phase, after[number], key=key):
             return change
-        ends = [start + (one["samples"] or math.inf) for one in (phase, after[number])]
-        if ends[0] != ends[1] and min(ends) < samples:
-            told = [one["samples"] * one["sequence_length"] if one["samples"] else "all" for one in (phase, after[number])]
-            return f"{key}.tokens has changed from {told[0]} to {told[1]}"
-        start = ends[0]
+        lengths = [one["samples"] or math.inf for one in (phase, after[number])]
+        if lengths[0] != lengths[1] and start + min(lengths) < samples:
+            tokens = [length * phase["sequence_length"] for length in lengths]
+            return f"{key}.tokens has changed from {tokens[0]} to {tokens[1]}, which the run is beyond"
+        start += lengths[0]
     return None
 
 

@@ -62,9 +62,13 @@ def start_lines(
 def changed_learning_rate(saved: Mapping[str, Any], config: RunConfig, *, done_steps: int) -> str | None:
     """A sentence where the steps to come have other learning rates than they would have had, and why.
 
+    Phases have their own line where they begin, and their curves are not compared.
+
     Args:
         saved: a checkpoint's configuration.
     """
+    if config.data.phases is not None or saved["data"].get("phases") is not None:
+        return None
     try:
         before, steps_before = OptimizerConfig.model_validate(saved["optimizer"]), int(saved["train"]["steps"])
     except (KeyError, TypeError, ValueError):  # of a version that this one does not know

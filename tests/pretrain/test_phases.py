@@ -40,6 +40,7 @@ def phased_values(run_values, tmp_path) -> dict:
 
 def test_stop(phased_values, tmp_path):
     whole = train(phased_values)
-    for r in whole: print(r)
+    for r in whole:
+        print(r)
     for step in range(1, 8):
         assert train(stopped_after(phased_values, step, tmp_path / f"resumed{step}")) == whole, step
