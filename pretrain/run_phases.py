@@ -109,8 +109,8 @@ class RunSchedule:
         """Raises ConfigError unless the phases lead to a position in as many steps as the run has taken."""
         if self.is_phased and (found := self.consumed_samples(step)) != samples:
             raise ConfigError(
-                f"the run has consumed {samples} samples in {step} steps, and data.phases make {found} of them: give the "
-                "phases that have begun their former batches, and begin a phase with another batch here"
+                f"the run has consumed {samples} samples in {step} steps, and data.phases make {found} of them: give "
+                "the phases that have begun their former batches, and begin a phase with another batch here"
             )
 
     def learning_rate(self, step: int, *, samples: int) -> float:

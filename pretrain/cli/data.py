@@ -139,9 +139,18 @@ def preprocess(
     loss: Annotated[
         Loss, typer.Option(help="Of conversations, the tokens that count: what the assistant says, or all.")
     ] = Loss.assistant,
+    shuffle: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Store the documents in an order drawn from this seed.",
+            min=0,
+            show_default="input order",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
 ) -> None:
-    """Tokenise documents into megatron-core's indexed shards, in input order, an end-of-text after each.
+    """Tokenise documents into megatron-core's indexed shards, an end-of-text after each.
 
     Killed and run again, it goes on after the last complete shard.
     """
@@ -167,6 +176,7 @@ def preprocess(
             chat_template=chat_template,
             messages_key=messages_key,
             loss=loss.value,
+            shuffle_seed=shuffle,
         )
     print(summary.describe(output))
 
