@@ -127,7 +127,7 @@ def dies_at(monkeypatch, owner, name, *, call):
 def test_a_run_that_dies_goes_on_to_the_same_bytes(
     owner, name, call, paths, tokenizer, expected, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 700)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 6000)
     monkeypatch.setattr(shuffle, "_BUFFER_BYTES", 1500)
     monkeypatch.setattr(shuffle, "_READ_BYTES", 300)
     with monkeypatch.context() as patch:
@@ -155,6 +155,7 @@ def test_a_run_again_does_nothing_and_another_seed_is_refused(paths, tokenizer, 
 
 def test_masks_go_with_their_documents(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "BUCKET_BYTES", 700)
+    monkeypatch.setattr(shuffle, "_READ_BYTES", 300)
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     chats = tmp_path / "chats.jsonl"
