@@ -54,6 +54,8 @@ def data_change(saved: dict[str, Any] | None, now: dict[str, Any], *, samples: i
         if saved[key] != now[key]:
             return f"{name} has changed from {saved[key]} to {now[key]}"
     before, after = _phases(saved), _phases(now)
+    if len(before) > 1 and "phases" not in now and before[0]["samples"] < samples:
+        return "data.phases, of which one has ended, has been removed"
     start: float = 0
     for number, phase in enumerate(before):
         if number and start >= samples:  # it had not begun
@@ -65,7 +67,7 @@ def data_change(saved: dict[str, Any] | None, now: dict[str, Any], *, samples: i
             return change
         lengths = [one["samples"] or math.inf for one in (phase, after[number])]
         if lengths[0] != lengths[1] and start + min(lengths) < samples:
-            tokens = [length * phase["sequence_length"] for length in lengths]
+            tokens = [one["samples"] and one["samples"] * phase["sequence_length"] for one in (phase, after[number])]
             return f"{key}.tokens has changed from {tokens[0]} to {tokens[1]}, which the run is beyond"
         start += lengths[0]
     return None
