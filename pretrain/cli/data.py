@@ -104,6 +104,7 @@ class TextDocuments(StrEnum):
     epilog=example(
         "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
         "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
+        "sambalm data preprocess --input 'text/*.jsonl' --tokenizer tokenizer.model --output data/text --shuffle 0",
         "sambalm data preprocess --input chats.jsonl --tokenizer tokenizer.model --output data/chats "
         "--chat-template configs/finetune/chat_template.jinja",
     ),

@@ -102,7 +102,7 @@ class Guards(Hook):
             self.in_a_row, self.before = 0, samples
             self.window.append(GoodStep(step.number, step.result.loss, step.result.grad_norm))
             del self.window[: -self.config.checks.window_steps - LAG + 1]
-            if samples.stop == self.schedule.at(samples.start).end_sample:  # before any limit of the next phase
+            if self.schedule.at(samples.stop) is not self.schedule.at(samples.start):  # before a limit of the next one
                 self.window.clear()
             return
         self.in_a_row += 1

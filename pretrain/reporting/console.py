@@ -67,9 +67,9 @@ def changed_learning_rate(saved: Mapping[str, Any], config: RunConfig, *, done_s
     Args:
         saved: a checkpoint's configuration.
     """
-    if config.data.phases is not None or saved["data"].get("phases") is not None:
-        return None
     try:
+        if config.data.phases is not None or saved["data"].get("phases") is not None:
+            return None
         before, steps_before = OptimizerConfig.model_validate(saved["optimizer"]), int(saved["train"]["steps"])
     except (KeyError, TypeError, ValueError):  # of a version that this one does not know
         return None
