@@ -43,6 +43,11 @@ class DataPhase(BaseModel):
         description="A curve over this phase alone; null: the curve of `optimizer`, over the tokens of all phases that "
         "have none of their own",
     )
+    stop_at_end: bool = Field(
+        False,
+        description="Whether the run saves and leaves where the phase ends, with exit code 78, so that the next start "
+        "goes on on another layout",
+    )
 
 
 class DataSection(DataConfig):

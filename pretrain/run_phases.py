@@ -37,6 +37,7 @@ class RunPhase:
         config: of a run that is this phase alone.
         first_sample, first_token: of the run, where it begins.
         samples: that it has; the last phase goes on beyond them, where a run leaves samples out.
+        stops: whether the run leaves where it ends.
         curve: None in a run without phases, whose learning rate is a function of the step.
     """
 
@@ -46,6 +47,7 @@ class RunPhase:
     first_token: int
     samples: int
     curve: LearningRateCurve | None
+    stops: bool = False
 
     @property
     def end_sample(self) -> int:
@@ -142,7 +144,15 @@ class RunSchedule:
             else:
                 curve = LearningRateCurve(own.optimizer, tokens=phase.tokens, done_tokens=0)
             samples = phase.tokens // own.data.sequence_length
-            yield RunPhase(number, own, first_sample=sample, first_token=token, samples=samples, curve=curve)
+            yield RunPhase(
+                number,
+                own,
+                first_sample=sample,
+                first_token=token,
+                samples=samples,
+                curve=curve,
+                stops=phase.stop_at_end,
+            )
             sample, token = sample + samples, token + phase.tokens
 
 

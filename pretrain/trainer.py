@@ -290,7 +290,7 @@ class Trainer:
                     request = unread.request()
                 unread = launched
                 if request or self._finishes_at_once(launched):
-                    request = max(request, launched.request())
+                    request = max(request, launched.request(), self._request_of_phase())
                     self._finish(launched, request)
                     unread = None
                 if request in LEAVING and self.step < self.config.train.steps:
@@ -303,6 +303,11 @@ class Trainer:
         """Whether a step's results are read before the next step is launched."""
         is_last = step.number == self.config.train.steps or self.samples == self.phase.end_sample
         return is_last or step.is_finished or any(hook.acts_on(step.number) for hook in self.hooks)
+
+    def _request_of_phase(self) -> Request:
+        """What the phase at hand asks for after the step at hand."""
+        ends = self.samples == self.phase.end_sample and self.step < self.config.train.steps
+        return Request.STOP if ends and self.phase.stops else Request.NOTHING
 
     def _finish(self, step: LaunchedStep, request: Request = Request.NOTHING) -> None:
         """Tells the hooks of a step. Waits for the device."""

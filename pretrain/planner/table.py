@@ -58,7 +58,7 @@ def describe_phases(phases: Sequence[Sequence[Plan]]) -> str:
     days = " + ".join(f"{plan.run_days:.1f}" for plan in fastest)
     text = f"all phases, each on its fastest layout: {days} = {sum(plan.run_days for plan in fastest):.1f} days"
     if len({plan.layout for plan in fastest}) > 1:
-        text += "\nA run goes on from its checkpoint on another layout: stop it where a phase ends, and start it anew"
+        text += "\nA run goes on from its checkpoint on another layout: stop_at_end has it leave where a phase ends"
     return text
 
 

@@ -14,6 +14,7 @@ from sambalm.data_pipeline.sources import open_sources
 from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
+from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.marks import slow_except
 from tests.support.read_samples import samples_by_step
 from tests.support.whole_runs import changed, stopped_after, train
@@ -131,14 +132,21 @@ def test_a_run_stopped_at_any_step_goes_on_with_the_same_bits(ranks, parallel, s
 
 @pytest.mark.slow
 def test_layouts_may_change_where_a_phase_begins(phased_values, tmp_path):
-    """One process, context parallelism for the long phase, and data parallelism after it."""
+    """One process, then context parallelism for the long phase, then data parallelism; each start stops by itself."""
     alone, expected = train(phased_values), expected_samples(phased_values)
-    values = changed(stopped_after(phased_values, 3, tmp_path / "long"), parallel={"context": 2})
-    for record, wanted in zip(train(values, ranks=2), alone, strict=True):
-        assert record == pytest.approx(wanted, rel=1e-4)
-    values = changed(stopped_after(values, 6, tmp_path / "last"), parallel={"context": 1})
+    values = phased(phased(phased_values, 0, stop_at_end=True), 1, stop_at_end=True)
+    values = changed(values, run={"dir": str(tmp_path / "changing")})
+    assert train(values) == alone[:3]
+    long = train(changed(values, parallel={"context": 2}), ranks=2)
+    assert len(long) == 6
     found = samples_by_step(values, 2)
     assert all(torch.equal(samples, wanted) for samples, wanted in zip(found, expected[6:], strict=True))
+    for record, wanted in zip([*long, *read_metrics(tmp_path / "changing")[6:]], alone, strict=True):
+        assert {key: record[key] for key in ("loss", "grad_norm", "lr", "tokens", "phase")} == pytest.approx(
+            {key: wanted[key] for key in ("loss", "grad_norm", "lr", "tokens", "phase")}, rel=1e-4
+        )
+    (attempt, *_) = sorted((tmp_path / "changing" / "attempts").iterdir())
+    assert "asked to stop: saved" in "".join(path.read_text() for path in attempt.glob("*.json"))
 
 
 @pytest.mark.slow
