@@ -15,9 +15,11 @@ from sambalm.pretrain.checkpointing.data_record import data_change
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.reporting.metrics_file import read_metrics
+from tests.support import whole_runs
 from tests.support.marks import slow_except
 from tests.support.read_samples import samples_by_step
 from tests.support.whole_runs import changed, stopped_after, train
+from tests.support.worlds import run_world
 
 TOKENS = [256, 256, 256, 128, 128, 128, 192, 192]  # of each step
 
@@ -147,6 +149,29 @@ def test_layouts_may_change_where_a_phase_begins(phased_values, tmp_path):
         )
     (attempt, *_) = sorted((tmp_path / "changing" / "attempts").iterdir())
     assert "asked to stop: saved" in "".join(path.read_text() for path in attempt.glob("*.json"))
+
+
+def executors_that_began_anew(values: dict) -> list[int]:
+    """The steps taken when an executor was told of micro-batches of another size."""
+    from sambalm.parallel.execution import AccumulatingExecutor
+    from sambalm.pretrain.trainer import Trainer
+
+    trainers, steps, begin = [], [], Trainer._begin
+
+    def begin_known(trainer, phase):
+        trainers.append(trainer)
+        begin(trainer, phase)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_begin", begin_known)
+        patch.setattr(AccumulatingExecutor, "begin_anew", lambda _: steps.append(trainers[-1].step))
+        whole_runs.train_on_rank(values)
+    return steps
+
+
+@pytest.mark.slow
+def test_each_phase_begins_with_graphs_of_its_own(phased_values):
+    assert run_world(executors_that_began_anew, phased_values, ranks=1) == [[3, 6]]
 
 
 @pytest.mark.slow
