@@ -1,11 +1,15 @@
 """A run in phases: the samples, batches and learning rates of every step, and where it goes on."""
 
 import copy
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.dataset import build_train_dataset
@@ -316,3 +320,50 @@ def test_a_run_whose_batch_was_another_is_refused(phased_values):
     schedule.check_position(26, step=4)
     with pytest.raises(ConfigError, match=r"the run has consumed 26 samples in 3 steps, and data\.phases make 24"):
         schedule.check_position(26, step=3)
+
+
+def test_the_commands_show_the_phases(phased_values, sambalm, tmp_path):
+    first = phased_values["data"]["train"]
+    bare = phased(phased_values, 1, train=first)  # since the other one has no manifest, which a blend is reckoned from
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(bare))
+    code, out, _ = sambalm("data", "blend", "--config", path)
+    assert code == 0
+    assert "phase 2 of 3: 384 tokens in 3 steps of 128, sequences of 64\n" in out
+    drawn = [line.split()[-2] for line in out.splitlines() if line.startswith(first)]
+    assert drawn == ["768", "384", "384", "1,536"]
+    assert sambalm("data", "blend", first, "--config", path)[0] == 2
+    assert sambalm("data", "blend", first)[0] == 2
+
+    path.write_text(yaml.safe_dump(phased_values))
+    code, out, _ = sambalm("data", "index", path)
+    assert code == 0
+    assert out.count("Training data of") == 3
+    assert out.count("50.00%") == 2
+    sample = sambalm("data", "inspect", "--config", path, "--sample", 24)[1]
+    assert re.search(r"tokens \d+ to 63\b", sample), sample
+
+    options = ("--gpus", 2, "--gpu-memory-gib", 80, "--top", 1, "train.precision=bf16")
+    code, out, _ = sambalm("plan", path, *options, "--json")
+    plans = json.loads(out)
+    assert [plan["phase"] for plan in plans] == [1, 2, 3]
+    assert [plan["run_tokens"] for plan in plans] == [768, 384, 384]
+    shown = sambalm("plan", path, *options)[1]
+    assert "phase 3 of 3: 384 tokens in 2 steps of 192, sequences of 32" in shown
+    assert "all phases, each on its fastest layout: " in shown
+    said = sambalm("train", path, "--dry-run", "--world-size", 2)[1]
+    assert "2 micro-batches of 2 a step, then 1 micro-batches of 1 a step, then 1 micro-batches of 3 a step" in said
+
+
+@pytest.mark.slow
+def test_a_report_lists_the_phases(phased_values, sambalm):
+    train(phased_values)
+    run = phased_values["run"]["dir"]
+    code, out, _ = sambalm("report", run)
+    assert code == 0
+    assert "Phases" in out
+    page = (Path(run) / "report.html").read_text()
+    assert "<th>1</th><td>1 to 3</td><td>768</td><td>32</td><td>256</td><td>0.003</td>" in page
+    assert "<th>2</th><td>4 to 6</td><td>384</td><td>64</td><td>128</td><td>0.001</td>" in page
+    assert "(50%)" in page
+    assert "<td>3 of 3</td>" in page
