@@ -350,13 +350,9 @@ class RunConfig(BaseModel):
         return self.model_copy(update={"data": self.data.of_phase(phase), "train": train, "optimizer": optimizer})
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError or ParallelError unless the run fits a number of processes."""
+        """Raises ConfigError or ParallelError unless a number of processes fits the run, or a stretch of its phases."""
         if self.data.phases is not None:
-            for phase in self.schedule.phases:
-                try:
-                    phase.config.check_world(world_size)
-                except ConfigError as error:
-                    raise ConfigError(f"in {phase.key}, {error}") from None
+            self.schedule.fitting(world_size)
             return
         check_world_size(self.parallel, world_size=world_size)
         if self.train.matmul_precision == "fp8" and self.parallel.partitions_weights(world_size):

@@ -115,6 +115,40 @@ class RunSchedule:
                 "the phases that have begun their former batches, and begin a phase with another batch here"
             )
 
+    def stretch(self, samples: int) -> Sequence[RunPhase]:
+        """Returns the phases that a start at a position goes through: up to the next one that stops."""
+        first = self.at(samples).number
+        last = next((phase.number for phase in self.phases[first:] if phase.stops), len(self.phases) - 1)
+        return self.phases[first : last + 1]
+
+    def check_stretch(self, samples: int, *, world_size: int) -> Sequence[RunPhase]:
+        """Returns `stretch`. Raises ConfigError or ParallelError unless it fits a number of processes."""
+        found = self.stretch(samples)
+        for phase in found if self.is_phased else ():
+            try:
+                phase.config.check_world(world_size)
+            except ConfigError as error:
+                raise ConfigError(f"in {phase.key}, {error}") from None
+        return found
+
+    def fitting(self, world_size: int) -> list[RunPhase]:
+        """Returns the phases of all stretches that fit a number of processes.
+
+        Raises:
+            ConfigError, ParallelError: none does.
+        """
+        starts = [0, *(phase.end_sample for phase in self.phases[:-1] if phase.stops)]
+        fitting: list[RunPhase] = []
+        failure: ConfigError | None = None
+        for start in starts:
+            try:
+                fitting += self.check_stretch(start, world_size=world_size)
+            except ConfigError as error:
+                failure = failure or error
+        if failure and not fitting:
+            raise failure
+        return fitting
+
     def learning_rate(self, step: int, *, samples: int) -> float:
         """Returns the learning rate of a step.
 

@@ -190,6 +190,7 @@ class Trainer:
         if rollback:
             self.rollbacks.load_state(rollback.record)
             folder.ledger.roll_back(self.step)
+        self.schedule.check_stretch(self.samples, world_size=world.size)
         if not self.rollbacks.left_out:
             self.schedule.check_position(self.samples, step=self.step)
         self.training = build_training(config, world=world, checkpoint=checkpoint, initial=initial)

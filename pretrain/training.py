@@ -24,6 +24,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.precision import DTYPES
+from sambalm.pretrain.run_phases import RunPhase
 
 FP8_CAPABILITY = (8, 9)
 
@@ -53,7 +54,8 @@ def build_training(
         bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    kernels = build_kernels(config.kernels, _requirements(config, world=world))
+    phases = config.schedule.stretch(checkpoint.state.get("samples", 0) if checkpoint else 0)
+    kernels = build_kernels(config.kernels, _requirements(phases, world=world))
     chunks = build_chunks(
         config.model,
         parallel,
@@ -101,8 +103,8 @@ def build_training(
     return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)
 
 
-def _requirements(config: RunConfig, *, world: World) -> KernelRequirements:
-    """Returns what a run asks of its kernels, which have to take the micro-batches of all its phases."""
+def _requirements(phases: Sequence[RunPhase], *, world: World) -> KernelRequirements:
+    """Returns what phases ask of the run's kernels, which have to take the micro-batches of all of them."""
     first, *others = (
         kernel_requirements(
             phase.config.model,
@@ -114,7 +116,7 @@ def _requirements(config: RunConfig, *, world: World) -> KernelRequirements:
             tp=world.tensor,
             cp=world.context,
         )
-        for phase in config.schedule.phases
+        for phase in phases
     )
     calls = dict.fromkeys(call for needs in (first, *others) for call in needs.attention_calls)
     return replace(first, attention_calls=tuple(calls))

@@ -232,7 +232,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     steps = [
         f"{phase.config.accumulation_steps(data_size=data_size):,} micro-batches of "
         f"{phase.config.train.micro_batch_size} a step"
-        for phase in config.schedule.phases
+        for phase in config.schedule.fitting(world_size)
     ]
     return (
         f"{world_size:,} ranks: DP{data_size} {layout}, recompute {parallel.recompute}; "

@@ -257,6 +257,13 @@ def test_a_phase_that_ranks_do_not_divide_is_refused(phased_values):
         ConfigError, match=r"^in data\.phases\.1, train\.global_batch_tokens is 128, which is not a mult"
     ):
         config.check_world(4)
+    stopping = config_of(phased(phased_values, 0, stop_at_end=True))
+    stopping.check_world(4)  # for the first phase, and no further
+    assert [phase.number for phase in stopping.schedule.fitting(4)] == [0]
+    assert [phase.number for phase in stopping.schedule.fitting(2)] == [0, 1, 2]
+    assert [phase.number for phase in stopping.schedule.stretch(28)] == [1, 2]
+    with pytest.raises(ConfigError, match=r"^in data\.phases\.1, "):
+        stopping.schedule.check_stretch(24, world_size=4)
 
 
 def record(*phases: tuple[int, int, str], **keys) -> dict:
