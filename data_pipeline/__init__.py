@@ -14,6 +14,8 @@ progress      the log of committed shards, from which a run goes on
 output        what lies under a prefix, and the manifest over all parts
 chat          conversations to ids by a chat template, and what the assistant says
 made_documents  passkeys and phone books, made from a seed
+workers       processes that tokenise, and their batches in the order of the input
+shuffle       documents in an order drawn from a seed, in bounded memory
 preprocess    text to token shards: read this first
 verify        every byte against the manifest
 inspection    statistics, documents and samples for people to read
@@ -25,6 +27,7 @@ token_stream  one part of a source as a single run of tokens, across its shards
 order         which sample comes when, as a function of its number: blends and shuffles
 packing       samples of whole documents
 dataset       training and validation samples by number
+phases        the data sets of a run's phases, each behind what those before it have drawn
 loader        micro-batches in a global sample order
 shared        the same sources on every rank
 stored_text   tokenised documents as text again

@@ -1,5 +1,6 @@
 """What a blend of sources will draw, from their manifests alone, before any of it is indexed or read."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,16 @@ def blend_draws(config: DataConfig, *, tokens: int) -> list[Draw]:
     ]
 
 
+def sum_draws(draws: Sequence[Sequence[Draw]]) -> list[Draw]:
+    """What the phases of a run draw from each source together."""
+    drawn: Counter[str] = Counter()
+    train_tokens = {draw.prefix: draw.train_tokens for phase in draws for draw in phase}
+    for draw in (draw for phase in draws for draw in phase):
+        drawn[draw.prefix] += draw.drawn_tokens
+    total = drawn.total()
+    return [Draw(prefix, drawn[prefix] / total, tokens, drawn[prefix]) for prefix, tokens in train_tokens.items()]
+
+
 def _manifest(prefix: str) -> Manifest:
     manifest = read_manifest(prefix)
     if manifest is None:
@@ -82,8 +93,12 @@ def _manifest(prefix: str) -> Manifest:
     return manifest
 
 
-def describe_draws(draws: Sequence[Draw]) -> str:
-    """A table, and a line for each source that is repeated, or of which a part is never read."""
+def describe_draws(draws: Sequence[Draw], *, warns: bool = True) -> str:
+    """A table, and a line for each source that is repeated.
+
+    Args:
+        warns: whether there are such lines.
+    """
     width = max(len("source"), *(len(draw.prefix) for draw in draws))
     total = Draw("all", 1, sum(draw.train_tokens for draw in draws), sum(draw.drawn_tokens for draw in draws))
     lines = [f"{'source':<{width}} {'share':>8} {'training tokens':>20} {'tokens drawn':>20} {'epochs':>8}"]
@@ -92,7 +107,7 @@ def describe_draws(draws: Sequence[Draw]) -> str:
         f"{draw.epochs:>8.2f}"
         for draw in (*draws, total)
     ]
-    for draw in draws:
+    for draw in draws if warns else ():
         if draw.epochs > HARMLESS_EPOCHS:
             lines.append(
                 f"warning: {draw.prefix} is gone through {draw.epochs:.1f} times; beyond {HARMLESS_EPOCHS} epochs "

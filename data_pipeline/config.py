@@ -70,9 +70,9 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_sources(self) -> "DataConfig":
-        _check_list(self.train, "data.train")
+        check_list(self.train, "data.train")
         if self.validation is not None:
-            _check_list(self.validation, "data.validation")
+            check_list(self.validation, "data.validation")
             self._check_validation(self.validation)
         elif not self.validation_fraction and not any(self.validation_fractions):
             raise ValueError(
@@ -160,7 +160,8 @@ def _prefix(source: str | WeightedSource) -> str:
     return source if isinstance(source, str) else source.prefix
 
 
-def _check_list(given: str | list[str | WeightedSource], key: str) -> None:
+def check_list(given: str | list[str | WeightedSource], key: str) -> None:
+    """Raises ValueError unless the sources under a key are at least one, all with a weight or none, each once."""
     if not given:
         raise ValueError(f"{key} is {given!r}: give at least one prefix")
     entries = _entries(given)

@@ -1,6 +1,7 @@
 """Training and validation samples by number: where each one lies follows from its number, the seed and the data."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,15 +39,35 @@ class Samples(Protocol):
         """The .bin file and the byte in it of a sample's token, or of its last label for position S."""
 
 
+@dataclass(frozen=True)
+class DrawnBefore:
+    """What a run has drawn before the first sample of a data set.
+
+    samples: of the whole run.
+    numbers: of each source among all that the run has, which the orders of its epochs are drawn by.
+    of_sources: samples of each source that were cut as these are, so that these go on behind them.
+    """
+
+    samples: int
+    numbers: Sequence[int]
+    of_sources: Sequence[int]
+
+
 class TrainDataset:
     """The training samples of a run, without an end: each source begins another epoch when one is through.
 
     Sample n of the run depends on n, the seed, the sources and their weights, and on nothing else. A source's epoch
     is its training part cut into samples, each once, in an order drawn anew; the cuts move by a few tokens.
+
+    Args:
+        before: where the samples are a phase of a run, which numbers them on; None: they are the first ones.
     """
 
-    def __init__(self, sources: Sequence[Source], config: DataConfig, *, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], config: DataConfig, *, seed: int, before: DrawnBefore | None = None
+    ) -> None:
         self.sequence_length = config.sequence_length
+        self._before = before or DrawnBefore(0, range(len(sources)), [0] * len(sources))
         self._seed = seed
         self._reader = _Reader(config, sources, length=config.sequence_length)
         self._blend = Blend([source.weight for source in sources])
@@ -63,7 +84,7 @@ class TrainDataset:
 
     def source_number(self, number: int) -> int:
         """Which source a sample comes from."""
-        return self._blend.locate(number)[0]
+        return self._blend.locate(number - self._before.samples)[0]
 
     def token_place(self, number: int, position: int) -> tuple[str, int]:
         stream, start, _ = self._locate(number)
@@ -74,17 +95,20 @@ class TrainDataset:
         pairs = zip(self._prefixes, self.packings, strict=True)
         return {prefix: packing.cut_documents for prefix, packing in pairs if packing and packing.cut_documents}
 
+    def counts(self, num_samples: int) -> list[int]:
+        """How many of the first `num_samples` of the data set each source gives."""
+        return self._blend.counts(num_samples).tolist()
+
     def epochs(self, num_samples: int) -> list[float]:
-        """How often the first `num_samples` of the run go through each source."""
-        counts = self._blend.counts(num_samples)
-        return [int(count) / samples for count, samples in zip(counts, self._samples, strict=True)]
+        """How often the first `num_samples` of the data set go through each source."""
+        return [count / samples for count, samples in zip(self.counts(num_samples), self._samples, strict=True)]
 
     def _locate(self, number: int) -> tuple[TokenStream, int, int]:
         """The stream of a sample, its first token there, and the one after its last."""
-        source, in_source = self._blend.locate(number)
+        source, in_source = self._blend.locate(number - self._before.samples)
         stream, samples = self._streams[source], self._samples[source]
-        epoch, in_epoch = divmod(in_source, samples)
-        seed = (self._seed, source, epoch)
+        epoch, in_epoch = divmod(in_source + self._before.of_sources[source], samples)
+        seed = (self._seed, self._before.numbers[source], epoch)
         if packing := self.packings[source]:
             return stream, *packing.place(permuted(in_epoch, size=samples, seed=seed))
         # Tokens that an epoch has beyond whole samples leave room to begin later.
@@ -125,7 +149,9 @@ class ValidationDataset:
         return self._streams[source].place(start + position)
 
 
-def build_train_dataset(config: DataConfig, sources: Sequence[Source], *, seed: int) -> TrainDataset:
+def build_train_dataset(
+    config: DataConfig, sources: Sequence[Source], *, seed: int, before: DrawnBefore | None = None
+) -> TrainDataset:
     """The training samples of `sources`, shuffled by `seed`.
 
     Raises DataError where a source is shorter than one sample.
@@ -137,7 +163,7 @@ def build_train_dataset(config: DataConfig, sources: Sequence[Source], *, seed: 
                 f"{source.prefix} has {tokens} training tokens and one sample needs {config.sequence_length + 1}; "
                 "give more data or lower data.sequence_length"
             )
-    return TrainDataset(sources, config, seed=seed)
+    return TrainDataset(sources, config, seed=seed, before=before)
 
 
 def _lengths(multiple: int) -> str:

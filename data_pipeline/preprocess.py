@@ -2,16 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +12,19 @@ from typing import Any, Literal
 
 from .chat import ChatOptions, ChatTemplate
 from .documents import PIECE_BYTES, Document, LineRange, Piece, ReadOptions, pieces, place
-from .encoding import Encoder, EncoderConfig, FastPath, NotProven, TokenBatch, encode_in_worker, start_in_worker
+from .encoding import Encoder, EncoderConfig, FastPath, NotProven, TokenBatch
 from .errors import DataError
+from .files import remove
 from .inputs import InputFile, expand_inputs
 from .output import foreign_files, merge_parts, shard_files
 from .parts import Part, Span, part_spans, spans_from
 from .progress import Position, Progress, ProgressLog, RunIdentity
 from .shard_sequence import ShardSequence
-from .shards import Manifest, manifest_path, read_manifest, tokenizer_entry
+from .shards import Manifest, manifest_path, read_manifest, tokenizer_entry, write_manifest
+from .shuffle import Buckets
 from .tokenizer import Tokenizer
+from .workers import in_order, tokenising_pool
 
-_PIECES_IN_FLIGHT_PER_WORKER = 3
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 15
 
 
@@ -76,6 +71,7 @@ class PreprocessConfig:
         and with `loss` "assistant" only what the assistant says counts in the loss.
     on_error: "stop" at a malformed record, or "skip" and count it.
     eos_token, special_tokens: as in `load_tokenizer`.
+    shuffle_seed: documents are stored in an order drawn from it, all parts' together; None: in input order.
     """
 
     tokenizer: Path
@@ -90,6 +86,7 @@ class PreprocessConfig:
     chat_template: Path | None = None
     messages_key: str = "messages"
     loss: Literal["assistant", "all"] = "assistant"
+    shuffle_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "shard_tokens"):
@@ -132,6 +129,8 @@ class PreprocessConfig:
         recorded = {name: getattr(self, name) for name in names}
         if self.chat:
             recorded |= {"chat_template": self.chat.template, "loss": self.loss, "messages_key": self.messages_key}
+        if self.shuffle_seed is not None:
+            recorded["shuffle_seed"] = self.shuffle_seed
         return recorded
 
 
@@ -154,8 +153,23 @@ def preprocess(
     `options` are fields of PreprocessConfig. `progress` receives (stored bytes read, bytes to read).
     Raises DataError for bad input, output of something else without `overwrite`, or output that cannot be written.
     """
-    config = PreprocessConfig(tokenizer=Path(tokenizer), **options)
-    return _Run(expand_inputs(inputs), config, Path(output_prefix), part).run(overwrite=overwrite, progress=progress)
+    config, prefix = PreprocessConfig(tokenizer=Path(tokenizer), **options), Path(output_prefix)
+    files = expand_inputs(inputs)
+    if config.shuffle_seed is None:
+        return _Run(files, config, prefix, part).run(overwrite=overwrite, progress=progress)
+    shuffled = _Run(files, config, prefix, Part())
+    made = shuffled.made(overwrite=overwrite)
+    if made:
+        remove(_unshuffled(prefix).parent)  # which a crash may have left
+        return made
+    unshuffled = _Run(files, replace(config, shuffle_seed=None), _unshuffled(prefix), part)
+    ordered = unshuffled.run(overwrite=overwrite, progress=progress, keeps_made=True)
+    return shuffled.run_shuffled(ordered, _unshuffled(prefix), overwrite=overwrite) if ordered.complete else ordered
+
+
+def _unshuffled(prefix: Path) -> Path:
+    """Where documents are in input order until they are shuffled: in a hidden folder beside the output."""
+    return prefix.parent / f".{prefix.name}.unshuffled" / prefix.name
 
 
 class _Run:
@@ -184,20 +198,40 @@ class _Run:
         self._read_bytes = 0
         self._slow_because: str | None = None
 
-    def run(self, *, overwrite: bool, progress: Callable[[int, int | None], None] | None) -> PreprocessSummary:
+    def made(self, *, overwrite: bool, keeps_made: bool = False) -> PreprocessSummary | None:
+        """What the prefix holds, where this call would write the same; None where it is to be written.
+
+        Args:
+            keeps_made: whether that goes for what is to be overwritten, too.
+
+        Raises:
+            DataError: it holds something else, and is not to be overwritten.
+        """
         manifest = read_manifest(self._prefix)
+        if manifest and (keeps_made or not overwrite) and self._made(manifest):
+            return self._summary(manifest, resumed_shards=len(manifest.shards))
         if manifest and not overwrite:
-            if self._made(manifest):
-                return self._summary(manifest, resumed_shards=len(manifest.shards))
             raise DataError(
                 f"{manifest_path(self._prefix)} exists already{self._made_with_other(manifest)}; choose another output "
                 "prefix, or replace it with --overwrite"
             )
+        return None
+
+    def _foreign(self, *, overwrite: bool) -> list[Path]:
+        """Files of something else that this run replaces. Raises DataError where it may not."""
         foreign = foreign_files(self._prefix, self._part, self._identity)
         if foreign and not overwrite:
             raise DataError(
                 f"{foreign[0]} exists already; choose another output prefix, or replace it with --overwrite"
             )
+        return foreign
+
+    def run(
+        self, *, overwrite: bool, progress: Callable[[int, int | None], None] | None, keeps_made: bool = False
+    ) -> PreprocessSummary:
+        if made := self.made(overwrite=overwrite, keeps_made=keeps_made):
+            return made
+        foreign = self._foreign(overwrite=overwrite)
         log = ProgressLog(self._part.progress_path(self._prefix), self._identity, overwrite=overwrite)
         with closing(log):
             resumed = len(log.progress.shards)
@@ -213,14 +247,46 @@ class _Run:
             )
             return self._summary(manifest or log.progress, resumed_shards=resumed)
 
-    def _write_shards(
-        self, log: ProgressLog, *, replaced: list[Path], progress: Callable[[int, int | None], None] | None
-    ) -> None:
-        spans = list(part_spans(self._files, self._config.reading, self._part))
-        if following := log.progress.next:
-            spans = list(spans_from(spans, following.source, following.position))
-        total_bytes = sum(_size_bytes(span, self._files[span.source], self._config.reading) for span in spans)
-        shards = ShardSequence(
+    def run_shuffled(self, ordered: PreprocessSummary, staged: Path, *, overwrite: bool) -> PreprocessSummary:
+        """Stores the documents of another run in their drawn order, and removes that run's files.
+
+        Goes on after the last complete shard, as `run` does.
+        """
+        manifest, seed = read_manifest(staged), self._config.shuffle_seed
+        assert manifest is not None, "the other run is complete"
+        assert seed is not None, "this one shuffles"
+        foreign = self._foreign(overwrite=overwrite)
+        log = ProgressLog(self._part.progress_path(self._prefix), self._identity, overwrite=overwrite)
+        with closing(log):
+            resumed = len(log.progress.shards)
+            buckets = Buckets(staged, manifest, seed=seed)
+            if not log.progress.complete:
+                shards = self._sequence(log, replaced=foreign)
+                try:
+                    buckets.fill()
+                    following = log.progress.next or Position(source=0, position=0, record=0)
+                    for bucket, batch in buckets.batches(bucket=following.source, document=following.position):
+                        shards.add(bucket, batch)
+                    shards.finish(Position(source=buckets.count, position=0, record=0))
+                except OSError as error:
+                    raise _cannot_write(self._prefix, error) from error
+                finally:
+                    shards.discard()
+                    log.remove_if_empty()
+            self._remove_strays(log)
+            # A shard's documents come from everywhere, so that it has no ranges of records.
+            stored = [one.model_copy(update={"sources": [], "text_bytes": None}) for one in log.progress.shards]
+            tokenizer = tokenizer_entry(self._tokenizer, self._prefix)
+            update = {"shards": stored, "options": self._identity.options, "tokenizer": tokenizer}
+            manifest = manifest.model_copy(update=update)
+            write_manifest(self._prefix, manifest)
+            self._part.progress_path(self._prefix).unlink()
+            remove(staged.parent)
+        summary = self._summary(manifest, resumed_shards=resumed)
+        return replace(summary, read_bytes=ordered.read_bytes, slow_because=ordered.slow_because)
+
+    def _sequence(self, log: ProgressLog, *, replaced: list[Path]) -> ShardSequence:
+        return ShardSequence(
             log,
             shard_prefix=lambda number: self._part.shard_prefix(self._prefix, number),
             vocab_size=self._tokenizer.vocab_size,
@@ -228,6 +294,15 @@ class _Run:
             before_first_commit=lambda: _remove(replaced),
             masked=self._config.encoder().masks,
         )
+
+    def _write_shards(
+        self, log: ProgressLog, *, replaced: list[Path], progress: Callable[[int, int | None], None] | None
+    ) -> None:
+        spans = list(part_spans(self._files, self._config.reading, self._part))
+        if following := log.progress.next:
+            spans = list(spans_from(spans, following.source, following.position))
+        total_bytes = sum(_size_bytes(span, self._files[span.source], self._config.reading) for span in spans)
+        shards = self._sequence(log, replaced=replaced)
         try:
             with closing(self._encoded(spans)) as batches:
                 for source, piece, batch in batches:
@@ -241,10 +316,7 @@ class _Run:
                         progress(self._read_bytes, total_bytes)
             shards.finish(Position(source=len(self._files), position=0, record=0))
         except OSError as error:
-            raise DataError(
-                f"cannot write {self._prefix}: {error.strerror or error}; make room, and the same command goes on "
-                "after the last complete shard"
-            ) from error
+            raise _cannot_write(self._prefix, error) from error
         finally:
             shards.discard()
             log.remove_if_empty()
@@ -265,9 +337,9 @@ class _Run:
                 yield source, piece, alone.encode_piece(piece)
             return
         # Workers start with the fast path, which loads slowly, while this process proves it.
-        with _pool(self._config.workers, replace(encoder, fast=True)) as pool:
+        with tokenising_pool(self._config.workers, replace(encoder, fast=True)) as pool:
             encoder = replace(encoder, fast=self._prove() is not None)
-            yield from _in_order(work, pool, encoder, workers=self._config.workers)
+            yield from in_order(work, pool, encoder, workers=self._config.workers)
 
     def _prove(self) -> FastPath | None:
         if self._config.chat:
@@ -306,13 +378,15 @@ class _Run:
         return f", made with other values of {found}" if manifest.options else ""
 
     def _summary(self, made: Manifest | Progress, *, resumed_shards: int) -> PreprocessSummary:
-        ranges = [found for shard in made.shards for found in shard.sources]
-        if isinstance(made, Progress):
-            ranges += made.rest or []
+        if isinstance(made, Manifest):
+            skipped, malformed = made.skipped_documents, made.malformed_documents
+        else:
+            ranges = [*(found for shard in made.shards for found in shard.sources), *(made.rest or [])]
+            skipped, malformed = (sum(getattr(found, what) for found in ranges) for what in ("skipped", "malformed"))
         return PreprocessSummary(
             documents=sum(shard.documents for shard in made.shards),
-            skipped_documents=sum(found.skipped for found in ranges),
-            malformed_documents=sum(found.malformed for found in ranges),
+            skipped_documents=skipped,
+            malformed_documents=malformed,
             tokens=sum(shard.tokens for shard in made.shards),
             shards=len(made.shards),
             resumed_shards=resumed_shards,
@@ -321,6 +395,13 @@ class _Run:
             complete=isinstance(made, Manifest),
             slow_because=self._slow_because,
         )
+
+
+def _cannot_write(prefix: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot write {prefix}: {error.strerror or error}; make room, and the same command goes on after the last "
+        "complete shard"
+    )
 
 
 def _check_conversations(files: list[InputFile], chat: ChatOptions, tokenizer: Tokenizer) -> None:
@@ -378,55 +459,3 @@ def _beginnings(piece: Piece, options: ReadOptions) -> list[str]:
             if characters >= _SAMPLE_BYTES:
                 break
     return texts
-
-
-@contextmanager
-def _pool(workers: int, encoder: EncoderConfig) -> Iterator[ProcessPoolExecutor]:
-    # spawn: the caller may have threads, such as a progress display's, and their locks would be forked while held.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        for _ in range(workers):
-            pool.submit(start_in_worker, encoder)
-        yield pool
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenising process was killed, perhaps for memory; use fewer workers, and the same command goes on "
-            "after the last complete shard"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_order(
-    work: Iterator[tuple[int, Piece]], pool: ProcessPoolExecutor, encoder: EncoderConfig, *, workers: int
-) -> Iterator[tuple[int, Piece, TokenBatch]]:
-    most, most_bytes = workers * _PIECES_IN_FLIGHT_PER_WORKER, 2 * workers * _PIECES_IN_FLIGHT_PER_WORKER * PIECE_BYTES
-    pending: deque[tuple[int, Piece, Future[TokenBatch]]] = deque()
-    held_bytes = 0
-
-    def oldest() -> tuple[int, Piece, TokenBatch]:
-        source, piece, future = pending.popleft()
-        return source, piece, future.result()
-
-    for source, piece in work:
-        pending.append((source, piece, pool.submit(encode_in_worker, encoder, piece)))
-        held_bytes += piece.size_bytes
-        while len(pending) >= most or (held_bytes >= most_bytes and len(pending) > workers):
-            held_bytes -= pending[0][1].size_bytes
-            yield oldest()
-    while pending:
-        yield oldest()
-
-
-def _start_worker() -> None:
-    # The parent handles Ctrl-C and ends its workers; one whose parent was killed would wait for work for ever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this runs in a worker"
-    parent.join()
-    os._exit(1)

@@ -76,12 +76,12 @@ class InLoopEvaluation(Hook):
         self._with_model(0, lambda surroundings: len(prepare(self._plan, surroundings, ranks=self._world)))
 
     def acts_on(self, step: int) -> bool:
-        section, schedule = self._config.evaluation, self._config.batch_schedule
+        section, schedule = self._config.evaluation, self._config.schedule
         if step == self._config.train.steps:
             return True
         if section.every_tokens is None:
             return section.every_steps is not None and step % section.every_steps == 0
-        before, after = (schedule.consumed_samples(s) * self._config.data.sequence_length for s in (step - 1, step))
+        before, after = (schedule.tokens(schedule.consumed_samples(s)) for s in (step - 1, step))
         return before // section.every_tokens < after // section.every_tokens
 
     def after_step(self, step: FinishedStep) -> None:

@@ -130,6 +130,11 @@ class CapturedMicroBatches:
             self.captured.clear()
             torch.cuda.empty_cache()
 
+    def begin_anew(self) -> None:
+        """Prepares for micro-batches of another size, whose first steps are not captured either."""
+        self.clear()
+        self.uncaptured_steps = UNCAPTURED_STEPS
+
     def _replay(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
         kind = is_first, is_last and self.last_differs
         if kind not in self.captured:

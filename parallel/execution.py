@@ -50,6 +50,10 @@ class Executor(Protocol):
         """Ends what the process groups would wait for when they are destroyed; by default there is nothing."""
         return
 
+    def begin_anew(self) -> None:
+        """Prepares for micro-batches of another size; by default there is nothing to prepare."""
+        return
+
     def release(self) -> None:
         """Frees the memory of weights, gradients and optimizer. The executor and its model are of no use afterwards.
 
@@ -132,6 +136,10 @@ class AccumulatingExecutor(Executor):
     def close(self) -> None:
         if self.graphs:
             self.graphs.clear()
+
+    def begin_anew(self) -> None:
+        if self.graphs:
+            self.graphs.begin_anew()
 
     def buffers(self) -> list[Tensor]:
         return _step_buffers(self.gradients, self.weights, self.compute_weights)
@@ -240,6 +248,10 @@ class PipelinedExecutor(Executor):
         if self.captures and self.uncaptured_steps == 0:
             self.schedule.release()
             torch.cuda.empty_cache()
+
+    def begin_anew(self) -> None:
+        self.close()
+        self.uncaptured_steps = UNCAPTURED_STEPS
 
     def buffers(self) -> list[Tensor]:
         return [*self.own_gradients, *_step_buffers(self.gradients, self.weights, self.compute_weights)]

@@ -194,6 +194,7 @@ def checked_config(config: RunConfig, *, world_size: int, shrink: bool, timeout_
     train = {"precision": "fp32", "micro_batch_size": size, "global_batch_tokens": samples * length}
     fields = KernelConfig.model_fields.items()
     changes = {
+        "data": {"phases": None},
         "train": train | {"batch_ramp": None, "cuda_graphs": False},
         "optimizer": {"eps": ADAMW_EPSILON},
         # The ranks are ended at timeout_s, with a sentence that names those that hang; until then none gives up.

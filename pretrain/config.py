@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sambalm.data_pipeline.config import DataConfig
 from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability
@@ -13,8 +12,10 @@ from sambalm.model.registry import memory_writers, mixer
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.parallel.shard import Position, equal_shard
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
+from sambalm.pretrain.data_phases import DataPhase, DataSection
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
+from sambalm.pretrain.run_phases import RunSchedule, steps_of_phases
 
 FORMAT_VERSION = 1
 PRECISION_BYTES = {"bf16": 2, "fp32": 4}  # of train.precision
@@ -41,7 +42,12 @@ class TrainSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(gt=0, description="Optimizer steps of the whole run")
+    steps: int = Field(
+        0,  # not given: RunConfig has those of data.phases, or refuses
+        gt=0,
+        description="Optimizer steps of the whole run; with data.phases left out, since their tokens say how many",
+        json_schema_extra={"shown_default": "required without data.phases"},
+    )
     global_batch_tokens: int = Field(gt=0, description="Tokens of one optimizer step over all ranks")
     batch_ramp: BatchRamp | None = Field(
         None, description="Smaller global batches at first; null: train.global_batch_tokens from the first step on"
@@ -297,7 +303,7 @@ class RunConfig(BaseModel):
     format_version: Annotated[int, AfterValidator(_check_version)] = Field(description="Format of this file; 1")
     run: RunSection
     model: ModelConfig
-    data: DataConfig
+    data: DataSection
     train: TrainSection
     optimizer: OptimizerConfig
     validation: ValidationSection = ValidationSection()
@@ -327,12 +333,29 @@ class RunConfig(BaseModel):
         )
 
     @property
+    def schedule(self) -> RunSchedule:
+        """The run's phases; one where data.phases is null."""
+        return RunSchedule(self)
+
+    @property
     def run_tokens(self) -> int:
         """Training tokens of the whole run."""
-        return self.batch_schedule.consumed_samples(self.train.steps) * self.data.sequence_length
+        return self.schedule.tokens(self.schedule.consumed_samples(self.train.steps))
+
+    def of_phase(self, phase: DataPhase) -> "RunConfig":
+        """Returns the configuration of a run that is this phase alone."""
+        optimizer = phase.learning_rate.over(self.optimizer) if phase.learning_rate else self.optimizer
+        keys = ("global_batch_tokens", "micro_batch_size")
+        update = {key: value for key in keys if (value := getattr(phase, key)) is not None}
+        batch_tokens = phase.global_batch_tokens or self.train.global_batch_tokens
+        train = self.train.model_copy(update=update | {"steps": phase.tokens // batch_tokens})
+        return self.model_copy(update={"data": self.data.of_phase(phase), "train": train, "optimizer": optimizer})
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError or ParallelError unless the run fits a number of processes."""
+        """Raises ConfigError or ParallelError unless a number of processes fits the run, or a stretch of its phases."""
+        if self.data.phases is not None:
+            self.schedule.fitting(world_size)
+            return
         check_world_size(self.parallel, world_size=world_size)
         if self.train.matmul_precision == "fp8" and self.parallel.partitions_weights(world_size):
             raise ConfigError(
@@ -371,15 +394,11 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "RunConfig":
-        if self.train.global_batch_tokens % self.data.sequence_length:
-            raise ValueError(
-                f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
-                f"data.sequence_length {self.data.sequence_length}"
-            )
+        self.check_shapes()
         self._check_batch_ramp()
+        self._settle_steps()
         self._check_tensor_parallelism()
         self._check_abilities()
-        self._check_sequence_cuts()
         layers = self.parallel.pipeline_layers
         if self.parallel.model_chunks > len(self.model.pattern):
             raise ValueError(
@@ -405,6 +424,27 @@ class RunConfig(BaseModel):
                     f"{writer + 1}, whose {mixer(self.model.pattern[reader]).reads} it reads: lower it, or give "
                     "parallel.pipeline_layers that keep them together"
                 )
+
+    def _settle_steps(self) -> None:
+        """Sets train.steps to the steps of data.phases, where there are any."""
+        if self.data.phases is not None:
+            self.__dict__["train"] = self.train.model_copy(update={"steps": steps_of_phases(self)})
+        elif not self.train.steps:
+            raise ValueError("train.steps is missing; docs/config.md says what it holds")
+
+    def check_shapes(self) -> None:
+        """Raises ValueError unless whole sequences make the global batch, and ranks can cut them."""
+        if self.train.global_batch_tokens % self.data.sequence_length:
+            raise ValueError(
+                f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
+                f"data.sequence_length {self.data.sequence_length}"
+            )
+        parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
+        if self.data.sequence_length % parts:
+            raise ValueError(
+                f"data.sequence_length is {self.data.sequence_length}, which cannot be cut into {parts} parts "
+                "(parallel.context, times parallel.tensor with parallel.sequence): make it a multiple"
+            )
 
     def _check_batch_ramp(self) -> None:
         ramp, length = self.train.batch_ramp, self.data.sequence_length
@@ -455,11 +495,3 @@ class RunConfig(BaseModel):
                         f"{key} is {str(value).lower()}, and the mixer {one.name} ({one.letter} in model.pattern) has "
                         f"no {ability}: turn it off, or take another mixer"
                     )
-
-    def _check_sequence_cuts(self) -> None:
-        parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
-        if self.data.sequence_length % parts:
-            raise ValueError(
-                f"data.sequence_length is {self.data.sequence_length}, which cannot be cut into {parts} parts "
-                "(parallel.context, times parallel.tensor with parallel.sequence): make it a multiple"
-            )

@@ -12,6 +12,7 @@ from sambalm.model.mixers.base import Mixer
 from sambalm.model.registry import BUILT_IN, mixer
 from sambalm.pretrain.config import FORMAT_VERSION, RunConfig
 from sambalm.pretrain.config_file import RENAMED
+from sambalm.pretrain.data_phases import DataPhase, PhaseLearningRate
 
 HEADER = f"""# Configuration
 
@@ -37,6 +38,9 @@ def render() -> str:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append("\n".join(_section(name, field.annotation)))
+        if name == "data":
+            sections.append("\n".join(_section("data.phases.N", DataPhase)))
+            sections.append("\n".join(_section("data.phases.N.learning_rate", PhaseLearningRate)))
         if name == "model":
             sections += ["\n".join(mixer_section(one)) for one in map(mixer, BUILT_IN) if one.sizes]
     return "\n".join([*sections, "\n".join(_renamed())])
@@ -72,6 +76,8 @@ def _renamed() -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
+    if isinstance(extra := field.json_schema_extra, dict) and "shown_default" in extra:
+        return str(extra["shown_default"])
     return _yaml(field.default)
 
 

@@ -8,6 +8,7 @@ from sambalm.pretrain.config_yaml import Key
 
 # What a run reads. What it writes (run.dir, data.cache_dir) is never moved.
 PREFIX_KEYS: tuple[Key, ...] = (("data", "train"), ("data", "validation"))
+PHASES: Key = ("data", "phases")  # each with a prefix or several under `train`
 FILE_KEYS: tuple[Key, ...] = (("data", "tokenizer"), ("train", "init_from"))
 
 
@@ -59,7 +60,26 @@ def with_found_paths(
             return found
 
         values = values | {section: given | {name: _in_entries(given[name], find)}}
-    return values
+    return _in_phases(values, folders, tell) if keys is None or PHASES in keys else values
+
+
+def _in_phases(values: dict[str, Any], folders: list[Path], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The same for the sources of phases."""
+    data = values.get("data")
+    phases = data.get("phases") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(phases, list):
+        return values
+
+    def find(text: str) -> str:
+        if (found := _find(text, folders, is_prefix=True)) != text:
+            tell(f"data.phases: {text} does not exist from here, and {found} is taken")
+        return found
+
+    moved = [
+        phase | {"train": _in_entries(phase["train"], find)} if isinstance(phase, dict) and "train" in phase else phase
+        for phase in phases
+    ]
+    return values | {"data": data | {"phases": moved}}
 
 
 def _in_entries(value: Any, find: Callable[[str], str]) -> Any:

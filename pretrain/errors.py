@@ -54,7 +54,9 @@ EXIT_CODES = {
         "every checkpoint is damaged, or those of a run that had saved are gone: never a silent fresh start",
         Launchers.END,
     ),
-    ExitCode.STOPPED: Meaning("stopped by the file `stop`", Launchers.END),
+    ExitCode.STOPPED: Meaning(
+        "stopped by the file `stop`, or where a phase ends that has `stop_at_end`", Launchers.END
+    ),
     ExitCode.RUN_IN_USE: Meaning("another process works in the run's folder", Launchers.END),
     ExitCode.DIVERGED: Meaning(
         "too many steps were skipped, and going back to a checkpoint did not help or could not", Launchers.END

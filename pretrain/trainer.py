@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
+from sambalm.data_pipeline.phases import build_train_datasets
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_separate, check_vocabulary, open_sources
 from sambalm.model.registry import weight_copies
@@ -27,6 +27,7 @@ from sambalm.pretrain.checkpointing.initial_weights import (
 )
 from sambalm.pretrain.checkpointing.load import check_data, find_resume_point
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.data_parts import open_data, sources_of
 from sambalm.pretrain.errors import ConfigError, ExitCode, print_line, print_warning
 from sambalm.pretrain.launched_step import LaunchedStep, Moment
 from sambalm.pretrain.lifecycle.checkpointer import Checkpointer, SaveOutcomes
@@ -43,6 +44,7 @@ from sambalm.pretrain.lifecycle.stragglers import Stragglers
 from sambalm.pretrain.lifecycle.watchdog import watching
 from sambalm.pretrain.reporting.console import start_lines
 from sambalm.pretrain.reporting.metrics import RunReport
+from sambalm.pretrain.run_phases import RunPhase, phase_line
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
@@ -93,9 +95,11 @@ def _check_data(config: RunConfig) -> None:
         DataError: data are missing, damaged, not of the model's vocabulary, or validated on and trained on as well.
     """
     separate = config.data.separate_validation
-    sources, validation = open_sources(config.data), open_sources(separate) if separate else []
-    check_vocabulary(config.data, [*sources, *validation], vocab_size=config.model.vocab_size)
-    check_separate(sources, validation)
+    sources, parts = open_data(config, open_sources)
+    validation = open_sources(separate) if separate else []
+    trained = sources_of(sources, parts)
+    check_vocabulary(config.data, [*trained, *validation], vocab_size=config.model.vocab_size)
+    check_separate(trained, validation)
 
 
 def _train(
@@ -165,8 +169,9 @@ class Trainer:
         self.config, self.world, self.folder, self.signals, self.marks = config, world, folder, signals, marks
         self.compiling_steps = COMPILING_STEPS  # from here on
         checkpoint = find_resume_point(config, world=world, opened=None if rollback else folder.checkpoint)
-        sources = shared_sources(config.data)
-        record = data_record(config, sources)
+        sources, parts = open_data(config, shared_sources)
+        record = data_record(config, sources, parts)
+        self.schedule = config.schedule
         if checkpoint:
             check_started_from(checkpoint, config)
             check_data(checkpoint, record, config=config)
@@ -185,6 +190,9 @@ class Trainer:
         if rollback:
             self.rollbacks.load_state(rollback.record)
             folder.ledger.roll_back(self.step)
+        self.schedule.check_stretch(self.samples, world_size=world.size)
+        if not self.rollbacks.left_out:
+            self.schedule.check_position(self.samples, step=self.step)
         self.training = build_training(config, world=world, checkpoint=checkpoint, initial=initial)
         if world.is_main:
             if rollback:
@@ -193,22 +201,40 @@ class Trainer:
                 config, world=world, training=self.training, checkpoint=checkpoint, started_from=started_from
             )
             print_line("\n".join(lines))
-        dataset = build_train_dataset(config.data, sources, seed=config.run.seed)
-        for prefix, count in dataset.cut_documents().items() if world.is_main and not rollback else ():
-            print_warning(
-                f"{count:,} documents of {prefix} have more tokens than data.sequence_length "
-                f"{config.data.sequence_length} and one label, and lose their ends: raise it, or leave them out"
-            )
-        self.loader = BatchLoader(
-            dataset,
+        self.datasets = build_train_datasets(parts, seed=config.run.seed)
+        for dataset in self.datasets if world.is_main and not rollback else ():
+            for prefix, count in dataset.cut_documents().items():
+                print_warning(
+                    f"{count:,} documents of {prefix} have more tokens than data.sequence_length "
+                    f"{dataset.sequence_length} and one label, and lose their ends: raise it, or leave them out"
+                )
+        self.phase = self.schedule.at(self.samples)
+        self.loader = self._loader()
+
+    def _loader(self) -> BatchLoader[MicroBatch]:
+        """What reads the phase at hand from the sample at hand on."""
+        return BatchLoader(
+            self.datasets[self.phase.number],
             make_batch=MicroBatch,
-            micro_batch_samples=config.train.micro_batch_size,
-            data_rank=world.data_rank,
-            data_size=world.data_size,
+            micro_batch_samples=self.phase.config.train.micro_batch_size,
+            data_rank=self.world.data_rank,
+            data_size=self.world.data_size,
             start_sample=self.samples,
-            vocab_size=config.model.vocab_size,
-            workers=config.data.workers,
+            vocab_size=self.config.model.vocab_size,
+            workers=self.config.data.workers,
         )
+
+    def _begin(self, phase: RunPhase) -> None:
+        """Goes over to another phase, whose micro-batches may have another size."""
+        self.loader.close()
+        self.phase = phase
+        self.loader = self._loader()
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # graphs that are under way must end before they are given up
+        self.training.executor.begin_anew()
+        self.compiling_steps = COMPILING_STEPS
+        if self.world.is_main:
+            print_line(f"step {self.step + 1} begins {phase_line(self.schedule, phase)}")
 
     def _hooks(
         self, sources: Sequence[Source], record: dict[str, Any], started_from: Mapping[str, Any] | None
@@ -248,7 +274,8 @@ class Trainer:
     def fit(self) -> ExitCode:
         """Trains to the last step or to a request to leave, and calls the hooks on the way."""
         exit_code: ExitCode | None = None
-        with closing(self.loader), closing(self.training.executor), ExitStack() as ends:
+        with closing(self.training.executor), ExitStack() as ends:
+            ends.callback(lambda: self.loader.close())  # that of the last phase
             for hook in self.hooks:
                 hook.on_start(self.training)
                 ends.push(lambda error, *_, hook=hook: hook.on_end(None if error else exit_code))
@@ -264,7 +291,7 @@ class Trainer:
                     request = unread.request()
                 unread = launched
                 if request or self._finishes_at_once(launched):
-                    request = max(request, launched.request())
+                    request = max(request, launched.request(), self._request_of_phase())
                     self._finish(launched, request)
                     unread = None
                 if request in LEAVING and self.step < self.config.train.steps:
@@ -275,8 +302,13 @@ class Trainer:
 
     def _finishes_at_once(self, step: LaunchedStep) -> bool:
         """Whether a step's results are read before the next step is launched."""
-        is_last = step.number == self.config.train.steps
+        is_last = step.number == self.config.train.steps or self.samples == self.phase.end_sample
         return is_last or step.is_finished or any(hook.acts_on(step.number) for hook in self.hooks)
+
+    def _request_of_phase(self) -> Request:
+        """What the phase at hand asks for after the step at hand."""
+        ends = self.samples == self.phase.end_sample and self.step < self.config.train.steps
+        return Request.STOP if ends and self.phase.stops else Request.NOTHING
 
     def _finish(self, step: LaunchedStep, request: Request = Request.NOTHING) -> None:
         """Tells the hooks of a step. Waits for the device."""
@@ -296,7 +328,7 @@ class Trainer:
         start = Moment.after_all(self.world.device)
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
-        lr = self.config.optimizer.learning_rate(self.step + 1, steps=self.config.train.steps)
+        lr = self.schedule.learning_rate(self.step + 1, samples=self.samples)
         for group in self.training.engine.optimizer.param_groups:
             group["lr"] = lr
         executor = self.training.executor
@@ -306,11 +338,10 @@ class Trainer:
         norm = gradient_norm(self.training.engine)
         self.samples += batch_samples
         self.step += 1
-        length = self.config.data.sequence_length
         return LaunchedStep.launch(
             number=self.step,
-            tokens=self.samples * length,
-            batch_tokens=batch_samples * length,
+            tokens=self.phase.first_token + (self.samples - self.phase.first_sample) * self.phase.length,
+            batch_tokens=batch_samples * self.phase.length,
             lr=lr,
             start=start,
             loss=executor.guard.loss,
@@ -322,7 +353,9 @@ class Trainer:
     def _pass_over_left_out(self) -> int:
         """Goes on to the next samples that no rollback leaves out; returns how many the step at hand takes."""
         while True:
-            batch_samples = self.config.batch_schedule.step_samples(self.samples)
+            if (phase := self.schedule.at(self.samples)) is not self.phase:
+                self._begin(phase)
+            batch_samples = self.schedule.step_samples(self.samples)
             if not self.rollbacks.leaves_out(range(self.samples, self.samples + batch_samples)):
                 return batch_samples
             for _ in range(self._micro_batches(batch_samples)):
@@ -331,7 +364,7 @@ class Trainer:
 
     def _micro_batches(self, batch_samples: int) -> int:
         """Micro-batches of this rank in a step."""
-        return self.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
+        return self.phase.config.accumulation_steps(data_size=self.world.data_size, batch_samples=batch_samples)
 
     def _asked(self) -> Request:
         """What this rank is asked for."""

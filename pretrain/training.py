@@ -1,13 +1,14 @@
 """What a rank trains, built from the configuration: model, engine, optimizer and the way to run them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from sambalm.model.build import build_chunks, tied_copy
 from sambalm.model.kernel_requirements import kernel_requirements
+from sambalm.model.ops.implementations import KernelRequirements
 from sambalm.model.ops.registry import Kernels, build_kernels
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.execution import Executor, build_executor
@@ -23,6 +24,7 @@ from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.gradient_buckets import gradient_buckets
 from sambalm.pretrain.optimizer import BUCKET_ELEMENTS
 from sambalm.pretrain.precision import DTYPES
+from sambalm.pretrain.run_phases import RunPhase
 
 FP8_CAPABILITY = (8, 9)
 
@@ -52,17 +54,8 @@ def build_training(
         bucket_elements: of gradients that are reduced together while a backward runs; see `gradient_buckets`.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
-    requirements = kernel_requirements(
-        config.model,
-        device=world.device.type,
-        precision=config.train.precision,
-        micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        resets=config.data.reset_at_document,
-        tp=world.tensor,
-        cp=world.context,
-    )
-    kernels = build_kernels(config.kernels, requirements)
+    phases = config.schedule.stretch(checkpoint.state.get("samples", 0) if checkpoint else 0)
+    kernels = build_kernels(config.kernels, _requirements(phases, world=world))
     chunks = build_chunks(
         config.model,
         parallel,
@@ -108,6 +101,25 @@ def build_training(
         fp8=fp8,
     )
     return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)
+
+
+def _requirements(phases: Sequence[RunPhase], *, world: World) -> KernelRequirements:
+    """Returns what phases ask of the run's kernels, which have to take the micro-batches of all of them."""
+    first, *others = (
+        kernel_requirements(
+            phase.config.model,
+            device=world.device.type,
+            precision=phase.config.train.precision,
+            micro_batch_size=phase.config.train.micro_batch_size,
+            sequence_length=phase.config.data.sequence_length,
+            resets=phase.config.data.reset_at_document,
+            tp=world.tensor,
+            cp=world.context,
+        )
+        for phase in phases
+    )
+    calls = dict.fromkeys(call for needs in (first, *others) for call in needs.attention_calls)
+    return replace(first, attention_calls=tuple(calls))
 
 
 def _fp8_store(chunks: Sequence[nn.Module], *, world: World, checkpoint: Checkpoint | None) -> Fp8Store:

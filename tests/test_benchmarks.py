@@ -125,3 +125,10 @@ def test_saves_are_timed_in_a_folder_that_is_not_there_yet(tmp_path):
     assert {"gathered", "at once", "beside"} <= set(found)
     assert len({found[way][-1] for way in ("gathered", "at once", "beside")}) == 1  # the same bytes
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.long
+def test_a_shuffle_is_measured(tmp_path):
+    output = run("shuffle.py", "--gigabytes", 0.25, "--folder", tmp_path)
+    assert "250 MB of tokens" in output
+    assert float(output.split("peak ")[1].split()[0]) < 400

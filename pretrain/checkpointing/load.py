@@ -83,7 +83,7 @@ def check_data(checkpoint: Checkpoint, record: dict[str, Any], *, config: RunCon
     Raises:
         ConfigError: the samples to come would not be those that the run had before it; unless data.allow_changed.
     """
-    changed = data_change(checkpoint.state.get("data"), record)
+    changed = data_change(checkpoint.state.get("data"), record, samples=checkpoint.state.get("samples", 0))
     if changed and not config.data.allow_changed:
         raise ConfigError(
             f"{changed} since {checkpoint.path} was saved: restore it, or set data.allow_changed=true to go on with it "

@@ -151,7 +151,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
         tokens_seen=checkpoint.state["tokens"],
         step=checkpoint.step,
         loss=record.get("loss"),
-        sequence_tokens=config.data.sequence_length,
+        sequence_tokens=max(phase.length for phase in config.schedule.phases),
         settings=(
             f"tokens a step: {config.train.global_batch_tokens}",
             f"precision: {config.train.precision} with fp32 weights and optimizer",

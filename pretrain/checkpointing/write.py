@@ -206,7 +206,7 @@ class CheckpointWriter:
         state = {
             "step": copied.step,
             "samples": copied.samples,
-            "tokens": copied.samples * self._config.data.sequence_length,
+            "tokens": self._config.schedule.tokens(copied.samples),
             "data": self._data,
             "config": config_record(self._config),
             "versions": installed_versions(PACKAGES),

@@ -104,6 +104,7 @@ class TextDocuments(StrEnum):
     epilog=example(
         "sambalm data preprocess --input 'text/*.jsonl.zst' --tokenizer tokenizer.model --output data/text --workers 8",
         "sambalm data preprocess --input @files.txt --tokenizer tokenizer.json --output data/text --part 3/16",
+        "sambalm data preprocess --input 'text/*.jsonl' --tokenizer tokenizer.model --output data/text --shuffle 0",
         "sambalm data preprocess --input chats.jsonl --tokenizer tokenizer.model --output data/chats "
         "--chat-template configs/finetune/chat_template.jinja",
     ),
@@ -139,9 +140,18 @@ def preprocess(
     loss: Annotated[
         Loss, typer.Option(help="Of conversations, the tokens that count: what the assistant says, or all.")
     ] = Loss.assistant,
+    shuffle: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Store the documents in an order drawn from this seed.",
+            min=0,
+            show_default="input order",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the prefix holds.")] = False,
 ) -> None:
-    """Tokenise documents into megatron-core's indexed shards, in input order, an end-of-text after each.
+    """Tokenise documents into megatron-core's indexed shards, an end-of-text after each.
 
     Killed and run again, it goes on after the last complete shard.
     """
@@ -167,6 +177,7 @@ def preprocess(
             chat_template=chat_template,
             messages_key=messages_key,
             loss=loss.value,
+            shuffle_seed=shuffle,
         )
     print(summary.describe(output))
 
@@ -313,15 +324,36 @@ def inspect(
         print(inspector.describe(found))
 
 
-@data.command("blend", epilog=example("sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9"))
+@data.command(
+    "blend",
+    epilog=example(
+        "sambalm data blend data/web=0.7 data/code=0.3 --tokens 20e9", "sambalm data blend --config configs/demo.yaml"
+    ),
+)
 def blend(
-    sources: Annotated[list[str], typer.Argument(metavar="PREFIX=WEIGHT...", help="Without weights: by their tokens.")],
-    tokens: Annotated[int, typer.Option(parser=count(), help="Training tokens of the run, as 20B.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PREFIX=WEIGHT...]", help="Without weights: by their tokens; none with --config."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(parser=count(), help="Training tokens of the run, as 20B.")] = None,
     validation_fraction: Annotated[float, typer.Option(min=0.001, max=0.99, help="Held-out fraction.")] = 0.01,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="A run's YAML file: its sources, weights and tokens, by its phases.")
+    ] = None,
 ) -> None:
     """Show how many tokens and epochs a run will draw from each source, from the manifests alone."""
     from sambalm.data_pipeline.blend import blend_draws, describe_draws, parse_blend
 
+    if config_file is not None:
+        if sources or tokens is not None:
+            raise typer.BadParameter("--config has the run's sources and tokens: give neither beside it")
+        from sambalm.pretrain.config_file import load_config
+        from sambalm.pretrain.reporting.phases import describe_blend
+
+        print(describe_blend(load_config(config_file)))
+        return
+    if not sources or tokens is None:
+        raise typer.BadParameter("give either PREFIX=WEIGHT... and --tokens, or --config")
     config = parse_blend(sources, validation_fraction=validation_fraction)
     print(describe_draws(blend_draws(config, tokens=tokens)))
 

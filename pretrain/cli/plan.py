@@ -34,13 +34,22 @@ def plan(
     from sambalm.pretrain.config_file import load_config
     from sambalm.pretrain.planner.hardware_file import find_hardware
     from sambalm.pretrain.planner.search import find_plans
-    from sambalm.pretrain.planner.table import plans_as_json, print_plans
+    from sambalm.pretrain.planner.table import describe_phases, plans_as_json, print_plans
+    from sambalm.pretrain.run_phases import phase_line
 
     hardware = find_hardware(device)
-    plans = find_plans(
-        load_config(config, overrides or []), world_size=gpus, memory_gib=gpu_memory_gib, hardware=hardware, top=top
-    )
-    print(plans_as_json(plans)) if as_json else print_plans(plans)
+    schedule = load_config(config, overrides or []).schedule
+    plans = [
+        find_plans(phase.config, world_size=gpus, memory_gib=gpu_memory_gib, hardware=hardware, top=top)
+        for phase in schedule.phases
+    ]
+    if as_json:
+        print(plans_as_json(plans, are_phases=schedule.is_phased))
+        return
+    for phase, found in zip(schedule.phases, plans, strict=True):
+        print_plans(found, title=phase_line(schedule, phase) if schedule.is_phased else None)
+    if schedule.is_phased:
+        print(describe_phases(plans))
 
 
 @commands.command(epilog=example("sambalm params configs/samba_3.8b.yaml"))

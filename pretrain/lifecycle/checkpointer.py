@@ -134,7 +134,7 @@ class Checkpointer(Hook):
             self._take_outcome(ends_run=not leaves)
         for hook in self.hooks:
             hook.before_save(step.number)
-        samples = step.result.tokens // self.config.data.sequence_length
+        samples = self.config.schedule.samples(step.result.tokens)
         states = {hook.name: hook.state() for hook in self.hooks if hook.name}
         self.writer.start(self.parts, step=step.number, samples=samples, hooks=states)
         self.stall_s = time.perf_counter() - started_s

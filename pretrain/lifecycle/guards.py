@@ -48,7 +48,7 @@ class Guards(Hook):
     """Sets limits of loss and gradient norm for each step, and counts skipped steps, on each rank alike.
 
     Limits come from a window over the last steps that were taken, so that no skipped step moves them; there are none
-    before the window is full.
+    before the window is full. It begins anew with each phase of the data, whose losses and norms are others.
 
     Args:
         rollbacks: takes the run back where too many steps were skipped.
@@ -59,6 +59,7 @@ class Guards(Hook):
 
     def __init__(self, config: RunConfig, *, world: World, rollbacks: Rollbacks, ledger: Ledger) -> None:
         self.config, self.world, self.rollbacks, self.ledger = config, world, rollbacks, ledger
+        self.schedule = config.schedule
         self.window: list[GoodStep] = []
         self.in_a_row = self.skipped = 0
         self.recent: dict[int, range] = {}  # the last skipped steps, as many as a budget counts, and their samples
@@ -93,12 +94,16 @@ class Guards(Hook):
             RollBack, DivergedError: too many steps were skipped.
         """
         samples, limits = self._samples(step.result), self.limits.pop(step.number)
+        if self.before and self.before.start < self.schedule.at(samples.start).first_sample:
+            self.window.clear()  # after samples that were left out, up to the phase's end
         counted = max(self.config.checks.window_steps, self.config.train.max_skipped_steps + 1)
         self.recent = {number: other for number, other in self.recent.items() if number > step.number - counted}
         if not step.result.skipped:
             self.in_a_row, self.before = 0, samples
             self.window.append(GoodStep(step.number, step.result.loss, step.result.grad_norm))
             del self.window[: -self.config.checks.window_steps - LAG + 1]
+            if self.schedule.at(samples.stop) is not self.schedule.at(samples.start):  # before a limit of the next one
+                self.window.clear()
             return
         self.in_a_row += 1
         self.skipped += 1
@@ -137,8 +142,8 @@ class Guards(Hook):
 
     def _samples(self, result: StepResult) -> range:
         """The numbers of a step's samples."""
-        length = self.config.data.sequence_length
-        return range((result.tokens - result.batch_tokens) // length, result.tokens // length)
+        ends = (result.tokens - result.batch_tokens, result.tokens)
+        return range(*(self.schedule.samples(tokens) for tokens in ends))
 
     def _limits(self, number: int) -> Limits:
         checks = self.config.checks

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sambalm.model.parameters import count_parameters
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.search import DAY_S, GIB, Plan, find_plans
 from sambalm.pretrain.planner.sizes import FP32_BYTES
@@ -148,6 +149,11 @@ class Estimate:
 
 def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
     """The estimate of the layout that `sambalm plan` ranks first. Raises ConfigError when none fits."""
+    if config.data.phases is not None:
+        raise ConfigError(
+            "`sambalm slurm estimate` reckons with one step for the whole run, and data.phases has several kinds: ask "
+            "`sambalm plan`, or set data.phases=null and train.steps"
+        )
     world_size = nodes * H100.node_gpus
     (plan,) = find_plans(config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100, top=1)
     parameters = count_parameters(config.model)["total"]

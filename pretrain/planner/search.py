@@ -73,7 +73,7 @@ def find_plans(
     """Returns the layouts that fit, fastest first; of each, the fastest setting of recompute and micro-batch size.
 
     Args:
-        config: the run; its parallel section and micro-batch size are searched over.
+        config: the run, or one phase of it; its parallel section and micro-batch size are searched over.
         memory_gib: memory of each device.
         top: how many to return; None for all. Few are found sooner, since most others are surely slower.
 
@@ -229,8 +229,13 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     parallel = config.parallel
     data_size, layout = world_size // parallel.model_ranks, layout_name(parallel, world_size=world_size)
     largest = max(stage_parameters(config, stage) for stage in range(parallel.pipeline))
+    steps = [
+        f"{phase.config.accumulation_steps(data_size=data_size):,} micro-batches of "
+        f"{phase.config.train.micro_batch_size} a step"
+        for phase in config.schedule.fitting(world_size)
+    ]
     return (
         f"{world_size:,} ranks: DP{data_size} {layout}, recompute {parallel.recompute}; "
-        f"{config.accumulation_steps(data_size=data_size):,} micro-batches of {config.train.micro_batch_size} a step; "
+        f"{', then '.join(steps)}; "
         f"{largest:,} parameters on the largest rank; on GPUs {planned_kernels(config)}"
     )

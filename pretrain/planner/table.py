@@ -21,10 +21,16 @@ REST = {"workspace": "workspace_bytes", "buffers": "communication_bytes", "total
 TABLE_WIDTH = 200  # of output that is no terminal
 
 
-def plans_as_json(plans: Sequence[Plan]) -> str:
-    """The same as JSON, fastest layout first; sizes in bytes, times in seconds."""
+def plans_as_json(phases: Sequence[Sequence[Plan]], *, are_phases: bool = False) -> str:
+    """The same as JSON, fastest layout first; sizes in bytes, times in seconds.
+
+    Args:
+        phases: the plans of each phase.
+        are_phases: whether each plan says which phase it is for, from 1.
+    """
     found = [
-        {
+        ({"phase": number} if are_phases else {})
+        | {
             "layout": plan.layout,
             "data_parallel": plan.world_size // plan.config.parallel.model_ranks,
             "parallel": plan.config.parallel.model_dump(),
@@ -40,16 +46,29 @@ def plans_as_json(plans: Sequence[Plan]) -> str:
             "stages": [asdict(stage) | {"total_bytes": stage.total_bytes} for stage in plan.stages],
             "kernels": str(plan.kernels),
         }
+        for number, plans in enumerate(phases, start=1)
         for plan in plans
     ]
     return json.dumps(found, indent=2)
 
 
-def print_plans(plans: Sequence[Plan]) -> None:
-    """One table of the plans, and one of the memory by pipeline stage and part of the first."""
+def describe_phases(phases: Sequence[Sequence[Plan]]) -> str:
+    """A line on the whole run, each phase on the layout that is its fastest."""
+    fastest = [plans[0] for plans in phases]
+    days = " + ".join(f"{plan.run_days:.1f}" for plan in fastest)
+    text = f"all phases, each on its fastest layout: {days} = {sum(plan.run_days for plan in fastest):.1f} days"
+    if len({plan.layout for plan in fastest}) > 1:
+        text += "\nA run goes on from its checkpoint on another layout: stop_at_end has it leave where a phase ends"
+    return text
+
+
+def print_plans(plans: Sequence[Plan], *, title: str | None = None) -> None:
+    """One table of the plans, and one of the memory by pipeline stage and part of the first, under a title."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
+    if title:
+        console.print(title, highlight=False)
     console.print(_speed_table(plans))
     console.print(f"Kernels of the first: {plans[0].kernels}")
     console.print(_memory_table(plans))

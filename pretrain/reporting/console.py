@@ -23,6 +23,7 @@ from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.optimizer import OptimizerConfig
 from sambalm.pretrain.reporting.durations import duration
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, last_scores
+from sambalm.pretrain.run_phases import phase_line
 from sambalm.pretrain.training import Training
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -39,7 +40,7 @@ def start_lines(
     checkpoint: Checkpoint | None,
     started_from: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """What starts: layout and kernels, then precision, size, memory and the checkpoint, and a changed learning rate.
+    """What starts: layout and kernels, then precision, size, memory and the checkpoint, phase, a changed learning rate.
 
     Args:
         started_from: the given weights that the run began with, as `InitialWeights.record` has them.
@@ -55,6 +56,8 @@ def start_lines(
         f"{config.train.precision}{products}, {_millions(count_parameters(config.model)['total'])} parameters, "
         f"{_memory(world.device)}; {origin}",
     ]
+    if (schedule := config.schedule).is_phased:
+        lines.append(phase_line(schedule, schedule.at(checkpoint.state["samples"] if checkpoint else 0)))
     changed = changed_learning_rate(checkpoint.state["config"], config, done_steps=step) if checkpoint else None
     return [*lines, changed] if changed else lines
 
@@ -62,10 +65,14 @@ def start_lines(
 def changed_learning_rate(saved: Mapping[str, Any], config: RunConfig, *, done_steps: int) -> str | None:
     """A sentence where the steps to come have other learning rates than they would have had, and why.
 
+    Phases have their own line where they begin, and their curves are not compared.
+
     Args:
         saved: a checkpoint's configuration.
     """
     try:
+        if config.data.phases is not None or saved["data"].get("phases") is not None:
+            return None
         before, steps_before = OptimizerConfig.model_validate(saved["optimizer"]), int(saved["train"]["steps"])
     except (KeyError, TypeError, ValueError):  # of a version that this one does not know
         return None

@@ -1,15 +1,19 @@
 """Checking the data of a run ahead of its start, and showing what the run will draw from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from sambalm.data_pipeline.dataset import build_train_dataset
+from sambalm.data_pipeline.dataset import TrainDataset
 from sambalm.data_pipeline.inspection import Inspector
-from sambalm.data_pipeline.sources import check_separate, check_vocabulary, open_sources
+from sambalm.data_pipeline.phases import DataPart, build_train_datasets
+from sambalm.data_pipeline.sources import Source, check_separate, check_vocabulary, open_sources
 from sambalm.pretrain.config import RunConfig
+from sambalm.pretrain.data_parts import open_data, sources_of
+from sambalm.pretrain.run_phases import phase_line
 
 
 def describe_sample(config: RunConfig, number: int, *, tokenizer: Path | None) -> str:
@@ -23,8 +27,9 @@ def describe_sample(config: RunConfig, number: int, *, tokenizer: Path | None) -
         DataError: the data are missing or damaged, or no tokenizer is known.
     """
     data = config.data.model_copy(update={"reset_at_document": True})  # which asks for the borders
-    sources = open_sources(data)
-    dataset = build_train_dataset(data, sources, seed=config.run.seed)
+    config = config.model_copy(update={"data": data})
+    _, parts = open_data(config, open_sources)
+    dataset = build_train_datasets(parts, seed=config.run.seed)[config.schedule.at(number).number]
     sample = dataset[number]
     assert sample.document_starts is not None, "reset_at_document asks for them"
     inspector = Inspector(config.data.prefixes[0], tokenizer=tokenizer or config.data.tokenizer_path())
@@ -39,18 +44,28 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
     Raises:
         DataError: a shard is missing or damaged, or holds an id outside the vocabulary.
     """
-    sources = open_sources(config.data, progress=progress)
+    sources, parts = open_data(config, partial(open_sources, progress=progress))
     separate = config.data.separate_validation
     validation = open_sources(separate, progress=progress) if separate else []
-    check_vocabulary(config.data, [*sources, *validation], vocab_size=config.model.vocab_size)
-    check_separate(sources, validation)
-    dataset = build_train_dataset(config.data, sources, seed=config.run.seed)
-    samples = config.run_tokens // config.data.sequence_length
-    table = Table(title=f"Training data of {config.run.dir}: {config.run_tokens:,} tokens", title_justify="left")
+    trained = sources_of(sources, parts)
+    check_vocabulary(config.data, [*trained, *validation], vocab_size=config.model.vocab_size)
+    check_separate(trained, validation)
+    datasets = build_train_datasets(parts, seed=config.run.seed)
+    for phase, part, dataset in zip(config.schedule.phases, parts, datasets, strict=True):
+        title = f"Training data of {config.run.dir}: {phase.tokens:,} tokens"
+        if config.schedule.is_phased:
+            title = f"Training data of {config.run.dir}, {phase_line(config.schedule, phase)}"
+        Console().print(_table(title, part, dataset, validation if phase.number == 0 else ()))
+        _print_packing(part, dataset)
+
+
+def _table(title: str, part: DataPart, dataset: TrainDataset, validation: Sequence[Source]) -> Table:
+    """What a run or a phase of it draws from each source."""
+    table = Table(title=title, title_justify="left")
     for number, column in enumerate(("source", "shards", "training tokens", "held-out tokens", "share", "epochs")):
         table.add_column(column, justify="right" if number else "left")
-    total = sum(source.weight for source in sources)
-    for source, epochs in zip(sources, dataset.epochs(samples), strict=True):
+    total = sum(source.weight for source in part.sources)
+    for source, epochs in zip(part.sources, dataset.epochs(part.samples), strict=True):
         table.add_row(
             source.prefix,
             f"{len(source.shards):,}",
@@ -62,9 +77,12 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
     for source in validation:
         tokens = f"{source.tokens(held_out=False):,}"
         table.add_row(source.prefix, f"{len(source.shards):,}", "0", tokens, "validation", "")
-    Console().print(table)
-    for source, packing in zip(sources, dataset.packings, strict=True):
+    return table
+
+
+def _print_packing(part: DataPart, dataset: TrainDataset) -> None:
+    for source, packing in zip(part.sources, dataset.packings, strict=True):
         if packing:
-            share = packing.tokens / (len(packing) * (config.data.sequence_length + 1))
+            share = packing.tokens / (len(packing) * (dataset.sequence_length + 1))
             cut = f"; {packing.cut_documents:,} documents are longer, and cut off" if packing.cut_documents else ""
             print(f"{source.prefix}: {len(packing):,} samples of whole documents, which fill {share:.1%} of them{cut}")

@@ -34,9 +34,8 @@ class RunReport(Hook):
     def __init__(self, config: RunConfig, *, world: World, done_steps: int) -> None:
         check_writers(config.reporting.writers)
         self._config, self._run_dir, self._main = config, Path(config.run.dir), world.is_main
-        flops = flops_per_token(config.model, sequence_length=config.data.sequence_length).total
         peak = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
-        self._peak_tokens_per_second = peak and world.size * peak / flops
+        self._peak_flops, self._schedule = peak and world.size * peak, config.schedule
         self._done_steps, self._save_start_s = done_steps, 0.0
 
     def on_start(self, training: Training) -> None:
@@ -72,8 +71,12 @@ class RunReport(Hook):
         if torch.cuda.is_available():
             record["memory_bytes"] = torch.cuda.memory_allocated()  # of this rank, after the step
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()  # of this rank, since the start
-        if self._peak_tokens_per_second:
-            record["mfu"] = tokens_per_second / self._peak_tokens_per_second
+        phase = self._schedule.at(self._schedule.samples(step.result.tokens - step.result.batch_tokens))
+        if self._schedule.is_phased:
+            record["phase"] = phase.number + 1
+        if self._peak_flops:
+            flops = flops_per_token(self._config.model, sequence_length=phase.length).total
+            record["mfu"] = tokens_per_second * flops / self._peak_flops
         self._file.append(metrics_line(record).encode())
         values = {name: value for name, value in record.items() if name != "step"}
         for writer in self._writers:

@@ -28,6 +28,7 @@ def render_page(runs: Sequence[RunData], *, baselines: Mapping[str, float]) -> s
     title = "Report: " + ", ".join(run.name for run in runs)
     sections = {
         "Summary": _summary(runs),
+        "Phases": _phases(runs),
         "Charts": _charts(runs, baselines),
         "Where the time went": _goodput(runs),
         "Events": _events(runs),
@@ -87,6 +88,8 @@ def _facts(run: RunData) -> dict[str, str]:
         last = run.records[-1]
         facts["step"] = f"{last['step']:,} of {run.config['train.steps']:,}"
         facts["tokens"] = f"{last['tokens']:,}"
+        if run.phases and "phase" in last:
+            facts["phase"] = f"{last['phase']} of {len(run.phases)}"
         facts["loss"] = f"{last['loss']:.4f}"
         facts["speed"] = f"{median(record['tokens_per_second'] for record in run.records):,.0f} tokens/s (median step)"
     for name, value in sorted(_last_held_out(run).items(), key=lambda item: _length(item[0])):
@@ -104,6 +107,19 @@ def _facts(run: RunData) -> dict[str, str]:
         facts["started from"] = run.started_from
     facts["folder"] = str(run.path)
     return facts
+
+
+def _phases(runs: Sequence[RunData]) -> str:
+    """A table of the phases of each run that has some."""
+    shown = []
+    for run in runs:
+        if not run.phases:
+            continue
+        head = [_text(name) for name in run.phases[0]]
+        rows = [([_text(value) for value in phase.values()], False) for phase in run.phases]
+        heading = f"<h3>{_text(run.name)}</h3>" if len(runs) > 1 else ""
+        shown.append(heading + _table(head, rows))
+    return "".join(shown)
 
 
 def _length(name: str) -> int:

@@ -10,11 +10,13 @@ from typing import Any
 import yaml
 
 from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM, described
-from sambalm.pretrain.errors import NoRunError
+from sambalm.pretrain.config_file import load_config
+from sambalm.pretrain.errors import ConfigError, NoRunError
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT
 from sambalm.pretrain.reporting.durations import duration
 from sambalm.pretrain.reporting.goodput import read_goodput
 from sambalm.pretrain.reporting.metrics_file import read_steps
+from sambalm.pretrain.reporting.phases import phase_rows
 from sambalm.pretrain.reporting.status import RunStatus, State, read_status
 
 _SHOWN_PACKAGES = ("sambalm", "torch", "megatron-core", "deepspeed", "transformers", "numpy", "safetensors")
@@ -43,6 +45,7 @@ class RunData:
     data: Sequence[dict[str, Any]]  # of its sources, as the newest checkpoint has them
     started_from: str | None  # the given weights that it began with, in words; None where it drew them
     events: Sequence[HappenedEvent]
+    phases: Sequence[dict[str, str]] = ()  # by column; none for a run without data.phases
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
@@ -71,6 +74,7 @@ def _read_run(path: Path, name: str) -> RunData:
         data=list(data.get("sources", [])) if isinstance(data, dict) else [],
         started_from=_described(state.get(STARTED_FROM)),
         events=_events(path, status) if status else [],
+        phases=_phases(path / "config.yaml"),
     )
 
 
@@ -81,6 +85,14 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return _flat(values) if isinstance(values, dict) else {}
+
+
+def _phases(path: Path) -> list[dict[str, str]]:
+    """None for a file that is damaged, gone or of another version."""
+    try:
+        return phase_rows(load_config(path))
+    except ConfigError:
+        return []
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -60,6 +60,8 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None, as_jso
             console.print(_losses(record, config, baselines))
             if scores:
                 console.print(_scores(evaluated, scores))
+            if run.phases:
+                console.print(_phases(run.phases))
             console.print(_facts(list(run.records), run.path, plot, started_from=run.started_from))
         found.append(
             {
@@ -139,6 +141,13 @@ def _scores(step: int, scores: Mapping[str, float]) -> Table:
     for name, value in scores.items():
         task, _, score = name.partition("/")
         table.add_row(escape(task), escape(score.replace("/", ", ")), f"{value:.4g}")
+    return table
+
+
+def _phases(phases: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(*phases[0], title="Phases")
+    for phase in phases:
+        table.add_row(*map(escape, phase.values()))
     return table
 
 

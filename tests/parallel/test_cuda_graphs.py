@@ -81,12 +81,12 @@ class Model:
         return loss.detach()
 
 
-def steps_of(count: int, *, packed: bool, weighted: bool = False) -> list[MicroBatch]:
+def steps_of(count: int, *, packed: bool, weighted: bool = False, length: int = 4) -> list[MicroBatch]:
     def drawn() -> Tensor:
-        return torch.randint(8, (1, 4))
+        return torch.randint(8, (1, length))
 
     return [
-        MicroBatch(drawn(), drawn(), drawn() if packed else None, torch.rand(1, 4) if weighted else None)
+        MicroBatch(drawn(), drawn(), drawn() if packed else None, torch.rand(1, length) if weighted else None)
         for _ in range(count)
     ]
 
@@ -117,6 +117,24 @@ def test_captured_steps_are_those_run_in_turn():
     assert set(graphs.captured) == {(True, True), (True, False), (False, False), (False, True)}
     graphs.clear()
     assert not graphs.captured
+
+
+def test_micro_batches_of_another_size_are_run_before_they_are_captured():
+    """Of 4 tokens, then of 6: graphs of the former are gone, and kernels are run anew before others are captured."""
+    torch.manual_seed(0)
+    ours, plain = Model(), Model()
+    graphs = CapturedMicroBatches(ours.run, [ours.weight], last_differs=True, documents=True)
+    captured = []
+    for step, length in enumerate([4] * 4 + [6] * 4):
+        if step == 4:
+            graphs.begin_anew()
+        batches = steps_of(2, packed=False, length=length)
+        ours.weight.grad = plain.weight.grad = None
+        expected = run_in_turn(plain.run, batches)
+        assert [loss.item() for loss in graphs.losses(batches)] == [loss.item() for loss in expected]
+        assert torch.equal(ours.weight.grad, plain.weight.grad)
+        captured.append(bool(graphs.captured))
+    assert captured == [False, False, True, True] * 2
 
 
 def test_packed_documents_are_captured_where_no_kernel_reads_them_on_the_host():

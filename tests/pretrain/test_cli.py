@@ -73,7 +73,7 @@ def test_every_example_of_the_help_parses():
             assert tuple(arguments[: len(words)]) == words
             command.make_context(line, arguments[len(words) :])  # raises for an unknown option or a missing argument
             parsed += 1
-    assert parsed == 40
+    assert parsed == 42
 
 
 def test_version(sambalm):
@@ -242,6 +242,7 @@ CALLS = [
             *("data", "preprocess", "--input", "a", "--tokenizer", "t", "--output", "o", "--workers", "3", "b"),
             *("--shard-tokens", "7", "--part", "2/5", "--on-error", "skip", "--text-key", "k", "--no-eos"),
             *("--text-documents", "line", "--eos-token", "E", "--special-tokens", "--overwrite"),
+            *("--shuffle", "5"),
         ],
         (["a", "b"],),
         {
@@ -260,6 +261,7 @@ CALLS = [
             "chat_template": None,
             "messages_key": "messages",
             "loss": "assistant",
+            "shuffle_seed": 5,
         },
     ),
     (

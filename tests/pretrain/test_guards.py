@@ -375,6 +375,20 @@ def test_limits_are_medians_of_the_steps_that_were_taken(late, values):
     assert max(step.norm for step in host.guards.window) < 1
 
 
+def test_limits_begin_anew_with_each_phase_of_the_data(values):
+    """Losses and norms of another mix are others; a run's last phase has no end."""
+    size = values["train"]["global_batch_tokens"]
+    phased = changed(values, checks={"window_steps": 2}, data={"phases": [{"tokens": 6 * size}, {"tokens": 6 * size}]})
+    del phased["train"]["steps"]
+    host = Host(phased)
+    for number in range(1, 15):
+        host.step(number, loss=3.0 if number <= 6 else 7.0)
+    assert [host.limits[number]["loss"] for number in range(1, 15)] == (
+        [NO_LIMIT] * 3 + [4.0] * 3 + [NO_LIMIT] * 3 + [8.0] * 5
+    )
+    assert host.guards.skipped == 0
+
+
 def test_a_loss_must_be_beyond_nats_and_deviations(values):
     host = Host(changed(values, checks={"window_steps": 4}))
     for number, loss in enumerate([2.0, 3.0, 4.0, 3.0, 3.0, 3.0], start=1):

@@ -48,7 +48,7 @@ def stopped_after(values, step, folder):
 
 def train(values: dict, *, ranks: int = 1) -> list[dict[str, float]]:
     """Trains and returns what metrics.jsonl holds, without the times."""
-    run_world(_train_on_rank, values, ranks=ranks)
+    run_world(train_on_rank, values, ranks=ranks)
     records = read_metrics(Path(values["run"]["dir"]))
     return [without_measured(record) for record in records]
 
@@ -58,7 +58,8 @@ def without_measured(record: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name not in MEASURED and not name.startswith(OF_CHANCE)}
 
 
-def _train_on_rank(values: dict) -> None:
+def train_on_rank(values: dict) -> None:
+    """Trains as the program does, on a rank of a world."""
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.trainer import train
 
