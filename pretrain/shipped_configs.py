@@ -24,7 +24,7 @@ def config_file(path: Path) -> Path:
         return FOLDER / f"{name}{ENDING}"
     close = get_close_matches(name, names, n=1)
     known = f"did you mean {close[0]}?" if close else "such names are samba_421m and paper/llama3_1.6b"
-    raise ConfigError(f"cannot read the config {path}: there is no such file, and the package brings none so: {known}")
+    raise ConfigError(f"cannot read the config {path}: No such file, and the package brings none of that name: {known}")
 
 
 def shipped_names() -> Iterator[str]:

@@ -33,11 +33,11 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("samba_42m", "did you mean samba_421m?"), ("mine.yaml", "such names are"), ("../samba_421m", "no such file")],
+    [("samba_42m", "did you mean samba_421m?"), ("mine.yaml", "such names are"), ("../samba_421m", "No such file")],
 )
 def test_another_name_is_refused_in_a_sentence(name, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"cannot read the config .*: there is no such file") as error:
+    with pytest.raises(ConfigError, match=r"cannot read the config .*: No such file") as error:
         load_config(Path(name))
     assert sentence in str(error.value)
 
