@@ -85,8 +85,8 @@ def poisoned(monkeypatch):
     """What products find gradients for holds no number before they have."""
     clear, take_slot = FlatGradients.clear, PartitionedGradients._take_slot
 
-    def clear_and_poison(gradients):
-        clear(gradients)
+    def clear_and_poison(gradients, **options):
+        clear(gradients, **options)
         poison(chain(*gradients.views_of))
 
     def poison(views):
