@@ -1,7 +1,7 @@
 """Which parameters AdamW steps together, and which gradients ranks therefore reduce together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from torch import nn
@@ -16,7 +16,7 @@ def gradient_buckets(chunks: Sequence[nn.Module], *, max_elements: int | None = 
     """Sorts parameters into those that AdamW steps together and whose gradients ranks reduce together.
 
     There is one bucket of weights of matrix products, one of other parameters with weight decay, and one of those
-    without; empty ones are left out.
+    without; empty ones are left out. Each of these is several where its parameters have several learning rates.
 
     Args:
         chunks: of the model on this rank. Their parameters have a `ParameterInfo`.
@@ -34,8 +34,18 @@ def gradient_buckets(chunks: Sequence[nn.Module], *, max_elements: int | None = 
         if parameter not in sorted_already:
             info = info_of(parameter)
             by_use[info.weight_decay, info.matmul_only].append(parameter)
-    used = [(decays, tuple(parameters)) for (decays, _), parameters in by_use.items() if parameters]
-    return buckets + [GradientBucket(parameters, weight_decay=decays) for decays, parameters in used]
+    for (decays, _), parameters in by_use.items():
+        for lr_scale, equal in _by_lr_scale(parameters).items():
+            buckets.append(GradientBucket(equal, weight_decay=decays, lr_scale=lr_scale))
+    return buckets
+
+
+def _by_lr_scale(parameters: Iterable[nn.Parameter]) -> dict[float, tuple[nn.Parameter, ...]]:
+    found: dict[float, tuple[nn.Parameter, ...]] = {}
+    for parameter in parameters:
+        lr_scale = info_of(parameter).lr_scale
+        found[lr_scale] = (*found.get(lr_scale, ()), parameter)
+    return found
 
 
 def _layer_buckets(model: Samba, *, max_elements: int) -> list[GradientBucket]:
@@ -49,10 +59,9 @@ def _layer_buckets(model: Samba, *, max_elements: int) -> list[GradientBucket]:
         for matrices, _ in layers
     ]
     return [
-        GradientBucket(
-            tuple(matrix for matrices, _ in layers[bucket.start : bucket.stop] for matrix in matrices),
-            weight_decay=True,
-            completed_by=layers[bucket.stop - 1][1],
-        )
-        for bucket in bucket_ranges(sizes, max_elements=max_elements)
+        GradientBucket(equal, weight_decay=True, completed_by=layers[together.stop - 1][1], lr_scale=lr_scale)
+        for together in bucket_ranges(sizes, max_elements=max_elements)
+        for lr_scale, equal in _by_lr_scale(
+            matrix for matrices, _ in layers[together.start : together.stop] for matrix in matrices
+        ).items()
     ]

@@ -39,14 +39,19 @@ class OptimizerConfig(BaseModel):
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
     def build(self, buckets: "Sequence[GradientBucket]", *, adamw: "type[torch.optim.AdamW]") -> "torch.optim.AdamW":
-        """Makes AdamW over buckets, one parameter group each.
+        """Makes AdamW over buckets, one parameter group each, whose learning rates `set_learning_rate` sets.
 
         Args:
             buckets: their parameters are fp32, on the device where they are trained.
             adamw: the implementation, `Kernels.optimizer`.
         """
         groups = [
-            {"params": list(bucket.parameters), "weight_decay": self.weight_decay if bucket.weight_decay else 0.0}
+            {
+                "params": list(bucket.parameters),
+                # AdamW multiplies it by the learning rate; how fast weights decay depends on no width.
+                "weight_decay": self.weight_decay / bucket.lr_scale if bucket.weight_decay else 0.0,
+                "lr_scale": bucket.lr_scale,
+            }
             for bucket in buckets
         ]
         return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
@@ -62,6 +67,12 @@ class OptimizerConfig(BaseModel):
         else:
             remaining = min(1.0, (steps - step) / max(1, _share(self.decay_fraction, steps)))
         return self.peak_lr * (self.final_lr_ratio + (1.0 - self.final_lr_ratio) * remaining)
+
+
+def set_learning_rate(optimizer: "torch.optim.Optimizer", lr: float) -> None:
+    """Sets the learning rate of a step, in each parameter group multiplied by the `lr_scale` of its bucket."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def bucket_ranges(sizes: Sequence[int], *, max_elements: int) -> list[range]:
