@@ -48,13 +48,14 @@ class OptimizerConfig(BaseModel):
         groups = [
             {
                 "params": list(bucket.parameters),
+                "lr": self.peak_lr * bucket.lr_scale,
                 # AdamW multiplies it by the learning rate; how fast weights decay depends on no width.
                 "weight_decay": self.weight_decay / bucket.lr_scale if bucket.weight_decay else 0.0,
                 "lr_scale": bucket.lr_scale,
             }
             for bucket in buckets
         ]
-        return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+        return adamw(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def learning_rate(self, step: int, *, steps: int) -> float:
         """Returns the learning rate of a step, counted from 1, in a run of `steps`."""
