@@ -377,6 +377,7 @@ class RunConfig(BaseModel):
                 f"data.sequence_length {self.data.sequence_length}"
             )
         self._check_batch_ramp()
+        self._check_muon()
         self._check_tensor_parallelism()
         self._check_abilities()
         self._check_sequence_cuts()
@@ -422,6 +423,20 @@ class RunConfig(BaseModel):
                 f"train.batch_ramp.increment_tokens is {ramp.increment_tokens}, which does not lead from "
                 f"train.batch_ramp.start_tokens {ramp.start_tokens} to train.global_batch_tokens "
                 f"{self.train.global_batch_tokens}: their difference must be a multiple of it"
+            )
+
+    def _check_muon(self) -> None:
+        if self.optimizer.kind != "muon":
+            return
+        if self.parallel.tensor > 1:
+            raise ValueError(
+                f"optimizer.kind is muon, which steps whole matrices, and parallel.tensor {self.parallel.tensor} cuts "
+                "them: set it to 1, or take adamw"
+            )
+        if self.model.scaling is not None:
+            raise ValueError(
+                f"optimizer.kind is muon and model.scaling is {self.model.scaling}, whose learning rates are made for "
+                "AdamW's steps: set it to null, or take adamw"
             )
 
     def _check_tensor_parallelism(self) -> None:

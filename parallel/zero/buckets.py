@@ -18,6 +18,7 @@ class GradientBucket:
         parameters: at least one.
         weight_decay: whether AdamW decays them.
         lr_scale: their `ParameterInfo.lr_scale`.
+        muon: whether Muon steps them instead of AdamW.
         completed_by: a parameter whose gradient autograd finds after all gradients of this bucket and of those before
             it; None where only the backward's end completes the bucket.
     """
@@ -26,6 +27,7 @@ class GradientBucket:
     weight_decay: bool
     completed_by: nn.Parameter | None = None
     lr_scale: float = 1.0
+    muon: bool = False
 
 
 def completed_together(buckets: Sequence[GradientBucket]) -> list[range]:

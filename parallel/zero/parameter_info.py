@@ -106,7 +106,7 @@ class ParameterInfo:
 
     A layer says the first five when it makes the parameter, and they stay; `build_chunks` adds the sixth.
     `build_executor` sets the next two and fp8, and each step's backward the two between them. `zero_engine` sets the
-    last.
+    last two.
 
     Attributes:
         slices: the rectangles of canonical tensors that the parameter holds, in the order in which it joins them.
@@ -125,6 +125,7 @@ class ParameterInfo:
         is_partitioned: whether the keeper of the copy has it only while products ask for it (ZeRO-3). A product asks
             again in its backward.
         fp8: the scales of the product that reads it, where that runs in FP8.
+        moments: the names of what the optimizer keeps of each of its elements. `zero_engine` sets them.
         optimizer_state: AdamW's state of the parameter where this rank holds its only replica; None where DeepSpeed
             shares the state out over ranks.
     """
@@ -141,6 +142,7 @@ class ParameterInfo:
     is_overwritten: bool = False
     is_partitioned: bool = False
     fp8: Fp8Scales | None = None
+    moments: tuple[str, ...] = ()
     optimizer_state: dict[str, Tensor] | None = None
 
 
