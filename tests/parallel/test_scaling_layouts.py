@@ -34,7 +34,10 @@ def alone() -> Steps:
     return result
 
 
-@pytest.mark.parametrize("name", slow_except(["ZeRO-2", "ZeRO-3"], LAYOUTS))
+IN_CI = ["ZeRO-2", "ZeRO-3"]
+
+
+@pytest.mark.parametrize("name", slow_except(IN_CI, LAYOUTS, long=[name for name in LAYOUTS if name not in IN_CI]))
 def test_a_layout_trains_like_one_process(name):
     ranks, parallel = LAYOUTS[name]
     expected = alone()
