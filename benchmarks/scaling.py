@@ -174,6 +174,7 @@ def plot_coordinates(rows: Sequence[dict[str, Any]], arguments: argparse.Namespa
                 axes.plot(*zip(*points, strict=True), line, color=color, label=f"{name}, {_named(scaling)}")
         axes.set(xscale="log", yscale="log", xlabel=key, ylabel=f"change after {arguments.steps} steps")
         axes.set_xticks([point[0] for point in points], [str(point[0]) for point in points])
+        axes.set_xticks([], minor=True)
         axes.legend(fontsize=8)
     _save(figure, arguments.plot)
 
