@@ -31,6 +31,7 @@ from sambalm.pretrain.optimizer import OptimizerConfig, set_learning_rate
 BLOCK, VOCABULARY = "M-*-", 256
 HEAD_DIM, LENGTH, SEQUENCES = 16, 64, 8  # of a head, a sequence, a step
 CHECK_LR = 1e-2
+EMBEDDING_STD = 0.1  # good at width 32: what learning rates alone do not scale has to be tuned on the base too
 SCALINGS = ("mup", None)
 
 Progress = Callable[[int, float], object]
@@ -39,6 +40,7 @@ Progress = Callable[[int, float], object]
 def model_config(width: int, *, scaling: str | None, base_width: int, blocks: int = 1) -> ModelConfig:
     """A model whose heads grow in number with its width; its base has one block."""
     values = {"pattern": BLOCK * blocks, **_sizes(width), "window": 32, "vocab_size": VOCABULARY}
+    values["embedding_std"] = EMBEDDING_STD
     if scaling:
         values |= {"scaling": scaling, "base": {"pattern": BLOCK, **_sizes(base_width)}}
     return ModelConfig(**values)
@@ -221,9 +223,9 @@ def main() -> None:
     check.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8], help=f"repetitions of {BLOCK}")
     check.set_defaults(steps=4, run=check_coordinates)
     swept = commands.add_parser("sweep")
-    swept.add_argument("--lrs", type=float, nargs="+", default=[2**-e for e in range(11, 3, -1)])
+    swept.add_argument("--lrs", type=float, nargs="+", default=[2**-e for e in range(10, 3, -1)])
     swept.add_argument("--output", type=Path, help="where the losses go, as JSON")
-    swept.set_defaults(steps=300, run=sweep)
+    swept.set_defaults(steps=250, run=sweep)
     for command in (check, swept):
         command.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], help="the first is the base's")
         command.add_argument("--steps", type=int, help="default: %(default)s", default=command.get_default("steps"))
