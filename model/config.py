@@ -121,7 +121,7 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
         except ValidationError as error:
             first = error.errors()[0]
             message, keys = first["msg"].removeprefix("Value error, "), ".".join(map(str, first["loc"]))
-            at = f"model.base.{keys} is {first['input']!r}" if keys else "model.base is no model"
+            at = f"model.base.{keys} is {first['input']!r}" if keys else "model.base makes no model"
             raise ValueError(f"{at}: {message[0].lower()}{message[1:]}") from None
 
     def _base_mixers(self) -> dict[str, dict[str, Any]]:
