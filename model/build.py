@@ -9,6 +9,7 @@ from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.registry import Kernels
 from sambalm.model.samba import Samba
+from sambalm.model.scaling import set_lr_scales
 from sambalm.parallel.config import ParallelConfig
 from sambalm.parallel.groups import World
 
@@ -25,7 +26,7 @@ def build_chunks(
     """Uninitialised chunks on this rank's device, in the model's order; one chunk where there is no pipeline."""
     layers = chunk_layers(config, parallel, sequence_length=sequence_length)
     with world.device:
-        return [
+        chunks = [
             Samba(
                 config,
                 layers=layers[chunk * world.pipeline.size + world.pipeline.rank],
@@ -37,6 +38,9 @@ def build_chunks(
             )
             for chunk in range(world.pipeline.chunks)
         ]
+    for each in chunks:
+        set_lr_scales(each)
+    return chunks
 
 
 def tied_copy(chunks: Sequence[Samba]) -> nn.Parameter | None:

@@ -1,8 +1,9 @@
 """What a model is: its sizes and layer pattern (arXiv 2406.07522, section 2 and table 12)."""
 
+import math
 import re
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +16,7 @@ from sambalm.model.registry import MixerError, all_mixers, memory_writers, mixer
 # Sizes that a config may leave out where no layer reads them, and the letters of those that do.
 _ATTENTION = {LETTER, FULL_LETTER, CROSS_LETTER}
 _READERS = {"num_query_heads": _ATTENTION, "num_kv_heads": _ATTENTION, "window": {LETTER}, "mlp_size": {"-"}}
+_NOT_OF_BASE = {"vocab_size", "tie_embeddings", "embedding_std", "scaling", "base"}
 _PATTERN = re.compile(r"\s*([^\sx\d]+)\s*(?:x\s*(\d+)\s*)?")
 
 
@@ -30,6 +32,16 @@ class Trunk(BaseModel):
     tie_embeddings: bool = Field(True, description="Whether the LM head is the embedding matrix")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm")
     embedding_std: float = Field(0.02, gt=0, description="Standard deviation of the initial embedding")
+    scaling: Literal["mup"] | None = Field(
+        None,
+        description="How learning rates and initial weights follow from those of a smaller model, model.base: mup (muP "
+        "and Depth-muP, docs/scaling-width.md); null: every width and depth has its own to tune",
+    )
+    base: dict[str, Any] = Field(
+        {},
+        description="Sizes in which the model that optimizer.* was tuned on differs from this one, as keys of this "
+        "section: hidden_size, pattern, num_query_heads, mlp_size, ...",
+    )
 
 
 class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
@@ -78,6 +90,55 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
                 self.sizes_of(one)
         memory_writers(self.pattern)
         return self
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if bool(self.base) != (self.scaling is not None):
+            given, lacks = ("base", "scaling") if self.base else ("scaling", "base")
+            raise ValueError(f"model.{given} is set and model.{lacks} is not: set both, or none")
+        missing = set(self.pattern) - set(self.base_model.pattern)
+        if missing:
+            raise ValueError(
+                f"model.base.pattern is {self.base['pattern']!r}, which lacks the letter {min(missing)} of "
+                f"model.pattern {self.pattern}: add a layer of it"
+            )
+        return self
+
+    @property
+    def base_model(self) -> "ModelConfig":
+        """The model whose learning rates and initial weights this one's follow from; itself without `scaling`."""
+        return self if self.scaling is None else self._base_model
+
+    @cached_property
+    def _base_model(self) -> "ModelConfig":
+        unfit = self.base.keys() & _NOT_OF_BASE
+        if unfit:
+            raise ValueError(f"model.base has the key {min(unfit)!r}, in which the two models cannot differ: remove it")
+        mixers = self.mixers | {name: self.mixers.get(name, {}) | sizes for name, sizes in self._base_mixers().items()}
+        values = self.model_dump() | self.base | {"mixers": mixers, "scaling": None, "base": {}}
+        try:
+            return ModelConfig.model_validate(values, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            message, keys = first["msg"].removeprefix("Value error, "), ".".join(map(str, first["loc"]))
+            at = f"model.base.{keys} is {first['input']!r}" if keys else "model.base makes no model"
+            raise ValueError(f"{at}: {message[0].lower()}{message[1:]}") from None
+
+    def _base_mixers(self) -> dict[str, dict[str, Any]]:
+        found = self.base.get("mixers", {})
+        if not isinstance(found, dict) or not all(isinstance(sizes, dict) for sizes in found.values()):
+            raise ValueError(f"model.base.mixers is {found!r}: it is a mapping of sections, as model.mixers is")
+        return found
+
+    @property
+    def output_scale(self) -> float:
+        """What the last norm's weight begins with: its sum with the head grows with the width otherwise."""
+        return self.base_model.hidden_size / self.hidden_size
+
+    @property
+    def query_scale(self) -> float:
+        """What query weights are multiplied by: with it scores are divided by the head dim, without by its root."""
+        return math.sqrt(self.base_model.head_dim / self.head_dim)
 
     @property
     def kinds(self) -> list[Mixer]:

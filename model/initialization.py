@@ -2,9 +2,13 @@
 
 Each function fills a tensor in place from a generator, or returns such a fill. A fill sees the whole canonical tensor,
 whatever a rank holds of it, so it may give each channel or head a value of its own.
+
+The fill of a tensor whose steps depend on the model's width or depth also says how (`step`, which `model/scaling.py`
+reads). All other tensors take the same steps in every model.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -18,19 +22,51 @@ def ones(tensor: Tensor, generator: Generator) -> None:
     tensor.fill_(1.0)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """One number everywhere; steps are in proportion to it."""
+
+    value: float
+
+    @property
+    def step(self) -> float:
+        return self.value
+
+    def __call__(self, tensor: Tensor, generator: Generator) -> None:
+        tensor.fill_(self.value)
+
+
 def normal(std: float) -> Init:
     return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
-def linear(fan_in: int, *, scale: float = 1.0) -> Init:
-    """PyTorch's default for linear and convolution weights and biases: uniform within scale / sqrt(fan_in)."""
-    bound = scale / math.sqrt(fan_in)
-    return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
+@dataclass(frozen=True)
+class Linear:
+    """PyTorch's default for linear and convolution weights and biases: uniform within scale / sqrt(fan_in).
+
+    Initial weights are independent, so a sum over fan_in of them grows with its root. Steps are not, so theirs shrink
+    with fan_in (arXiv 2203.03466, table 3).
+    """
+
+    fan_in: int
+    scale: float = 1.0
+
+    @property
+    def step(self) -> float:
+        return self.scale / self.fan_in
+
+    def __call__(self, tensor: Tensor, generator: Generator) -> None:
+        bound = self.scale / math.sqrt(self.fan_in)
+        tensor.uniform_(-bound, bound, generator=generator)
 
 
-def residual_linear(fan_in: int, config: ModelConfig) -> Init:
+def linear(fan_in: int, *, scale: float = 1.0) -> Linear:
+    return Linear(fan_in, scale)
+
+
+def residual_linear(fan_in: int, config: ModelConfig) -> Linear:
     """For projections that write the residual stream: the default over the root of the number of such writes."""
-    return linear(fan_in, scale=1.0 / math.sqrt(len(config.pattern)))
+    return Linear(fan_in, 1.0 / math.sqrt(len(config.pattern)))
 
 
 def dt_bias(config: StepSizes) -> Init:

@@ -11,12 +11,16 @@ from sambalm.parallel.sharding import replicated_parameter
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the residual stream before each sublayer and the head, after the last one's sum."""
+    """Root-mean-square norm of the residual stream before each sublayer and the head, after the last one's sum.
 
-    def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
+    Args:
+        scale: what its weight begins with.
+    """
+
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels, scale: float = 1.0) -> None:
         super().__init__()
         self.tp, self.eps, self.kernel = tp, config.norm_eps, kernels.norm
-        self.weight = replicated_parameter((config.hidden_size,), name="weight", init=init.ones, tp=tp)
+        self.weight = replicated_parameter((config.hidden_size,), name="weight", init=init.Constant(scale), tp=tp)
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream x with what the sublayer before adds to it (None: nothing), and that normed."""

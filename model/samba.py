@@ -95,7 +95,7 @@ class Samba(nn.Module):
             {str(i): Sublayer(config.pattern[i], config, tp=tp, kernels=kernels) for i in layers}
         )
         if self.is_last:
-            self.final_norm = RMSNorm(config, tp=tp, kernels=kernels)
+            self.final_norm = RMSNorm(config, tp=tp, kernels=kernels, scale=config.output_scale)
             self.head = Head(self._head_weight(), rows=equal_shard(config.vocab_size, tp).length, tp=tp)
 
     def _head_weight(self) -> nn.Parameter:
@@ -103,7 +103,8 @@ class Samba(nn.Module):
             return self.embedding.weight
         width = self.config.hidden_size
         rows = equal_shard(self.config.vocab_size, self.tp)
-        return sharded_parameter((0, width), {"weight": rows}, init=init.linear(width), matmul_only=True)
+        weights = init.linear(self.config.base_model.hidden_size)  # which `output_scale` makes up for
+        return sharded_parameter((0, width), {"weight": rows}, init=weights, matmul_only=True)
 
     def forward(
         self,

@@ -14,12 +14,13 @@ from sambalm.parallel.layers.fp8 import Fp8Store
 from sambalm.parallel.layers.linear import fuse_gradient_accumulation
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.pipeline.schedule import PipelineSchedule
-from sambalm.parallel.zero.buckets import GradientBucket
+from sambalm.parallel.zero.buckets import GradientBucket, completed_together
 from sambalm.parallel.zero.clipping import clip_before_steps
 from sambalm.parallel.zero.compute_weights import ComputeWeights
-from sambalm.parallel.zero.deepspeed_adapter import Engine
+from sambalm.parallel.zero.deepspeed_adapter import Engine, ShardedOptimizer, adamw
 from sambalm.parallel.zero.engine import tensors_of_run
 from sambalm.parallel.zero.gradients import FlatGradients
+from sambalm.parallel.zero.muon import Muon
 from sambalm.parallel.zero.partitioned_gradients import PartitionedGradients
 from sambalm.parallel.zero.step_guard import StepGuard
 from sambalm.parallel.zero.weights import FlatWeights
@@ -298,9 +299,11 @@ def build_executor(
     compute_weights = ComputeWeights([] if recompute_layers or dtype == torch.float32 else parameters)
     gradients = weights = None
     if world.replica_size > 1:
+        if isinstance(optimizer := adamw(engine), Muon):
+            optimizer.share_out(ShardedOptimizer(engine).groups, group=world.replica_group)
         kind = PartitionedGradients if zero_stage > 1 else FlatGradients
         gradients = kind(engine, world, buckets=buckets, clip_norm=clip_norm, guard=guard)
-        partitioned = sum(bucket.completed_by is not None for bucket in buckets) if zero_stage == 3 else 0
+        partitioned = completed_together(buckets) if zero_stage == 3 else []
         weights = FlatWeights(
             engine, chunks, world=world, dtype=dtype, compute_weights=compute_weights, partitioned=partitioned
         )

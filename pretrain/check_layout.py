@@ -232,11 +232,13 @@ def _shrunk(config: RunConfig) -> dict[str, dict[str, Any]]:
     length = unit * math.ceil(max(SAMPLE_TOKENS, TOKENS_OF_A_PART * parallel.context) / unit)
     length = min(length, config.data.sequence_length)
     hidden_size = model.num_query_heads * _head_dim(config)
-    changes = {
+    changes: dict[str, Any] = {
         "hidden_size": hidden_size,
         "mlp_size": min(model.mlp_size, COLUMNS_OF_A_RANK * ranks + model.mlp_size % ranks),
         "window": max(min(model.window, 2), round(model.window * length / config.data.sequence_length)),
         "vocab_size": min(model.vocab_size, ranks * math.ceil(VOCABULARY / ranks)),
+        "scaling": None,  # whose base the small model would not fit
+        "base": {},
     }
     if model.dt_rank:
         changes["dt_rank"] = math.ceil(model.dt_rank * hidden_size / model.hidden_size)

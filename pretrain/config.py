@@ -4,17 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.base import Ability
 from sambalm.model.ops.config import KernelConfig
-from sambalm.model.registry import memory_writers, mixer
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.parallel.shard import Position, equal_shard
 from sambalm.pretrain.batch_schedule import BatchRamp, BatchSchedule
 from sambalm.pretrain.data_phases import DataPhase, DataSection
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.optimizer import OptimizerConfig
+from sambalm.pretrain.pipeline_parts import check_parts
 from sambalm.pretrain.run_phases import RunSchedule, steps_of_phases
 
 FORMAT_VERSION = 1
@@ -397,33 +396,11 @@ class RunConfig(BaseModel):
         self.check_shapes()
         self._check_batch_ramp()
         self._settle_steps()
+        self._check_muon()
         self._check_tensor_parallelism()
         self._check_abilities()
-        layers = self.parallel.pipeline_layers
-        if self.parallel.model_chunks > len(self.model.pattern):
-            raise ValueError(
-                f"parallel.pipeline x parallel.virtual_pipeline is {self.parallel.model_chunks}, more than the "
-                f"{len(self.model.pattern)} sublayers of model.pattern: lower them"
-            )
-        if layers is not None and sum(layers) != len(self.model.pattern):
-            raise ValueError(
-                f"parallel.pipeline_layers is {layers}, {sum(layers)} in all, and model.pattern has "
-                f"{len(self.model.pattern)} sublayers: make them equal"
-            )
-        self._check_memories()
+        check_parts(self.model, self.parallel, sequence_length=self.data.sequence_length)
         return self
-
-    def _check_memories(self) -> None:
-        if self.parallel.model_chunks == 1:
-            return
-        chunks = chunk_layers(self.model, self.parallel, sequence_length=self.data.sequence_length)
-        for reader, writer in memory_writers(self.model.pattern).items():
-            if not any(reader in chunk and writer in chunk for chunk in chunks):
-                raise ValueError(
-                    f"parallel.pipeline puts sublayer {reader + 1} of model.pattern on another part than sublayer "
-                    f"{writer + 1}, whose {mixer(self.model.pattern[reader]).reads} it reads: lower it, or give "
-                    "parallel.pipeline_layers that keep them together"
-                )
 
     def _settle_steps(self) -> None:
         """Sets train.steps to the steps of data.phases, where there are any."""
@@ -462,6 +439,20 @@ class RunConfig(BaseModel):
                 f"train.batch_ramp.increment_tokens is {ramp.increment_tokens}, which does not lead from "
                 f"train.batch_ramp.start_tokens {ramp.start_tokens} to train.global_batch_tokens "
                 f"{self.train.global_batch_tokens}: their difference must be a multiple of it"
+            )
+
+    def _check_muon(self) -> None:
+        if self.optimizer.kind != "muon":
+            return
+        if self.parallel.tensor > 1:
+            raise ValueError(
+                f"optimizer.kind is muon, which steps whole matrices, and parallel.tensor {self.parallel.tensor} cuts "
+                "them: set it to 1, or take adamw"
+            )
+        if self.model.scaling is not None:
+            raise ValueError(
+                f"optimizer.kind is muon and model.scaling is {self.model.scaling}, whose learning rates are made for "
+                "AdamW's steps: set it to null, or take adamw"
             )
 
     def _check_tensor_parallelism(self) -> None:

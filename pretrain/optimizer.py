@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule. A config is read without torch."""
+"""AdamW, Muon and their learning-rate schedule. A config is read without torch."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,16 @@ BUCKET_SHARE = 1 / 8
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW with a warm-up and a decay."""
+    """AdamW, or Muon for the matrices of layers, with a warm-up and a decay."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw; or muon for the matrices of layers, in steps as large as AdamW's, and AdamW for embedding, "
+        "head, vectors and convolutions",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     peak_lr: float = Field(gt=0, description="Learning rate after the warm-up")
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step over peak_lr")
     schedule: Literal["cosine", "wsd"] = Field(
@@ -38,18 +44,32 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; norms, biases, A_log and D have none")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled to it")
 
-    def build(self, buckets: "Sequence[GradientBucket]", *, adamw: "type[torch.optim.AdamW]") -> "torch.optim.AdamW":
-        """Makes AdamW over buckets, one parameter group each.
+    def build(
+        self, buckets: "Sequence[GradientBucket]", *, adamw: "type[torch.optim.AdamW]"
+    ) -> "torch.optim.Optimizer":
+        """Makes the optimizer over buckets, one parameter group each, whose learning rates `set_learning_rate` sets.
 
         Args:
             buckets: their parameters are fp32, on the device where they are trained.
             adamw: the implementation, `Kernels.optimizer`.
         """
         groups = [
-            {"params": list(bucket.parameters), "weight_decay": self.weight_decay if bucket.weight_decay else 0.0}
+            {
+                "params": list(bucket.parameters),
+                "lr": self.peak_lr * bucket.lr_scale,
+                # AdamW multiplies it by the learning rate; how fast weights decay depends on no width.
+                "weight_decay": self.weight_decay / bucket.lr_scale if bucket.weight_decay else 0.0,
+                "lr_scale": bucket.lr_scale,
+                "muon": bucket.muon,
+            }
             for bucket in buckets
         ]
-        return adamw(groups, lr=self.peak_lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+        optimizer = adamw(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+        if self.kind == "adamw":
+            return optimizer
+        from sambalm.parallel.zero.muon import Muon
+
+        return Muon(optimizer, momentum=self.momentum)
 
     def learning_rate(self, step: int, *, steps: int) -> float:
         """Returns the learning rate of a step, counted from 1, in a run of `steps`."""
@@ -62,6 +82,12 @@ class OptimizerConfig(BaseModel):
         else:
             remaining = min(1.0, (steps - step) / max(1, _share(self.decay_fraction, steps)))
         return self.peak_lr * (self.final_lr_ratio + (1.0 - self.final_lr_ratio) * remaining)
+
+
+def set_learning_rate(optimizer: "torch.optim.Optimizer", lr: float) -> None:
+    """Sets the learning rate of a step, in each parameter group multiplied by the `lr_scale` of its bucket."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def bucket_ranges(sizes: Sequence[int], *, max_elements: int) -> list[range]:

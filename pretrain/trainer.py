@@ -42,6 +42,7 @@ from sambalm.pretrain.lifecycle.run_folder import LeaseGuard, RunFolder, open_ru
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.stragglers import Stragglers
 from sambalm.pretrain.lifecycle.watchdog import watching
+from sambalm.pretrain.optimizer import set_learning_rate
 from sambalm.pretrain.reporting.console import start_lines
 from sambalm.pretrain.reporting.metrics import RunReport
 from sambalm.pretrain.run_phases import RunPhase, phase_line
@@ -329,8 +330,7 @@ class Trainer:
         # Whatever a step draws depends on the seed and the step alone, so resuming needs no generator's state.
         torch.manual_seed(self.config.run.seed + self.step)
         lr = self.schedule.learning_rate(self.step + 1, samples=self.samples)
-        for group in self.training.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.training.engine.optimizer, lr)
         executor = self.training.executor
         with self.stragglers.watching(self.step + 1):
             micro_batches = [self._micro_batch() for _ in range(self._micro_batches(batch_samples))]

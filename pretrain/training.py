@@ -73,7 +73,8 @@ def build_training(
         for chunk in chunks:
             initialize_parameters(chunk, seed=config.run.seed)
     overlaps = parallel.overlaps_messages(world.size)
-    buckets = gradient_buckets(chunks, max_elements=bucket_elements if overlaps else None)
+    muon = config.optimizer.kind == "muon"
+    buckets = gradient_buckets(chunks, max_elements=bucket_elements if overlaps else None, muon=muon)
     engine = zero_engine(
         chunks,
         config.optimizer.build(buckets, adamw=kernels.optimizer),

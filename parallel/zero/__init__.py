@@ -25,7 +25,8 @@ ZeRO also one message of gradients and one of weights.
    step_guard.py says so: loss or norm is not finite or beyond a limit.
 6. deepspeed_adapter.py, `ShardedOptimizer`: DeepSpeed's step() hands AdamW this rank's shares, bucket by bucket, and
    writes the new fp32 share to where the next gather sends it from. Of weights that only products read that is a
-   buffer of compute weights.
+   buffer of compute weights. With `optimizer.kind: muon` that step is muon.py's: ranks gather the directions of a
+   bucket, and each orthogonalises the matrices that its share has a part of.
 7. weights.py: other ranks' weights are old from here on, and a forward that would read them is refused. The next step
    begins with stage 1, and its stage 2 gathers them; validation calls `FlatWeights.gather` first.
 

@@ -16,6 +16,7 @@ from sambalm.parallel.zero.deepspeed_adapter import Engine
 from sambalm.parallel.zero.parameter_info import info_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside the number of steps
+MUON_MOMENTS = MOMENTS[:1]
 # Contiguous gradients take a hook for each parameter, which only costs time in every backward. Norms are those of
 # `clipping`: for DeepSpeed's the host waits, once for each group.
 STAGE_1 = {"stage": 1, "contiguous_gradients": False, "compute_grad_norm": False}
@@ -50,6 +51,9 @@ def zero_engine(
         "steps_per_print": 1 << 62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
     }
+    for settings in optimizer.param_groups:
+        for parameter in settings["params"]:
+            info_of(parameter).moments = _moments(settings)
     model = nn.ModuleList(chunks) if world.pipeline.size > 1 else chunks[0]
     engine = deepspeed.start_engine(model, optimizer, config=config, timeout=world.timeout)
     if not shared:
@@ -59,16 +63,21 @@ def zero_engine(
 
 
 def _create_moments(engine: Engine, optimizer: torch.optim.Optimizer, *, done_steps: int) -> None:
-    """Makes the state that AdamW would make at its first step."""
+    """Makes the state that AdamW would make at its first step, and Muon's."""
     held = deepspeed.stepped_tensors(engine)
+    keys = {tensor: _moments(settings) for settings in optimizer.param_groups for tensor in settings["params"]}
     for tensor in held:
         step = torch.tensor(float(done_steps), device=tensor.device)
-        optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
+        optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in keys[tensor]}
     if engine.zero_optimization_stage() == 0:
         for parameter in held:
             info_of(parameter).optimizer_state = optimizer.state[parameter]
     else:
         deepspeed.link_optimizer_state(engine)
+
+
+def _moments(settings: dict) -> tuple[str, ...]:
+    return MUON_MOMENTS if settings.get("muon") else MOMENTS
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
@@ -92,7 +101,7 @@ def held_range(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def held_tensors(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Returns the weight and MOMENTS of this rank's `held_range`, fp32 [elements], as AdamW steps them.
+    """Returns the weight and its moments of this rank's `held_range`, fp32 [elements], as the optimizer steps them.
 
     They are views, of what the next step changes. The weight is named `WEIGHT`.
     """
@@ -101,10 +110,10 @@ def held_tensors(parameter: nn.Parameter) -> dict[str, Tensor]:
         return {}
     state = info_of(parameter).optimizer_state
     if state is not None:
-        tensors = {WEIGHT: parameter.detach()} | {key: state[key] for key in MOMENTS}
+        tensors = {WEIGHT: parameter.detach()} | {key: state[key] for key in info_of(parameter).moments}
     else:
         tensors = {WEIGHT: deepspeed.held_weight(parameter)}
-        tensors |= {key: deepspeed.held_state(parameter, key) for key in MOMENTS}
+        tensors |= {key: deepspeed.held_state(parameter, key) for key in info_of(parameter).moments}
     return {key: tensor.detach().view(-1)[:elements] for key, tensor in tensors.items()}
 
 
@@ -115,7 +124,7 @@ def optimizer_is_finite(engine: Engine) -> bool:
     """
     optimizer = deepspeed.adamw(engine)
     held = deepspeed.stepped_tensors(engine)
-    tensors = [*held, *(optimizer.state[tensor][key] for tensor in held for key in MOMENTS)]
+    tensors = [*held, *_moments_of(held, optimizer)]
     largest = torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.numel()], torch.inf)
     return bool(torch.stack(list(largest)).isfinite().all())
 
@@ -124,8 +133,12 @@ def tensors_of_run(engine: Engine) -> list[Tensor]:
     """Returns what this rank holds of weights, gradients and AdamW's state, apart from buffers that others made."""
     parameters = list(engine.module.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    held, state = deepspeed.stepped_tensors(engine), deepspeed.adamw(engine).state
-    return [*parameters, *gradients, *held, *(state[tensor][key] for tensor in held for key in MOMENTS)]
+    held = deepspeed.stepped_tensors(engine)
+    return [*parameters, *gradients, *held, *_moments_of(held, deepspeed.adamw(engine))]
+
+
+def _moments_of(held: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [optimizer.state[tensor][key] for tensor in held for key in MOMENTS if key in optimizer.state[tensor]]
 
 
 def gradient_norm(engine: Engine) -> Tensor:

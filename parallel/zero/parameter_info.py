@@ -104,8 +104,9 @@ class Fp8Scales(Protocol):
 class ParameterInfo:
     """Everything that the product attaches to a parameter.
 
-    A layer says the first five when it makes the parameter, and they stay. `build_executor` sets the next two and fp8,
-    and each step's backward the two between them. `zero_engine` sets the last.
+    A layer says the first five when it makes the parameter, and they stay; `build_chunks` adds the sixth.
+    `build_executor` sets the next two and fp8, and each step's backward the two between them. `zero_engine` sets the
+    last two.
 
     Attributes:
         slices: the rectangles of canonical tensors that the parameter holds, in the order in which it joins them.
@@ -115,6 +116,7 @@ class ParameterInfo:
             their own precision. ZeRO-1 then gathers it in that precision alone.
         weight_decay: whether AdamW decays it.
         takes_fp8: whether the product that reads it, first of its weights, is large enough for FP8 and may run in it.
+        lr_scale: what the optimizer's learning rate is multiplied by for it.
         compute_weights: who keeps the parameter's copy in the precision of matrix products; None where products convert
             the parameter at each use.
         fuses_accumulation: whether matrix products add to `parameter.grad` themselves. Autograd then finds no gradient.
@@ -123,6 +125,7 @@ class ParameterInfo:
         is_partitioned: whether the keeper of the copy has it only while products ask for it (ZeRO-3). A product asks
             again in its backward.
         fp8: the scales of the product that reads it, where that runs in FP8.
+        moments: the names of what the optimizer keeps of each of its elements. `zero_engine` sets them.
         optimizer_state: AdamW's state of the parameter where this rank holds its only replica; None where DeepSpeed
             shares the state out over ranks.
     """
@@ -132,12 +135,14 @@ class ParameterInfo:
     matmul_only: bool
     weight_decay: bool
     takes_fp8: bool = False
+    lr_scale: float = 1.0
     compute_weights: WeightCopies | None = None
     fuses_accumulation: bool = False
     has_product: bool = False
     is_overwritten: bool = False
     is_partitioned: bool = False
     fp8: Fp8Scales | None = None
+    moments: tuple[str, ...] = ()
     optimizer_state: dict[str, Tensor] | None = None
 
 

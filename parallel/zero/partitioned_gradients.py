@@ -1,22 +1,23 @@
 """Gradients of which a rank keeps its share alone: ZeRO-2 and ZeRO-3 (arXiv 1910.02054, section 5.2).
 
-The buckets of layers take two slots of memory in turns: a backward fills one while ranks reduce the other. DeepSpeed
-would copy each gradient into a bucket of its own, reduce that and copy the share out.
+The buckets of layers take two slots of memory in turns: a backward fills one while ranks reduce the other. Buckets that
+it completes together, which have different learning rates, share a slot. DeepSpeed would copy each gradient into a
+bucket of its own, reduce that and copy the share out.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sambalm.parallel.layers.linear import overwriting
-from sambalm.parallel.zero.buckets import GradientBucket
+from sambalm.parallel.zero.buckets import GradientBucket, completed_together
 from sambalm.parallel.zero.gradients import FlatGradients
 from sambalm.parallel.zero.parameter_info import info_of
-
-SLOTS = 2
+from sambalm.parallel.zero.slots import in_slots
 
 
 class PartitionedGradients(FlatGradients):
@@ -30,13 +31,13 @@ class PartitionedGradients(FlatGradients):
     def _allocate(
         self, flat_weights: Sequence[Tensor], buckets: Sequence[GradientBucket]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        self.layers = sum(bucket.completed_by is not None for bucket in buckets)  # the first buckets
+        self.turns = completed_together(buckets)
+        self.layers = self.turns[-1].stop  # the first buckets
         sizes = [weights.numel() for weights in flat_weights[: self.layers]]
-        slots = [flat_weights[0].new_zeros(max(sizes)) for _ in range(min(SLOTS, self.layers))]
-        shared = [slots[number % SLOTS][:size] for number, size in enumerate(sizes)]
+        _, buffers = in_slots([sizes[turn.start : turn.stop] for turn in self.turns], like=flat_weights[0])
         sums = [flat_weights[0].new_zeros(size // self.size) for size in sizes]
         whole, own = super()._allocate(flat_weights[self.layers :], buckets[self.layers :])
-        return [*shared, *whole], [*sums, *own]
+        return [*chain(*buffers), *whole], [*sums, *own]
 
     @contextmanager
     def accumulating(self, *, is_first: bool, is_last: bool) -> Iterator[None]:
@@ -67,12 +68,14 @@ class PartitionedGradients(FlatGradients):
         for number in range(self.completed, count):
             self._settle()
             self.sent = number, self._send(number)
-            self._take_slot(number + 1)  # which the bucket before this one has left
+            for turn, numbers in enumerate(self.turns[1:], start=1):
+                if number + 1 == numbers.start:
+                    self._take_slot(turn)  # which the buckets before this turn's have left
         self.completed = max(self.completed, count)
 
-    def _take_slot(self, number: int) -> None:
-        """Makes a slot ready for a bucket's gradients; products write over what another bucket has left there."""
-        taken = self.views_of[number] if number < self.layers else []
+    def _take_slot(self, turn: int) -> None:
+        """Makes a slot ready for gradients; products write over what other buckets have left there."""
+        taken = chain(*(self.views_of[number] for number in self.turns[turn]))
         if summed := [view for weight, view in taken if not info_of(weight).has_product]:
             torch._foreach_zero_(summed)
 

@@ -2,10 +2,12 @@
 
 What only matrix products read is taken apart so. The buckets of layers take two slots of memory in turns: products
 compute with one while the next bucket, in the direction of the forward or of the backward, arrives in the other.
-DeepSpeed would gather parameter by parameter, in fp32, in hooks around each module.
+Buckets of the same layers, which have different learning rates, are one here. DeepSpeed would gather parameter by
+parameter, in fp32, in hooks around each module.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,8 +15,7 @@ from torch import Tensor, nn
 from sambalm.parallel.zero.compute_weights import below_each_other
 from sambalm.parallel.zero.deepspeed_adapter import FlatGroup
 from sambalm.parallel.zero.parameter_info import info_of
-
-SLOTS = 2
+from sambalm.parallel.zero.slots import SLOTS, in_slots
 
 
 class PartitionedWeights:
@@ -25,20 +26,27 @@ class PartitionedWeights:
     has used last, with which the next forward begins.
 
     Args:
-        groups: in the order in which a forward needs them. Their parameters hold no numbers from now on.
+        groups: those of the same layers together, in the order in which a forward needs them. Their parameters hold no
+            numbers from now on.
         shares: this rank's of each, in the products' precision, which the optimizer keeps up to date.
         group: the replicas.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], shares: Sequence[Tensor], *, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[FlatGroup]],
+        shares: Sequence[Sequence[Tensor]],
+        *,
+        group: dist.ProcessGroup,
+    ) -> None:
         self.shares, self.group = shares, group
-        sizes = [share.numel() * group.size() for share in shares]
-        self.slots = [shares[0].new_zeros(max(sizes)) for _ in range(min(SLOTS, len(sizes)))]
-        self.buffers = [self.slots[place % SLOTS][:size] for place, size in enumerate(sizes)]
+        sizes = [[share.numel() * group.size() for share in together] for together in shares]
+        self.slots, self.buffers = in_slots(sizes, like=shares[0][0])
         self.place_of: dict[Tensor, int] = {}
         self.views: dict[Tensor, Tensor] = {}
-        for place, one in enumerate(groups):
-            for parameter, view in one.views(self.buffers[place]):
+        for place, together in enumerate(groups):
+            views = zip(together, self.buffers[place], strict=True)
+            for parameter, view in chain(*(one.views(buffer) for one, buffer in views)):
                 self.place_of[parameter], self.views[parameter] = place, view
                 info = info_of(parameter)
                 info.compute_weights, info.is_partitioned = self, True
@@ -48,12 +56,12 @@ class PartitionedWeights:
     @property
     def tensors(self) -> list[Tensor]:
         """What this holds: shares and slots."""
-        return [*self.shares, *self.slots]
+        return [*chain(*self.shares), *self.slots]
 
     def forget(self) -> None:
         """Drops what the slots hold: weights have changed. Nothing may be under way."""
         self.held: list[int | None] = [None] * len(self.slots)  # the bucket in each slot
-        self.arriving: dict[int, dist.Work] = {}
+        self.arriving: dict[int, list[dist.Work]] = {}
         self.place = -1  # of the bucket that products ask for
 
     def begin(self) -> None:
@@ -66,7 +74,7 @@ class PartitionedWeights:
         place = self.place_of[weights[0]]
         if place != self.place:
             self._send(place)
-            if (work := self.arriving.pop(place, None)) is not None:
+            for work in self.arriving.pop(place, ()):
                 work.wait()
             self._send(place + (1 if place > self.place else -1))
             self.place = place
@@ -83,9 +91,10 @@ class PartitionedWeights:
         if not 0 <= place < len(self.buffers) or self.held[place % SLOTS] == place:
             return
         self.held[place % SLOTS] = place
-        self.arriving[place] = dist.all_gather_into_tensor(
-            self.buffers[place], self.shares[place], group=self.group, async_op=True
-        )
+        self.arriving[place] = [
+            dist.all_gather_into_tensor(buffer, share, group=self.group, async_op=True)
+            for buffer, share in zip(self.buffers[place], self.shares[place], strict=True)
+        ]
 
 
 def leave_empty(parameter: nn.Parameter) -> None:

@@ -36,7 +36,8 @@ class FlatWeights:
             those of modules that it calls. Those that are gathered as compute weights hold no numbers from now on.
         dtype: of matrix products.
         compute_weights: of the chunks.
-        partitioned: how many of the optimizer's groups, the first ones, ZeRO-3 takes apart; 0 under the other stages.
+        partitioned: the numbers of the optimizer's groups, the first ones, that ZeRO-3 takes apart, those of the same
+            layers as one range; none under the other stages.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class FlatWeights:
         world: World,
         dtype: torch.dtype,
         compute_weights: ComputeWeights,
-        partitioned: int,
+        partitioned: Sequence[range],
     ) -> None:
         optimizer = ShardedOptimizer(engine)
         self.group, self.compute_weights, self.stale = world.replica_group, compute_weights, False
@@ -56,17 +57,18 @@ class FlatWeights:
         self.partitioned = None
         if partitioned:
             own = [weights.chunk(world.replica_size)[world.replica_rank].to(dtype, copy=True) for weights in flat]
-            for number, share in enumerate(own[:partitioned]):
-                optimizer.replace_weights(number, [share] * world.replica_size)
-            forward = range(partitioned)[::-1]
-            groups, shares = [optimizer.groups[number] for number in forward], [own[number] for number in forward]
+            for number in chain(*partitioned):
+                optimizer.replace_weights(number, [own[number]] * world.replica_size)
+            groups = [optimizer.groups[numbers.start : numbers.stop] for numbers in reversed(partitioned)]
+            shares = [own[numbers.start : numbers.stop] for numbers in reversed(partitioned)]
             self.partitioned = PartitionedWeights(groups, shares, group=world.replica_group)
-        self.buffers = flat[partitioned:]
-        whole = optimizer.groups[partitioned:]
+        taken = partitioned[-1].stop if partitioned else 0
+        self.buffers = flat[taken:]
+        whole = optimizer.groups[taken:]
         for number, group in enumerate(whole):
             if dtype != torch.float32 and all(info_of(parameter).matmul_only for parameter in group.parameters):
                 self.buffers[number] = self.buffers[number].to(dtype)
-                optimizer.replace_weights(partitioned + number, self.buffers[number].chunk(world.replica_size))
+                optimizer.replace_weights(taken + number, self.buffers[number].chunk(world.replica_size))
                 _adopt_all(group, self.buffers[number], compute_weights)
         self.shares = [buffer.chunk(world.replica_size)[world.replica_rank] for buffer in self.buffers]
         self.parameters = [group.parameters for group in whole]  # of each buffer

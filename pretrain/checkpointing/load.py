@@ -12,7 +12,7 @@ from torch import nn
 from sambalm.model.config import ModelConfig
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import initialize_parameters
-from sambalm.parallel.zero.engine import MOMENTS, WEIGHT, held_tensors
+from sambalm.parallel.zero.engine import WEIGHT, held_tensors
 from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing.data_record import data_change
@@ -55,6 +55,12 @@ def find_resume_point(config: RunConfig, *, world: World, opened: Checkpoint | N
                     f"model.{key} is {value!r} and {checkpoint.path} was saved with {saved[key]!r}: restore the "
                     "key or start a new run with another run.dir"
                 )
+        kind = checkpoint.state["config"].get("optimizer", {}).get("kind", config.optimizer.kind)
+        if kind != config.optimizer.kind:
+            raise ConfigError(
+                f"optimizer.kind is {config.optimizer.kind} and {checkpoint.path} was saved with {kind}, whose state "
+                "it cannot go on from: restore the key, or start a new run with train.init_from"
+            )
     return checkpoint
 
 
@@ -170,7 +176,7 @@ def load_moments(chunks: Sequence[nn.Module], path: Path, *, world: World) -> No
     for name, parameter, piece in all_slices(chunks):
         held = held_tensors(parameter)
         for offsets, part in held_slices(parameter, piece):
-            wanted += [WantedSlice(f"{key}.{name}", offsets, part(held[key])) for key in MOMENTS]
+            wanted += [WantedSlice(f"{key}.{name}", offsets, part(held[key])) for key in info_of(parameter).moments]
     read_slices(stored_slices(path, world=world), wanted, world=world)
 
 

@@ -147,6 +147,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
     records = {record["step"]: record for record in read_metrics(Path(config.run.dir))}
     record = records.get(checkpoint.step, {})
     optimizer, begun = config.optimizer, checkpoint.state.get(STARTED_FROM)
+    name = {"adamw": "AdamW", "muon": "Muon and AdamW"}[optimizer.kind]
     return TrainingFacts(
         tokens_seen=checkpoint.state["tokens"],
         step=checkpoint.step,
@@ -155,7 +156,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> TrainingFacts:
         settings=(
             f"tokens a step: {config.train.global_batch_tokens}",
             f"precision: {config.train.precision} with fp32 weights and optimizer",
-            f"AdamW, peak learning rate {optimizer.peak_lr}, {optimizer.schedule} schedule, "
+            f"{name}, peak learning rate {optimizer.peak_lr}, {optimizer.schedule} schedule, "
             f"weight decay {optimizer.weight_decay}",
             *([f"started from the weights of {described(begun)}"] if begun else []),
         ),

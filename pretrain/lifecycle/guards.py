@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from sambalm.parallel.groups import World
 from sambalm.parallel.sharding import canonical_slices
-from sambalm.parallel.zero.engine import MOMENTS, optimizer_is_finite, whole_moment, whole_parameter
+from sambalm.parallel.zero.engine import optimizer_is_finite, whole_moment, whole_parameter
+from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.parallel.zero.step_guard import NO_LIMIT
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import DivergedError, print_line
@@ -191,7 +192,7 @@ class Guards(Hook):
         for chunk in self.training.chunks:
             for name, parameter, piece in canonical_slices(chunk):
                 wholes = {name: whole_parameter(parameter)}
-                wholes |= {f"{key} of {name}": whole_moment(parameter, key) for key in MOMENTS}
+                wholes |= {f"{key} of {name}": whole_moment(parameter, key) for key in info_of(parameter).moments}
                 found += [key for key, whole in wholes.items() if not bool(piece.of_local(whole).isfinite().all())]
         return sorted({name for of_rank in self.world.all_gather_object(found) for name in of_rank})
 

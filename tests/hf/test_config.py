@@ -203,3 +203,12 @@ def test_a_folder_with_code_of_its_own_loads_as_this_packages_class(exported):
     assert type(AutoConfig.from_pretrained(folder)) is SambaConfig
     assert type(AutoModel.from_pretrained(folder)) is SambaModel
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is SambaForCausalLM
+
+
+def test_a_folder_does_not_tell_how_learning_rates_were_scaled():
+    """The multipliers lie in weights, so the same weights are the same model."""
+    plain = tiny_config("M-*-")
+    scaled = ModelConfig(**plain.model_dump() | {"scaling": "mup", "base": {"hidden_size": plain.hidden_size // 2}})
+    assert hf_config(scaled).to_dict() == hf_config(plain).to_dict()
+    assert model_config(hf_config(scaled)) == model_config(hf_config(plain))
+    assert "scaling" not in scaled.keys_of_weights()

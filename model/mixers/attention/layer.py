@@ -19,6 +19,10 @@ from sambalm.parallel.layers.tensor_parallel import ColumnParallelLinear, RowPar
 from sambalm.parallel.sharding import sharded_parameter
 
 
+def _query_weights(config: ModelConfig) -> init.Linear:
+    return init.linear(config.hidden_size, scale=config.query_scale)
+
+
 class QKVProjection(nn.Module):
     """Queries, keys and values of this rank's heads in one matrix product.
 
@@ -32,7 +36,7 @@ class QKVProjection(nn.Module):
         self.tp, self.copies = tp, tp.copies(share.kv_copies)
         self.local_sizes = [[share.query.length], [share.kv.length, share.kv.length]]
         self.query = sharded_parameter(
-            (0, width), {"q.weight": share.query}, init=weights, matmul_only=True, takes_fp8=True
+            (0, width), {"q.weight": share.query}, init=_query_weights(config), matmul_only=True, takes_fp8=True
         )
         parts, alone = {"k.weight": share.kv, "v.weight": share.kv}, share.kv_copies == 1
         self.key_value = sharded_parameter((0, width), parts, init=weights, owned=share.owns_kv, matmul_only=alone)
@@ -142,7 +146,7 @@ class CrossAttentionLayer(_Attention):
     def __init__(self, config: ModelConfig, *, letter: str, memory: str, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__(config, letter=letter, tp=tp, kernels=kernels)
         width, self.memory = config.hidden_size, memory
-        self.q_proj = ColumnParallelLinear(width, {"q": self.share.query}, tp=tp, init=init.linear(width))
+        self.q_proj = ColumnParallelLinear(width, {"q": self.share.query}, tp=tp, init=_query_weights(config))
         self.o_proj = _output(config, self.share, tp=tp)
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
