@@ -15,6 +15,8 @@ output        what lies under a prefix, and the manifest over all parts
 chat          conversations to ids by a chat template, and what the assistant says
 made_documents  passkeys and phone books, made from a seed
 preprocess    text to token shards: read this first
+datatrove     the same encoder and shards as steps of datatrove's pipelines, where that is installed
+recipes       whole such pipelines: web takes raw text through filters and deduplication to shards
 verify        every byte against the manifest
 inspection    statistics, documents and samples for people to read
 blend         what a blend of sources will draw

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
@@ -235,7 +235,7 @@ class KeepLanguage(BaseFilter):
         super().__init__()
         self.language = language
         self.threshold = threshold
-        self._identifier = None
+        self._identifier: Any = None
 
     def filter(self, doc: "DatatroveDocument") -> bool | tuple[bool, str]:
         """Whether a document stays. A rank loads the model at its first document."""

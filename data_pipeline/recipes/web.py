@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DataError, first_line
 from ..files import atomic_write
+from ..output import shard_files_of_any_part
+from ..shards import manifest_path
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
@@ -71,9 +73,20 @@ class Stage:
 
 def stages(recipe: WebRecipe) -> list[Stage]:
     """The pipelines in the order in which they run. Raises ImportError for a package that one of them lacks."""
-    from ..datatrove import EncodeShards, JoinShards, ShardOutput
+    from ..datatrove import EncodeShards, JoinShards
 
-    output = ShardOutput(
+    output = _output(recipe)
+    read = [_reader(recipe), *_filters(recipe)]
+    join = Stage("join", 1, [JoinShards(output, ranks=recipe.tasks)])
+    if not recipe.deduplicate:
+        return [Stage("encode", recipe.tasks, [*read, EncodeShards(output)]), join]
+    return [*_deduplicated(recipe, read, output), join]
+
+
+def _output(recipe: WebRecipe) -> "ShardOutput":
+    from ..datatrove import ShardOutput
+
+    return ShardOutput(
         recipe.output,
         recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
@@ -81,11 +94,6 @@ def stages(recipe: WebRecipe) -> list[Stage]:
         eos_token=recipe.eos_token,
         special_tokens=recipe.special_tokens,
     )
-    read = [_reader(recipe), *_filters(recipe)]
-    join = Stage("join", 1, [JoinShards(output, ranks=recipe.tasks)])
-    if not recipe.deduplicate:
-        return [Stage("encode", recipe.tasks, [*read, EncodeShards(output)]), join]
-    return [*_deduplicated(recipe, read, output), join]
 
 
 def _deduplicated(recipe: WebRecipe, read: "list[PipelineStep]", output: "ShardOutput") -> list[Stage]:
@@ -158,7 +166,8 @@ def _input_list(recipe: WebRecipe) -> Path:
 def prepare(recipe: WebRecipe) -> None:
     """Note the recipe and its input files in the work folder, so that a later call shares them out alike.
 
-    Raises DataError where the folder belongs to another recipe, and where there is no input.
+    Raises DataError where the folder belongs to another recipe, where there is no input or a tokenizer that cannot be
+    used, and where the output exists: what a stage would find out hours later.
     """
     from datatrove.io import get_datafolder
 
@@ -174,6 +183,10 @@ def prepare(recipe: WebRecipe) -> None:
                 "--work and --output"
             )
         return
+    _output(recipe).encoder().load_tokenizer()
+    for path in (manifest_path(recipe.output), *shard_files_of_any_part(recipe.output)):
+        if path.exists():
+            raise DataError(f"{path} exists already; choose another output prefix, or remove it")
     try:
         files = get_datafolder(recipe.input).list_files(glob_pattern=recipe.glob)
     except FileNotFoundError:
