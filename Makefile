@@ -96,7 +96,8 @@ test-vllm: .venv/installed .venv-vllm/installed
 	touch $@
 
 test-datatrove: .venv-datatrove/installed
-	.venv-datatrove/bin/python -m pytest tests/data/test_datatrove.py -rs
+	sh tests/slurm/install.sh
+	.venv-datatrove/bin/python -m pytest tests/data/test_datatrove.py tests/slurm/test_datatrove.py -m "slurm or not slurm" -rs
 
 compare: .venv/installed
 	$(if $(BASE),,$(error give the commit to compare with: make compare BASE=<commit>))
