@@ -109,12 +109,10 @@ class EncodeShards(PipelineStep):
         )
         encoder: Encoder | None = None
         sources: list[str] = []
-        record = 0
         try:
             for path, documents in groupby(data or (), lambda document: _source(document, part)):
                 sources.append(path)
-                for records in _batches(documents, first=record):
-                    record += len(records)
+                for records in _batches(documents):
                     encoder = encoder or self._encoder(tokenizer, records)
                     with self.track_time("batch"):
                         batch = encoder.encode_records(records)
@@ -123,7 +121,7 @@ class EncodeShards(PipelineStep):
                     self.stat_update("documents", value=int((batch.lengths > 0).sum()), unit="batch")
                     if batch.bad:
                         self.stat_update("malformed", value=len(batch.bad), unit="batch")
-            shards.finish(Position(source=len(sources), position=record, record=0), sources)
+            shards.finish(Position(source=len(sources), position=0, record=0), sources)
         except OSError as error:
             raise DataError(
                 f"rank {part.index} cannot write {prefix} or read its input: {error.strerror or error}; run it again"
@@ -148,11 +146,11 @@ def _source(document: "DatatroveDocument", part: Part) -> str:
     return str(document.metadata.get("file_path", f"rank {part.index} of {part.count}"))
 
 
-def _batches(documents: Iterable["DatatroveDocument"], *, first: int) -> Iterator[list[Document | BadRecord]]:
-    """Documents as the encoder takes them, numbered from `first`, in lists of about _BATCH_CHARACTERS."""
+def _batches(documents: Iterable["DatatroveDocument"]) -> Iterator[list[Document | BadRecord]]:
+    """A file's documents as the encoder takes them, in lists of about _BATCH_CHARACTERS."""
     batch: list[Document | BadRecord] = []
     characters = 0
-    for number, document in enumerate(documents, start=first):
+    for number, document in enumerate(documents):
         batch.append(_record(document.text, number))
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:

@@ -116,6 +116,13 @@ def test_an_attempt_that_failed_leaves_nothing_in_the_way_of_the_next(output):
         yield from documents(texts[:150])
         raise RuntimeError("the machine")
 
+    def broken_at_once() -> Iterator[Document]:
+        raise RuntimeError("the machine")
+        yield
+
+    with pytest.raises(RuntimeError):
+        EncodeShards(output).run(broken_at_once(), 0, 2)
+    assert contents(output.prefix) == {}
     EncodeShards(output).run(documents(make_texts(300, seed=9)), 0, 2)  # more shards than there will be
     with pytest.raises(RuntimeError):
         EncodeShards(output).run(broken(), 0, 2)
@@ -144,7 +151,7 @@ def test_what_belongs_to_something_else_is_not_replaced(tokenizer, output):
 
 def test_a_language_is_kept():
     step = KeepLanguage("en", threshold=0.65)
-    english, french = (
+    english, french = "The cat sat on the mat and looked at the dog.", "Le chat regarde le chien qui dort sur le lit."
         "The cat sat on the mat and looked at the dog.",
         "Le chat est sur la table et il mange du poisson.",
     )
