@@ -152,9 +152,6 @@ def test_what_belongs_to_something_else_is_not_replaced(tokenizer, output):
 def test_a_language_is_kept():
     step = KeepLanguage("en", threshold=0.65)
     english, french = "The cat sat on the mat and looked at the dog.", "Le chat regarde le chien qui dort sur le lit."
-        "The cat sat on the mat and looked at the dog.",
-        "Le chat est sur la table et il mange du poisson.",
-    )
     kept = step.run(documents([english, french, english]))
     assert [document.text for document in kept] == [english, english]
 
