@@ -60,7 +60,7 @@ def print_steps(path: Path, stage_s: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True)
-    parser.add_argument("--format", required=True, choices=("jsonl", "parquet", "warc"))
+    parser.add_argument("--format", required=True, choices=("jsonl", "parquet"))
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--tasks", type=int, default=1)
     given = parser.parse_args()
