@@ -236,11 +236,17 @@ class KeepLanguage(BaseFilter):
         self._identifier: Any = None
 
     def filter(self, doc: "DatatroveDocument") -> bool | tuple[bool, str]:
-        """Whether a document stays. A rank loads the model at its first document."""
+        """Whether a document stays. A rank loads the model at its first document.
+
+        Raises DataError for a language that the model does not know.
+        """
         if self._identifier is None:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
             self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+            if self.language not in self._identifier.labels:
+                known = ", ".join(sorted(self._identifier.labels))
+                raise DataError(f"py3langid does not know the language {self.language!r}; it knows {known}")
         language, probability = self._identifier.classify(doc.text)
         if language == self.language and probability >= self.threshold:
             return True

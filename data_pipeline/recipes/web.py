@@ -170,9 +170,14 @@ def prepare(recipe: WebRecipe) -> None:
     used, and where the output exists: what a stage would find out hours later.
     """
     from datatrove.io import get_datafolder
+    from datatrove.utils.word_tokenizers import load_tokenizer_assignments
 
     if recipe.tasks < 1 or recipe.shard_tokens < 1:
         raise DataError(f"tasks={recipe.tasks} and shard_tokens={recipe.shard_tokens} must be at least 1")
+    if recipe.language and recipe.language not in load_tokenizer_assignments():
+        raise DataError(
+            f"the language {recipe.language!r} is none that datatrove can split into words; give 'en' or alike"
+        )
     noted = recipe.work / "recipe.json"
     values = json.loads(json.dumps(asdict(recipe), default=str))
     if noted.exists():
@@ -260,6 +265,15 @@ def _executor(
     )
 
 
+def _absolute(place: str) -> str:
+    """As a task finds it, which another machine may start in another folder."""
+    return place if "://" in place else str(Path(place).absolute())
+
+
+def _absolute_path(place: str) -> Path:
+    return Path(place).absolute()
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m sambalm.data_pipeline.recipes.web",
@@ -267,7 +281,7 @@ def _parser() -> ArgumentParser:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", required=True, help="folder with the input files, or its URL")
+    add("--input", required=True, type=_absolute, help="folder with the input files, or its URL")
     add("--format", required=True, choices=("jsonl", "parquet", "warc"), help="what the files are")
     add("--glob", help="which files of the folder, as in '*/wet/*.gz'; all without it")
     add("--text-key", default="text", help="key or column of the text")
@@ -276,15 +290,15 @@ def _parser() -> ArgumentParser:
     add("--language-threshold", type=float, default=0.65, help="least probability of the language")
     add("--quality", action=BooleanOptionalAction, default=True, help="Gopher's rules for repetition and quality")
     add("--deduplicate", action=BooleanOptionalAction, default=True, help="MinHash over all input")
-    add("--tokenizer", type=Path, required=True, help="as in `sambalm data preprocess`")
+    add("--tokenizer", type=_absolute_path, required=True, help="as in `sambalm data preprocess`")
     add("--eos", action=BooleanOptionalAction, default=True, help="the end-of-text token after each document")
     add("--eos-token", help="the end-of-text token, where the tokenizer does not name it")
     add("--special-tokens", action="store_true", help="special tokens written out in the text become their ids")
     add("--shard-tokens", type=int, default=2**30, help="a shard takes at most so many tokens, or one longer document")
-    add("--output", type=Path, required=True, help="prefix of the shards")
+    add("--output", type=_absolute_path, required=True, help="prefix of the shards")
     add(
         "--work",
-        type=Path,
+        type=_absolute_path,
         required=True,
         help="folder for logs and what lies between the stages, seen by all machines",
     )

@@ -154,6 +154,8 @@ def test_a_language_is_kept():
     english, french = "The cat sat on the mat and looked at the dog.", "Le chat regarde le chien qui dort sur le lit."
     kept = step.run(documents([english, french, english]))
     assert [document.text for document in kept] == [english, english]
+    with pytest.raises(DataError, match="'xx'; it knows ace, af,"):
+        list(KeepLanguage("xx", threshold=0.65).run(documents([english])))
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +322,7 @@ def test_a_recipe_says_what_is_wrong_in_one_sentence(tmp_path, folder, tokenizer
     assert "tasks=0" in said(command(folder, tokenizer, tmp_path, "--tasks", 0))
     other = tmp_path / "other.model"
     assert "other.model" in said([*command(folder, tokenizer, tmp_path), "--tokenizer", str(other)])
+    assert "'zz'" in said(command(folder, tokenizer, tmp_path, "--language", "zz"))
     assert "--partition" in said(command(folder, tokenizer, tmp_path, "--executor", "slurm"))
     assert "d.json exists already" in said([*command(folder, tokenizer, place), "--work", str(tmp_path / "other")])
     assert main(command(folder, tokenizer, place, "--tasks", 4)) == 0  # all is done
