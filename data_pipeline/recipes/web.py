@@ -210,6 +210,8 @@ def run(recipe: WebRecipe, machines: Machines) -> None:
 
     Raises DataError as `prepare` does and where tasks of a stage did not end, and ImportError for a missing package.
     """
+    if machines.workers < 1:
+        raise DataError(f"workers={machines.workers} must be at least 1")
     prepare(recipe)
     if machines.executor == "slurm" and not machines.partition:
         raise DataError("Slurm needs a partition; name it with --partition")
@@ -221,7 +223,7 @@ def run(recipe: WebRecipe, machines: Machines) -> None:
     for stage in stages(recipe):
         executor = _executor(stage, recipe, machines, after=last)
         if machines.executor != "slurm":
-            executor.run()
+            _run(executor, stage, recipe)
             if left := executor.get_incomplete_ranks():
                 raise DataError(
                     f"{len(left)} of {stage.tasks} tasks of the stage {stage.name!r} did not end; see "
@@ -230,6 +232,18 @@ def run(recipe: WebRecipe, machines: Machines) -> None:
         last = executor
     if machines.executor == "slurm" and last:
         last.run()  # submits those before it as well
+
+
+def _run(executor: "PipelineExecutor", stage: Stage, recipe: WebRecipe) -> None:
+    try:
+        executor.run()
+    except (DataError, ImportError):
+        raise
+    except Exception as error:  # whatever a step of datatrove raises, which its log has in full
+        raise DataError(
+            f"a task of the stage {stage.name!r} failed: {first_line(error)}; see {recipe.work / 'logs' / stage.name}, "
+            "and the same command goes on"
+        ) from error
 
 
 def _executor(

@@ -322,8 +322,16 @@ def test_a_recipe_says_what_is_wrong_in_one_sentence(tmp_path, folder, tokenizer
     assert "tasks=0" in said(command(folder, tokenizer, tmp_path, "--tasks", 0))
     other = tmp_path / "other.model"
     assert "other.model" in said([*command(folder, tokenizer, tmp_path), "--tokenizer", str(other)])
+    assert "workers=0" in said(command(folder, tokenizer, tmp_path, "--workers", 0))
     assert "'zz'" in said(command(folder, tokenizer, tmp_path, "--language", "zz"))
     assert "--partition" in said(command(folder, tokenizer, tmp_path, "--executor", "slurm"))
     assert "d.json exists already" in said([*command(folder, tokenizer, place), "--work", str(tmp_path / "other")])
     assert main(command(folder, tokenizer, place, "--tasks", 4)) == 0  # all is done
     assert contents(whole) == before
+
+
+def test_nothing_left_ends_in_one_sentence(tmp_path, tokenizer, capsys):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", [GIBBERISH])
+    assert main(command(tmp_path / "in", tokenizer, tmp_path)) == 2
+    assert "a task of the stage 'signatures' failed" in capsys.readouterr().err.splitlines()[-1]
