@@ -6,6 +6,7 @@
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
 # make test-vllm  the plug-in for vLLM in vLLM's CPU build, for which it makes an environment of its own, .venv-vllm
+# make test-datatrove  datatrove's pipelines to shards, in an environment over .venv, .venv-datatrove
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   what pre-commit runs too: make style, types, spelling and scripts
 # make clean  removes what the demo made; .venv stays
@@ -17,7 +18,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults test-slurm test-finetuning test-vllm compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults test-slurm test-finetuning test-vllm test-datatrove compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -86,6 +87,17 @@ test-finetuning: .venv-finetuning/installed
 
 test-vllm: .venv/installed .venv-vllm/installed
 	$(BIN)/python -m pytest tests/hf/test_vllm.py -m long -rs
+
+.venv-datatrove/installed: .venv/installed
+	$(PYTHON) -m venv .venv-datatrove
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" > \
+		$$(echo .venv-datatrove/lib/python*/site-packages)/venv.pth
+	.venv-datatrove/bin/pip install --quiet --editable '.[data]'
+	touch $@
+
+test-datatrove: .venv-datatrove/installed
+	sh tests/slurm/install.sh
+	.venv-datatrove/bin/python -m pytest tests/data/test_datatrove.py tests/slurm/test_datatrove.py -m "slurm or not slurm" -rs
 
 compare: .venv/installed
 	$(if $(BASE),,$(error give the commit to compare with: make compare BASE=<commit>))

@@ -77,6 +77,21 @@ setup(
         # Writers of metrics (docs/operations.md).
         "mlflow": ["mlflow-skinny>=3"],
         "wandb": ["wandb>=0.20"],
+        # Pipelines of datatrove (docs/data.md). Of its own extras these are what English text needs: spacy for words,
+        # trafilatura for WARC, and no nltk, stanza or fastText.
+        "data": [
+            "datatrove>=0.10,<0.11",
+            "fasteners>=0.19",
+            "faust-cchardet>=2.1",
+            "lxml-html-clean>=0.4",
+            "py3langid>=0.4",
+            "python-magic>=0.4",
+            "regex>=2024.5",
+            "spacy>=3.8",
+            "trafilatura>=1.8,<1.12",
+            "warcio>=1.7",
+            "xxhash<4",
+        ],
         # Object stores as inputs of `sambalm data`.
         "gcs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],

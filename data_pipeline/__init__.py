@@ -17,6 +17,8 @@ made_documents  passkeys and phone books, made from a seed
 workers       processes that tokenise, and their batches in the order of the input
 shuffle       documents in an order drawn from a seed, in bounded memory
 preprocess    text to token shards: read this first
+datatrove     the same encoder and shards as steps of datatrove's pipelines, where that is installed
+recipes       whole such pipelines: web takes raw text through filters and deduplication to shards
 verify        every byte against the manifest
 inspection    statistics, documents and samples for people to read
 blend         what a blend of sources will draw

@@ -3,7 +3,7 @@
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,14 @@ class EncoderConfig:
         return self.chat is not None and self.chat.loss == ASSISTANT
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer alone."""
-        return load_tokenizer(self.tokenizer, eos_token=self.eos_token, special_tokens=self.special_tokens)
+        """The tokenizer alone. Raises DataError where it names no EOS that is to be appended."""
+        tokenizer = load_tokenizer(self.tokenizer, eos_token=self.eos_token, special_tokens=self.special_tokens)
+        if self.append_eos and tokenizer.eos_id < 0:
+            raise DataError(
+                f"the tokenizer {self.tokenizer} names no EOS; name the token that ends a document with --eos-token, "
+                "or append none with --no-eos"
+            )
+        return tokenizer
 
 
 class Encoder:
@@ -81,11 +87,12 @@ class Encoder:
         """All records of the piece. Raises DataError for a spoilt file and for ids outside the vocabulary."""
         try:
             records = piece.records(self._config.reading)
-            return self._encode_chats(records, self._chat) if self._chat else self._encode_records(records)
+            return self._encode_chats(records, self._chat) if self._chat else self.encode_records(records)
         except OSError as error:
             raise DataError(f"cannot read {piece.file.name}: {error.strerror or error}") from error
 
-    def _encode_records(self, records: Iterator[Document | BadRecord]) -> TokenBatch:
+    def encode_records(self, records: Iterable[Document | BadRecord]) -> TokenBatch:
+        """Records that somebody else has read. Raises DataError for ids outside the vocabulary."""
         lengths: list[int] = []
         positions: list[int] = []
         text_bytes: list[int] = []

@@ -81,6 +81,7 @@ def merge_parts(
     """Write the manifest once every part is complete and remove their logs; None while one is not.
 
     Whichever part ends last does this, or any part that is run again. Two at once write the same bytes.
+    Sources that only a part's log names follow `files`, part by part.
     Raises DataError where a part was made in another way, or nothing holds a token.
     """
     done = []
@@ -96,11 +97,15 @@ def merge_parts(
             )
         done.append(progress)
     sources = [SourceEntry(path=file.name, size_bytes=file.size_bytes, records=0) for file in files]
-    shards = [shard for progress in done for shard in _numbered(progress, sources)]
+    shards: list[ShardEntry] = []
+    for progress in done:
+        first = len(sources) if progress.sources else 0
+        sources += [SourceEntry(path=path, records=0) for path in progress.sources]
+        shards += _numbered(progress, sources, first_source=first)
     skipped = sum(source.skipped for source in sources)
     malformed = sum(source.malformed for source in sources)
     if not shards:
-        _remove_logs(prefix, part)
+        remove_logs(prefix, part)
         raise DataError(
             f"the inputs hold no tokens: {skipped} documents are empty and {malformed} records are malformed"
         )
@@ -113,20 +118,24 @@ def merge_parts(
         options=run.options,
     )
     write_manifest(prefix, manifest)
-    _remove_logs(prefix, part)
+    remove_logs(prefix, part)
     return manifest
 
 
-def _remove_logs(prefix: Path, part: Part) -> None:
+def remove_logs(prefix: Path, part: Part) -> None:
+    """Remove the logs of all parts, which the manifest has replaced."""
     for other in part.all():
         other.progress_path(prefix).unlink(missing_ok=True)
 
 
-def _numbered(progress: Progress, sources: list[SourceEntry]) -> list[ShardEntry]:
-    """The part's shards with records numbered from the beginning of each file, which only the parts before know."""
-    before = {found.source: sources[found.source].records or 0 for found in _ranges(progress)}
+def _numbered(progress: Progress, sources: list[SourceEntry], *, first_source: int) -> list[ShardEntry]:
+    """The part's shards with records numbered from the beginning of each file, which only the parts before know.
+
+    The part numbers its sources from `first_source` on.
+    """
+    before = {found.source: sources[first_source + found.source].records or 0 for found in _ranges(progress)}
     for found in _ranges(progress):
-        entry = sources[found.source]
+        entry = sources[first_source + found.source]
         entry.records = (entry.records or 0) + found.records
         entry.skipped += found.skipped
         entry.malformed += found.malformed
@@ -134,7 +143,10 @@ def _numbered(progress: Progress, sources: list[SourceEntry]) -> list[ShardEntry
         shard.model_copy(
             update={
                 "sources": [
-                    found.model_copy(update={"first": found.first + before[found.source]}) for found in shard.sources
+                    found.model_copy(
+                        update={"first": found.first + before[found.source], "source": first_source + found.source}
+                    )
+                    for found in shard.sources
                 ]
             }
         )

@@ -184,11 +184,6 @@ class _Run:
         self._tokenizer = config.encoder().load_tokenizer()
         if config.chat:
             _check_conversations(files, config.chat, self._tokenizer)
-        if config.append_eos and self._tokenizer.eos_id < 0:
-            raise DataError(
-                f"the tokenizer {config.tokenizer} names no EOS; name the token that ends a document with --eos-token, "
-                "or append none with --no-eos"
-            )
         self._identity = RunIdentity(
             tokenizer_sha256=self._tokenizer.sha256,
             options=config.recorded(),

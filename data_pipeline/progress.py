@@ -3,7 +3,8 @@
 import fcntl
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -62,11 +63,15 @@ class _Commit(BaseModel):
 
 
 class _End(BaseModel):
-    """The last line: records without tokens that belong to no shard, because there was none."""
+    """The last line: records without tokens that belong to no shard, because there was none.
+
+    `sources` name the input files where only who has read them knows.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     rest: list[SourceRange]
+    sources: list[str] = []
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Progress:
     shards: list[ShardEntry]
     next: Position | None = None
     rest: list[SourceRange] | None = None
+    sources: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -107,7 +113,8 @@ def _parse(content: bytes, path: Path) -> tuple[Progress | None, int]:
         progress = Progress(_Header.model_validate_json(lines[0]).run, [])
         for line in lines[1:]:
             if "rest" in json.loads(line):
-                progress.rest = _End.model_validate_json(line).rest
+                end = _End.model_validate_json(line)
+                progress.rest, progress.sources = end.rest, end.sources
             else:
                 commit = _Commit.model_validate_json(line)
                 progress.shards.append(commit.shard)
@@ -199,10 +206,18 @@ class ProgressLog:
         self.progress.shards.append(shard)
         self.progress.next = following
 
-    def finish(self, rest: list[SourceRange]) -> None:
-        """Record that nothing is left."""
-        self._append(_End(rest=rest))
-        self.progress.rest = rest
+    def finish(self, rest: list[SourceRange], sources: Sequence[str] = ()) -> None:
+        """Record that nothing is left. `sources` as in `_End`."""
+        self._append(_End(rest=rest, sources=list(sources)))
+        self.progress.rest, self.progress.sources = rest, list(sources)
+
+    def restart(self) -> None:
+        """Forget all shards, which are to be made again."""
+        # The header stays whatever happens: without it the shards would look like somebody else's.
+        self._file.seek(0)
+        self._file.truncate(self._file.read().index(b"\n") + 1)
+        os.fsync(self._file.fileno())
+        self.progress = Progress(self.progress.run, [])
 
     def _append(self, line: BaseModel) -> None:
         content = memoryview(line.model_dump_json().encode() + b"\n")

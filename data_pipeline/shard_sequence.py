@@ -1,6 +1,6 @@
 """Packing token batches into consecutive shards, each committed as soon as it is full."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +97,12 @@ class ShardSequence:
         self._log.commit(entry, self._next)
         self._ranges, self._text_bytes = [], 0
 
-    def finish(self, end: Position) -> None:
-        """Commit the last shard; `end` is where no record is left."""
+    def finish(self, end: Position, sources: Sequence[str] = ()) -> None:
+        """Commit the last shard; `end` is where no record is left. `sources` as in ProgressLog.finish."""
         if self._writer:
             self._next = end
             self._commit()
-        self._log.finish(self._ranges)
+        self._log.finish(self._ranges, sources)
 
     def discard(self) -> None:
         """Remove what is not committed; after `finish` there is nothing."""
