@@ -160,7 +160,6 @@ def test_it_counts_the_parameters_that_its_layer_has(letter, ranks):
     counts, held = one.parameters(config, tensor_ranks=ranks), dict(layer.mixer.named_parameters())
     assert {each.name: each.shape for each in counts} == {name: tuple(value.shape) for name, value in held.items()}
     assert [each.name for each in counts if each.takes_fp8] == [n for n, v in held.items() if info_of(v).takes_fp8]
-    assert one.modules == sum(any(True for _ in module.parameters(recurse=False)) for module in layer.modules())
 
 
 def test_it_is_counted():
