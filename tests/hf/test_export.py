@@ -252,7 +252,7 @@ def test_not_a_number_is_refused(export):
     with pytest.raises(HFError, match=r"final_norm\.weight"):
         export(state, config)
     state.tensors["final_norm.weight"] = torch.full_like(state.tensors["final_norm.weight"], 3e38)
-    with pytest.raises(HFError, match="logits of the exported model differ .* by nan"):  # both models' overflow
+    with pytest.raises(HFError, match=r"logits of the exported model differ .* by nan"):  # both models' overflow
         export(state, config)
 
 

@@ -112,7 +112,9 @@ def test_they_count_the_parameters_that_their_layers_have(ranks):
 
 def test_their_initial_decays():
     heads = {"num_heads": 64, "head_dim": 2}
-    config = ModelConfig(**run_values(model=MODEL | {"mixers": {"gated_deltanet": heads, "kimi_delta": heads}})["model"])
+    config = ModelConfig(
+        **run_values(model=MODEL | {"mixers": {"gated_deltanet": heads, "kimi_delta": heads}})["model"]
+    )
     model = Samba(config)
     initialize_parameters(model, seed=0)
     held = dict(model.named_parameters())
