@@ -42,6 +42,16 @@ def test_the_fast_path_gives_the_references_ids(tokenizer):
         assert _split(fast, [text]) == [tokenizer.encode(text)]
 
 
+def test_the_fast_path_is_not_taken_unproven(tokenizer, monkeypatch):
+    for texts in ([], ["", ""]):
+        with pytest.raises(NotProven, match="there was no text to prove"):
+            FastPath.proven(tokenizer, texts)
+    exact = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: [ids[::-1] for ids in exact(texts)])  # another version
+    with pytest.raises(NotProven, match="gives other ids for the text that begins with 'a stone'"):
+        FastPath.proven(tokenizer, ["", "a stone"])
+
+
 def test_gigatoken_alone_would_inject_special_ids(tokenizer):
     """Why documents with literal special pieces go another way."""
     alone = tokenizer.fast().encode("a </s>b").tolist()

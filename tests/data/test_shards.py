@@ -57,8 +57,11 @@ def test_a_document_without_tokens_is_refused(tmp_path):
 
 def test_a_committed_shard_survives_a_power_loss(tmp_path, monkeypatch):
     calls = noted_operations(monkeypatch)
-    write_shard(tmp_path / "data", [[1, 2], [3]], vocab_size=100)
-    for extension in ("bin", "idx"):
+    writer = ShardWriter(tmp_path / "data", 100, masked=True)
+    writer.add([1, 2], np.array([True, False]))
+    writer.finish()
+    writer.commit()
+    for extension in ("bin", "idx", "mask"):
         assert_lasts(calls, tmp_path / f"data.{extension}")
 
 

@@ -11,9 +11,9 @@ from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
-from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.task import Item, Surroundings
 from sambalm.evaluation.tasks import words as words_module
-from sambalm.evaluation.tasks.long_texts import LongTextTask
+from sambalm.evaluation.tasks.long_texts import LongTextTask, Question
 from sambalm.evaluation.tasks.registry import TASKS
 from tests.evaluation.oracle import Oracle
 from tests.evaluation.test_runner import quiet
@@ -188,3 +188,13 @@ def test_a_length_that_is_too_short_is_refused_with_what_it_takes(name, tokenize
 def test_draws_of_two_samples_are_not_those_of_two_others():
     """The generator's seed is a text, of which random makes a hash that differs for every cell and sample."""
     assert random.Random("0 length=4/depth=0 1").random() != random.Random("0 length=4/depth=0 2").random()
+
+
+def test_an_answer_has_the_tokens_that_its_own_question_gives(tokenizer, monkeypatch):
+    """Beside one in the same batch that gives more."""
+    task = task_of("passkey", Oracle(tokenizer, lambda text: " one two three four 9"))
+    ids = tokenizer.encode("a question")
+    questions = [Question(ids, ["9"], 2), Question(ids, ["9"], 40)]
+    monkeypatch.setattr(task, "numbered_question", lambda cell, sample: questions[sample])
+    items = [Item(str(number), len(ids), content=(None, number)) for number in range(2)]
+    assert [record["score"] for record in task.measure(items, lambda _: None)] == [0, 1]

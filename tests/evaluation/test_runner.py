@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
+from sambalm.evaluation import runner
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.ranks import Alone
 from sambalm.evaluation.records import FILE_NAME, Records
 from sambalm.evaluation.runner import Plan, evaluate
-from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.task import Item, Surroundings
 from sambalm.evaluation.tasks.passkey import Passkey
 from tests.evaluation.oracle import Oracle
 
@@ -82,6 +83,22 @@ def test_batches_change_nothing(model, tmp_path):
     assert without_times(results[0]) == without_times(results[1]) == without_times(results[2])
 
 
+@pytest.mark.parametrize(
+    ("batch_tokens", "pads", "wanted"),
+    [
+        (1, True, ["a", "b", "c", "d"]),
+        (16, True, ["ab", "c", "d"]),
+        (18, True, ["ab", "cd"]),
+        (99, False, ["ab", "c", "d"]),
+    ],
+)
+def test_batches_hold_as_many_rows_as_fit(batch_tokens, pads, wanted):
+    """Items of four rows of 2 tokens each, two of 6, and one of 4."""
+    items = [Item("a", 8, rows=4), Item("b", 8, rows=4), Item("c", 12, rows=2), Item("d", 4)]
+    found = runner._batches(items, batch_tokens=batch_tokens, pads=pads)
+    assert ["".join(item.id for item in batch) for batch in found] == wanted
+
+
 @pytest.mark.parametrize("change", ["setting", "weights", "tokenizer"])
 def test_what_differs_is_kept_apart(change, model, tmp_path, monkeypatch):
     before = run(model, tmp_path)
@@ -145,3 +162,5 @@ def test_a_model_of_learned_positions_is_told_before_the_first_item(model, tmp_p
     ):
         run(model, tmp_path)
     assert model.texts == []
+    model.max_tokens = 400
+    assert run(model, tmp_path).tokens == 4200

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from sambalm.model.hf import HFError, SambaForCausalLM, load_for_generation
@@ -250,6 +251,9 @@ def test_not_a_number_is_refused(export):
     state.tensors["final_norm.weight"][3] = float("nan")
     with pytest.raises(HFError, match=r"final_norm\.weight"):
         export(state, config)
+    state.tensors["final_norm.weight"] = torch.full_like(state.tensors["final_norm.weight"], 3e38)
+    with pytest.raises(HFError, match=r"logits of the exported model differ .* by nan"):  # both models' overflow
+        export(state, config)
 
 
 def test_verification_alone(exported, documents, sentencepiece_model):
@@ -401,6 +405,13 @@ def test_folders_that_cannot_be_loaded(exported, tmp_path, sentencepiece_model):
         load_for_generation(wrong)
     with pytest.raises(HFError, match=r"lacks tensor lm_head\.weight"):
         FolderState(wrong, load_config(wrong))
+    other = broken("other weights")
+    shard, index = sorted(other.glob("*.safetensors"))[0], json.loads((other / INDEX_FILE).read_text())
+    save_file(load_file(shard) | {"backbone.more.weight": torch.ones(1)}, shard, {"format": "pt"})
+    index["weight_map"]["backbone.more.weight"] = shard.name
+    (other / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(HFError, match=r"have an unknown backbone\.more\.weight"):
+        load_for_generation(other)
     truncated = broken("truncated")
     shard = sorted(truncated.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-50])

@@ -53,7 +53,8 @@ def test_scores_are_those_of_one_forward(pattern, logits_at_once, short_pieces, 
     ids[:, 5::4] = logits.argmax(-1)[:, 4:-1:4]  # some of the likeliest, which changes what follows
     logits = model(ids).logits
     expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    stream, told = Stream(model, rows=2), []
+    stream, told, at_once = Stream(model, rows=2), [], []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: at_once.append(inputs[0].shape[1]))
     first = stream.score(ids[:, :12], progress=lambda done, total: told.append((done, total)))
     parts = zip(first, stream.score(ids[:, 12:13]), stream.score(ids[:, 13:]), strict=True)
     scores, is_likeliest = (torch.cat(part, dim=1) for part in parts)
@@ -65,6 +66,7 @@ def test_scores_are_those_of_one_forward(pattern, logits_at_once, short_pieces, 
     torch.testing.assert_close(stream.logits, logits[:, -1], atol=1e-5, rtol=1e-5)
     assert told == [(5, 12), (10, 12), (12, 12)]
     assert stream.seen_tokens == [23, 23]
+    assert max(at_once) == min(logits_at_once, 5)  # of each of the two rows
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "M"])
@@ -102,6 +104,10 @@ def test_a_state_of_another_model_is_refused(tmp_path):
             Stream.load(model, tmp_path / name)
     with pytest.raises(HFError, match=r"cannot be written to .*nowhere"):
         stream.save(tmp_path / "nowhere" / "state")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(HFError, match=r"cannot be written to .*folder"):
+        stream.save(tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == names  # nothing half-written stays
 
 
 def test_any_changed_weight_changes_the_fingerprint():

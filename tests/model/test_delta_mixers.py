@@ -14,7 +14,7 @@ from sambalm.model.parameters import count_parameters
 from sambalm.model.registry import mixer
 from sambalm.model.samba import Samba, Sublayer
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.sharding import canonical_slices
+from sambalm.parallel.sharding import canonical_slices, initialize_parameters
 from sambalm.parallel.zero.parameter_info import info_of
 from sambalm.pretrain.check_layout import whole
 from sambalm.pretrain.config_file import load_config, parse_config
@@ -108,6 +108,23 @@ def test_they_count_the_parameters_that_their_layers_have(ranks):
             info = info_of(held[each.name])
             found = (info.matmul_only, info.takes_fp8, info.weight_decay)
             assert found == (each.matmul_only, each.takes_fp8, each.decays), each.name
+
+
+def test_their_initial_decays():
+    heads = {"num_heads": 64, "head_dim": 2}
+    config = ModelConfig(
+        **run_values(model=MODEL | {"mixers": {"gated_deltanet": heads, "kimi_delta": heads}})["model"]
+    )
+    model = Samba(config)
+    initialize_parameters(model, seed=0)
+    held = dict(model.named_parameters())
+    for number, lowest in ((0, 1e-4), (1, 1.0)):  # Gated DeltaNet's, Kimi's
+        rates, steps = held[f"layers.{number}.mixer.A_log"].exp(), held[f"layers.{number}.mixer.dt_bias"]
+        assert lowest <= rates.min() < lowest + 1
+        assert 15 < rates.max() <= 16
+        steps = torch.nn.functional.softplus(steps)
+        assert 0.99e-3 <= steps.min() < 2e-3
+        assert 0.08 < steps.max() <= 0.101
 
 
 def test_they_are_counted():

@@ -13,6 +13,7 @@ from sambalm.model.mixers.mamba2 import layer as layers
 from sambalm.model.ops import external
 from sambalm.model.ops.implementations import KernelRequirements
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
+from sambalm.model.ops.reference.ssd_scan import ssd_scan
 from sambalm.model.ops.registry import TORCH_KERNELS, why_unavailable
 from sambalm.model.parameters import count_parameters
 from sambalm.model.registry import mixer
@@ -121,6 +122,26 @@ def test_mistakes_are_seen(mistake, parallel, ranks, documents, alone):
     results = steps(parallel, ranks=ranks, documents=documents, mistake=mistake, count=1)
     worst = differences([result.gradients for result in results], whole(alone(2, documents).gradients))
     assert max(worst.values()) > 1e-3
+
+
+def test_what_is_left_of_a_state_is_what_the_scan_leaves():
+    """With and without a document that begins within the part: in the first row at its start, nowhere in the second."""
+    generator = torch.Generator().manual_seed(0)
+    x, dt, B, C, A, D, bias, state = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 9, 4, 3), (2, 9, 4), (2, 9, 2, 5), (2, 9, 2, 5), (4,), (4,), (4,), (2, 4, 3, 5))
+    )
+    A, bias = -A.exp() / 10, bias - 1  # so that much is left
+    resets = torch.zeros(2, 9, dtype=torch.bool)
+    resets[0, 0] = True
+    for given in (None, resets, resets.roll(4, dims=1)):
+        ends = [
+            ssd_scan(x, dt, A, B, C, D=D, dt_bias=bias, initial_state=start, resets=given)[1]
+            for start in (state, torch.zeros_like(state))
+        ]
+        left = layers.decay_over(dt, A, bias, given)
+        torch.testing.assert_close(left * state, ends[0] - ends[1])
+        assert left[1].max() > 0.1
 
 
 @pytest.mark.parametrize(("channels", "features"), [(24, 27), (24, 32), (20, 41)])

@@ -1,6 +1,7 @@
 """What is attached to parameters: one info, made with them, readable without anything heavier than torch."""
 
 import ast
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 
 from sambalm.model.config import ModelConfig
+from sambalm.model.registry import weight_copies
 from sambalm.model.samba import Samba
+from sambalm.parallel.groups import TensorParallel
+from sambalm.parallel.sharding import canonical_slices
 from sambalm.parallel.zero import parameter_info
 from sambalm.parallel.zero.parameter_info import ParameterInfo, attach_info, find_info, info_of
 from sambalm.pretrain.gradient_buckets import gradient_buckets
@@ -48,6 +52,22 @@ def test_matrices_decay_but_for_mambas_rates():
     assert not rest.weight_decay
     assert {names[p] for p in rest.parameters if p.dim() > 1} == {"layers.0.mixer.A_log", "layers.4.mixer.A_log"}
     assert {p.dim() for bucket in decayed for p in bucket.parameters} == {2}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_tensor_parallel_rank_owns_each_number(ranks):
+    """Of all that ranks hold, copies included: what two own counts twice in the norm and is saved twice."""
+    sizes = {"mamba2": {"head_dim": 6, "groups": 4}, "gated_deltanet": {"num_heads": 5}, "kimi_delta": {"num_heads": 5}}
+    config = ModelConfig(**MODEL | {"pattern": "M*-GKSUFX", "mixers": sizes})
+    copies = weight_copies(config, tensor_ranks=ranks)
+    owned: dict[str, list[int]] = {}
+    for rank in range(ranks):
+        with torch.device("meta"):
+            model = Samba(config, tp=TensorParallel(rank=rank, size=ranks, copy_groups={copies: None}))
+        for name, parameter, piece in canonical_slices(model):
+            numbers = math.prod(piece.sizes) if info_of(parameter).owned else 0
+            owned.setdefault(name, [math.prod(piece.shape)]).append(numbers)
+    assert {n: sum(held) for n, (_, *held) in owned.items()} == {n: whole for n, (whole, *_) in owned.items()}
 
 
 def attributes_on_rank(values: dict) -> set[str]:

@@ -113,15 +113,26 @@ def test_known_mistakes_are_seen(mistake, stage):
         assert [*result.losses, *result.norms] != pytest.approx([*expected.losses, *expected.norms], rel=1e-4)
 
 
-def held_on_rank(values: dict) -> tuple[dict[str, int], bool]:
-    """The elements that a rank has memory for, and whether a partitioned parameter has numbers."""
+def held_on_rank(values: dict) -> tuple[dict[str, int], bool, list[int]]:
+    """The elements that a rank has memory for, whether a partitioned parameter has numbers, and buckets that came late.
+
+    Of the last are those that a product asked for before they had been sent.
+    """
     from sambalm.parallel.groups import start_world
     from sambalm.parallel.zero.parameter_info import info_of
     from sambalm.pretrain.config_file import parse_config
     from sambalm.pretrain.training import build_training
 
+    of, late = PartitionedWeights.of, []
+
+    def watched(weights, some, dtype):
+        place = weights.place_of[some[0]]
+        late.extend([place] if weights.held[place % partitioned_weights.SLOTS] != place else [])
+        return of(weights, some, dtype)
+
     config = parse_config(values, source="test")
-    with start_world(config.parallel) as world:
+    with start_world(config.parallel) as world, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(PartitionedWeights, "of", watched)
         training = build_training(config, world=world, checkpoint=None)
         training.executor.train_step(batches(0, config=config, world=world))
         gradients, weights = training.executor.gradients, training.executor.weights
@@ -135,7 +146,7 @@ def held_on_rank(values: dict) -> tuple[dict[str, int], bool]:
         parts = [p for p in training.chunks[0].parameters() if info_of(p).is_partitioned]
         held = {name: sum(sizes.values()) for name, sizes in storages.items()}
         held["parameters"] = sum(parameter.numel() for parameter in training.chunks[0].parameters())
-        return held, any(bool(parameter.isfinite().any()) for parameter in parts)
+        return held, any(bool(parameter.isfinite().any()) for parameter in parts), late
 
 
 def test_ranks_keep_shares():
@@ -143,8 +154,9 @@ def test_ranks_keep_shares():
     held = {}
     for stage in (1, 2, 3):
         values = run_values(model=PATTERN | {"vocab_size": 32}, parallel={"zero_stage": stage})
-        held[stage], numbers = run_world(held_on_rank, values, ranks=4)[0]
+        held[stage], numbers, late = run_world(held_on_rank, values, ranks=4)[0]
         assert not numbers
+        assert late == []  # the next one, forward or backward, is sent while products compute with one
     everything = held[1]["parameters"]
     assert held[1]["gradients"] >= everything
     assert held[1]["weights"] >= everything

@@ -163,6 +163,18 @@ def test_a_save_that_is_due_meets_one_under_way(run_values, when_busy, capsys):
     assert host.writer.started[-1] == (20, 80)
 
 
+def test_a_request_that_found_no_fit_state_is_dropped_where_the_next_step_is_busy(run_values):
+    host = Host(run_values, when_busy="skip")
+    host.unfit = {4: "the last step was skipped"}
+    host.step(3)
+    host.step(4, Request.SAVE)
+    assert host.checkpointer.acts_on(5)
+    assert host.step(5) == {}
+    assert not host.checkpointer.acts_on(7)
+    assert host.writer.started == [(3, 12)]
+    assert host.step(7)["checkpoint_skips"] == 1
+
+
 def test_only_failures_in_a_row_end_a_run(run_values):
     host = Host(run_values, max_failed_saves=2)
     host.writer.failing = {3, 9, 12}

@@ -214,7 +214,8 @@ def handed_on_rank(values: dict) -> tuple[int, Counter]:
 # In `make test` TP2 + SP and PP2.
 @pytest.mark.parametrize(("ranks", "parallel"), slow_except([LAYOUTS[4], LAYOUTS[10]], LAYOUTS), ids=str)
 def test_communication_is_what_a_real_step_hands_over(ranks, parallel):
-    config = config_of(parallel=parallel, hidden_size=128, mlp_size=256, vocab_size=1024)
+    train = {"global_batch_tokens": 8 * 192}  # two micro-batches of two replicas
+    config = config_of(parallel=parallel, train=train, hidden_size=128, mlp_size=256, vocab_size=1024)
     found: dict[int, Counter] = {}
     for stage, handed in run_world(handed_on_rank, config.model_dump(), ranks=ranks):
         found[stage] = found.get(stage, Counter()) | handed  # of the rank that hands over most

@@ -64,6 +64,17 @@ def test_every_nth_stays_for_ever(run):
     assert steps(run) == [6, 12, 18, 21]
 
 
+def test_either_the_name_or_the_record_keeps_an_nth(run):
+    """One of the two may be wrong, and none says which: 6 is called 7, and 9 is called 12."""
+    folders = run / "checkpoints"
+    (folders / "step_00000006").rename(folders / "step_00000007")
+    make_checkpoint(run, 15)
+    retention = Retention(run, keep=1, keep_every_steps=6)
+    (folders / "step_00000012").rename(folders / "step_00000013")
+    (folders / "step_00000009").rename(folders / "step_00000012")
+    assert [folder.name for folder in retention.prune()] == ["step_00000003"]
+
+
 def test_a_checkpoint_that_a_run_does_not_go_back_to_is_not_kept_instead_of_a_good_one(run):
     make_checkpoint(run, 15, hooks={"guards": {"in_a_row": 2}})
     Retention(run, keep=1).prune()

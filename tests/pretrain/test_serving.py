@@ -137,6 +137,9 @@ def test_samples_and_seeds_are_those_of_generate(client, generated):
     assert [choice.text for choice in answer.choices] == [record["text"] for record in records]
     assert len({record["text"] for record in records}) == 3
     assert len({complete(client, temperature=1).choices[0].text for _ in range(3)}) == 3, "no seed: another each time"
+    first = complete(client, seed=5, temperature=1).choices[0].text
+    for all_tokens in ({"top_k": -1}, {"top_k": 0}, {"top_p": 1, "min_p": 0, "repetition_penalty": 1}):
+        assert complete(client, seed=5, temperature=1, extra_body=all_tokens).choices[0].text == first
 
 
 def test_stop_strings_end_before_themselves(client, generated):

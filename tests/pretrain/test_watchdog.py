@@ -1,5 +1,7 @@
 """Hangs end: real ranks that stop, or hang in one phase, and what they leave behind."""
 
+import json
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.hang import Board, Position, judge
 from sambalm.pretrain.lifecycle.ledger import Account
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
+from sambalm.pretrain.lifecycle.watchdog import LEFT, Limits, Watchdog
 from sambalm.pretrain.reporting.goodput import read_goodput
 from tests.support import hangs
 from tests.support.runs import Run
@@ -112,6 +115,25 @@ def test_a_phase_that_ends_after_all_calls_the_alarm_off(tmp_path):
     for board in boards:
         board.withdraw()
     assert not boards[0].is_up()
+
+
+def test_only_another_rank_that_has_left_since_this_one_started_ends_it(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, reason, code: ended.append((reason, code)))
+    marks = Marks()
+    watchdog, left = Watchdog(marks, Limits({}), run_dir=tmp_path, rank=0, ranks=2), tmp_path / LEFT
+    for told in ({"rank": 1, "exit_code": ExitCode.REQUEUE}, {"rank": 0, "exit_code": ExitCode.REQUEUE}):
+        left.write_text(json.dumps(told))
+        if told["rank"] == 1:
+            os.utime(left, (1e9, 1e9))  # of an earlier attempt
+        watchdog._look()
+    assert ended == []
+    left.write_text(json.dumps({"rank": 1, "exit_code": ExitCode.REQUEUE}))
+    watchdog._look()
+    assert ended == [("rank 1 left before the first step", ExitCode.REQUEUE)]
+    marks.enter(Phase.FETCH, step=1)
+    watchdog._look()
+    assert len(ended) == 1
 
 
 def test_phases_are_marked_in_any_thread():
