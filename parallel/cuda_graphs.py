@@ -93,6 +93,29 @@ class Captured:
     gradients: list[Tensor | None]
 
 
+class CaptureRule:
+    """Says which steps are launched as CUDA graphs.
+
+    Args:
+        documents: whether documents' starts are taken on the device alone; else packed documents run uncaptured.
+    """
+
+    def __init__(self, *, documents: bool) -> None:
+        self.documents = documents
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Leaves the first steps with micro-batches of another size uncaptured, too."""
+        self.uncaptured_steps = UNCAPTURED_STEPS
+
+    def captures(self, micro_batches: Sequence[MicroBatch]) -> bool:
+        """Says whether a step is captured, once for each."""
+        packed = any(batch.document_starts is not None for batch in micro_batches)
+        captured = self.uncaptured_steps == 0 and (self.documents or not packed)
+        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
+        return captured
+
+
 class CapturedMicroBatches:
     """Runs micro-batches as `run` does, to the same bits.
 
@@ -105,12 +128,12 @@ class CapturedMicroBatches:
     Args:
         run: must do the same for each first, each last and each other micro-batch, and on all ranks.
         last_differs: whether `run` does anything else for the last.
-        documents: whether `run` takes documents' starts on the device alone; else packed documents run uncaptured.
+        documents: of `CaptureRule`.
     """
 
     def __init__(self, run: Run, parameters: Iterable[nn.Parameter], *, last_differs: bool, documents: bool) -> None:
-        self.run, self.parameters, self.last_differs, self.documents = run, list(parameters), last_differs, documents
-        self.uncaptured_steps = UNCAPTURED_STEPS
+        self.run, self.parameters, self.last_differs = run, list(parameters), last_differs
+        self.rule = CaptureRule(documents=documents)
         self.captured: dict[tuple[bool, bool], Captured] = {}  # by whether it is first, and a last that differs
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -119,10 +142,7 @@ class CapturedMicroBatches:
         Raises:
             ParallelError: a micro-batch cannot be captured.
         """
-        packed = any(batch.document_starts is not None for batch in micro_batches)
-        captured = self.uncaptured_steps == 0 and (self.documents or not packed)
-        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
-        return run_in_turn(self._replay if captured else self.run, micro_batches)
+        return run_in_turn(self._replay if self.rule.captures(micro_batches) else self.run, micro_batches)
 
     def clear(self) -> None:
         """Gives the graphs' memory back; the next step captures them again, in a fraction of a second."""
@@ -133,7 +153,7 @@ class CapturedMicroBatches:
     def begin_anew(self) -> None:
         """Prepares for micro-batches of another size, whose first steps are not captured either."""
         self.clear()
-        self.uncaptured_steps = UNCAPTURED_STEPS
+        self.rule.begin_anew()
 
     def _replay(self, batch: MicroBatch, micro_batches: Tensor | int, *, is_first: bool, is_last: bool) -> Tensor:
         kind = is_first, is_last and self.last_differs

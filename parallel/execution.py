@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches, run_in_turn
+from sambalm.parallel.cuda_graphs import CapturedMicroBatches, CaptureRule, run_in_turn
 from sambalm.parallel.groups import World
 from sambalm.parallel.layers.fp8 import Fp8Store
 from sambalm.parallel.layers.linear import fuse_gradient_accumulation
@@ -192,12 +192,13 @@ class PipelinedExecutor(Executor):
         self.gradients, self.weights = gradients, weights
         self.compute_weights, self.fp8 = compute_weights, fp8
         self.embedding_group, self.tied_weight = embedding_group, tied_weight
-        self.captures, self.captures_documents = cuda_graphs and fp8 is None, captures_documents
-        self.uncaptured_steps = UNCAPTURED_STEPS
+        self.rule = CaptureRule(documents=captures_documents) if cuda_graphs and fp8 is None else None
         self.own_gradients: list[Tensor] = []  # where graphs add up those that no replica has a part in
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        captured = self._is_captured(micro_batches)
+        captured = self.rule is not None and self.rule.captures(micro_batches)
+        if captured:
+            self.schedule.capture()
         self._clear(captured=captured)
         if not self.weights:
             self.compute_weights.update()
@@ -220,15 +221,6 @@ class PipelinedExecutor(Executor):
             self.weights.gather()
         return loss
 
-    def _is_captured(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Says whether a step's chunks are launched as CUDA graphs, and has the schedule do so."""
-        packed = any(batch.document_starts is not None for batch in micro_batches)
-        captured = self.captures and self.uncaptured_steps == 0 and (self.captures_documents or not packed)
-        self.uncaptured_steps = max(0, self.uncaptured_steps - 1)
-        if captured:
-            self.schedule.capture()
-        return captured
-
     def _clear(self, *, captured: bool) -> None:
         """Prepares parameters' gradients. Graphs, the same for all micro-batches, add to what is there."""
         if self.gradients:
@@ -246,13 +238,14 @@ class PipelinedExecutor(Executor):
             return self.schedule.losses(micro_batches)
 
     def close(self) -> None:
-        if self.captures and self.uncaptured_steps == 0:
+        if self.rule and self.rule.uncaptured_steps == 0:
             self.schedule.release()
             torch.cuda.empty_cache()
 
     def begin_anew(self) -> None:
         self.close()
-        self.uncaptured_steps = UNCAPTURED_STEPS
+        if self.rule:
+            self.rule.begin_anew()
 
     def buffers(self) -> list[Tensor]:
         return [*self.own_gradients, *_step_buffers(self.gradients, self.weights, self.compute_weights)]

@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class GradientBucket:
-    """A parameter group of the optimizer, which under ZeRO-1 is also one message of gradients and one of weights.
+    """A parameter group of the optimizer, which under ZeRO is also one message of gradients and one of weights.
 
     The optimizer and `FlatGradients` receive the same list. Buckets with a `completed_by` come first in it, in the
     order in which a backward completes them; those of one `completed_by` follow each other.

@@ -21,7 +21,7 @@ from sambalm.model.registry import mixer
 from tests.hf.test_modeling import difference_in_padded_turns, largest_difference, padded
 from tests.support import toy_mixer
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
-from tests.support.remote_code import outputs_by_remote_code
+from tests.support.remote_code import same_by_remote_code
 
 SIZES = {"token_shift": {"channels": 22}}
 PATTERNS = ["MT*-T-", "T", "T-*"]
@@ -106,14 +106,7 @@ def test_a_mixer_of_this_package_beyond_the_first_three_is_described_too(monkeyp
 
 @pytest.mark.slow
 def test_remote_code_needs_neither_package(folder, tmp_path):
-    path = folder[0]
-    tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))
-    given = outputs_by_remote_code(path, tokens, tmp_path)
-    model, _ = load_for_generation(path)
-    with torch.no_grad():
-        assert torch.equal(given["logits"], model(tokens).logits)
-        generated = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(given["generated"], generated)
+    given = same_by_remote_code(folder[0], tmp_path)
     fp32 = {name.removeprefix("fp32 ") for name in given if name.startswith("fp32") and "mix." in name}
     assert fp32 == {f"backbone.layers.{i}.mixer.mix.weight" for i in (1, 3)}
     names = {file.name for file in (tmp_path / "copy").glob("*.py")}

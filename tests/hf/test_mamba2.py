@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from sambalm.model.hf import HFError, load_for_generation
+from sambalm.model.hf import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.folder import FolderState
 from sambalm.model.hf.generate import load_config
@@ -16,7 +16,7 @@ from sambalm.model.hf.verify import verify_export
 from tests.hf import test_packing as packing
 from tests.hf.test_modeling import difference_in_padded_turns, largest_difference, padded
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
-from tests.support.remote_code import outputs_by_remote_code
+from tests.support.remote_code import same_by_remote_code
 
 SIZES = {"mamba2": {"d_state": 5, "head_dim": 4, "groups": 4}}
 PATTERNS = ["SM*-S-", "S"]
@@ -115,11 +115,4 @@ def test_the_verification_finds_a_layer_that_forgets(folder, documents, sentence
 
 @pytest.mark.long
 def test_remote_code_needs_no_package_of_ours(folder, tmp_path):
-    path = folder[0]
-    tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))
-    given = outputs_by_remote_code(path, tokens, tmp_path)
-    model, _ = load_for_generation(path)
-    with torch.no_grad():
-        assert torch.equal(given["logits"], model(tokens).logits)
-        generated = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(given["generated"], generated)
+    same_by_remote_code(folder[0], tmp_path)

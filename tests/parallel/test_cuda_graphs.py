@@ -17,6 +17,7 @@ from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches,
 from sambalm.parallel.errors import ParallelError
 from sambalm.parallel.execution import AccumulatingExecutor
 from sambalm.parallel.micro_batch import MicroBatch
+from sambalm.parallel.pipeline.captured_chunk import CapturedChunk
 
 COUNTS = (1, 2, 4, 1, 3, 4, 1)  # micro-batches of each step
 
@@ -146,13 +147,63 @@ def test_each_launch_takes_the_loss_weights_of_its_micro_batch():
     assert captured_and_not(last_differs=True, documents=True, packed=False, weighted=True).captured
 
 
+class Chunk(nn.Module):
+    """A part of a pipeline, which adds to the hidden stream what its weight makes of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, 9.0))
+
+    def forward(self, tokens, labels, *, hidden, document_starts):
+        found = self.weight[tokens] * labels + (0 if document_starts is None else document_starts)
+        return found.square() if hidden is None else found * hidden
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_micro_batches_under_way_in_a_pipeline_have_slots_of_their_own(is_first, packed):
+    """Up to three forwards wait for their backward, in two steps alike."""
+    torch.manual_seed(0)
+    ours, plain = Chunk(), Chunk()
+    captured = CapturedChunk(ours)
+    ours.weight.grad, plain.weight.grad = torch.zeros(8), torch.zeros(8)  # at the same place in every step
+    for _ in range(2):
+        ours.weight.grad.zero_()
+        plain.weight.grad.zero_()
+        batches = steps_of(6, packed=packed)
+        hidden = [None if is_first else torch.rand(1, 4, requires_grad=True) for _ in batches]
+        copies = [None if one is None else one.detach().clone().requires_grad_() for one in hidden]
+        gradients = torch.rand(6, 1, 4)
+        waiting, outputs = [], []
+
+        def backward(number, found, expected, gradients=gradients):
+            found.backward(gradients[number])
+            expected.backward(gradients[number])
+
+        for number, batch in enumerate(batches):
+            found = captured(batch, copies[number])
+            starts = batch.document_starts
+            expected = plain(batch.tokens, batch.labels, hidden=hidden[number], document_starts=starts)
+            assert torch.equal(found, expected)
+            outputs.append((found, expected))
+            waiting.append((number, found, expected))
+            if len(waiting) == 3:
+                backward(*waiting.pop(0))
+        for one in waiting:
+            backward(*one)
+        assert torch.equal(ours.weight.grad, plain.weight.grad)
+        assert all(torch.equal(found, expected) for found, expected in outputs)  # also once slots are used again
+        assert is_first or all(torch.equal(a.grad, b.grad) for a, b in zip(copies, hidden, strict=True))
+        assert len(captured.slots) == len(captured.free) == 3
+
+
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("reduces", [True, False])
 def test_an_executor_says_what_its_graphs_may_hold(documents, reduces):
     model, rest = nn.Linear(2, 2), dict.fromkeys(("engine", "guard", "weights", "compute_weights", "fp8"))
     gradients, captures = object() if reduces else None, {"cuda_graphs": True, "captures_documents": documents}
     graphs = AccumulatingExecutor(model=model, gradients=gradients, **rest, **captures).graphs
-    assert (graphs.last_differs, graphs.documents) == (reduces, documents)
+    assert (graphs.last_differs, graphs.rule.documents) == (reduces, documents)
     assert list(map(id, graphs.parameters)) == list(map(id, model.parameters()))
 
 

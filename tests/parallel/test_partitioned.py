@@ -150,7 +150,7 @@ def held_on_rank(values: dict) -> tuple[dict[str, int], bool, list[int]]:
 
 
 def test_ranks_keep_shares():
-    """Eight layers, a bucket each, and two slots of the largest: less than half of what ZeRO-1 holds."""
+    """Eight layers, a bucket each, and two slots of the largest: less than three quarters of the model."""
     held = {}
     for stage in (1, 2, 3):
         values = run_values(model=PATTERN | {"vocab_size": 32}, parallel={"zero_stage": stage})

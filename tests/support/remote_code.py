@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from sambalm.model.hf import load_for_generation
+
 SCRIPT = """
 import sys
 
@@ -77,3 +79,15 @@ def outputs_by_remote_code(folder: Path, tokens: torch.Tensor, tmp_path: Path) -
     )
     assert run.returncode == 0, run.stderr
     return load_file(tmp_path / "out")
+
+
+def same_by_remote_code(folder: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Compares logits and generated tokens by the folder's code with the package's; returns what the former gave."""
+    tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))
+    given = outputs_by_remote_code(folder, tokens, tmp_path)
+    model, _ = load_for_generation(folder)
+    with torch.no_grad():
+        assert torch.equal(given["logits"], model(tokens).logits)
+        generated = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(given["generated"], generated)
+    return given
