@@ -16,7 +16,7 @@ from sambalm.parallel.groups import World
 from sambalm.parallel.layers.fp8 import Fp8Store
 from sambalm.parallel.sharding import initialize_parameters
 from sambalm.parallel.zero.deepspeed_adapter import Engine
-from sambalm.parallel.zero.engine import zero_engine
+from sambalm.parallel.zero.engine import create_moments, zero_engine
 from sambalm.pretrain.checkpointing.format import Checkpoint
 from sambalm.pretrain.checkpointing.initial_weights import InitialWeights
 from sambalm.pretrain.checkpointing.load import load_fp8_scales, load_initial_weights, load_moments, load_weights
@@ -64,7 +64,7 @@ def build_training(
         dtype=dtype,
         sequence_length=config.data.sequence_length,
     )
-    # The engine keeps the weights as they are when it is made, so they are set before; its optimizer's state after.
+    # The engine keeps the weights as they are when it is made, so they are set before.
     if checkpoint:
         load_weights(chunks, checkpoint.path, world=world)
     elif initial:
@@ -80,10 +80,7 @@ def build_training(
         config.optimizer.build(buckets, adamw=kernels.optimizer),
         world=world,
         micro_batch_size=config.train.micro_batch_size,
-        done_steps=checkpoint.step if checkpoint else 0,
     )
-    if checkpoint:
-        load_moments(chunks, checkpoint.path, world=world)
     tied_weight = tied_copy(chunks)
     fp8 = _fp8_store(chunks, world=world, checkpoint=checkpoint) if config.train.matmul_precision == "fp8" else None
     executor = build_executor(
@@ -101,6 +98,9 @@ def build_training(
         captures_documents=kernels.captures_documents,
         fp8=fp8,
     )
+    create_moments(engine, done_steps=checkpoint.step if checkpoint else 0)
+    if checkpoint:
+        load_moments(chunks, checkpoint.path, world=world)
     return Training(engine=engine, chunks=chunks, executor=executor, kernels=kernels)
 
 

@@ -29,13 +29,12 @@ def zero_engine(
     *,
     world: World,
     micro_batch_size: int,
-    done_steps: int = 0,
 ) -> Engine:
     """Puts this rank's model chunks, whose weights are already set, under ZeRO. Collective.
 
-    The optimizer is as after done_steps steps, with zero moments; `held_tensors` are where to fill them. The engine's
-    step() takes the gradients that it finds: `FlatGradients` has reduced those of replicas, and `Clipping` shortens
-    them. To the engine ZeRO-2 and ZeRO-3 are stage 1: what else they share out is `FlatGradients`' and `FlatWeights`'.
+    The engine's step() takes the gradients that it finds: `FlatGradients` has reduced those of replicas, and `Clipping`
+    shortens them. To the engine ZeRO-2 and ZeRO-3 are stage 1: what else they share out is `FlatGradients`' and
+    `FlatWeights`'. Call `create_moments` once these are made, which leave room under ZeRO-3.
 
     Args:
         optimizer: over all of the chunks' parameters.
@@ -58,13 +57,15 @@ def zero_engine(
     engine = deepspeed.start_engine(model, optimizer, config=config, timeout=world.timeout)
     if not shared:
         deepspeed.leave_gradients(engine)
-    _create_moments(engine, optimizer, done_steps=done_steps)
     return engine
 
 
-def _create_moments(engine: Engine, optimizer: torch.optim.Optimizer, *, done_steps: int) -> None:
-    """Makes the state that AdamW would make at its first step, and Muon's."""
-    held = deepspeed.stepped_tensors(engine)
+def create_moments(engine: Engine, *, done_steps: int) -> None:
+    """Makes the state that AdamW would make at its first step, and Muon's, as after done_steps steps with zero moments.
+
+    `held_tensors` are where to fill them.
+    """
+    optimizer, held = deepspeed.adamw(engine), deepspeed.stepped_tensors(engine)
     keys = {tensor: _moments(settings) for settings in optimizer.param_groups for tensor in settings["params"]}
     for tensor in held:
         step = torch.tensor(float(done_steps), device=tensor.device)

@@ -105,8 +105,8 @@ class ParameterInfo:
     """Everything that the product attaches to a parameter.
 
     A layer says the first five when it makes the parameter, and they stay; `build_chunks` adds the sixth.
-    `build_executor` sets the next two and fp8, and each step's backward the two between them. `zero_engine` sets the
-    last two.
+    `build_executor` sets the next two and fp8, and each step's backward the two between them. `zero_engine` and
+    `create_moments` set the last two.
 
     Attributes:
         slices: the rectangles of canonical tensors that the parameter holds, in the order in which it joins them.

@@ -44,12 +44,14 @@ class Tiny(nn.Module):
 
 
 def tiny_engine(world):
-    from sambalm.parallel.zero.engine import zero_engine
+    from sambalm.parallel.zero.engine import create_moments, zero_engine
 
     model = Tiny(first=world.tensor.rank == 0)
     groups = [{"params": [model.matrix]}, {"params": [model.vector]}]
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0)
-    return zero_engine([model], optimizer, world=world, micro_batch_size=1)
+    engine = zero_engine([model], optimizer, world=world, micro_batch_size=1)
+    create_moments(engine, done_steps=0)
+    return engine
 
 
 def breaches_on_rank(stage: int) -> tuple[list[str], dict[tuple[str, str], list[list[str]]]]:
