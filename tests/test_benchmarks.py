@@ -128,6 +128,16 @@ def test_saves_are_timed_in_a_folder_that_is_not_there_yet(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_comparisons_of_replicas_are_timed(ranks):
+    output = run("replicas.py", CONFIG, "--ranks", ranks, "--steps", 2, *TINY, "parallel={}")
+    assert f"{ranks} ranks, a step takes" in output
+    alone_ms, of_training = (output.splitlines()[-1].strip("| ").split(" | ")[cell] for cell in (0, -1))
+    assert float(alone_ms) > 0
+    assert 0 < float(of_training.rstrip("%")) < 100
+
+
+@pytest.mark.long
 def test_a_shuffle_is_measured(tmp_path):
     output = run("shuffle.py", "--gigabytes", 0.25, "--folder", tmp_path)
     assert "250 MB of tokens" in output
