@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,14 +93,42 @@ def test_a_training_is_compared_with_itself_under_other_kernels(tmp_path):
 def test_streams_are_timed_in_windows(tmp_path):
     output, picture = tmp_path / "windows.jsonl", tmp_path / "plot.png"
     sizes = ("--tokens", 60, "--generate-tokens", 40, "--window-tokens", 20, "--read-tokens", 30)
-    table = run("streaming.py", *sizes, "--output", output, "--plot", picture)
+    table = run("inference/streaming.py", *sizes, "--output", output, "--plot", picture)
     assert "read 30 tokens at" in table
     records = [json.loads(line) for line in output.read_text().splitlines()]
     expected = [*(("generate()", tokens) for tokens in (20, 40)), *(("stream", tokens) for tokens in (20, 40, 60))]
     assert [(record["name"], record["tokens"]) for record in records] == expected
     assert all(record["processor_ms"] > 0 and record["mib"] > 10 for record in records)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert rows(run("streaming.py", "--read", output)) == rows(table)
+    assert rows(run("inference/streaming.py", "--read", output)) == rows(table)
+
+
+@pytest.mark.long
+def test_a_stream_of_a_config_that_is_killed_leaves_its_windows_and_its_plot(tmp_path):
+    output, picture = tmp_path / "windows.jsonl", tmp_path / "plot.png"
+    sizes = ("--window-tokens", "10", "--device", "cpu", "--dtype", "bf16", "--output", output, "--plot", picture)
+    command = [sys.executable, FOLDER / "inference" / "streaming.py", CONFIG, *sizes, *TINY]
+    process = subprocess.Popen(command)
+    try:
+        while not picture.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    first = json.loads(output.read_text().splitlines()[0])
+    assert (first["tokens"], first["dtype"], first["device"]) == (10, "bfloat16", "cpu")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+def test_a_stream_ends_with_its_minutes(tmp_path):
+    output = tmp_path / "windows.jsonl"
+    sizes = ("--tokens", 10**9, "--minutes", 0.03, "--window-tokens", 1, "--output", output)
+    run("inference/streaming.py", *sizes)
+    seconds = [json.loads(line)["seconds"] for line in output.read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    assert 1.5 < seconds[-1] < 10.0
 
 
 @pytest.mark.long

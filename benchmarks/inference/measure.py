@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 from llama import KEY_SPLITS, Llama, LlamaDecoder
+from random_model import random_model
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.hf import SambaForCausalLM, Stream
 from sambalm.model.hf.decoder import Decoder
-from sambalm.model.hf.mixers import fp32_tensors
-from sambalm.model.hf.names import hf_config
 from sambalm.model.mixers.counts import mean_keys
 from sambalm.pretrain.config_file import load_config
 
@@ -71,7 +70,11 @@ def measure(config: ModelConfig, arguments: argparse.Namespace) -> None:
             file.write(json.dumps(record | common) + "\n")
 
     for name in arguments.models:
-        model = samba(config) if name == "samba" else Llama(config, device=DEVICE)
+        model = (
+            random_model(config, device=DEVICE, dtype=torch.bfloat16)
+            if name == "samba"
+            else Llama(config, device=DEVICE)
+        )
         if arguments.only != "decode":
             for length in arguments.lengths:
                 keep(attempt(prefill, model, name, config, length, arguments))
@@ -81,17 +84,6 @@ def measure(config: ModelConfig, arguments: argparse.Namespace) -> None:
                     keep(record)
         del model
         torch.cuda.empty_cache()
-
-
-def samba(config: ModelConfig) -> SambaForCausalLM:
-    """Returns a model with random weights, in bf16 but for what is always fp32."""
-    with DEVICE:
-        model = SambaForCausalLM(hf_config(config, dtype=torch.bfloat16)).eval()
-    kept = {name for letter in set(config.pattern) for name in fp32_tensors(letter)}
-    for name, parameter in model.named_parameters():
-        if not name.endswith(tuple(kept)):
-            parameter.data = parameter.data.bfloat16()
-    return model
 
 
 def rates() -> dict[str, float]:

@@ -1,16 +1,22 @@
 """Time and memory of a token while a stream generates many, in windows; beside it transformers' generate().
 
-    python benchmarks/streaming.py --tokens 1000000 --plot streaming.png
-    python benchmarks/streaming.py runs/demo --tokens 100000 --window-tokens 2000 --read-tokens 100000
-    python benchmarks/streaming.py --tokens 200000 --generate-tokens 50000 --output streaming.jsonl --plot streaming.png
-    python benchmarks/streaming.py --read streaming.jsonl --plot streaming.png
+    python benchmarks/inference/streaming.py --tokens 1000000 --output streaming.jsonl --plot streaming.png
+    python benchmarks/inference/streaming.py runs/demo --tokens 100000 --window-tokens 2000 --read-tokens 100000
+    python benchmarks/inference/streaming.py --tokens 200000 --generate-tokens 50000 --output streaming.jsonl
+    python benchmarks/inference/streaming.py configs/samba_1.7b.yaml --minutes 9 --output streaming.jsonl \\
+        --plot streaming.png
+    python benchmarks/inference/streaming.py --read streaming.jsonl --plot streaming.png
 
-Without a source the model has random weights and about 60,000 parameters, so that what is around the model shows. Where
-other programs share the machine, processor time says more than wall time. On a GPU memory is what torch has allocated.
+The model of a config has random weights. Without a source there is one of about 60,000 parameters, so that what is
+around the model shows. Windows are written as they end, and the plot is drawn anew every half minute: a run that is
+killed leaves both. A first token, which compiles the kernels of a GPU, is not timed. Where other programs share the
+machine, processor time says more than wall time. On a GPU memory is what torch has allocated, and the plot shows wall
+time.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,59 +24,85 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import random_model
 
 from sambalm.model.hf import SambaConfig, SambaForCausalLM, Stream
+from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.generation.sampling import Sampler, Sampling
-from sambalm.pretrain.generation.source import load_source
+from sambalm.pretrain.generation.source import DTYPES, device_named, dtype_of_run, load_source
 
 TINY = {"hidden_size": 64, "mlp_size": 96, "vocab_size": 256, "pattern": "M-*-"}
 TINY_ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "window_size": 256}
+REDRAWN_AFTER_S = 30
 Record = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", type=Path, help="a run, checkpoint or Hugging Face folder")
-    parser.add_argument("--tokens", type=int, default=100_000, help="to generate in the stream")
+    parser.add_argument(
+        "source", nargs="?", type=Path, help="a run, checkpoint or Hugging Face folder, or a config and overrides"
+    )
+    parser.add_argument("--tokens", type=int, default=100_000, help="to generate in the stream, of each text")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which the stream ends before that")
     parser.add_argument("--generate-tokens", type=int, default=0, help="to generate by transformers' generate()")
     parser.add_argument("--read-tokens", type=int, default=0, help="to read first, in the stream")
     parser.add_argument("--window-tokens", type=int, default=5000, help="over which time is averaged")
     parser.add_argument("--rows", type=int, default=1, help="texts that are generated together")
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as stored, and on a GPU as a run trains")
     parser.add_argument("--output", type=Path, help="takes the windows, a line of JSON each")
     parser.add_argument("--read", type=Path, help="plot this output instead of measuring")
     parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
-    records = [json.loads(line) for line in arguments.read.read_text().splitlines()] if arguments.read else []
-    if not arguments.read:
-        measure(arguments, records.append)
+    arguments, overrides = parser.parse_known_intermixed_args()
+    if arguments.read:
+        records = [json.loads(line) for line in arguments.read.read_text().splitlines()]
+    else:
+        records = measure(arguments, overrides)
     print_table(records)
     if arguments.plot:
         plot(records, arguments.plot)
 
 
-def measure(arguments: argparse.Namespace, keep: Callable[[Record], None]) -> None:
-    model = load(arguments)
+def measure(arguments: argparse.Namespace, overrides: list[str]) -> list[Record]:
+    """Returns a record for each window, which the output and the plot have by then."""
+    model = load(arguments, overrides)
+    common = {"device": device_name(model.device), "torch": torch.__version__, "rows": arguments.rows}
+    common |= {"parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
+    records: list[Record] = []
+    drawn_s = -math.inf
 
     def take(record: Record) -> None:
-        keep(record)
+        nonlocal drawn_s
+        records.append(record | common)
         if arguments.output:
             with arguments.output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(records[-1]) + "\n")
+        if arguments.plot and time.perf_counter() - drawn_s > REDRAWN_AFTER_S:
+            plot(records, arguments.plot)
+            drawn_s = time.perf_counter()
 
     if arguments.generate_tokens:
         generate(model, arguments, Windows("generate()", arguments.window_tokens, model.device, take))
     if arguments.tokens:
         stream(model, arguments, Windows("stream", arguments.window_tokens, model.device, take))
+    return records
 
 
-def load(arguments: argparse.Namespace) -> SambaForCausalLM:
-    if arguments.source:
-        return load_source(arguments.source, device=arguments.device, dtype=arguments.dtype, tokenizer=None).model
+def load(arguments: argparse.Namespace, overrides: list[str]) -> SambaForCausalLM:
+    source: Path | None = arguments.source
+    if source and source.is_dir():
+        return load_source(source, device=arguments.device, dtype=arguments.dtype, tokenizer=None).model
     torch.manual_seed(0)
-    model = SambaForCausalLM(SambaConfig(**TINY, attn=TINY_ATTENTION))
-    return model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    device = device_named(arguments.device)
+    if source:
+        config = load_config(source, overrides)
+        dtype = DTYPES[arguments.dtype] if arguments.dtype else dtype_of_run(config, device)
+        return random_model(config.model, device=device, dtype=dtype)
+    return SambaForCausalLM(SambaConfig(**TINY, attn=TINY_ATTENTION)).to(device).eval()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class Windows:
@@ -79,28 +111,33 @@ class Windows:
     def __init__(self, name: str, size: int, device: torch.device, take: Callable[[Record], None]) -> None:
         self._name, self._size, self._device, self._take = name, size, device, take
         self._tokens = 0
-        self._start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begins the first window."""
+        self._began = self._now()
+        self._first_s = self._began[0]
+
+    def _now(self) -> tuple[float, float]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._began = time.perf_counter(), time.process_time()
+        return time.perf_counter(), time.process_time()
 
     def token(self) -> None:
         self._tokens += 1
         if self._tokens % self._size:
             return
-        wall_s, processor_s = self._began
-        self._start()
+        ended = self._now()
         self._take(
             {
                 "name": self._name,
                 "tokens": self._tokens,
-                "wall_ms": 1e3 * (self._began[0] - wall_s) / self._size,
-                "processor_ms": 1e3 * (self._began[1] - processor_s) / self._size,
+                "wall_ms": 1e3 * (ended[0] - self._began[0]) / self._size,
+                "processor_ms": 1e3 * (ended[1] - self._began[1]) / self._size,
                 "mib": memory_bytes(self._device) / 2**20,
+                "seconds": ended[0] - self._first_s,
             }
         )
+        self._began = self._now()  # without what the record's taker did
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -121,11 +158,16 @@ def stream(model: SambaForCausalLM, arguments: argparse.Namespace, windows: Wind
     if arguments.read_tokens:
         speed = rows * arguments.read_tokens / (time.perf_counter() - began_s)
         print(f"read {arguments.read_tokens:,} tokens at {speed:,.0f} tokens/s")
+    one.step(sampler(one.logits))
+    windows.start()
+    ends_s = time.perf_counter() + 60 * arguments.minutes
     for _ in range(arguments.tokens):
         ids = sampler(one.logits)
         ids.tolist()  # as text needs it
         one.step(ids)
         windows.token()
+        if time.perf_counter() > ends_s:
+            break
 
 
 class _Counter:
@@ -138,7 +180,9 @@ class _Counter:
     def put(self, ids: torch.Tensor) -> None:
         if self._has_prompt:
             self._windows.token()
-        self._has_prompt = True
+        else:
+            self._windows.start()
+            self._has_prompt = True
 
     def end(self) -> None:
         pass
@@ -168,19 +212,23 @@ def plot(records: list[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    is_gpu = any(record.get("device", "cpu") != "cpu" for record in records)
+    time_key, word = ("wall_ms", "wall") if is_gpu else ("processor_ms", "processor")
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in dict.fromkeys(record["name"] for record in records):
         own = [record for record in records if record["name"] == name]
         tokens = [record["tokens"] for record in own]
-        for axis, key in zip(axes, ("processor_ms", "mib"), strict=True):
+        for axis, key in zip(axes, (time_key, "mib"), strict=True):
             axis.plot(tokens, [record[key] for record in own], linewidth=0.9, label=name)
-    for axis, label in zip(axes, ("ms a token (processor time)", "MiB"), strict=True):
+    for axis, label in zip(axes, (f"ms a token ({word} time)", "MiB"), strict=True):
         axis.set(xlabel="tokens generated", ylabel=label, ylim=(0, 1.25 * axis.get_ylim()[1]))
         axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, dpi=120, format=path.suffix[1:] or "png")
+    unfinished.replace(path)
     pyplot.close(figure)
 
 
