@@ -1,4 +1,4 @@
-"""Test processes of pytest-xdist begin with another GPU each, so that `pytest tests/gpu -n 4` uses all that there are."""
+"""Test processes of pytest-xdist begin with another GPU each: `pytest tests/gpu -n 4` uses all that there are."""
 
 import os
 
