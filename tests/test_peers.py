@@ -63,6 +63,40 @@ def test_a_cell_over_its_time_is_ended_and_the_mistake_of_a_config_is_one_senten
     assert not (tmp_path / "other.jsonl").exists()
 
 
+ARCHITECTURES = FOLDER / "peer_steps" / "architectures.py"
+
+
+@pytest.mark.long
+def test_architectures_run_in_one_process_at_equal_parameters(tmp_path):
+    output, picture = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    sizes = [*TINY[1:], "model.num_query_heads=4", "model.num_kv_heads=4", "train.precision=fp32"]
+    sizes += ["model.mixers.mamba2.head_dim=32", "model.mixers.mamba2.d_state=24", "model.mixers.mamba2.groups=3"]
+
+    def run_rows(*arguments):
+        options = ("--lengths", "64", "--step-tokens", "128", "--micro-batch-tokens", "64", "--seconds", "0.1")
+        names = ("--architectures", "samba", "mamba2", "llama_swa")
+        command = [sys.executable, ARCHITECTURES, "--output", output, *options, *names, *arguments, *sizes]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    ended = run_rows("--plot", picture)
+    assert ended.returncode == 0, ended.stderr
+    samba, mamba2, llama = map(json.loads, output.read_text().splitlines())
+    assert [samba["outcome"], mamba2["outcome"], llama["outcome"]] == ["measured", "failed", "measured"]
+    assert "no multiple of head_dim 32 x groups 3" in mamba2["reason"]  # the other rows are run all the same
+    assert f"| Samba with Mamba-2 |  |  | failed: {mamba2['reason']} |" in ended.stdout
+    assert abs(llama["parameters"] / samba["parameters"] - 1) < 0.2  # multiples of 64 are coarse at this size
+    assert llama["mlp_size"] > samba["mlp_size"] == 256
+    for row in (samba, llama):
+        assert abs(row["loss"] - 5.55) < 0.2  # random tokens of 256: log(256)
+    assert picture.stat().st_size > 10_000
+
+    again = run_rows("--minutes", "0")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(output.read_text().splitlines()[-1])["outcome"] == "no time left"
+    assert len(output.read_text().splitlines()) == 4  # what was measured is not run again
+    assert "| Samba with Mamba-2 |  |  | no time left |" in again.stdout
+
+
 def record(**values):
     cell = {"config": "c", "settings": [], "model": "samba", "length": 4096, "step_tokens": 65536}
     cell |= {"micro_batch_tokens": 32768, "recompute": "none", "outcome": "measured", "device": "GPU", "torch": "2"}

@@ -24,10 +24,11 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import peer_models
 import torch
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.errors import KernelError
 from sambalm.model.parameters import count_parameters
-from sambalm.parallel.groups import start_world
+from sambalm.parallel.groups import World, start_world
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.zero.engine import gradient_norm
 from sambalm.pretrain.config import RunConfig
@@ -47,7 +48,7 @@ from sambalm.pretrain.launched_step import LaunchedStep, Moment, StepResult
 from sambalm.pretrain.training import build_training
 
 MLP_MULTIPLE = 128  # of the Llama's MLP width, for the sake of its matrix products
-PACKAGES = ("deepspeed", "flash-linear-attention", "flash-attn", "mamba-ssm", "causal-conv1d")
+PACKAGES = ("deepspeed", "flash-linear-attention", "fla-core", "flash-attn", "mamba-ssm", "causal-conv1d")
 
 
 @dataclass(frozen=True)
@@ -95,28 +96,41 @@ def llama_settings(model: ModelConfig, *, length: int) -> list[str]:
     """Settings that make a Samba's config a Llama's."""
     values = model.model_dump() | {"pattern": model.pattern.replace("M", "*"), "window": length}
     parameters = count_parameters(model)["total"]
+    mlp_size = equal_mlp_size(values, parameters=parameters, multiple=MLP_MULTIPLE)
+    return [f"model.pattern='{values['pattern']}'", f"model.window={length}", f"model.mlp_size={mlp_size}"]
+
+
+def equal_mlp_size(values: Mapping[str, Any], *, parameters: int, multiple: int) -> int:
+    """The width of the MLP, a multiple of a number, with which a model of these values has most nearly so many."""
 
     def parameters_at(mlp_size: int) -> int:
-        return count_parameters(ModelConfig.model_validate(values | {"mlp_size": mlp_size}))["total"]
+        return count_parameters(ModelConfig.model_validate({**values, "mlp_size": mlp_size}))["total"]
 
-    base = parameters_at(MLP_MULTIPLE)
-    multiples = 1 + round((parameters - base) / max(1, parameters_at(2 * MLP_MULTIPLE) - base))
-    mlp_size = MLP_MULTIPLE * max(1, multiples)
-    return [f"model.pattern='{values['pattern']}'", f"model.window={length}", f"model.mlp_size={mlp_size}"]
+    base = parameters_at(multiple)
+    return multiple * max(1, 1 + round((parameters - base) / max(1, parameters_at(2 * multiple) - base)))
 
 
 @contextlib.contextmanager
 def own(config: RunConfig) -> Iterator[Contestant]:
-    """A step as `sambalm train` takes it."""
-    with start_world(config.parallel) as world:
-        training = build_training(config, world=world, checkpoint=None)
+    """A step as `sambalm train` takes it, in a process of its own."""
+    with start_world(config.parallel) as world, trained_in(world, config) as ready:
+        yield ready
 
-        def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            micro_batches = [MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in batches]
-            loss = training.executor.train_step(micro_batches)
-            return loss, gradient_norm(training.engine)
 
+@contextlib.contextmanager
+def trained_in(world: World, config: RunConfig) -> Iterator[Contestant]:
+    """A step as `sambalm train` takes it. What it holds of the device is free again on leaving."""
+    training = build_training(config, world=world, checkpoint=None)
+
+    def step(batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        micro_batches = [MicroBatch(batch[:, :-1], batch[:, 1:]) for batch in batches]
+        loss = training.executor.train_step(micro_batches)
+        return loss, gradient_norm(training.engine)
+
+    try:
         yield Contestant(step, count_parameters(config.model)["total"], training.kernels.names)
+    finally:
+        training.executor.release()
 
 
 def peer(model: nn.Module, loss_of: peer_models.LossOf, config: RunConfig) -> Contestant:
