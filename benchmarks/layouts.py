@@ -75,12 +75,14 @@ class Run:
     kernels: KernelNames
     config: RunConfig
     records: list[dict]
+    held_bytes: int  # of the device, by what the layouts before have left
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         layout = json.loads((folder / LAYOUT_FILE).read_text())
         config = load_config(folder / "config.yaml", [])
-        return cls(layout["name"], layout["ranks"], KernelNames(**layout["kernels"]), config, read_metrics(folder))
+        kernels, records = KernelNames(**layout["kernels"]), read_metrics(folder)
+        return cls(layout["name"], layout["ranks"], kernels, config, records, layout.get("held_bytes", 0))
 
     @property
     def tokens_per_s(self) -> float:
@@ -89,7 +91,7 @@ class Run:
     @property
     def peak_gib(self) -> float | None:
         peak = self.records[-1].get("peak_memory_bytes")
-        return peak and peak / GIB
+        return peak and (peak - self.held_bytes) / GIB
 
     def difference(self, base: "Run", steps: slice) -> str:
         """The largest of the losses'."""
@@ -199,11 +201,12 @@ def train_all(file: Path) -> None:
     for row in json.loads(file.read_text()):
         os.environ["MASTER_PORT"] = str(row["port"])
         folder, config = Path(row["folder"]), load_config(Path(row["config"]), row["settings"])
+        held_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         train(config)
         if os.environ["RANK"] == "0":
             kernels, ranks = vars(kernels_here(config)), int(os.environ["WORLD_SIZE"])
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # each as large as all else together
-            layout = {"name": row["name"], "ranks": ranks, "kernels": kernels}
+            layout = {"name": row["name"], "ranks": ranks, "kernels": kernels, "held_bytes": held_bytes}
             (folder / LAYOUT_FILE).write_text(json.dumps(layout) + "\n")
         torch._dynamo.reset()  # which would compile no more variants than one layout needs
         gc.collect()

@@ -123,6 +123,9 @@ RECOMPUTED_PASSES = 4 / 3  # of both, with the forward again as a third of forwa
 # Of a message: NCCL's start on both sides, and the share of a link's rate that large ones achieve. Assumed.
 MESSAGE_S = 20e-6
 LINK_SHARE = 0.75
+# What ranks besides wait for each other at a message of the context dimension, of which a mixer has several between
+# its kernels: what was left of CP2 of 421M, as CUDA graphs, on two H100 and on two H200.
+CONTEXT_WAIT_S = 0.25e-3
 
 # The scan in plain PyTorch launches kernels for each token, three forward and backward, of 17 microseconds of the host
 # with the views that they work on: from the step of two H200 under context parallelism. Beside them it passes over its

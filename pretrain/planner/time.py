@@ -113,7 +113,8 @@ def _stage_time(
     sent_s: defaultdict[tuple[str, str], float] = defaultdict(int)
     for transfer in transfers:
         rate = bandwidth(config, transfer, world_size=world_size, hardware=hardware) * assumed.LINK_SHARE
-        seconds = transfer.wire_bytes / rate + transfer.messages * assumed.MESSAGE_S
+        wait_s = assumed.CONTEXT_WAIT_S if transfer.dimension == "context" else 0.0
+        seconds = transfer.wire_bytes / rate + transfer.messages * (assumed.MESSAGE_S + wait_s)
         sent_s[transfer.dimension, transfer.operation] += seconds
     data_s: float = sum(seconds for (dimension, _), seconds in sent_s.items() if dimension == "data")
     layout_s = sum(sent_s.values()) - data_s

@@ -74,6 +74,18 @@ MEASURED = {
     "DP2, ZeRO-3, H200": Measured(336_723, 18.3, CUDA, settings=("parallel.zero_stage=3",)),
     "PP2, H200": Measured(288_931, 19.1, CUDA, settings=("parallel.pipeline=2",)),
     "PP2 x VPP2, H200": Measured(312_511, 20.8, CUDA, settings=("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "PP2, H200, 32 micro-batches": Measured(
+        316_920, 19.1, CUDA, batch_tokens=524_288, settings=("parallel.pipeline=2",)
+    ),
+    "TP2 + SP, H200": Measured(252_050, None, CUDA, settings=TP2_SP),
+    "CP2, H200": Measured(260_085, None, CUDA, settings=("parallel.context=2",)),
+    "CP2, H200, packed": Measured(
+        264_009,
+        None,
+        replace(CUDA, attention="flex"),
+        settings=("parallel.context=2", "data.reset_at_document=true"),
+    ),
+    "DP2, ZeRO-1, H200, fp8": Measured(391_358, None, CUDA, settings=("train.matmul_precision=fp8",)),
     "1 x 4096": Measured(134_986, 9.1, NEW, "h100", 1, 4_096, 1),
     "1 x 4096, kernel by kernel": Measured(57_902, 9.1, NEW, "h100", 1, 4_096, 1, (EAGER,)),
     "4 times 4 x 4096, H200": Measured(178_654, 21.1, NEW, ranks=1),
@@ -108,7 +120,7 @@ def test_an_estimate_is_near_the_measured_step(name):
     batch = [f"train.global_batch_tokens={run.batch_tokens}", f"train.micro_batch_size={run.micro_batch}"]
     config = load_config(CONFIGS / f"{run.config}.yaml", [*batch, "parallel.tensor=1", *run.settings])
     plan = plan_of(config, world_size=run.ranks, hardware=DEVICES[run.device], kernels=run.kernels)
-    assert plan.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.25)
+    assert plan.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.16)
     if run.peak_gib:
         assert plan.memory.total_bytes / GIB == pytest.approx(run.peak_gib, rel=0.06)
 
