@@ -13,6 +13,7 @@ from torch import Tensor
 from sambalm.model.ops import external
 from sambalm.model.ops.attention import cudnn
 from sambalm.model.ops.attention.flex import flex_window
+from sambalm.model.ops.compiled import compiled
 from sambalm.model.ops.config import KernelConfig
 from sambalm.model.ops.cuda.adamw import CudaAdamW
 from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
@@ -166,7 +167,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
         "torch": window_attention,
     },
     "norm": {
-        "compiled": partial(torch.compile, add_rms_norm),
+        "compiled": partial(compiled, add_rms_norm),
         "apex": external.apex_add_rms_norm,
         "torch": add_rms_norm,
     },

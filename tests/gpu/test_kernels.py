@@ -48,7 +48,7 @@ def check(function, reference, inputs, *, fp32=()):
 
 
 def relative(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 @pytest.mark.parametrize("name", ["cuda", "mamba-ssm"])
@@ -209,3 +209,16 @@ def test_a_model_with_the_fastest_kernels_has_the_losses_of_the_reference():
     assert abs(losses["auto"] - losses["torch"]) < 2e-3
     for name, expected in gradients["torch"].items():
         assert F.cosine_similarity(gradients["auto"][name].flatten(), expected.flatten(), dim=0) > 0.99, name
+
+
+def test_a_norm_stays_compiled_for_what_training_validation_and_evaluation_bring():
+    norm = build_kernels(KernelConfig(norm="compiled"), KernelRequirements("cuda", "bf16")).norm
+    weight = torch.ones(64, device=DEVICE, requires_grad=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            for batch, length in ((4, 128), (2, 256), (1, 512), (8, 1)):
+                x = torch.randn(batch, length, 64, device=DEVICE).bfloat16()
+                for stream in (x, x.float()):
+                    for branch in (None, x):
+                        with mode():
+                            norm(stream, branch, weight, eps=1e-5)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from sambalm.model.ops.compiled import compiled
 from sambalm.model.ops.documents import AttentionDocuments
 
 BLOCK = 128  # queries, and keys, that are seen or skipped together
@@ -28,7 +29,7 @@ def flex_window(q: Tensor, k: Tensor, v: Tensor, *, window: int, documents: Atte
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    return compiled(flex_attention)
 
 
 @lru_cache(maxsize=32)

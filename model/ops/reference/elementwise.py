@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sambalm.model.ops.compiled import compiled
 from sambalm.model.ops.reference.window_attention import apply_rotary
 
 
@@ -68,11 +69,11 @@ class Elementwise:
     def compiled(self) -> "Elementwise":
         """The same, each fused into as few passes over memory as it takes; logits are never held in fp32."""
         return Elementwise(
-            swiglu=torch.compile(self.swiglu),
-            rotary=torch.compile(self.rotary),
-            norm_and_gate=torch.compile(self.norm_and_gate),
-            token_losses=torch.compile(self.token_losses),
-            gated_norm=torch.compile(self.gated_norm),
+            swiglu=compiled(self.swiglu),
+            rotary=compiled(self.rotary),
+            norm_and_gate=compiled(self.norm_and_gate),
+            token_losses=compiled(self.token_losses),
+            gated_norm=compiled(self.gated_norm),
         )
 
 

@@ -1,0 +1,18 @@
+"""torch.compile for kernels, which meet more kinds of inputs in a run than dynamo expects of one function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Training, validation at several lengths and evaluation each bring shapes and gradient modes of their own; the stream's
+# norm has as many again with and without a branch to add. Beyond dynamo's 8, all of them would run uncompiled.
+VARIANTS = 64
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function fused by torch.compile, which keeps up to VARIANTS compilations of it."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    return torch.compile(function)
