@@ -135,12 +135,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         ),
         "torch": _IN_TORCH,
     },
+    "linear_attention": {
+        "fla": Implementation("fla.ops", is_extra=True, half_only=True, reads_documents=True),
+        "torch": _IN_TORCH,
+    },
     "ssd": {"mamba-ssm": Implementation("mamba_ssm.ops.triton.ssd_combined", is_extra=True), "torch": _IN_TORCH},
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
 
 # Operations that only some mixers have. A run without such a layer takes PyTorch's and names none.
-BY_MIXERS = frozenset({"delta_rule", "ssd"})
+BY_MIXERS = frozenset({"delta_rule", "linear_attention", "ssd"})
 
 
 def why_unasked(operation: str, name: str, requirements: KernelRequirements) -> str | None:

@@ -61,3 +61,9 @@ def _chunk(
     y = (q * decays.since_start) @ state + decays.scores(q, k) @ v
     state = decays.kept * state + (k * decays.until_end).transpose(2, 3) @ v
     return y.transpose(1, 2).to(dtype), state
+
+
+def retention_log_decays(heads: int, *, device: torch.device) -> Tensor:
+    """The logarithms of retention's decays, fp32 [heads]: head h, from 0, keeps 1 - 2^(-5 - h) a token."""
+    numbers = torch.arange(heads, dtype=torch.float64, device=device)
+    return torch.log1p(-torch.exp2(-5 - numbers)).float()
