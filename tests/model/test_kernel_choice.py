@@ -204,6 +204,14 @@ def test_auto_takes_flas_delta_rule_where_it_fits(gpu, precision, key_dims, expe
             chosen("delta_rule", "fla", precision=precision, **needs)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "fla"), ("fp32", "torch")])
+def test_auto_takes_flas_linear_attention_where_it_fits(gpu, precision, expected):
+    gpu("fla.ops")
+    assert chosen("linear_attention", precision=precision, operations=("linear_attention",)) == expected
+    with pytest.raises(KernelError, match=r"no layer of model\.pattern computes it"):
+        chosen("linear_attention", "fla", precision=precision)
+
+
 def test_a_model_without_the_delta_rule_takes_and_names_none(gpu):
     gpu("fla.ops")
     kernels = build_kernels(KernelConfig(), KernelRequirements("cuda", "bf16"))
@@ -223,7 +231,7 @@ def test_sizes_of_several_mixers_are_the_largest():
 
 
 def test_a_cpu_runs_plain_pytorch_and_says_so():
-    operations = ("delta_rule", "ssd")
+    operations = ("delta_rule", "linear_attention", "ssd")
     requirements = KernelRequirements("cpu", "bf16", resets=True, initial_states=True, operations=operations)
     names = build_kernels(KernelConfig(), requirements).names
     operations = dict.fromkeys(IMPLEMENTATIONS, "torch") | {"optimizer": "torch-fused"}

@@ -7,15 +7,13 @@ B: batch, S: sequence, H: heads, K: channels of a key.
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, carried_states
-from sambalm.model.mixers.linear_attention.sizes import GATE_NORMALIZER, GATE_RANK
 from sambalm.model.ops.reference.elementwise import norm_and_gate
-from sambalm.model.ops.reference.linear_attention import linear_attention, retention_log_decays
+from sambalm.model.ops.reference.linear_attention import gated_log_decays, linear_attention, retention_log_decays
 from sambalm.model.ops.reference.window_attention import rotary_tables
 
 
@@ -39,7 +37,8 @@ class SambaGatedLinearAttention(SambaLayer):
 
     def make_decays(self, width: int, *, key: int) -> None:
         """Makes what `log_decays` calls."""
-        self.decay_down, self.decay_up = nn.Linear(width, GATE_RANK, bias=False), nn.Linear(GATE_RANK, key, bias=False)
+        rank = self.sizes["gate_rank"]
+        self.decay_down, self.decay_up = nn.Linear(width, rank, bias=False), nn.Linear(rank, key, bias=False)
         self.decay_bias = nn.Parameter(torch.zeros(key))
 
     def init_weights(self) -> None:
@@ -49,9 +48,8 @@ class SambaGatedLinearAttention(SambaLayer):
 
     def log_decays(self, hidden_states: Tensor) -> Tensor:
         """Returns the logarithms of the decays [B, S, H, K], or [H] of all tokens, in fp32 (fp64 for fp64)."""
-        work = torch.promote_types(hidden_states.dtype, torch.float32)
-        gate = self.decay_up(self.decay_down(hidden_states)).to(work) + self.decay_bias
-        return (F.logsigmoid(gate) / GATE_NORMALIZER).unflatten(-1, (-1, self.head_dim))
+        gate = self.decay_up(self.decay_down(hidden_states))
+        return gated_log_decays(gate, self.decay_bias).unflatten(-1, (-1, self.head_dim))
 
     def positioned(self, q: Tensor, k: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """Returns queries and keys [B, S, H, K] with their positions, where there are such."""

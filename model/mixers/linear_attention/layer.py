@@ -5,22 +5,22 @@ S: sequence, B: batch, H: heads, K and V: channels of a key and a value.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
 from sambalm.model.mixers.linear_attention.sizes import (
-    GATE_NORMALIZER,
-    GATE_RANK,
     GLASizes,
     HeadShare,
+    LinearAttentionSizes,
     RetNetSizes,
     share_heads,
 )
 from sambalm.model.norm import GatedHeadNorm
+from sambalm.model.ops.reference.linear_attention import gated_log_decays
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.layers.context_parallel import scan_of_parts
@@ -51,20 +51,20 @@ class GatedInputProjection(InputProjection):
     Every rank holds the whole way down, and uses it for its own heads: its gradient is a sum over the ranks.
     """
 
-    def __init__(self, width: int, share: HeadShare, *, tp: TensorParallel) -> None:
+    def __init__(self, width: int, rank: int, share: HeadShare, *, tp: TensorParallel) -> None:
         super().__init__(width, share, tp=tp)
-        down, up = {"decay_down.weight": Shard(GATE_RANK, 0, GATE_RANK)}, {"decay_up.weight": share.key}
+        down, up = {"decay_down.weight": Shard(rank, 0, rank)}, {"decay_up.weight": share.key}
         alone = tp.size == 1
         self.down = sharded_parameter((0, width), down, init=init.linear(width), owned=tp.rank == 0, matmul_only=alone)
-        self.up = sharded_parameter((0, GATE_RANK), up, init=init.linear(GATE_RANK), matmul_only=True)
+        self.up = sharded_parameter((0, rank), up, init=init.linear(rank), matmul_only=True)
         self.bias = sharded_parameter((0,), {"decay_up.bias": share.key}, init=init.zeros)
-        self.sizes = [*self.sizes, [GATE_RANK]]
+        self.sizes = [*self.sizes, [rank]]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Adds the logarithms of the decays, [S, B, keys] in fp32 (fp64 for fp64)."""
         weights = (self.wide, copy_to_region(self.down, self.tp))
         *wide, down = linear_parts(x, *weights, sizes=self.sizes, tp=self.tp)
-        return *wide, F.logsigmoid(linear(down, self.up) + self.bias) / GATE_NORMALIZER
+        return *wide, gated_log_decays(linear(down, self.up), self.bias)
 
 
 class _LinearAttention(nn.Module):
@@ -73,19 +73,21 @@ class _LinearAttention(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        sizes: GLASizes,
+        sizes: LinearAttentionSizes,
         *,
-        in_proj: type[InputProjection],
         tp: TensorParallel,
         kernels: Kernels,
     ) -> None:
         super().__init__()
         width, self.share = config.hidden_size, share_heads(sizes, tp)
         self.kernel, self.head_dim, self.value_dim = kernels.linear_attention, sizes.head_dim, sizes.value_dim
-        self.in_proj = in_proj(width, self.share, tp=tp)
+        self.in_proj = self._input(width, sizes, tp=tp)
         self.norm = GatedHeadNorm(sizes.value_dim, eps=config.norm_eps, activation="silu", tp=tp, kernels=kernels)
         value = self.share.value
         self.out_proj = RowParallelLinear(value, width, tp=tp, init=init.residual_linear(value.size, config))
+
+    def _input(self, width: int, sizes: Any, *, tp: TensorParallel) -> InputProjection:
+        return InputProjection(width, self.share, tp=tp)
 
     def _attend(
         self,
@@ -125,8 +127,8 @@ class _LinearAttention(nn.Module):
 class GatedLinearAttentionLayer(_LinearAttention):
     """A layer whose decays each channel of a key has of every token."""
 
-    def __init__(self, config: ModelConfig, sizes: GLASizes, *, tp: TensorParallel, kernels: Kernels) -> None:
-        super().__init__(config, sizes, in_proj=GatedInputProjection, tp=tp, kernels=kernels)
+    def _input(self, width: int, sizes: GLASizes, *, tp: TensorParallel) -> InputProjection:
+        return GatedInputProjection(width, sizes.gate_rank, self.share, tp=tp)
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         q, k, v, gate, log_decays = self.in_proj(x)
@@ -141,7 +143,7 @@ class RetentionLayer(_LinearAttention):
     def __init__(
         self, config: ModelConfig, sizes: RetNetSizes, *, letter: str, tp: TensorParallel, kernels: Kernels
     ) -> None:
-        super().__init__(config, sizes, in_proj=InputProjection, tp=tp, kernels=kernels)
+        super().__init__(config, sizes, tp=tp, kernels=kernels)
         self.letter, self.rotary = letter, kernels.elementwise.rotary
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:

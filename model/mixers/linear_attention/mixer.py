@@ -24,7 +24,7 @@ from sambalm.model.mixers.counts import (
     gated_head_norm_bytes,
     input_and_output_messages,
 )
-from sambalm.model.mixers.linear_attention.sizes import GATE_RANK, GLASizes, HeadShare, RetNetSizes, share_heads
+from sambalm.model.mixers.linear_attention.sizes import GLASizes, HeadShare, RetNetSizes, share_heads
 from sambalm.parallel.shard import Place, Position
 
 if TYPE_CHECKING:
@@ -114,10 +114,10 @@ class GatedLinearAttention(Mixer):
         )
 
     def _decay_parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Iterator[Parameter]:
-        key = self._heads(config, tensor_ranks).key.length
+        key, rank = self._heads(config, tensor_ranks).key.length, config.sizes_of(self).gate_rank
         alone = tensor_ranks == 1  # several ranks' gradients are summed before they meet the optimizer
-        yield Parameter("in_proj.down", (GATE_RANK, config.hidden_size), in_product=True, matmul_only=alone)
-        yield Parameter("in_proj.up", (key, GATE_RANK), in_product=True, matmul_only=True)
+        yield Parameter("in_proj.down", (rank, config.hidden_size), in_product=True, matmul_only=alone)
+        yield Parameter("in_proj.up", (key, rank), in_product=True, matmul_only=True)
         yield Parameter("in_proj.bias", (key,))
 
     def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
@@ -136,7 +136,8 @@ class GatedLinearAttention(Mixer):
 
     def _shared_weights(self, config: "ModelConfig") -> int:
         """Counts weights that every tensor-parallel rank has whole and uses for its own heads."""
-        return config.sizes_of(self).value_dim + GATE_RANK * config.hidden_size
+        sizes = config.sizes_of(self)
+        return sizes.value_dim + sizes.gate_rank * config.hidden_size
 
     def _decay_bytes(self, config: "ModelConfig", share: Share) -> int:
         """Counts what is left of a state over a rank's part."""
@@ -159,18 +160,18 @@ class GatedLinearAttention(Mixer):
         a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
         key, value = heads.key.length, heads.value.length
         total = a * T * (2 * key + 2 * value)  # the projections
-        total += self._before_bytes(share, heads)
+        total += self._before_bytes(config, share)
         elements, count = T * value, T * heads.heads.length
         total += gated_head_norm_bytes(share, elements=elements, heads=count, activation="silu")
         total += a * T * value  # out_proj's input
         total += self._context_bytes(config, share, inside=inside)
         return total + self._attention_bytes(config, share) if inside else total
 
-    def _before_bytes(self, share: Share, heads: HeadShare) -> int:
+    def _before_bytes(self, config: "ModelConfig", share: Share) -> int:
         """Counts what the decays keep: their few channels, the log-sigmoid's input, its factor on a CPU, the result."""
-        a, T, key = share.activation_bytes, share.tokens, heads.key.length
+        a, T, key = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks).key.length
         wide = 3 if share.kernels.device == "cpu" else 2
-        return a * T * GATE_RANK + wide * FP32_BYTES * T * key
+        return a * T * config.sizes_of(self).gate_rank + wide * FP32_BYTES * T * key
 
     def _attention_bytes(self, config: "ModelConfig", share: Share) -> int:
         """Counts what the kernel keeps besides its inputs."""
@@ -240,9 +241,9 @@ class RetNet(GatedLinearAttention):
     def _before(self, share: Share, *, keys: int) -> Kernel:
         return MemoryPass(ROTARY[share.kernels.elementwise], 2 * keys)
 
-    def _before_bytes(self, share: Share, heads: HeadShare) -> int:
+    def _before_bytes(self, config: "ModelConfig", share: Share) -> int:
         """Counts the rotated queries and keys."""
-        return share.activation_bytes * share.tokens * 2 * heads.key.length
+        return share.activation_bytes * share.tokens * 2 * self._heads(config, share.tensor_ranks).key.length
 
     def _attention_bytes(self, config: "ModelConfig", share: Share) -> int:
         return super()._attention_bytes(config, share) if share.kernels.linear_attention == "torch" else 0

@@ -6,11 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sambalm.parallel.shard import Place, Shard, shard
 
-GATE_RANK = 16  # channels through which the decays of gated linear attention come
-GATE_NORMALIZER = 16  # by which the logarithm of their sigmoid is divided
 
-
-class GLASizes(BaseModel):
+class LinearAttentionSizes(BaseModel):
     """Heads; defaults are flash-linear-attention's at a width of 1,024."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,8 +22,14 @@ class GLASizes(BaseModel):
         return self.expand_v * self.head_dim
 
 
-class RetNetSizes(GLASizes):
-    """The same, and the positions of queries and keys."""
+class GLASizes(LinearAttentionSizes):
+    """Heads and the way to their decays."""
+
+    gate_rank: int = Field(16, gt=0, description="Channels through which the decays of keys' channels come")
+
+
+class RetNetSizes(LinearAttentionSizes):
+    """Heads and their positions."""
 
     num_heads: int = Field(8, gt=0, description="Heads, each with a matrix as its state")
     rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary positions of queries and keys")
@@ -41,7 +44,7 @@ class HeadShare:
     heads: Shard
 
 
-def share_heads(sizes: GLASizes, tp: Place) -> HeadShare:
+def share_heads(sizes: LinearAttentionSizes, tp: Place) -> HeadShare:
     """Deals the heads to tensor-parallel ranks. Raises ValueError where there are fewer heads than ranks."""
     key = shard(sizes.num_heads * sizes.head_dim, tp, unit=sizes.head_dim)
     first, count = key.start // sizes.head_dim, key.length // sizes.head_dim

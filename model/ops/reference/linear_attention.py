@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sambalm.model.ops.reference.chunks import ChunkDecays, run_in_chunks
 
 CHUNK_TOKENS = 64
+GATE_NORMALIZER = 16
 
 
 def linear_attention(
@@ -61,6 +63,15 @@ def _chunk(
     y = (q * decays.since_start) @ state + decays.scores(q, k) @ v
     state = decays.kept * state + (k * decays.until_end).transpose(2, 3) @ v
     return y.transpose(1, 2).to(dtype), state
+
+
+def gated_log_decays(gate: Tensor, bias: Tensor) -> Tensor:
+    """The logarithms of gated linear attention's decays, a sixteenth of those of the gates' sigmoids; in bias's dtype.
+
+    Args:
+        gate: [..., keys]. bias: fp32 or fp64 [keys].
+    """
+    return F.logsigmoid(gate.to(bias.dtype) + bias) / GATE_NORMALIZER
 
 
 def retention_log_decays(heads: int, *, device: torch.device) -> Tensor:
