@@ -1,7 +1,10 @@
 """CUDA kernels of other packages behind the signatures of the PyTorch references. All are optional."""
 
 import importlib
+import re
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -150,6 +153,25 @@ def fla_delta_rule(
         use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=True,
     )
+
+
+HOPPER = 9  # the major number of its compute capability
+FIRST_WRONG_TRITON, FIRST_RIGHT_TRITON = (3, 4, 0), (3, 7, 1)
+
+
+def why_fla_has_no_head_decays() -> str | None:
+    """Why flash-linear-attention's backward of the rule with one decay a head refuses this machine; None: it does not.
+
+    It says so itself (fla/ops/common/chunk_o.py of fla-core 0.6.0), and only at a run's first backward.
+    """
+    major, _ = torch.cuda.get_device_capability()
+    if major != HOPPER or find_spec("tilelang"):
+        return None
+    numbers = re.findall(r"\d+", version("triton"))[:3]
+    if not FIRST_WRONG_TRITON <= tuple(map(int, numbers)) < FIRST_RIGHT_TRITON:
+        return None
+    found = ".".join(numbers)
+    return f"Triton {found} compiles its backward wrongly on Hopper: install Triton 3.7.1 or later, or tilelang"
 
 
 def fla_linear_attention(

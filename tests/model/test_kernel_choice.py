@@ -204,6 +204,30 @@ def test_auto_takes_flas_delta_rule_where_it_fits(gpu, precision, key_dims, expe
             chosen("delta_rule", "fla", precision=precision, **needs)
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "a_head", "expected"),
+    [
+        ((9, 0), "3.6.0", True, "torch"),
+        ((9, 0), "3.7.0", True, "torch"),
+        ((9, 0), "3.7.1", True, "fla"),
+        ((9, 0), "3.3.1", True, "fla"),
+        ((8, 0), "3.6.0", True, "fla"),
+        ((9, 0), "3.6.0", False, "fla"),
+    ],
+)
+def test_flas_delta_rule_is_not_taken_where_triton_compiles_it_wrongly(
+    gpu, monkeypatch, capability, triton, a_head, expected
+):
+    gpu("fla.ops")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(registry.external, "version", lambda package: triton)
+    needs = {"operations": ("delta_rule",), "delta_key_dims": (128,), "delta_head_decays": a_head}
+    assert chosen("delta_rule", **needs) == expected
+    if expected == "torch":
+        with pytest.raises(KernelError, match=r"Triton 3\.\d\.0 compiles its backward wrongly"):
+            chosen("delta_rule", "fla", **needs)
+
+
 @pytest.mark.parametrize(("precision", "expected"), [("bf16", "fla"), ("fp32", "torch")])
 def test_auto_takes_flas_linear_attention_where_it_fits(gpu, precision, expected):
     gpu("fla.ops")
