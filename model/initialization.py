@@ -22,6 +22,10 @@ def ones(tensor: Tensor, generator: Generator) -> None:
     tensor.fill_(1.0)
 
 
+def zeros(tensor: Tensor, generator: Generator) -> None:
+    tensor.zero_()
+
+
 @dataclass(frozen=True)
 class Constant:
     """One number everywhere; steps are in proportion to it."""

@@ -1,4 +1,6 @@
-"""The norm of the residual stream."""
+"""The norms of the residual stream and of a layer's heads."""
+
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -6,7 +8,7 @@ from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.layers.tensor_parallel import replicated_weight
+from sambalm.parallel.layers.tensor_parallel import copy_to_region, replicated_weight
 from sambalm.parallel.sharding import replicated_parameter
 
 
@@ -25,3 +27,20 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream x with what the sublayer before adds to it (None: nothing), and that normed."""
         return self.kernel(x, branch, replicated_weight(self.weight, self.tp), eps=self.eps)
+
+
+class GatedHeadNorm(nn.Module):
+    """The norm of each head's output times an activation of its gate. All heads have the same weights.
+
+    Args:
+        channels: of a head's output.
+        activation: silu or sigmoid.
+    """
+
+    def __init__(self, channels: int, *, eps: float, activation: str, tp: TensorParallel, kernels: Kernels) -> None:
+        super().__init__()
+        self.tp, self.kernel = tp, partial(kernels.elementwise.norm_and_gate, eps=eps, activation=activation)
+        self.weight = replicated_parameter((channels,), name="weight", init=init.ones, tp=tp)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.kernel(x, copy_to_region(self.weight, self.tp), gate)

@@ -25,6 +25,8 @@ BUILT_IN = {
     "G": "sambalm.model.mixers.delta.mixer:MIXER",
     "K": "sambalm.model.mixers.delta.mixer:KIMI",
     "X": "sambalm.model.mixers.attention.mixer:CROSS",
+    "A": "sambalm.model.mixers.linear_attention.mixer:MIXER",
+    "R": "sambalm.model.mixers.linear_attention.mixer:RETNET",
     "S": "sambalm.model.mixers.mamba2.mixer:MIXER",
     "U": "sambalm.model.mixers.mamba2.mixer:GMU",
 }

@@ -28,7 +28,7 @@ PAGES = [
 PRODUCT = ("data_pipeline", "evaluation", "model", "parallel", "pretrain", "slurm")
 IGNORED = {".git", ".venv", "runs", "build", "__pycache__"}
 # Files that CONTRIBUTING.md asks a reader to write, and files of other projects.
-NOT_OURS = ("model/mixers/gla", "runtime/", "tiktoken_ext/")
+NOT_OURS = ("model/mixers/rwkv", "runtime/", "tiktoken_ext/")
 SOURCE_SUFFIXES = (".py", ".md", ".sh", ".sbatch", ".cu", ".cuh", ".env")
 FILE_ENDINGS = {"bin", "idx", "json", "jsonl", "md", "model", "py", "safetensors", "txt", "yaml"}
 

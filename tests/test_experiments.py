@@ -27,12 +27,18 @@ def weights(model):
     inner, rank, states = 2 * d, -(-d // 16), model.get("d_state", 16)
     block, _, times = model["pattern"].partition(" x ")
     letters = block * int(times)
+    gla, retnet = (model.get("mixers", {}).get(name, {}) for name in ("gla", "retnet"))
     taps = model.get("d_conv", 4)
     mamba = d * 2 * inner + inner * (taps + 1) + inner * (rank + 2 * states) + (rank + 1) * inner
     mamba += inner * states + inner + inner * d
     keys = model.get("num_kv_heads", 1) * d // model.get("num_query_heads", 1)
     attention = 2 * d * d + 2 * d * keys
     sizes = {"M": mamba, "*": attention, "F": attention, "-": 3 * d * width, "=": 3 * d * 2 * d}
+    if gla:
+        keys, values = gla["num_heads"] * gla["head_dim"], 2 * gla["num_heads"] * gla["head_dim"]
+        sizes["A"] = d * (2 * keys + 3 * values) + 16 * (d + keys) + keys + 2 * gla["head_dim"]
+    if retnet:
+        sizes["R"] = 8 * d * d + 2 * retnet["head_dim"]
     return sum(sizes[letter] + d for letter in letters) + d + model["vocab_size"] * d
 
 

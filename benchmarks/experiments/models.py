@@ -1,6 +1,6 @@
 """The models as a table, each fitted to one number of parameters by the width of its MLPs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ ARCHITECTURES = {
     "mamba-swa-mlp": Variant("Mamba-SWA-MLP", "M*-"),
     "mlp2-swa-mlp": Variant("MLP2-SWA-MLP", "=-*-"),
     "samba-nope": Variant("Samba-NoPE", "M-*-", keys={"rope_base": None}),
+    "sliding-gla": Variant("Sliding GLA", "A-*-"),
+    "sliding-retnet": Variant("Sliding RetNet", "R-*-"),
 }
 _WINDOWS = {"256": 1 / 8, "512": 1 / 4, "1024": 1 / 2, "4096": 2.0}  # of a scale whose window is 2048
 PATTERNS = {
@@ -71,6 +73,16 @@ PATTERNS = {
     "state-32": Variant("32 states", "M-*-", keys={"d_state": 32}),
     "state-64": Variant("64 states", "M-*-", keys={"d_state": 64}),
     "conv-2": Variant("a convolution of 2 taps", "M-*-", keys={"d_conv": 2}),  # the model takes no fewer
+}
+
+
+# Of mixers that have sizes of their own, as the paper has them: the section's name and values.
+_SIZES: dict[str, Callable[[Scale], tuple[str, dict[str, int]]]] = {
+    "=": lambda scale: ("mlp2", {"size": 2 * scale.hidden_size}),
+    # Keys are half as wide as the stream, and values as wide. The paper's heads have 192 channels.
+    "A": lambda scale: ("gla", {"num_heads": 2, "head_dim": scale.hidden_size // 4, "expand_v": 2}),
+    # Half as many heads as the attention has; keys are as wide as the stream, and values twice.
+    "R": lambda scale: ("retnet", {"num_heads": scale.heads // 2, "head_dim": 2 * scale.hidden_size // scale.heads}),
 }
 
 
@@ -108,8 +120,8 @@ def _section(variant: Variant, scale: Scale, *, vocab_size: int) -> dict[str, An
         section["window"] = round(scale.window * variant.window_share)
     if "-" in letters:
         section["mlp_size"] = scale.mlp_multiple
-    if "=" in letters:
-        section["mixers"] = {"mlp2": {"size": 2 * scale.hidden_size}}
+    if letters & _SIZES.keys():
+        section["mixers"] = dict(_SIZES[letter](scale) for letter in letters & _SIZES.keys())
     return section | dict(variant.keys)
 
 

@@ -44,6 +44,8 @@ ARCHITECTURES = {
     "sambay": ("SambaY", "successors/sambay_mamba2_402m.yaml"),
     "gated_deltanet": ("Gated DeltaNet", "successors/gated_deltanet_421m.yaml"),
     "kimi_delta": ("Kimi Delta Attention", "successors/kimi_delta_421m.yaml"),
+    "sliding_gla": ("Sliding GLA", "paper/sliding_gla_438m.yaml"),
+    "sliding_retnet": ("Sliding RetNet", "paper/sliding_retnet_446m.yaml"),
 }
 ROW = ("architecture", "length", "settings")
 MEASURED, FAILED, NO_TIME = "measured", "failed", "no time left"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
+from sambalm.model.ops.reference.linear_attention import linear_attention
 from sambalm.model.ops.reference.window_attention import window_attention
 
 from .configuration_samba import SambaConfig
@@ -19,7 +20,7 @@ from .operations import IN_TORCH, Operations
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FEW_TOKENS = 8  # of a call of the delta rule
+FEW_TOKENS = 8  # of a call of the delta rule or of linear attention
 WHOLE_QUERIES = 1024  # cuDNN compiles a graph for each length; multiples of this are few
 
 
@@ -43,7 +44,12 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
     from sambalm.model.ops.registry import build_kernels
 
     needs = KernelRequirements(
-        "cuda", precision, d_state=d_state, d_conv=d_conv, initial_states=True, operations=("delta_rule",)
+        "cuda",
+        precision,
+        d_state=d_state,
+        d_conv=d_conv,
+        initial_states=True,
+        operations=("delta_rule", "linear_attention"),
     )
     with torch.cuda.device(index):
         best = build_kernels(KernelConfig(), needs)
@@ -56,6 +62,7 @@ def _of_device(index: int, precision: Precision, d_state: int, d_conv: int) -> O
         rotary=best.elementwise.rotary,
         swiglu=best.elementwise.swiglu,
         delta_rule=partial(_delta_rule, best.delta_rule, FLA_MAX_KEY_DIM),
+        linear_attention=partial(_linear_attention, best.linear_attention),
     )
 
 
@@ -97,6 +104,11 @@ def _delta_rule(
     _, tokens, _, key_dim = q.shape
     fits = tokens > FEW_TOKENS and key_dim <= max_key_dim
     return (kernel if fits else gated_delta_rule)(q, *tensors, **options)
+
+
+def _linear_attention(kernel: Callable[..., tuple[Tensor, Tensor]], q: Tensor, *tensors: Tensor, **options: Any) -> Any:
+    """A kernel for many tokens, and PyTorch for the few of a generation, which do not fill a chunk."""
+    return (kernel if q.shape[1] > FEW_TOKENS else linear_attention)(q, *tensors, **options)
 
 
 def _attention(

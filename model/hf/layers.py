@@ -86,6 +86,7 @@ class SequenceContext(NamedTuple):
     documents: PackedDocuments | None = None  # None where each row is one document
     real_keys: Tensor | None = None  # bool [B, past + S], False for padding; None when every key in the window counts
     operations: Operations = IN_TORCH
+    positions: Tensor | None = None  # int64 [B or 1, S]: of each token in its document
     memories: dict[int, Any] | None = None  # what layers of this call have written, by the numbers of their blocks
 
     @property

@@ -246,17 +246,18 @@ class SambaModel(SambaPreTrainedModel):
         positions: Tensor | None = None,
         output_attentions: bool | None = None,
     ) -> SequenceContext:
-        """Returns the context with what the attention needs of the tokens; the other arguments are as forward's."""
-        if not has_attention(self.config):
-            return context
+        """Returns the context with positions and what the attention needs; the other arguments are as forward's."""
         config, cache = self.config, context.cache
+        if positions is None:
+            positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
+        context = context._replace(positions=positions)
+        if not has_attention(config):
+            return context
         if mask is not None and mask.ndim == 4 and {SLIDING_ATTENTION, FULL_ATTENTION} <= set(config.layer_types):
             raise ValueError(
                 "attention_mask has 4 dimensions, but the model's layers see different keys: give one of shape "
                 "[rows, tokens] that marks the padding"
             )
-        if positions is None:
-            positions = _positions(mask, past=cache.get_seq_length() if cache is not None else 0, like=x)
         if config.rotary_base is not None:
             cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
             context = context._replace(rotary=(cos.unsqueeze(2), sin.unsqueeze(2)))

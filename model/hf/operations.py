@@ -23,6 +23,7 @@ class Operations:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     delta_rule: Callable[..., tuple[Tensor, Tensor]] | None = None  # None: what the layer has with it, in PyTorch
+    linear_attention: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 IN_TORCH = Operations()

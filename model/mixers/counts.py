@@ -23,7 +23,8 @@ class KernelNames:
     attention: str
     norm: str
     elementwise: str
-    delta_rule: str | None = None  # this and the next where a layer of the model computes it
+    delta_rule: str | None = None  # this and the next two where a layer of the model computes it
+    linear_attention: str | None = None
     ssd: str | None = None
     device: str = "cuda"
 
@@ -160,6 +161,25 @@ class Attention:
 Kernel = MemoryPass | Convolution | Scan | Attention
 
 # Counts that several mixers share ------------------------------------------------------------------------------------
+
+# Of an element of a norm of heads with a gate: casts, norm, activation, product.
+NORM_AND_GATE = {"torch": Traffic(48, 80), "compiled": Traffic(6, 10, fused=True)}
+
+
+def gated_head_norm_bytes(share: Share, *, elements: int, heads: int, activation: str) -> int:
+    """Returns what a norm of heads with a gate keeps: its input alone where it is one kernel, else all factors in fp32.
+
+    Args:
+        elements: of the input. heads: of all tokens.
+        activation: silu or sigmoid.
+    """
+    statistics = FP32_BYTES * heads
+    if share.kernels.elementwise == "compiled":
+        return share.activation_bytes * elements + statistics
+    factors = 3  # input, norm, activation
+    factors += share.kernels.device == "cpu"  # the input times its statistics
+    factors += share.is_narrow and activation == "silu"  # which keeps its input, a copy
+    return FP32_BYTES * factors * elements + statistics
 
 
 def mean_keys(length: int, window: int) -> float:

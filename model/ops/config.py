@@ -31,4 +31,7 @@ class KernelConfig(BaseModel):
     delta_rule: Literal["auto", "torch", "fla"] = Field(
         "auto", description="Delta rule of Gated DeltaNet and Kimi Delta Attention; fla is flash-linear-attention's"
     )
+    linear_attention: Literal["auto", "torch", "fla"] = Field(
+        "auto", description="Linear attention of GLA and RetNet; fla is flash-linear-attention's"
+    )
     ssd: Literal["auto", "torch", "mamba-ssm"] = Field("auto", description="Mamba-2's scan")

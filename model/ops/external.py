@@ -1,7 +1,10 @@
 """CUDA kernels of other packages behind the signatures of the PyTorch references. All are optional."""
 
 import importlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -139,8 +142,69 @@ def fla_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's chunked kernels, which take documents as one sequence of their own each."""
     name = "chunk_kda" if gate.dim() == 4 else "chunk_gated_delta_rule"
-    sequences = {"q": q, "k": k, "v": v, "g": gate, "beta": beta}
-    options: dict[str, Any] = {"initial_state": initial_state}
+    return _by_document(
+        _imported("delta_rule", "fla", name),
+        {"q": q, "k": k, "v": v, "g": gate, "beta": beta},
+        initial_state=initial_state,
+        resets=resets,
+        A_log=A_log,
+        dt_bias=dt_bias.flatten(),
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+    )
+
+
+HOPPER = 9  # the major number of its compute capability
+FIRST_WRONG_TRITON, FIRST_RIGHT_TRITON = (3, 4, 0), (3, 7, 1)
+
+
+def why_fla_has_no_head_decays() -> str | None:
+    """Why flash-linear-attention's backward of the rule with one decay a head refuses this machine; None: it does not.
+
+    It says so itself (fla/ops/common/chunk_o.py of fla-core 0.6.0), and only at a run's first backward.
+    """
+    major, _ = torch.cuda.get_device_capability()
+    if major != HOPPER or find_spec("tilelang"):
+        return None
+    numbers = re.findall(r"\d+", version("triton"))[:3]
+    if not FIRST_WRONG_TRITON <= tuple(map(int, numbers)) < FIRST_RIGHT_TRITON:
+        return None
+    found = ".".join(numbers)
+    return f"Triton {found} compiles its backward wrongly on Hopper: install Triton 3.7.1 or later, or tilelang"
+
+
+def fla_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decays: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """flash-linear-attention's chunked kernels, which take documents as one sequence of their own each."""
+    kernel = _imported("linear_attention", "fla", "chunk_gla" if log_decays.dim() == 4 else "chunk_simple_gla")
+    sequences = {"q": q, "k": k, "v": v}
+    if log_decays.dim() == 1:  # its chunk_retention takes the first heads' decays on every tensor-parallel rank
+        return _by_document(kernel, sequences, initial_state=initial_state, resets=resets, g_gamma=log_decays)
+    return _by_document(kernel, sequences | {"g": log_decays}, initial_state=initial_state, resets=resets)
+
+
+def _by_document(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    sequences: dict[str, Tensor],
+    *,
+    initial_state: Tensor | None,
+    resets: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Calls one of flash-linear-attention's kernels, with the documents of all rows in one row where there are some.
+
+    Args:
+        sequences: by the kernel's names, [batch, length, ...]; v among them.
+    """
+    like = sequences["v"]
     if resets is not None:
         begins = resets.clone()
         begins[:, 0] = True
@@ -149,20 +213,12 @@ def fla_delta_rule(
         last = first + begins.sum(1) - 1
         if initial_state is not None:
             kept = initial_state.masked_fill(resets[:, 0, None, None, None], 0)
-            options["initial_state"] = kept.new_zeros(len(starts), *kept.shape[1:]).index_copy(0, first, kept)
+            initial_state = kept.new_zeros(len(starts), *kept.shape[1:]).index_copy(0, first, kept)
         sequences = {name: t.flatten(0, 1).unsqueeze(0) for name, t in sequences.items()}
         options["cu_seqlens"] = F.pad(starts, (0, 1), value=resets.numel())
-    y, state = _imported("delta_rule", "fla", name)(
-        **{name: t.contiguous() for name, t in sequences.items()},
-        A_log=A_log,
-        dt_bias=dt_bias.flatten(),
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=True,
-        use_gate_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True,
-        **options,
-    )
-    return (y, state) if resets is None else (y.view_as(v), state[last])
+    sequences = {name: t.contiguous() for name, t in sequences.items()}
+    y, state = kernel(**sequences, initial_state=initial_state, output_final_state=True, **options)
+    return (y, state) if resets is None else (y.view_as(like), state[last])
 
 
 def apex_add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:

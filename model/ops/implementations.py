@@ -36,6 +36,7 @@ class KernelRequirements:
     d_conv: int = 4  # taps of the convolution
     operations: tuple[str, ...] = ()  # of BY_MIXERS, those that a layer of the model computes
     delta_key_dims: tuple[int, ...] = ()  # channels of a key of the delta rule, in each kind of layer with one
+    delta_head_decays: bool = False  # whether some layer's delta rule has one decay a head, and not one a channel
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether sequences hold several documents, which must not see each other
     attention_calls: tuple[AttentionCall, ...] = ()  # every one of a training step; none where they are not known
@@ -135,12 +136,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         ),
         "torch": _IN_TORCH,
     },
+    "linear_attention": {
+        "fla": Implementation("fla.ops", is_extra=True, half_only=True, reads_documents=True),
+        "torch": _IN_TORCH,
+    },
     "ssd": {"mamba-ssm": Implementation("mamba_ssm.ops.triton.ssd_combined", is_extra=True), "torch": _IN_TORCH},
     "optimizer": {"cuda": Implementation(_NVRTC), "torch-fused": _IN_TORCH},
 }
 
 # Operations that only some mixers have. A run without such a layer takes PyTorch's and names none.
-BY_MIXERS = frozenset({"delta_rule", "ssd"})
+BY_MIXERS = frozenset({"delta_rule", "linear_attention", "ssd"})
 
 
 def why_unasked(operation: str, name: str, requirements: KernelRequirements) -> str | None:

@@ -31,6 +31,7 @@ from sambalm.model.ops.implementations import (
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 from sambalm.model.ops.reference.elementwise import Elementwise, why_not_compiled
+from sambalm.model.ops.reference.linear_attention import linear_attention
 from sambalm.model.ops.reference.rms_norm import add_rms_norm
 from sambalm.model.ops.reference.selective_scan import gated_selective_scan
 from sambalm.model.ops.reference.ssd_scan import ssd_scan
@@ -43,6 +44,7 @@ ScanKernel = Callable[..., tuple[Tensor, Tensor]]  # selective_scan.gated_select
 ConvKernel = Callable[..., Tensor]  # causal_conv.causal_conv_silu, without initial_state
 AttentionKernel = Callable[..., Tensor]  # window_attention.window_attention; documents: documents.AttentionDocuments
 DeltaRuleKernel = Callable[..., tuple[Tensor, Tensor]]  # delta_rule.gated_delta_rule
+LinearAttentionKernel = Callable[..., tuple[Tensor, Tensor]]  # linear_attention.linear_attention
 SSDKernel = Callable[..., tuple[Tensor, Tensor]]  # ssd_scan.ssd_scan
 NormKernel = Callable[..., tuple[Tensor, Tensor]]  # rms_norm.add_rms_norm
 
@@ -57,6 +59,7 @@ class Kernels:
     norm: NormKernel
     elementwise: Elementwise
     delta_rule: DeltaRuleKernel
+    linear_attention: LinearAttentionKernel
     ssd: SSDKernel
     optimizer: type[torch.optim.AdamW]
     names: tuple[str, ...]  # operation=implementation of each that the model has, as it runs in training, for the log
@@ -64,9 +67,8 @@ class Kernels:
 
     def recomputing(self) -> "Kernels":
         """The same with the insides of scans, attention and delta rule computed again in the backward, not kept."""
-        again: dict[str, Any] = {
-            name: partial(recomputed, getattr(self, name)) for name in ("scan", "ssd", "attention", "delta_rule")
-        }
+        names = ("scan", "ssd", "attention", "delta_rule", "linear_attention")
+        again: dict[str, Any] = {name: partial(recomputed, getattr(self, name)) for name in names}
         return replace(self, **again)
 
 
@@ -148,6 +150,8 @@ def why_unavailable(operation: str, name: str, requirements: KernelRequirements)
             importlib.import_module(implementation.module)
         except ImportError as error:
             return f"import failed: {error}"
+    if (operation, name) == ("delta_rule", "fla") and requirements.delta_head_decays:
+        return external.why_fla_has_no_head_decays()
     if (operation, name) == ("attention", "cudnn"):
         calls, precision = requirements.attention_calls, requirements.precision
         reasons = (cudnn.declines(call, precision=precision) for call in calls)
@@ -173,6 +177,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
     },
     "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
     "delta_rule": {"fla": external.fla_delta_rule, "torch": gated_delta_rule},
+    "linear_attention": {"fla": external.fla_linear_attention, "torch": linear_attention},
     "ssd": {"mamba-ssm": external.mamba_ssm_ssd_scan, "torch": ssd_scan},
     "optimizer": {"cuda": CudaAdamW, "torch-fused": torch.optim.AdamW},
 }
@@ -184,6 +189,7 @@ TORCH_KERNELS = Kernels(
     norm=add_rms_norm,
     elementwise=Elementwise(),
     delta_rule=gated_delta_rule,
+    linear_attention=linear_attention,
     ssd=ssd_scan,
     optimizer=torch.optim.AdamW,
     names=("torch",),

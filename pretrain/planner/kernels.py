@@ -24,7 +24,9 @@ from sambalm.pretrain.config import RunConfig
 KERNEL_ELEMENTS = 4 * 5632 * 4096  # sequences x channels x tokens of the scan's and the convolution's measurements
 
 
-TORCH_ON_CPU = KernelNames("torch", "torch", "torch", "torch", "torch", delta_rule="torch", device="cpu")
+TORCH_ON_CPU = KernelNames(
+    "torch", "torch", "torch", "torch", "torch", delta_rule="torch", linear_attention="torch", device="cpu"
+)
 
 
 def planned_kernels(config: RunConfig) -> KernelNames:

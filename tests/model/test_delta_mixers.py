@@ -78,9 +78,9 @@ def a_part_begins_with_the_state_that_one_rank_reached_from_zero(monkeypatch):
 
 
 def every_rank_adds_to_the_norms_weights_alone(monkeypatch):
-    from sambalm.model.mixers.delta import layer
+    from sambalm.model import norm
 
-    monkeypatch.setattr(layer, "copy_to_region", lambda tensor, tp: tensor)
+    monkeypatch.setattr(norm, "copy_to_region", lambda tensor, tp: tensor)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,38 @@ def test_auto_takes_flas_delta_rule_where_it_fits(gpu, precision, key_dims, expe
             chosen("delta_rule", "fla", precision=precision, **needs)
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "a_head", "expected"),
+    [
+        ((9, 0), "3.6.0", True, "torch"),
+        ((9, 0), "3.7.0", True, "torch"),
+        ((9, 0), "3.7.1", True, "fla"),
+        ((9, 0), "3.3.1", True, "fla"),
+        ((8, 0), "3.6.0", True, "fla"),
+        ((9, 0), "3.6.0", False, "fla"),
+    ],
+)
+def test_flas_delta_rule_is_not_taken_where_triton_compiles_it_wrongly(
+    gpu, monkeypatch, capability, triton, a_head, expected
+):
+    gpu("fla.ops")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(registry.external, "version", lambda package: triton)
+    needs = {"operations": ("delta_rule",), "delta_key_dims": (128,), "delta_head_decays": a_head}
+    assert chosen("delta_rule", **needs) == expected
+    if expected == "torch":
+        with pytest.raises(KernelError, match=r"Triton 3\.\d\.0 compiles its backward wrongly"):
+            chosen("delta_rule", "fla", **needs)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "fla"), ("fp32", "torch")])
+def test_auto_takes_flas_linear_attention_where_it_fits(gpu, precision, expected):
+    gpu("fla.ops")
+    assert chosen("linear_attention", precision=precision, operations=("linear_attention",)) == expected
+    with pytest.raises(KernelError, match=r"no layer of model\.pattern computes it"):
+        chosen("linear_attention", "fla", precision=precision)
+
+
 def test_a_model_without_the_delta_rule_takes_and_names_none(gpu):
     gpu("fla.ops")
     kernels = build_kernels(KernelConfig(), KernelRequirements("cuda", "bf16"))
@@ -223,7 +255,7 @@ def test_sizes_of_several_mixers_are_the_largest():
 
 
 def test_a_cpu_runs_plain_pytorch_and_says_so():
-    operations = ("delta_rule", "ssd")
+    operations = ("delta_rule", "linear_attention", "ssd")
     requirements = KernelRequirements("cpu", "bf16", resets=True, initial_states=True, operations=operations)
     names = build_kernels(KernelConfig(), requirements).names
     operations = dict.fromkeys(IMPLEMENTATIONS, "torch") | {"optimizer": "torch-fused"}

@@ -57,8 +57,9 @@ def test_matrices_decay_but_for_mambas_rates():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_one_tensor_parallel_rank_owns_each_number(ranks):
     """Of all that ranks hold, copies included: what two own counts twice in the norm and is saved twice."""
-    sizes = {"mamba2": {"head_dim": 6, "groups": 4}, "gated_deltanet": {"num_heads": 5}, "kimi_delta": {"num_heads": 5}}
-    config = ModelConfig(**MODEL | {"pattern": "M*-GKSUFX", "mixers": sizes})
+    sizes = {name: {"num_heads": 5} for name in ("gated_deltanet", "kimi_delta", "gla", "retnet")}
+    sizes["mamba2"] = {"head_dim": 6, "groups": 4}
+    config = ModelConfig(**MODEL | {"pattern": "M*-GKARSUFX", "mixers": sizes})
     copies = weight_copies(config, tensor_ranks=ranks)
     owned: dict[str, list[int]] = {}
     for rank in range(ranks):

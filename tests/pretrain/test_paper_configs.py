@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from sambalm.model.config import ModelConfig
 from sambalm.model.parameters import count_parameters
+from sambalm.model.registry import mixer
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from tests.support import program
@@ -28,10 +29,10 @@ def hybrid(*blocks: int) -> str:
 # Pattern, (width, query and kv heads, MLP, vocabulary), window, tied, parameters. Sizes that no layer reads are None.
 PAPER = {
     "llama2_438m": ("F-" * 12, W438, None, UNTIED, 438_081_024),
-    "llama2_1.3b": ("F-" * 18, W1_3, None, UNTIED, 1_294_159_104),
+    "llama2_1.3b": ("F-" * 20, W1_3, None, TIED, 1_347_842_304),
     "llama3_1.6b": ("F-" * 24, W1_7, None, UNTIED, 1_641_187_328),
     "llama2_swa_438m": ("*-" * 12, W438, 2048, UNTIED, 438_081_024),
-    "llama2_swa_1.3b": ("*-" * 18, W1_3, 2048, UNTIED, 1_294_159_104),
+    "llama2_swa_1.3b": ("*-" * 20, W1_3, 2048, TIED, 1_347_842_304),
     "mistral_1.6b": ("*-" * 24, W1_7, 2048, UNTIED, 1_641_187_328),
     "mamba_432m": ("M" * 60, (1024, None, None, 32000), None, TIED, 432_804_864),
     "mamba_1.3b": ("M" * 48, (2048, None, None, 32000), None, TIED, 1_334_740_992),
@@ -41,6 +42,10 @@ PAPER = {
     "mamba_swa_mlp_1.6b": ("M*-" * 18, W1_7, 2048, TIED, 1_655_330_816),
     "mlp2_swa_mlp_417m": ("=-*-" * 6, W438, 2048, TIED, 417_240_576),
     "samba_nope_421m": ("M-*-" * 6, W438, 2048, TIED, 421_793_280),
+    "sliding_gla_438m": ("A-*-" * 6, W438, 2048, UNTIED, 438_309_120),
+    "sliding_gla_1.2b": ("A-*-" * 9, W1_3, 2048, TIED, 1_220_942_592),
+    "sliding_retnet_446m": ("R-*-" * 6, W438, 2048, TIED, 445_555_200),
+    "sliding_retnet_1.4b": ("R-*-" * 9, W1_3, 2048, TIED, 1_411_538_688),
     "mamba_mlp_full_0": (hybrid(0), W438, None, TIED, 449_180_160),
     "mamba_mlp_full_5": (hybrid(5), W438, None, TIED, 449_180_160),
     "mamba_mlp_full_11": (hybrid(11), W438, None, TIED, 449_180_160),
@@ -59,6 +64,9 @@ def by_hand(model: ModelConfig) -> int:
     mamba = d * 2 * inner + inner * (4 + 1) + inner * (rank + 32) + (rank + 1) * inner + inner * (16 + 1) + inner * d
     attention = 2 * d * d * (1 + model.num_kv_heads / model.num_query_heads)
     of = {"M": mamba, "*": attention, "F": attention, "-": 3 * d * model.mlp_size, "=": 3 * d * 2 * d}
+    # Queries, keys, values, gate and output; a head's norm; and the decays, which come through 16 channels.
+    of["A"] = (0.5 + 0.5 + 1 + 1 + 1) * d * d + 384 + 16 * (d + d // 2) + d // 2
+    of["R"] = (1 + 1 + 2 + 2 + 2) * d * d + 512
     tables = 1 if model.tie_embeddings else 2
     return sum(of[letter] + d for letter in model.pattern) + d + tables * model.vocab_size * d
 
@@ -72,6 +80,12 @@ def test_a_model_is_the_papers(name):
     assert (model.mlp_size, model.window, model.tie_embeddings) == (mlp_size or 1, window or 1, tied)
     assert model.rope_base == (None if "nope" in name else 10_000)
     assert count_parameters(model)["total"] == parameters == by_hand(model)
+    if "A" in pattern:  # d / 384 heads, keys of 0.5 d, values of d
+        sizes = config.model.sizes_of(mixer("A"))
+        assert (sizes.num_heads, sizes.num_heads * sizes.head_dim, sizes.expand_v) == (width // 384, width // 2, 2)
+    if "R" in pattern:  # half as many heads as the attention, keys of d, values of 2 d
+        sizes = config.model.sizes_of(mixer("R"))
+        assert (sizes.num_heads, sizes.num_heads * sizes.head_dim, sizes.expand_v) == (heads[0] // 2, width, 2)
     steps, batch = config.train.steps, config.train.global_batch_tokens
     assert steps * batch == pytest.approx(TRAINED_TOKENS[vocabulary][width], rel=1e-4)
     assert config.run.dir == f"runs/{name}"
@@ -110,6 +124,8 @@ TINY = {
     "Samba-NoPE": {"pattern": "M-*-", "rope_base": None},
     "MLP2-SWA-MLP": {"pattern": "=-*-", "mixers": {"mlp2": {"size": 64}}},
     "hybrid": {"pattern": "M-F-"},
+    "Sliding GLA": {"pattern": "A-*-", "mixers": {"gla": {"num_heads": 2, "head_dim": 8}}},
+    "Sliding RetNet": {"pattern": "R-*-", "mixers": {"retnet": {"num_heads": 2, "head_dim": 8}}},
     "Mamba-SWA-MLP": {"pattern": "M*-M"},
 }
 

@@ -60,6 +60,8 @@ def counted_activations(config: RunConfig) -> tuple[int, int]:
         {"pattern": "F*", "rope_base": None},
         {"pattern": "G-", "mixers": {"gated_deltanet": {"num_heads": 5, "head_dim": 12}}},
         {"pattern": "K-", "mixers": {"kimi_delta": {"num_heads": 3, "head_dim": 24}}},
+        {"pattern": "A-", "mixers": {"gla": {"num_heads": 5, "head_dim": 12}}},
+        {"pattern": "R-", "mixers": {"retnet": {"num_heads": 3, "head_dim": 24}}},
     ],
     ids=lambda model: model["pattern"],
 )

@@ -4,7 +4,6 @@ S: sequence, B: batch, H: heads, K and V: channels of a key and a value, D: of a
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,14 @@ from sambalm.model.causal_conv import CausalConv
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
 from sambalm.model.mixers.delta.sizes import GatedDeltaNetSizes, HeadShare, share_heads
+from sambalm.model.norm import GatedHeadNorm
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import ContextParallel, TensorParallel
 from sambalm.parallel.layers.context_parallel import after, incoming_matrix_state
 from sambalm.parallel.layers.linear import linear, linear_parts
 from sambalm.parallel.layers.tensor_parallel import RowParallelLinear, copy_to_region
 from sambalm.parallel.shard import Shard
-from sambalm.parallel.sharding import replicated_parameter, sharded_parameter
+from sambalm.parallel.sharding import sharded_parameter
 
 LOWEST_RATE, HIGHEST_RATE = 1e-4, 16.0  # of Gated DeltaNet's decays; uniform, and not quite from zero
 LOWEST_KIMI_RATE = 1.0
@@ -71,18 +71,6 @@ class KimiInputProjection(nn.Module):
         return qkv, linear(g, self.g_up), linear(f, self.f_up), b[..., : self.count]
 
 
-class GatedNorm(nn.Module):
-    """The norm of each head's output times an activation of its gate. All heads have the same weights."""
-
-    def __init__(self, channels: int, *, eps: float, activation: str, tp: TensorParallel, kernels: Kernels) -> None:
-        super().__init__()
-        self.tp, self.kernel = tp, partial(kernels.elementwise.norm_and_gate, eps=eps, activation=activation)
-        self.weight = replicated_parameter((channels,), name="weight", init=init.ones, tp=tp)
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self.kernel(x, copy_to_region(self.weight, self.tp), gate)
-
-
 class DeltaLayer(nn.Module):
     """A layer with the gated delta rule.
 
@@ -115,7 +103,7 @@ class DeltaLayer(nn.Module):
         steps = share.key if per_channel else share.heads
         self.dt_bias = sharded_parameter((0,), {"dt_bias": steps}, init=init.dt_bias(sizes))
         activation = "sigmoid" if per_channel else "silu"
-        self.norm = GatedNorm(sizes.value_dim, eps=config.norm_eps, activation=activation, tp=tp, kernels=kernels)
+        self.norm = GatedHeadNorm(sizes.value_dim, eps=config.norm_eps, activation=activation, tp=tp, kernels=kernels)
         self.out_proj = RowParallelLinear(
             share.value, width, tp=tp, init=init.residual_linear(share.value.size, config)
         )

@@ -12,6 +12,7 @@ from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
 from sambalm.model.mixers.counts import (
     FORWARD_AND_BACKWARD,
     FP32_BYTES,
+    NORM_AND_GATE,
     Convolution,
     Kernel,
     MemoryPass,
@@ -19,6 +20,7 @@ from sambalm.model.mixers.counts import (
     Parameter,
     Share,
     Traffic,
+    gated_head_norm_bytes,
     halo_message,
     input_and_output_messages,
 )
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 64  # of the kernels, here and there
 # The state decays, is read under the key, takes in a product of key and value, and is read by the query.
 RULE_FLOPS = 7
-# Of a value: casts, norm, activation, product.
-NORM_AND_GATE = {"torch": Traffic(48, 80), "compiled": Traffic(6, 10, fused=True)}
 # Of a value, as if memory bounded the rule: estimates from launches and products, which no GPU has been asked about.
 RULE = {"torch": Traffic(800, 2400), "fla": Traffic(60, 180, fused=True)}
 
@@ -116,7 +116,8 @@ class GatedDeltaNet(Mixer):
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:
         sizes = config.sizes_of(self)
-        return {"d_conv": sizes.d_conv, "operations": ("delta_rule",), "delta_key_dims": (sizes.head_dim,)}
+        needs = {"d_conv": sizes.d_conv, "operations": ("delta_rule",), "delta_key_dims": (sizes.head_dim,)}
+        return needs | {"delta_head_decays": not self.per_channel}
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, sizes, share = config.hidden_size, config.sizes_of(self), self._heads(config, tensor_ranks)
@@ -187,15 +188,10 @@ class GatedDeltaNet(Mixer):
         return 2 * heads.key.length + 2 * heads.value.length + 2 * heads.numbers.held
 
     def _norm_bytes(self, config: "ModelConfig", share: Share) -> int:
-        """Counts what the norm keeps: its input alone where it is one kernel, else all factors in fp32."""
         heads = self._heads(config, share.tensor_ranks)
-        elements, statistics = share.tokens * heads.value.length, FP32_BYTES * share.tokens * heads.heads.length
-        if share.kernels.elementwise == "compiled":
-            return share.activation_bytes * elements + statistics
-        factors = 3  # input, norm, activation
-        factors += share.kernels.device == "cpu"  # the input times its statistics
-        factors += share.is_narrow and not self.per_channel  # SiLU keeps its input, which is a copy
-        return FP32_BYTES * factors * elements + statistics
+        elements, count = share.tokens * heads.value.length, share.tokens * heads.heads.length
+        activation = "sigmoid" if self.per_channel else "silu"
+        return gated_head_norm_bytes(share, elements=elements, heads=count, activation=activation)
 
     def _rule_bytes(self, config: "ModelConfig", share: Share, *, columns: int) -> int:
         """Counts what the rule keeps besides its inputs, of states with so many columns."""

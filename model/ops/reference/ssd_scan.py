@@ -9,12 +9,13 @@ borders and computes the rest again, so memory is bounded by a few chunks whatev
 b: batch, t, s: tokens of a chunk, g: groups of heads, h: heads of a group, p: a head's channels, n: states.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sambalm.model.ops.reference.chunks import run_in_chunks
 
 CHUNK_TOKENS = 64
 
@@ -50,66 +51,8 @@ def ssd_scan(
     if initial_state is None:
         work = torch.promote_types(x.dtype, torch.float32)
         initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=work)
-    inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds a backward of its own
-        return _SSDScan.apply(*inputs, resets)
-    y, state, _ = _scan(*inputs, resets)
-    return y, state
-
-
-class _SSDScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, state, borders = _scan(*inputs)  # type: ignore[arg-type]
-        *sequences, _, resets = inputs
-        ctx.save_for_backward(*sequences, resets, *borders)
-        return y, state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, dt_bias, resets, *borders = ctx.saved_tensors  # once: recomputation unpacks them once
-        weights = [t.detach().requires_grad_() for t in (A, D, dt_bias)]
-        grads_weights = [torch.zeros_like(t) for t in weights]
-        grads = [torch.empty_like(t) for t in (x, dt, B, C)]
-        for span, border in reversed(list(zip(_spans(x.shape[1]), borders, strict=True))):
-            tokens = [t[:, span].detach().requires_grad_() for t in (x, dt, B, C)]
-            state = border.detach().requires_grad_()
-            with torch.enable_grad():
-                outputs = _chunk(tokens, weights, state, None if resets is None else resets[:, span])
-            found = torch.autograd.grad(outputs, (*tokens, *weights, state), (grad_y[:, span], grad_state))
-            for whole, part in zip(grads, found[:4], strict=True):
-                whole[:, span] = part
-            for total, part in zip(grads_weights, found[4:7], strict=True):
-                total += part
-            grad_state = found[7]
-        grad_x, grad_dt, grad_B, grad_C = grads
-        grad_A, grad_D, grad_dt_bias = grads_weights
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_dt_bias, grad_state, None
-
-
-def _scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    resets: Tensor | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Returns y, the state after the last token and the states before each chunk."""
-    y, borders = torch.empty_like(x), []
-    for span in _spans(x.shape[1]):
-        borders.append(state)
-        tokens = [t[:, span] for t in (x, dt, B, C)]
-        y[:, span], state = _chunk(tokens, (A, D, dt_bias), state, None if resets is None else resets[:, span])
-    return y, state, borders
-
-
-def _spans(length: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK_TOKENS) for start in range(0, length, CHUNK_TOKENS))
+    sequences, weights = (x, dt, B, C), (A, D, dt_bias)
+    return run_in_chunks(_chunk, sequences, weights, initial_state, resets, like=x, chunk_tokens=CHUNK_TOKENS)
 
 
 def _chunk(
