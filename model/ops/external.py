@@ -4,7 +4,6 @@ import importlib
 import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -141,6 +140,9 @@ def fla_delta_rule(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """flash-linear-attention's chunked kernels, which take documents as one sequence of their own each."""
+    if gate.dim() == 3 and not _fla_has_head_decays():  # the other kernel then decays all channels of a head alike
+        channels = k.shape[-1]
+        gate, dt_bias = (t.unsqueeze(-1).expand(*t.shape, channels) for t in (gate, dt_bias))
     name = "chunk_kda" if gate.dim() == 4 else "chunk_gated_delta_rule"
     return _by_document(
         _imported("delta_rule", "fla", name),
@@ -159,19 +161,14 @@ HOPPER = 9  # the major number of its compute capability
 FIRST_WRONG_TRITON, FIRST_RIGHT_TRITON = (3, 4, 0), (3, 7, 1)
 
 
-def why_fla_has_no_head_decays() -> str | None:
-    """Why flash-linear-attention's backward of the rule with one decay a head refuses this machine; None: it does not.
+def _fla_has_head_decays() -> bool:
+    """Says whether the kernel of one decay a head takes this machine, which it says itself only at a run's backward.
 
-    It says so itself (fla/ops/common/chunk_o.py of fla-core 0.6.0), and only at a run's first backward.
+    Triton compiles that backward wrongly on Hopper (fla/ops/common/chunk_o.py of fla-core 0.6.0, issue 640 there).
     """
     major, _ = torch.cuda.get_device_capability()
-    if major != HOPPER or find_spec("tilelang"):
-        return None
-    numbers = re.findall(r"\d+", version("triton"))[:3]
-    if not FIRST_WRONG_TRITON <= tuple(map(int, numbers)) < FIRST_RIGHT_TRITON:
-        return None
-    found = ".".join(numbers)
-    return f"Triton {found} compiles its backward wrongly on Hopper: install Triton 3.7.1 or later, or tilelang"
+    triton = tuple(map(int, re.findall(r"\d+", version("triton"))[:3]))
+    return major != HOPPER or not FIRST_WRONG_TRITON <= triton < FIRST_RIGHT_TRITON
 
 
 def fla_linear_attention(

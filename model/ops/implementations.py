@@ -36,7 +36,6 @@ class KernelRequirements:
     d_conv: int = 4  # taps of the convolution
     operations: tuple[str, ...] = ()  # of BY_MIXERS, those that a layer of the model computes
     delta_key_dims: tuple[int, ...] = ()  # channels of a key of the delta rule, in each kind of layer with one
-    delta_head_decays: bool = False  # whether some layer's delta rule has one decay a head, and not one a channel
     initial_states: bool = False  # whether the scan must start from given states
     resets: bool = False  # whether sequences hold several documents, which must not see each other
     attention_calls: tuple[AttentionCall, ...] = ()  # every one of a training step; none where they are not known

@@ -150,8 +150,6 @@ def why_unavailable(operation: str, name: str, requirements: KernelRequirements)
             importlib.import_module(implementation.module)
         except ImportError as error:
             return f"import failed: {error}"
-    if (operation, name) == ("delta_rule", "fla") and requirements.delta_head_decays:
-        return external.why_fla_has_no_head_decays()
     if (operation, name) == ("attention", "cudnn"):
         calls, precision = requirements.attention_calls, requirements.precision
         reasons = (cudnn.declines(call, precision=precision) for call in calls)

@@ -205,27 +205,39 @@ def test_auto_takes_flas_delta_rule_where_it_fits(gpu, precision, key_dims, expe
 
 
 @pytest.mark.parametrize(
-    ("capability", "triton", "a_head", "expected"),
+    ("capability", "triton", "kernel"),
     [
-        ((9, 0), "3.6.0", True, "torch"),
-        ((9, 0), "3.7.0", True, "torch"),
-        ((9, 0), "3.7.1", True, "fla"),
-        ((9, 0), "3.3.1", True, "fla"),
-        ((8, 0), "3.6.0", True, "fla"),
-        ((9, 0), "3.6.0", False, "fla"),
+        ((9, 0), "3.6.0", "chunk_kda"),
+        ((9, 0), "3.7.0", "chunk_kda"),
+        ((9, 0), "3.7.1", "chunk_gated_delta_rule"),
+        ((9, 0), "3.3.1", "chunk_gated_delta_rule"),
+        ((8, 0), "3.6.0", "chunk_gated_delta_rule"),
     ],
 )
-def test_flas_delta_rule_is_not_taken_where_triton_compiles_it_wrongly(
-    gpu, monkeypatch, capability, triton, a_head, expected
+def test_one_decay_a_head_is_one_for_all_its_channels_where_triton_compiles_flas_kernel_wrongly(
+    monkeypatch, capability, triton, kernel
 ):
-    gpu("fla.ops")
+    def computes(q, k, v, *, g, beta, A_log, dt_bias, initial_state=None, **_):
+        dt_bias = dt_bias.view(g.shape[2:])
+        return gated_delta_rule(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
+
+    def imported(operation, implementation, name):
+        assert (operation, implementation, name) == ("delta_rule", "fla", kernel)
+        return computes
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(registry.external, "version", lambda package: triton)
-    needs = {"operations": ("delta_rule",), "delta_key_dims": (128,), "delta_head_decays": a_head}
-    assert chosen("delta_rule", **needs) == expected
-    if expected == "torch":
-        with pytest.raises(KernelError, match=r"Triton 3\.\d\.0 compiles its backward wrongly"):
-            chosen("delta_rule", "fla", **needs)
+    monkeypatch.setattr(registry.external, "_imported", imported)
+    q, k, v = (torch.randn(2, 9, 3, width, dtype=torch.float64) for width in (4, 4, 5))
+    gate, beta = torch.randn(2, 2, 9, 3, dtype=torch.float64)
+    gates = {"A_log": torch.rand(3, dtype=torch.float64), "dt_bias": torch.randn(3, dtype=torch.float64)}
+    for given in (gate, *gates.values()):
+        given.requires_grad_()
+    results = [rule(q, k, v, gate, beta, **gates) for rule in (registry.external.fla_delta_rule, gated_delta_rule)]
+    gradients = [torch.autograd.grad(y.square().sum(), (gate, *gates.values())) for y, _ in results]
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("bf16", "fla"), ("fp32", "torch")])

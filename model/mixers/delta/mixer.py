@@ -116,8 +116,7 @@ class GatedDeltaNet(Mixer):
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:
         sizes = config.sizes_of(self)
-        needs = {"d_conv": sizes.d_conv, "operations": ("delta_rule",), "delta_key_dims": (sizes.head_dim,)}
-        return needs | {"delta_head_decays": not self.per_channel}
+        return {"d_conv": sizes.d_conv, "operations": ("delta_rule",), "delta_key_dims": (sizes.head_dim,)}
 
     def parameters(self, config: "ModelConfig", *, tensor_ranks: int) -> Sequence[Parameter]:
         width, sizes, share = config.hidden_size, config.sizes_of(self), self._heads(config, tensor_ranks)
