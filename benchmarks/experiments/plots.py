@@ -12,7 +12,7 @@ from .models import ARCHITECTURES, PATTERNS
 from .results import mean_and_spread, turns
 from .tables import PERPLEXITY, first_seed, tuned_from
 
-_STYLES = ("o-", "s-", "^-", "v-", "D-", "P-", "X-")
+_STYLES = ("o-", "s-", "^-", "v-", "D-", "P-", "X-", "*-", "p-")  # one for each of ARCHITECTURES
 
 
 def draw(name: str, layout: Layout, path: Path) -> None:
