@@ -306,13 +306,24 @@ def _decoder(spec: Any) -> decoders.Decoder:
 
 def load_tokenizer(folder: Path) -> FolderTokenizer:
     """The tokenizer of a model folder, without executing any code of it. Raises HFError if it has none."""
-    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else SambaTokenizer
-    if kind is SambaTokenizer and not (folder / SENTENCEPIECE_FILE).is_file():
-        raise HFError(f"the folder {folder} has no tokenizer.json; give a folder that was exported with its tokenizer")
+    by_sentencepiece = _tokenizer_class(folder) == SambaTokenizer.__name__
+    kind, file = (
+        (SambaTokenizer, SENTENCEPIECE_FILE) if by_sentencepiece else (PreTrainedTokenizerFast, "tokenizer.json")
+    )
+    if not (folder / file).is_file():
+        raise HFError(f"the folder {folder} has no {file}; give a folder that was exported with its tokenizer")
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise HFError(f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}); export it again") from error
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """Returns what tokenizer_config.json says, None where it says nothing."""
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def compare_tokenizers(path: TokenizerFile, hf_dir: Path, documents: Iterable[str]) -> None:
