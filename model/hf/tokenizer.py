@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import sentencepiece
 from google.protobuf.message import DecodeError
@@ -48,7 +48,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SAID = "Which mixers does a Samba have?"
 
 TokenizerFile = Path | TiktokenFile
-FolderTokenizer = PreTrainedTokenizerFast | SambaTokenizer
+FolderTokenizer: TypeAlias = PreTrainedTokenizerFast | SambaTokenizer
 Piece = ModelProto.SentencePiece
 _SPACE = "\u2581"
 
