@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
+from sambalm.model.hf.tokenization_samba import SambaTokenizer
 from sambalm.pretrain.errors import one_sentence
-from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
+from sambalm.pretrain.generation.text import TextStream, folder_text, training_text
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def folder_tokenizer(path: Path, file: Path | None) -> FolderTokenizer:
         return FolderTokenizer(own.encode, training_text(own), end, [], begin)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if not tokenizer.is_fast:
+        if not tokenizer.is_fast and not isinstance(tokenizer, SambaTokenizer):
             raise ValueError("it cannot be made a tokenizer.json")
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise EvaluationError(
@@ -49,7 +50,7 @@ def folder_tokenizer(path: Path, file: Path | None) -> FolderTokenizer:
 
     return FolderTokenizer(
         encode=encode,
-        new_text=huggingface_text(tokenizer.backend_tokenizer),
+        new_text=folder_text(tokenizer),
         end_id=tokenizer.eos_token_id,
         begin_ids=_begin_ids(tokenizer),
         begin_id=tokenizer.bos_token_id,

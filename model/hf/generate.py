@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from sambalm.model.config import ModelConfig
 
@@ -13,12 +12,12 @@ from .errors import HFError
 from .folder import INDEX_FILE, SINGLE_FILE
 from .modeling_samba import SambaForCausalLM
 from .names import CanonicalState, check_mixers, hf_config, hf_dtype, hf_shape, hf_tensors
-from .tokenizer import load_tokenizer
+from .tokenizer import FolderTokenizer, load_tokenizer
 
 
 def load_for_generation(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[SambaForCausalLM, PreTrainedTokenizerFast]:
+) -> tuple[SambaForCausalLM, FolderTokenizer]:
     """The model, in eval mode on the device, and its tokenizer. dtype None is that of the folder's weights.
 
     Raises HFError for a folder that is not a complete Samba model with its tokenizer.

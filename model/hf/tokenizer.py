@@ -1,7 +1,8 @@
 """A tokenizer of training as Hugging Face's tokenizer files, with the same ids for every text.
 
 A SentencePiece BPE model and a tiktoken rank file are converted, and a tokenizer.json is taken as it is, without what
-would add tokens to a text.
+would add tokens to a text. A SentencePiece model without an exact equivalent, such as every Unigram model, is read by
+SentencePiece itself, through a class whose file lies in the folder.
 
 No BOS and no EOS is added to a text, as in training, which puts an EOS after each document by itself. A literal "</s>"
 in a text stays text: tokenizer_config.json sets split_special_tokens. With a chat template, whose control tokens are to
@@ -9,10 +10,12 @@ be recognised, it is off.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import sentencepiece
 from google.protobuf.message import DecodeError
@@ -20,8 +23,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from . import tokenization_samba
 from .errors import HFError
 from .tiktoken import TiktokenFile, convert_tiktoken
+from .tokenization_samba import SambaTokenizer
 
 # Under the name that other tools look for; transformers takes tokenizer.json where there is one.
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -43,6 +48,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SAID = "Which mixers does a Samba have?"
 
 TokenizerFile = Path | TiktokenFile
+FolderTokenizer: TypeAlias = PreTrainedTokenizerFast | SambaTokenizer
 Piece = ModelProto.SentencePiece
 _SPACE = "\u2581"
 
@@ -87,12 +93,16 @@ def tokenizer_facts(path: TokenizerFile, *, given: Mapping[str, int | None] | No
     return TokenizerFacts(max(by_id) + 1, ids, names)
 
 
-def save_tokenizer(path: TokenizerFile, folder: Path, *, given: Mapping[str, int | None] | None = None) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, and a copy of a SentencePiece model, into an existing folder.
+class NoEquivalentError(HFError):
+    """A SentencePiece model that no tokenizer.json gives the ids of."""
 
-    Raises HFError for a file that is no tokenizer, or has features without an exact equivalent; `given` is that of
-    `tokenizer_facts`.
+
+def save_tokenizer(path: TokenizerFile, folder: Path, *, given: Mapping[str, int | None] | None = None) -> None:
+    """Writes tokenizer.json or the code of SambaTokenizer, tokenizer_config.json, and a copy of a SentencePiece model.
+
+    Raises HFError for a file that is no tokenizer; `folder` exists, and `given` is that of `tokenizer_facts`.
     """
+    inner: Tokenizer | None = None
     if isinstance(path, TiktokenFile):
         inner = convert_tiktoken(path)
     elif path.suffix == JSON_SUFFIX:
@@ -100,11 +110,31 @@ def save_tokenizer(path: TokenizerFile, folder: Path, *, given: Mapping[str, int
         if inner.encode("").ids:  # of the tokens that surround a text, training took none
             inner.post_processor = None
     else:
-        inner = convert_tokenizer(read_model(path), source=path)
+        with suppress(NoEquivalentError):
+            inner = convert_tokenizer(read_model(path), source=path)
         (folder / SENTENCEPIECE_FILE).write_bytes(path.read_bytes())
-    inner.save(str(folder / "tokenizer.json"))
     config = tokenizer_config(tokenizer_facts(path, given=given).names)
+    if inner is not None:
+        inner.save(str(folder / "tokenizer.json"))
+    else:
+        assert isinstance(path, Path)
+        code = Path(tokenization_samba.__file__)
+        shutil.copyfile(code, folder / code.name)
+        config |= _class_by_name(code.stem) | {"added_tokens_decoder": _control_tokens(read_model(path))}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _class_by_name(module: str) -> dict[str, object]:
+    """What tells transformers to read a folder's tokenizer by SambaTokenizer."""
+    name = SambaTokenizer.__name__
+    return {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"{module}.{name}", None]}}
+
+
+def _control_tokens(proto: ModelProto) -> dict[str, dict[str, object]]:
+    kinds = (Piece.CONTROL, Piece.UNKNOWN)
+    content = {str(index): piece.piece for index, piece in enumerate(proto.pieces) if piece.type in kinds}
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return {index: {"content": name, "special": True, **plain} for index, name in content.items()}
 
 
 def _read_json(path: Path) -> Tokenizer:
@@ -188,7 +218,7 @@ def tokenizer_config(names: Mapping[str, str]) -> dict[str, object]:
 
 
 def convert_tokenizer(proto: ModelProto, *, source: Path) -> Tokenizer:
-    """The equivalent of a SentencePiece BPE model. `source` is for messages. Raises HFError if there is none."""
+    """The equivalent of a SentencePiece BPE model. `source` is for messages. Raises NoEquivalentError without one."""
     _refuse_unsupported(proto, source)
     pieces, spec = proto.pieces, proto.trainer_spec
     vocabulary = {piece.piece: i for i, piece in enumerate(pieces)}
@@ -216,16 +246,15 @@ def _refuse_unsupported(proto: ModelProto, source: Path) -> None:
         # Of a Unigram model SentencePiece adds scores in fp32 and tokenizers in fp64: ways to split a text that are
         # equally likely, such as the pieces of a run of spaces in another order, are then told apart by rounding.
         name = spec.ModelType.Name(spec.model_type).lower()
-        raise HFError(
-            f"the tokenizer {source} is a SentencePiece {name} model; only bpe models can be converted, and a "
-            "tokenizer.json of any kind is taken as it is"
+        raise NoEquivalentError(
+            f"the tokenizer {source} is a SentencePiece {name} model; only bpe models can be converted"
         )
     if spec.treat_whitespace_as_suffix:
-        raise HFError(
+        raise NoEquivalentError(
             f"the tokenizer {source} has treat_whitespace_as_suffix, which has no equivalent; train without it"
         )
     if Piece.USER_DEFINED in kinds or Piece.UNUSED in kinds:
-        raise HFError(
+        raise NoEquivalentError(
             f"the tokenizer {source} has user-defined or unused pieces, which have no exact equivalent; leave them out"
         )
 
@@ -247,7 +276,7 @@ def _merges(proto: ModelProto, vocabulary: dict[str, int], source: Path) -> list
             if missing is None:
                 merges.append((left, right))
             elif len(missing) == 1 and (right if missing == left else left) in known | {missing}:
-                raise HFError(
+                raise NoEquivalentError(
                     f"the tokenizer {source} joins the character {missing!r} into {piece!r} but has no piece for it; "
                     "such a model cannot be converted"
                 )
@@ -275,14 +304,26 @@ def _decoder(spec: Any) -> decoders.Decoder:
     return decoders.Sequence(steps)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder. Raises HFError if it has none."""
-    if not (folder / "tokenizer.json").is_file():
-        raise HFError(f"the folder {folder} has no tokenizer.json; give a folder that was exported with its tokenizer")
+def load_tokenizer(folder: Path) -> FolderTokenizer:
+    """The tokenizer of a model folder, without executing any code of it. Raises HFError if it has none."""
+    by_sentencepiece = _tokenizer_class(folder) == SambaTokenizer.__name__
+    kind, file = (
+        (SambaTokenizer, SENTENCEPIECE_FILE) if by_sentencepiece else (PreTrainedTokenizerFast, "tokenizer.json")
+    )
+    if not (folder / file).is_file():
+        raise HFError(f"the folder {folder} has no {file}; give a folder that was exported with its tokenizer")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise HFError(f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}); export it again") from error
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """Returns what tokenizer_config.json says, None where it says nothing."""
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def compare_tokenizers(path: TokenizerFile, hf_dir: Path, documents: Iterable[str]) -> None:

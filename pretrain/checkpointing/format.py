@@ -77,9 +77,9 @@ class Checkpoint:
         stored_name = f"model.{name}"
         whole = torch.empty(self._shape(stored_name), dtype=torch.float32)
         for piece in self._slices[stored_name]:
-            with safe_open(piece.path, framework="pt") as file:
+            with open_shard(piece.path) as file:
                 region = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
-                whole[region] = file.get_tensor(stored_name)
+                whole[region] = torch.from_numpy(file.get_tensor(stored_name))
         return whole
 
     def stored(self) -> dict[str, list[StoredSlice]]:
@@ -94,13 +94,22 @@ class Checkpoint:
     def _slices(self) -> dict[str, list[StoredSlice]]:
         slices: dict[str, list[StoredSlice]] = {}
         for path in sorted(self.path.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+            with open_shard(path) as file:
                 placement = json.loads(file.metadata()[CUSTOM_METADATA_KEY])
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     offsets = tuple(placement[name][SAVED_OFFSETS_KEY])
                     sizes = tuple(file.get_slice(name).get_shape())
                     slices.setdefault(name, []).append(StoredSlice(path, offsets, sizes))
         return slices
+
+
+def open_shard(path: Path) -> Any:
+    """Opens a file of tensors, which come as NumPy's, one at a time.
+
+    For torch's, safetensors maps a file so that it could be written to, and Linux refuses that where the file is larger
+    than memory.
+    """
+    return safe_open(path, framework="np")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sambalm.data_pipeline.files import sync
 from sambalm.model.config import ModelConfig
 from sambalm.model.hf.errors import HFError
+from sambalm.model.hf.names import CanonicalState
 from sambalm.model.hf.verify import MAX_LOGIT_DIFFERENCE, ROWS, largest_difference
 from sambalm.parallel.zero.engine import MOMENTS, WEIGHT
 from sambalm.pretrain.checkpointing import format as files
@@ -56,24 +57,30 @@ def checkpoint_from_hf(
     """
     opened = open_other_model(source, query_heads=query_heads, window=window)
     with _new_folder(output) as folder:
-        checkpoint = _write_checkpoint(folder, opened, progress=progress)
+        checkpoint = write_checkpoint(folder, opened.state, opened.config, progress=progress)
         _verify(checkpoint, opened, source=source)
         (folder / MODEL_FILE).write_text(_model_yaml(opened.config, source=source), "utf-8")
         sync(folder / MODEL_FILE)
     return opened.config
 
 
-def _write_checkpoint(folder: Path, source: OtherModel, *, progress: Progress) -> files.Checkpoint:
-    """Commits the checkpoint of step 0 in a run folder and opens it, which reads its checksums."""
+def write_checkpoint(
+    folder: Path, state: CanonicalState, config: ModelConfig, *, progress: Progress
+) -> files.Checkpoint:
+    """Commits the weights as the checkpoint of step 0 in a run folder and opens it, which reads its checksums.
+
+    Args:
+        progress: receives (bytes written, bytes in all).
+    """
     final = files.checkpoint_folder(folder, 0)
     draft = final.with_name(f".{final.name}.partial")
     draft.mkdir(parents=True)
-    shapes = source.state.shapes()
+    shapes = state.shapes()
     done, total = 0, sum(FP32_BYTES * math.prod(shape) for shape in shapes.values())
 
     def read(name: str) -> Tensor:
         nonlocal done
-        tensor = source.state.read(name)
+        tensor = state.read(name)
         done += FP32_BYTES * tensor.numel()
         progress(done, total)
         return tensor
@@ -85,7 +92,7 @@ def _write_checkpoint(folder: Path, source: OtherModel, *, progress: Progress) -
             UnreadTensor(f"{kind}.{name}", shape, partial(zeros.expand, shape)) for name, shape in shapes.items()
         ]
     checksums = {SHARD: write_shard(draft / SHARD, slices)}
-    files.write_json(draft / files.STATE, _state(source.config))
+    files.write_json(draft / files.STATE, _state(config))
     files.write_manifest(draft, checksums | files.checksums(draft, [files.STATE]))
     sync(draft)
     files.commit(draft, final)

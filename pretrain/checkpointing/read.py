@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sambalm.parallel.groups import World
-from sambalm.pretrain.checkpointing.format import Checkpoint, StoredSlice
+from sambalm.pretrain.checkpointing.format import Checkpoint, StoredSlice, open_shard
 from sambalm.pretrain.errors import CheckpointError, one_sentence
 
 Stored = Mapping[str, Sequence[StoredSlice]]
@@ -134,9 +134,9 @@ def _read_all(reads: list[_Read]) -> None:
         for read in sorted(reads, key=lambda read: read.path):
             if read.path != path:
                 opened.close()
-                path, file = read.path, opened.enter_context(safe_open(read.path, framework="pt"))
+                path, file = read.path, opened.enter_context(open_shard(read.path))
             read.target.copy_(_read_region(file, read.name, read.region))
 
 
 def _read_region(file: Any, name: str, region: tuple[slice, ...]) -> Tensor:
-    return file.get_slice(name)[region]
+    return torch.from_numpy(file.get_slice(name)[region])

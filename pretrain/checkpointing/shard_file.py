@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import (
     CUSTOM_METADATA_KEY,
@@ -96,6 +97,8 @@ def _dealt(slices: Sequence[SavedSlice]) -> list[list[SavedSlice]]:
 def write_shard(path: Path, slices: Sequence[Slice]) -> dict[str, int]:
     """Writes slices of different names durably, one after the other; returns the file's size and CRC-32.
 
+    Blocks of zeros become holes, so that moments of a model that has not been trained take no disk.
+
     Raises:
         OSError: they could not all be written.
     """
@@ -105,12 +108,21 @@ def write_shard(path: Path, slices: Sequence[Slice]) -> dict[str, int]:
             for block in _blocks(slices):
                 crc = zlib.crc32(block, crc)
                 size += len(block)
-                file.write(block)
+                if _is_zero(block):
+                    file.seek(len(block), os.SEEK_CUR)
+                else:
+                    file.write(block)
+            file.truncate(size)  # which a hole at the end needs
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write knows no name
     return {"bytes": size, "crc32": crc}
+
+
+def _is_zero(block: bytes | memoryview) -> bool:
+    values = np.frombuffer(block, dtype=np.uint8)
+    return not (values[:_ALIGNMENT].any() or values.any())  # the first few say it of nearly every block
 
 
 def _blocks(slices: Sequence[Slice]) -> Iterator[bytes | memoryview]:

@@ -65,6 +65,7 @@ def _usage(error: Exception) -> str | None:
         return None
     context = getattr(error, "ctx", None)
     told = " ".join(shown().split()).rstrip(".").replace(". Did you mean", "; did you mean")
+    told = told.replace(": Value error, ", ": ")  # as pydantic begins the messages of others
     hint = f" (`{context.command_path} --help` shows what it takes)" if context else ""
     return f"{told[:1].lower()}{told[1:]}{hint}"
 

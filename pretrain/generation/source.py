@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions
@@ -15,12 +14,14 @@ from sambalm.data_pipeline.shards import check_tokenizer, read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
 from sambalm.model.hf.generate import model_of_state
+from sambalm.model.hf.tokenization_samba import SambaTokenizer
+from sambalm.model.hf.tokenizer import FolderTokenizer
 from sambalm.pretrain.checkpointing.format import MANIFEST, Checkpoint, checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import print_warning
 from sambalm.pretrain.generation.errors import GenerationError
-from sambalm.pretrain.generation.text import TextStream, huggingface_text, training_text
+from sambalm.pretrain.generation.text import TextStream, folder_text, training_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,13 +119,13 @@ def _folder_source(path: Path, *, device: torch.device, dtype: torch.dtype | Non
     return Source(
         model=model,
         encode=own.encode,
-        new_text=huggingface_text(own.backend_tokenizer),
+        new_text=folder_text(own),
         eos_ids=eos_ids,
         chat=_chat(own) if own.chat_template else None,
     )
 
 
-def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
+def _chat(tokenizer: FolderTokenizer) -> Chat:
     def render(messages: list[dict[str, str]]) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -132,6 +133,8 @@ def _chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
             raise GenerationError(f"the chat template cannot be applied ({error}); mend it in the folder") from error
 
     def encode(text: str) -> list[int]:
+        if isinstance(tokenizer, SambaTokenizer):
+            return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
         inner = tokenizer.backend_tokenizer
         splits, inner.encode_special_tokens = inner.encode_special_tokens, False
         try:

@@ -15,6 +15,8 @@ import tokenizers
 
 from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_formats import TiktokenTokenizer
+from sambalm.model.hf.tokenization_samba import SambaTokenizer
+from sambalm.model.hf.tokenizer import FolderTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -129,6 +131,13 @@ def training_text(tokenizer: Tokenizer) -> Callable[[], TextStream]:
     if tokenizer.kind == "huggingface":
         return huggingface_text(tokenizers.Tokenizer.from_file(str(tokenizer.path)))
     return sentencepiece_text(tokenizer.path)
+
+
+def folder_text(tokenizer: FolderTokenizer) -> Callable[[], TextStream]:
+    """Returns what makes text streams of a Hugging Face folder's tokenizer."""
+    if isinstance(tokenizer, SambaTokenizer):
+        return sentencepiece_text(Path(tokenizer.vocab_file))
+    return huggingface_text(tokenizer.backend_tokenizer)
 
 
 def sentencepiece_text(model: Path) -> Callable[[], TextStream]:

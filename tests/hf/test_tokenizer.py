@@ -1,7 +1,10 @@
 """The converted tokenizer gives SentencePiece's ids for every text, and no other way to load it is taken."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer as data_tokenizer
 from sambalm.model.hf.errors import HFError
+from sambalm.model.hf.tokenization_samba import SambaTokenizer
 from sambalm.model.hf.tokenizer import (
     SENTENCEPIECE_FILE,
     compare_tokenizers,
@@ -119,17 +123,70 @@ def test_a_wrong_merge_is_noticed(sentencepiece_model, tmp_path, text):
         compare_tokenizers(sentencepiece_model, tmp_path, ["", text])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "unigram"}, "only bpe models"),
-        ({"user_defined_symbols": ["<extra>"]}, "user-defined"),
-        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
-    ],
-)
-def test_models_without_an_exact_equivalent_are_refused(train_sentencepiece, tmp_path, changes, message):
-    with pytest.raises(HFError, match=message):
-        save_tokenizer(train_sentencepiece(**changes), tmp_path)
+BY_SENTENCEPIECE = {
+    "unigram": {"model_type": "unigram", "vocab_size": 700},
+    "unigram without bytes": {"model_type": "unigram", "vocab_size": 500, "byte_fallback": False},
+    "characters": {"model_type": "char"},
+    "user-defined pieces": {"user_defined_symbols": ["<extra>", "  "]},
+    "spaces at the end": {"treat_whitespace_as_suffix": True},
+}
+
+
+@pytest.mark.parametrize("changes", BY_SENTENCEPIECE.values(), ids=BY_SENTENCEPIECE.keys())
+def test_models_without_an_exact_equivalent_are_read_by_sentencepiece(
+    train_sentencepiece, documents, tmp_path, changes
+):
+    model = train_sentencepiece(**changes)
+    save_tokenizer(model, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    compare_tokenizers(model, tmp_path, [*TEXTS, "<extra> a<extra>", *documents, *random_texts(300)])
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for tokenizer in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert isinstance(tokenizer, SambaTokenizer)
+        assert tokenizer("</s> x").input_ids == processor.encode("</s> x")
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+        assert len(tokenizer) == processor.vocab_size()
+        assert tokenizer.encode("a</s>", split_special_tokens=False) == [*processor.encode("a"), 2]
+        ids = processor.encode("two words")
+        assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == processor.decode(ids)
+        batch = tokenizer(["a longer text than the other", "x"], padding=True)
+        assert batch.attention_mask[1][0] == 0 < batch.attention_mask[1][-1]
+
+
+ALONE = """
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer.save_pretrained(sys.argv[2])
+again = AutoTokenizer.from_pretrained(sys.argv[2], trust_remote_code=True)
+texts = json.load(sys.stdin)
+assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+assert "sambalm" not in sys.modules
+print(json.dumps([tokenizer.encode(text) for text in texts]))
+"""
+
+
+@pytest.mark.slow
+def test_sentencepiece_reads_a_folder_without_this_package(train_sentencepiece, tmp_path):
+    model, folder = train_sentencepiece(model_type="unigram", vocab_size=700), tmp_path / "folder"
+    folder.mkdir()
+    save_tokenizer(model, folder)
+    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "saved")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    texts = TEXTS + random_texts(100)
+    output = subprocess.run(
+        command, input=json.dumps(texts), env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert json.loads(output.splitlines()[-1]) == processor.encode(texts)
+
+
+def test_another_sentencepiece_model_in_a_folder_is_noticed(train_sentencepiece, documents, tmp_path):
+    model, other = (train_sentencepiece(model_type="unigram", vocab_size=size) for size in (700, 650))
+    save_tokenizer(model, tmp_path)
+    (tmp_path / SENTENCEPIECE_FILE).write_bytes(other.read_bytes())
+    with pytest.raises(HFError, match=r"differs from .*trained\.model in "):
+        compare_tokenizers(model, tmp_path, documents)
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"no model", "not a Sentence"), (b"", "no pieces"), (None, "read")])

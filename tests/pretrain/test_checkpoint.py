@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 from sambalm.pretrain.checkpointing import format as files
-from sambalm.pretrain.checkpointing import write
+from sambalm.pretrain.checkpointing import read, write
 from sambalm.pretrain.checkpointing.format import (
     MANIFEST,
     STATE,
@@ -321,6 +321,28 @@ def test_a_tensor_reaches_to_the_end_of_its_farthest_slice(tmp_path):
     checkpoint = Checkpoint(tmp_path, {})
     assert checkpoint.shapes() == {"w": (3, 5)}
     assert torch.equal(checkpoint.read("w"), whole)
+
+
+def test_a_file_that_is_larger_than_memory_is_read(tmp_path):
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    kib = sum(int(lines[name].split()[0]) for name in ("MemTotal", "SwapTotal"))
+    rows = kib * 1024 // 4000 + 1
+    placement = {name: {SAVED_OFFSETS_KEY: [0, 0]} for name in ("exp_avg.w", "model.w")}
+    entries = {
+        "__metadata__": {CUSTOM_METADATA_KEY: json.dumps(placement)},
+        "exp_avg.w": {"dtype": "F32", "shape": [rows, 1000], "data_offsets": [0, 4000 * rows]},
+        "model.w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [4000 * rows, 4000 * rows + 16]},
+    }
+    header = json.dumps(entries).encode()
+    with (tmp_path / "shard.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(4000 * rows, os.SEEK_CUR)  # a hole, which takes no disk
+        file.write(torch.arange(4.0).numpy().tobytes())
+    checkpoint = Checkpoint(tmp_path, {})
+    assert torch.equal(checkpoint.read("w"), torch.arange(4.0).view(2, 2))
+    wanted = [read.WantedSlice(name, (0, 1), torch.full((2, 1), -1.0)) for name in ("model.w", "exp_avg.w")]
+    read._read_all([part for one in wanted for part in read._reads(checkpoint.stored(), one)])
+    assert [one.target.tolist() for one in wanted] == [[[1.0], [3.0]], [[0.0], [0.0]]]
 
 
 def test_a_checksum_is_that_of_all_blocks(tmp_path, monkeypatch):

@@ -209,6 +209,8 @@ def test_a_folder_that_is_something_else_is_refused(exists, refused, tmp_path):
 def test_a_command_line_that_is_none_is_refused_with_what_is_near(refused, config):
     refused("trein", config, names=["no such command 'trein'; did you mean 'train'?", "`sambalm --help`"])
     refused("data", "preproc", names=["did you mean 'preprocess'?", "`sambalm data --help`"])
+    wrong = "invalid value for '--precision': 'int8' is not one of 'fp32', 'bf16', 'fp16'"
+    refused("convert", "to-hf", config.parent, "new", "--precision", "int8", names=[wrong])
     refused("plan", config, "--gpu", "8", names=["no such option: --gpu", "--gpus", "`sambalm plan --help`"])
     refused("plan", config, names=["missing option '--gpus'"])
     refused("evaluate", config.parent, "--task", "perplxity", names=["did you mean perplexity?"])

@@ -79,6 +79,19 @@ def test_shards_are_what_other_readers_take_and_have_the_checksums_that_were_com
     assert write_shards(tmp_path, [], rank=9) == {}
 
 
+def test_zeros_take_no_disk(tmp_path):
+    some = torch.zeros(3 << 20)
+    some[-1] = 1.0
+    tensors = {"model.a": torch.zeros(5 << 20), "model.b": some, "model.c": torch.zeros(9 << 20)}
+    written = write_shards(tmp_path, [SavedSlice(name, (0,), tensor) for name, tensor in tensors.items()], rank=0)
+    assert written == checksums(tmp_path, list(written))
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_blocks * 512 < 4 * (4 << 20) < path.stat().st_size
+    read = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
+    dcp.load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
 def test_blocks_of_a_large_view_are_written_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr("sambalm.pretrain.checkpointing.shard_file._BLOCK_BYTES", 64)
     whole = torch.randn(20, 30)
