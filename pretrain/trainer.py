@@ -79,6 +79,8 @@ def train(config: RunConfig, *, signals: Signals | None = None, evaluation: Make
         with open_run_folder(config, marks) as folder:
             if is_main_process():
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+                if folder.checkpoint is None:
+                    _warn_unless_convertible(config)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
@@ -101,6 +103,14 @@ def _check_data(config: RunConfig) -> None:
     trained = sources_of(sources, parts)
     check_vocabulary(config.data, [*trained, *validation], vocab_size=config.model.vocab_size)
     check_separate(trained, validation)
+
+
+def _warn_unless_convertible(config: RunConfig) -> None:
+    """Tells the user before a new run trains, instead of after it."""
+    from sambalm.pretrain.checkpointing.to_hf import conversion_refusal  # here: imports transformers, for seconds
+
+    if refusal := conversion_refusal(config):
+        print_warning(f"`sambalm convert to-hf` would refuse this run's model: {refusal}")
 
 
 def _train(
