@@ -157,28 +157,32 @@ def preprocess(
     """
     from sambalm.data_pipeline.parts import Part
     from sambalm.data_pipeline.preprocess import preprocess as run
+    from sambalm.pretrain.errors import Interrupted
 
-    with ProgressBar("tokenising") as progress:
-        summary = run(
-            [*inputs, *(more_inputs or [])],
-            tokenizer=tokenizer,
-            output_prefix=output,
-            part=Part.parse(part),
-            overwrite=overwrite,
-            progress=progress,
-            workers=workers or len(os.sched_getaffinity(0)),
-            shard_tokens=shard_tokens,
-            text_key=text_key,
-            text_documents=text_documents.value,
-            append_eos=eos,
-            eos_token=eos_token,
-            special_tokens=special_tokens,
-            on_error=on_error.value,
-            chat_template=chat_template,
-            messages_key=messages_key,
-            loss=loss.value,
-            shuffle_seed=shuffle,
-        )
+    try:
+        with ProgressBar("tokenising") as progress:
+            summary = run(
+                [*inputs, *(more_inputs or [])],
+                tokenizer=tokenizer,
+                output_prefix=output,
+                part=Part.parse(part),
+                overwrite=overwrite,
+                progress=progress,
+                workers=workers or len(os.sched_getaffinity(0)),
+                shard_tokens=shard_tokens,
+                text_key=text_key,
+                text_documents=text_documents.value,
+                append_eos=eos,
+                eos_token=eos_token,
+                special_tokens=special_tokens,
+                on_error=on_error.value,
+                chat_template=chat_template,
+                messages_key=messages_key,
+                loss=loss.value,
+                shuffle_seed=shuffle,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; complete shards are kept, and the same command goes on after them") from None
     print(summary.describe(output))
 
 

@@ -46,7 +46,7 @@ def leaf_commands(command=None, path=()):
 HELP_OF_ALL = """
 import json, sys
 from typer.testing import CliRunner
-from sambalm.pretrain.cli import app
+from sambalm.pretrain.cli.app import app
 helps = [CliRunner().invoke(app, [*words, "--help"]).output for words in json.loads(sys.argv[1])]
 print(json.dumps({"helps": helps, "modules": sorted(sys.modules)}))
 """

@@ -25,7 +25,7 @@ PRELOAD = [
     "megatron.core.models.backends",
     "megatron.core.transformer.multi_token_prediction",
     "megatron.core.transformer.transformer_block",
-    "sambalm.pretrain.cli",
+    "sambalm.pretrain.cli.app",
     "tests.support.frozen",  # the last
 ]
 
