@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 
 @contextmanager
@@ -11,6 +12,7 @@ def deaf_children() -> Iterator[None]:
 
     A handler would be too late: Python starts for tenths of a second, in which Ctrl-C ends in a traceback.
     """
+    resource_tracker.ensure_running()  # which multiprocessing starts with the first child, and then lets all signals in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
     try:
         yield

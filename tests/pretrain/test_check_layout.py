@@ -74,7 +74,8 @@ def sambalm(monkeypatch, capfd, tmp_path):
             cli.main()
         return exit_info.value.code or 0, *capfd.readouterr()
 
-    return run
+    with restored_signals():
+        yield run
 
 
 def test_the_command_says_what_it_found(sambalm):
