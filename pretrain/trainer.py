@@ -12,6 +12,7 @@ from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.phases import build_train_datasets
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_separate, check_vocabulary, open_sources
+from sambalm.data_pipeline.token_stream import allow_open_files
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
@@ -68,6 +69,7 @@ def train(config: RunConfig, *, signals: Signals | None = None, evaluation: Make
         DivergedError, ReplicasDifferError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
+    allow_open_files()
     if config.evaluation.tasks and evaluation is None:
         raise ConfigError("evaluation.tasks is set, which only `sambalm train` measures: start it so, or leave it out")
     signals, marks = signals or Signals(), Marks()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -72,15 +72,21 @@ class Interrupts:
 
 
 def leave() -> NoReturn:
-    """Ends the process at once, in a sentence."""
-    print_sentence()
-    os._exit(INTERRUPTED)
-
-
-def print_sentence() -> None:
-    """Tells of the interruption, once for a whole run."""
+    """Ends the process at once, in a sentence that is said once for a whole run."""
     if os.environ.get("RANK", "0") == "0":
         print(SENTENCE, file=sys.stderr, flush=True)
+    end_now(INTERRUPTED)
+
+
+def end_now(code: int) -> NoReturn:
+    """Ends the process without what Python does at its end.
+
+    After an interruption in some library's code, Python would end by the signal instead of with the exit code.
+    """
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager
@@ -93,12 +99,13 @@ def heeding_ctrl_c() -> Iterator[Interrupts]:
     try:
         interrupts.listen()
         yield interrupts
-    except SystemExit:
+    except SystemExit as end:
+        if interrupts.came and isinstance(end.code, int):
+            end_now(end.code)
         raise
     except BaseException:
         if not interrupts.came:
             raise
-        print_sentence()  # of the imports, or of what a library made of the interruption
-        sys.exit(INTERRUPTED)
+        leave()  # of the imports
     finally:
         interrupts.end()

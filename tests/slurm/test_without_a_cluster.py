@@ -14,7 +14,7 @@ import pytest
 
 from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
-from sambalm.pretrain.errors import EXIT_CODES, ExitCode
+from sambalm.pretrain.errors import EXIT_CODES, ConfigError, ExitCode
 from sambalm.pretrain.lifecycle.attempts import write_outcome
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
