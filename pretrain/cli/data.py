@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sambalm.pretrain.cli.examples import example
-from sambalm.pretrain.cli.numbers import count
+from sambalm.pretrain.cli.numbers import LARGEST_SAMPLE, count
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
@@ -290,7 +290,8 @@ def inspect(
     ] = None,
     document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
     sample: Annotated[
-        int | None, typer.Option(min=0, help="Show this training sample of a run on PREFIX alone.")
+        int | None,
+        typer.Option(min=0, max=LARGEST_SAMPLE, help="Show this training sample of a run on PREFIX alone."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of that sample.")] = 4096,
     seed: Annotated[int, typer.Option(help="That run's seed.")] = 0,
