@@ -72,9 +72,9 @@ def checkpoint_to_hf(
     max_shard_bytes, given = size_bytes(shard_size), _read_template(chat_template)
     checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     run = saved_run(checkpoint)
+    loaded = _load_tokenizer(tokenizer, run.data if run else None, name=str(checkpoint.path))
     if documents is None and run is None:
         raise CheckpointError(f"{checkpoint.path} has no data: give texts to verify the export on with --documents")
-    loaded = _load_tokenizer(tokenizer, run.data if run else None, name=str(checkpoint.path))
     texts = _documents(documents, run.data if run else None, loaded)
     with new_hf_folder(output, overwrite=overwrite) as folder:
         export_hf(

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from sambalm.data_pipeline.config import DataConfig, WeightedSource
 from sambalm.data_pipeline.parts import Part
-from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from sambalm.pretrain.cli import app as cli
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.generation.command import Request
 from sambalm.pretrain.generation.sampling import Sampling
