@@ -1,13 +1,18 @@
 """What reading ahead is worth: time that a step waits for its batch, with no thread and with several.
 
     python benchmarks/loader.py
+    python benchmarks/loader.py --sources 64
 
 Random tokens in shards in a temporary folder (or --folder, for the file system that matters). Each batch is waited
 for after some milliseconds of other work, as a training step would; `cold` drops the files from the page cache first.
+
+With --sources: what it costs that a process holds a bounded number of files open. Samples of several lengths are read
+from so many sources, turn by turn with all of them open, and with a `ulimit -n` of 1,024 that a run raises or cannot.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -21,9 +26,11 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.dataset import TrainDataset, build_train_dataset
 from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.sources import open_sources
+from sambalm.data_pipeline.token_stream import allow_open_files
 from sambalm.parallel.micro_batch import MicroBatch
 
 LENGTH, MICRO_BATCH, BATCHES = 4096, 8, 200
+LENGTHS, SHARDS, READ, TURNS = (1024, 4096, 16384, 65536), 4, 256, 20
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -77,11 +84,70 @@ def measure(prefix: str, *, workers: int, work_s: float, cold: bool) -> list[flo
     return found
 
 
+def write_sources(folder: Path, *, sources: int) -> list[str]:
+    """Makes sources of SHARDS small shards each; returns their prefixes."""
+    prefixes = []
+    for number in range(sources):
+        (folder / str(number)).mkdir()
+        prefixes.append(write_shards(folder / str(number), shards=SHARDS, shard_tokens=300_000, documents=300))
+    return prefixes
+
+
+def datasets(prefixes: list[str]) -> list[TrainDataset]:
+    """A data set of each length, all of which share their files, as the phases of a run do."""
+    configs = [
+        DataConfig(train=prefixes, sequence_length=length, reset_at_document=True, verify=False) for length in LENGTHS
+    ]
+    sources = open_sources(configs[0])
+    return [build_train_dataset(config, sources, seed=0) for config in configs]
+
+
+def processor_s(sets: list[TrainDataset], numbers: range) -> float:
+    """Processor time of reading samples, a length after the other; cached files make nobody wait."""
+    start_s = time.process_time()
+    for number in numbers:
+        for dataset in sets:
+            dataset[number]
+    return time.process_time() - start_s
+
+
+def compare_limits(folder: Path, *, sources: int) -> None:
+    """Prints a table of what samples cost by what `ulimit -n` is."""
+    prefixes = write_sources(folder, sources=sources)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = {}
+    for name, limit in (("all", most), ("1,024, raised by the run", 1024), ("1,024, and no more allowed", 1024)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        if "raised" in name:
+            allow_open_files()
+        found[name] = datasets(prefixes)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for sets in found.values():
+        processor_s(sets, range(READ))  # into the page cache
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(1, TURNS + 1):
+        for name in list(found)[:: 1 if turn % 2 else -1]:
+            times[name].append(processor_s(found[name], range(turn * READ, (turn + 1) * READ)))
+    lengths = ", ".join(f"{length:,}" for length in LENGTHS)
+    print(f"{sources} sources, {2 * SHARDS * sources} files, samples of {lengths} tokens in turn, {TURNS} turns")
+    print("| `ulimit -n` | processor time of a sample, us | median ratio | ratio of the least |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, own in times.items():
+        ratio = statistics.median(here / there for here, there in zip(own, times["all"], strict=True))
+        least = min(own) / min(times["all"])
+        print(f"| {name} | {min(own) / READ / len(LENGTHS) * 1e6:.0f} | {ratio:.3f} | {least:.3f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sources", type=int, help="compare bounds of open files instead")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--work-ms", type=float, default=10.0, help="other work before each batch")
     options = parser.parse_args()
+    if options.sources:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            compare_limits(Path(folder), sources=options.sources)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         prefix = write_shards(Path(folder), shards=20, shard_tokens=20_000_000, documents=20_000)
         print(f"batches of {MICRO_BATCH} x {LENGTH:,} tokens, one each {options.work_ms:g} ms, {os.cpu_count()} cores")

@@ -15,6 +15,7 @@ output        what lies under a prefix, and the manifest over all parts
 chat          conversations to ids by a chat template, and what the assistant says
 made_documents  passkeys and phone books, made from a seed
 workers       processes that tokenise, and their batches in the order of the input
+interrupts    child processes that do not hear Ctrl-C
 shuffle       documents in an order drawn from a seed, in bounded memory
 preprocess    text to token shards: read this first
 datatrove     the same encoder and shards as steps of datatrove's pipelines, where that is installed

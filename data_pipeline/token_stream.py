@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
 
 import numpy as np
 
@@ -23,6 +22,28 @@ _SHARE_OF_OPEN_FILES = 8
 _MOST_OPEN_FILES = 1024
 
 
+def allow_open_files() -> None:
+    """Raises this process's own limit of open files, as far as it may, to what ShardFiles makes use of."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_OPEN_FILES * _SHARE_OF_OPEN_FILES
+    wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+class _OpenFile:
+    """A file as long as anyone holds on to it; cheaper than io.FileIO."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class ShardFiles:
     """Reads byte ranges of any number of files while a bounded number of them is open; any thread may read.
 
@@ -33,7 +54,7 @@ class ShardFiles:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         limit = _MOST_OPEN_FILES if limit == resource.RLIM_INFINITY else limit // _SHARE_OF_OPEN_FILES
         self._most = max(1, min(limit, _MOST_OPEN_FILES))
-        self._files: OrderedDict[str, FileIO] = OrderedDict()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["ShardFiles"], tuple[()]]:
@@ -44,9 +65,9 @@ class ShardFiles:
         """Exactly that range. Raises DataError naming path and offset where the file is missing or shorter."""
         try:
             file = self._open(path)
-            content = os.pread(file.fileno(), size_bytes, offset_bytes)
+            content = os.pread(file.number, size_bytes, offset_bytes)
             while len(content) < size_bytes:  # Linux reads 2 GiB at most at once
-                more = os.pread(file.fileno(), size_bytes - len(content), offset_bytes + len(content))
+                more = os.pread(file.number, size_bytes - len(content), offset_bytes + len(content))
                 if not more:
                     raise DataError(
                         f"{path} ends at byte {offset_bytes + len(content)} where {size_bytes} bytes from "
@@ -57,11 +78,11 @@ class ShardFiles:
             raise DataError(f"cannot read {path} at byte {offset_bytes}: {error.strerror}; restore it") from error
         return content
 
-    def _open(self, path: str) -> FileIO:
+    def _open(self, path: str) -> _OpenFile:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = FileIO(path)
+                file = self._files[path] = _OpenFile(path)
                 if len(self._files) > self._most:
                     # Closed once the last thread that reads it lets go of it.
                     self._files.popitem(last=False)

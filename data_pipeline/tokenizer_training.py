@@ -102,9 +102,12 @@ class _Sentences:
             return line
         except StopIteration:
             raise
-        except BaseException as error:
+        except Exception as error:
             self.error = error
             raise StopIteration from error
+        except BaseException as error:  # Ctrl-C, after which nothing is to be trained
+            self.error = error
+            raise
 
 
 def _lines(documents: Iterable[Document]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from .documents import PIECE_BYTES, Piece
 from .encoding import EncoderConfig, TokenBatch, encode_in_worker, start_in_worker
 from .errors import DataError
+from .interrupts import deaf_children
 
 _PIECES_IN_FLIGHT_PER_WORKER = 3
 
@@ -28,7 +28,8 @@ def tokenising_pool(workers: int, encoder: EncoderConfig) -> Iterator[ProcessPoo
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         for _ in range(workers):
-            pool.submit(start_in_worker, encoder)
+            with deaf_children():
+                pool.submit(start_in_worker, encoder)
         yield pool
     except BrokenProcessPool as error:
         raise DataError(
@@ -52,7 +53,9 @@ def in_order(
         return source, piece, future.result()
 
     for source, piece in work:
-        pending.append((source, piece, pool.submit(encode_in_worker, encoder, piece)))
+        with deaf_children():  # a pool starts a process when it is first needed
+            future = pool.submit(encode_in_worker, encoder, piece)
+        pending.append((source, piece, future))
         held_bytes += piece.size_bytes
         while len(pending) >= most or (held_bytes >= most_bytes and len(pending) > workers):
             held_bytes -= pending[0][1].size_bytes
@@ -62,8 +65,7 @@ def in_order(
 
 
 def _start_worker() -> None:
-    # The parent handles Ctrl-C and ends its workers; one whose parent was killed would wait for work for ever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One whose parent was killed would wait for work for ever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -16,7 +16,7 @@ from sambalm.evaluation.runner import Bar, Plan, evaluate, silent
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.registry import TASKS, described_keys, task_settings
 from sambalm.pretrain.checkpointing.format import MANIFEST
-from sambalm.pretrain.errors import print_line
+from sambalm.pretrain.errors import Interrupted
 
 FOLDER, CACHE = "evaluation", ".index_cache"
 
@@ -64,8 +64,9 @@ def evaluate_model(
             else:
                 deque(results, maxlen=0)
         except KeyboardInterrupt:
-            print_line(f"stopped; what is done is kept in {folder}, and the same command goes on from there")
-            raise
+            raise Interrupted(
+                f"stopped; what is done is kept in {folder}, and the same command goes on from there"
+            ) from None
 
 
 def _show(results: Iterable[Result], *, as_json: bool) -> None:

@@ -80,7 +80,7 @@ def one_sentence(error: BaseException | str) -> str:
 
 def print_error(error: Exception) -> None:
     """Prints the sentence of an error for its user."""
-    print(f"error: {error}", file=sys.stderr)
+    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
 
 
 def print_line(text: str) -> None:
@@ -104,6 +104,7 @@ def ending_in_a_sentence(report: Callable[[Exception], None] = print_error) -> I
     try:
         yield
     except KeyboardInterrupt:
+        report(Interrupted())
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)
@@ -111,6 +112,15 @@ def ending_in_a_sentence(report: Callable[[Exception], None] = print_error) -> I
             raise
         report(error)
         sys.exit(exit_code)
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the message may say what is kept and how to go on."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+    def __init__(self, message: str = "interrupted from the keyboard") -> None:
+        super().__init__(message)
 
 
 class ConfigError(Exception):

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sambalm.data_pipeline.interrupts import deaf_children
 from sambalm.pretrain.errors import ExitCode
 
 PRELOAD = ["sambalm.pretrain.trainer", "sambalm.parallel.compat.cpu", "torch._dynamo"]
@@ -79,7 +80,8 @@ def run_ranks(
                 process: BaseProcess = context.Process(
                     target=_run_rank, args=(function, args, place, theirs), daemon=True
                 )
-                process.start()
+                with deaf_children():
+                    process.start()
                 theirs.close()  # so that the pipe ends with the rank
                 workers.append((process, ours))
             return _results(workers, timeout_s=timeout_s, output=output)

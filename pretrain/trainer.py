@@ -12,6 +12,7 @@ from sambalm.data_pipeline.loader import BatchLoader
 from sambalm.data_pipeline.phases import build_train_datasets
 from sambalm.data_pipeline.shared import shared_sources
 from sambalm.data_pipeline.sources import Source, check_separate, check_vocabulary, open_sources
+from sambalm.data_pipeline.token_stream import allow_open_files
 from sambalm.model.registry import weight_copies
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS
 from sambalm.parallel.environment import is_main_process, world_size
@@ -68,6 +69,7 @@ def train(config: RunConfig, *, signals: Signals | None = None, evaluation: Make
         DivergedError, ReplicasDifferError, RunInUseError: one sentence each, for the user.
     """
     config.check_world(world_size())
+    allow_open_files()
     if config.evaluation.tasks and evaluation is None:
         raise ConfigError("evaluation.tasks is set, which only `sambalm train` measures: start it so, or leave it out")
     signals, marks = signals or Signals(), Marks()
@@ -79,6 +81,8 @@ def train(config: RunConfig, *, signals: Signals | None = None, evaluation: Make
         with open_run_folder(config, marks) as folder:
             if is_main_process():
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+                if folder.checkpoint is None:
+                    _warn_unless_convertible(config)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
                 watchdog.watch_in(folder.attempt, ledger=folder.ledger)
@@ -101,6 +105,14 @@ def _check_data(config: RunConfig) -> None:
     trained = sources_of(sources, parts)
     check_vocabulary(config.data, [*trained, *validation], vocab_size=config.model.vocab_size)
     check_separate(trained, validation)
+
+
+def _warn_unless_convertible(config: RunConfig) -> None:
+    """Tells the user before a new run trains, instead of after it."""
+    from sambalm.pretrain.checkpointing.to_hf import conversion_refusal  # here: imports transformers, for seconds
+
+    if refusal := conversion_refusal(config):
+        print_warning(f"`sambalm convert to-hf` would refuse this run's model: {refusal}")
 
 
 def _train(

@@ -76,7 +76,8 @@ def training_job(
 
     checked = load_config(config, overrides)
     checked.check_world(nodes * gpus_per_node)
-    script = script or SCRIPTS / f"{config.stem}.sbatch"
+    name = config.name.removesuffix(config.suffix if config.suffix in (".yaml", ".yml") else "")
+    script = script or SCRIPTS / f"{name}.sbatch"
     if not script.is_file():
         shipped = ", ".join(sorted(path.name for path in SCRIPTS.glob("samba_*.sbatch")))
         raise SlurmError(
@@ -85,7 +86,7 @@ def training_job(
     job = Job(
         script=script,
         options=[
-            f"--job-name={config.stem}",
+            f"--job-name={name}",
             f"--nodes={nodes}-{nodes + spares}" if spares else f"--nodes={nodes}",
             f"--gpus-per-node={gpus_per_node}",
         ],

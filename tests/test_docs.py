@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from sambalm.pretrain.cli import app
+from sambalm.pretrain.cli.app import app
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import RENAMED
 from sambalm.pretrain.errors import EXIT_CODES, ExitCode

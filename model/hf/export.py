@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ from .folder import INDEX_FILE
 from .folder_code import folder_code
 from .model_card import TrainingFacts, model_card
 from .names import CanonicalState, hf_config, hf_dtype, hf_shape, hf_tensors
-from .tokenizer import TokenizerFile, save_chat_template, save_tokenizer, tokenizer_facts
+from .tokenizer import TokenizerFile, compare_tokenizers, save_chat_template, save_tokenizer, tokenizer_facts
 from .verify import verify_export
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -65,6 +66,56 @@ def export_hf(
         raise HFError(f"dtype is {dtype}; weights are exported as torch.float32, torch.bfloat16 or torch.float16")
     tensors = hf_tensors(config.pattern, tie_embeddings=config.tie_embeddings)
     _refuse_unfit_state(state, tensors)
+    hf = _write_all_but_weights(
+        folder,
+        config,
+        tokenizer_model=tokenizer_model,
+        dtype=dtype,
+        token_ids=token_ids,
+        chat_template=chat_template,
+        sequence_tokens=card.sequence_tokens,
+    )
+    shapes = state.shapes()
+    parameters = sum(math.prod(shapes[part]) for tensor in tensors.values() for part in tensor.parts)
+    readme = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
+    (folder / "README.md").write_text(readme, "utf-8")
+    _write_weights(folder, state, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+    verify_export(folder, state, config, documents, tokenizer_model)
+
+
+def check_convertible(
+    config: ModelConfig,
+    *,
+    tokenizer_model: TokenizerFile,
+    token_ids: Mapping[str, int | None] | None = None,
+    chat_template: str | None = None,
+) -> None:
+    """Writes what a folder has besides weights, into a temporary one, and compares the tokenizer on odd texts.
+
+    Raises:
+        HFError: as `export_hf` does for a model, a tokenizer or a template that cannot be converted, before there are
+            weights to convert.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_all_but_weights(
+            folder, config, tokenizer_model=tokenizer_model, token_ids=token_ids, chat_template=chat_template
+        )
+        compare_tokenizers(tokenizer_model, folder, ())
+
+
+def _write_all_but_weights(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    tokenizer_model: TokenizerFile,
+    token_ids: Mapping[str, int | None] | None,
+    chat_template: str | None,
+    dtype: torch.dtype = torch.float32,
+    sequence_tokens: int | None = None,
+) -> SambaConfig:
+    """Writes configuration, code and tokenizer, and returns the first; arguments and errors are `export_hf`'s."""
+    code = folder_code(config.pattern)  # refuses mixers first, whatever the tokenizer is
     facts = tokenizer_facts(tokenizer_model, given=token_ids)
     if facts.vocab_size > config.vocab_size:
         raise HFError(
@@ -72,20 +123,15 @@ def export_hf(
             f"{config.vocab_size}; give the tokenizer that the model was trained with"
         )
     tokens = {f"{name}_token_id": facts.ids[name] for name in ("bos", "eos", "pad")}
-    lengths = {} if card.sequence_tokens is None else {"training_sequence_tokens": card.sequence_tokens}
+    lengths = {} if sequence_tokens is None else {"training_sequence_tokens": sequence_tokens}
     hf = hf_config(config, dtype=str(dtype).removeprefix("torch."), **tokens, **lengths)
     _write_config(folder, hf, tokens)
     save_tokenizer(tokenizer_model, folder, given=token_ids)
     if chat_template is not None:
         save_chat_template(chat_template, folder)
-    for name, text in folder_code(config.pattern).items():
-        (folder / name).write_text(text, "utf-8")
-    shapes = state.shapes()
-    parameters = sum(math.prod(shapes[part]) for tensor in tensors.values() for part in tensor.parts)
-    readme = model_card(hf, card, parameters=parameters, dtype=str(dtype).removeprefix("torch."))
-    (folder / "README.md").write_text(readme, "utf-8")
-    _write_weights(folder, state, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
-    verify_export(folder, state, config, documents, tokenizer_model)
+    for file, text in code.items():
+        (folder / file).write_text(text, "utf-8")
+    return hf
 
 
 def _refuse_unfit_state(state: CanonicalState, tensors: dict[str, HFTensor]) -> None:

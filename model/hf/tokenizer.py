@@ -343,11 +343,11 @@ def compare_tokenizers(path: TokenizerFile, hf_dir: Path, documents: Iterable[st
         expected, given = encode(text), tokenizer.encode(text)
         if given != expected:
             raise HFError(
-                f"the tokenizer in {hf_dir} differs from {path} in {place} "
+                f"the converted tokenizer differs from {path} in {place} "
                 f"({_difference(given, expected)}): {_excerpt(text)}"
             )
         if is_lossless(expected) and tokenizer.decode(given, skip_special_tokens=True) != decode(expected):
-            raise HFError(f"the tokenizer in {hf_dir} decodes {place} differently from {path}: {_excerpt(text)}")
+            raise HFError(f"the converted tokenizer decodes {place} differently from {path}: {_excerpt(text)}")
 
 
 def _of_training(

@@ -22,7 +22,7 @@ from sambalm.data_pipeline.tokenizer import Tokenizer
 from sambalm.data_pipeline.tokenizer_formats import TiktokenTokenizer, load_tokenizer
 from sambalm.model.hf.configuration_samba import SambaConfig
 from sambalm.model.hf.errors import HFError
-from sambalm.model.hf.export import export_hf
+from sambalm.model.hf.export import check_convertible, export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from sambalm.model.hf.tiktoken import TiktokenFile
 from sambalm.model.hf.tokenizer import TokenizerFile
@@ -30,7 +30,7 @@ from sambalm.pretrain.checkpointing.format import Checkpoint, newest_checkpoint
 from sambalm.pretrain.checkpointing.initial_weights import STARTED_FROM, described
 from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.config import RunConfig
-from sambalm.pretrain.errors import CheckpointError, print_warning
+from sambalm.pretrain.errors import CheckpointError, one_sentence, print_warning
 from sambalm.pretrain.precision import DTYPES
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 
@@ -72,14 +72,9 @@ def checkpoint_to_hf(
     max_shard_bytes, given = size_bytes(shard_size), _read_template(chat_template)
     checkpoint = newest_checkpoint(path, step=step, warn=print_warning)
     run = saved_run(checkpoint)
-    tokenizer_path = tokenizer or (run.data.tokenizer_path() if run else None)
-    if tokenizer_path is None:
-        raise CheckpointError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
+    loaded = _load_tokenizer(tokenizer, run.data if run else None, name=str(checkpoint.path))
     if documents is None and run is None:
         raise CheckpointError(f"{checkpoint.path} has no data: give texts to verify the export on with --documents")
-    loaded = load_tokenizer(tokenizer_path)
-    for prefix in run.data.prefixes if run else ():
-        check_tokenizer(prefix, loaded)
     texts = _documents(documents, run.data if run else None, loaded)
     with new_hf_folder(output, overwrite=overwrite) as folder:
         export_hf(
@@ -96,6 +91,25 @@ def checkpoint_to_hf(
             progress=progress,
         )
     return checkpoint
+
+
+def conversion_refusal(config: RunConfig) -> str | None:
+    """Returns why `checkpoint_to_hf` would refuse a run's model or tokenizer; None where it would not.
+
+    Weights, and the texts of the data, are not looked at.
+    """
+    data = config.data
+    try:
+        loaded = _load_tokenizer(None, data, name="the run")
+        check_convertible(
+            config.model,
+            tokenizer_model=_tokenizer_file(loaded),
+            token_ids=_token_ids(loaded, data),
+            chat_template=data.chat_template(),
+        )
+    except Exception as error:  # the libraries raise bare ones, too, and the run can train after any
+        return one_sentence(error)
+    return None
 
 
 def size_bytes(text: str) -> int:
@@ -117,6 +131,24 @@ def _read_template(path: Path | None) -> str | None:
         return path.read_text("utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
         raise HFError(f"the chat template {path} cannot be read ({error}): give a text file with jinja") from error
+
+
+def _load_tokenizer(path: Path | None, data: DataConfig | None, *, name: str) -> Tokenizer:
+    """Loads a tokenizer, or the one that the data name, which must have made their tokens.
+
+    Args:
+        name: of what is converted.
+
+    Raises:
+        CheckpointError, DataError: one sentence each.
+    """
+    path = path or (data.tokenizer_path() if data else None)
+    if path is None:
+        raise CheckpointError(f"{name} and its data name no tokenizer: give one with --tokenizer")
+    loaded = load_tokenizer(path)
+    for prefix in data.prefixes if data else ():
+        check_tokenizer(prefix, loaded)
+    return loaded
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> TokenizerFile:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sambalm.pretrain.cli.examples import example
-from sambalm.pretrain.cli.numbers import count
+from sambalm.pretrain.cli.numbers import LARGEST_SAMPLE, count
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
@@ -157,28 +157,32 @@ def preprocess(
     """
     from sambalm.data_pipeline.parts import Part
     from sambalm.data_pipeline.preprocess import preprocess as run
+    from sambalm.pretrain.errors import Interrupted
 
-    with ProgressBar("tokenising") as progress:
-        summary = run(
-            [*inputs, *(more_inputs or [])],
-            tokenizer=tokenizer,
-            output_prefix=output,
-            part=Part.parse(part),
-            overwrite=overwrite,
-            progress=progress,
-            workers=workers or len(os.sched_getaffinity(0)),
-            shard_tokens=shard_tokens,
-            text_key=text_key,
-            text_documents=text_documents.value,
-            append_eos=eos,
-            eos_token=eos_token,
-            special_tokens=special_tokens,
-            on_error=on_error.value,
-            chat_template=chat_template,
-            messages_key=messages_key,
-            loss=loss.value,
-            shuffle_seed=shuffle,
-        )
+    try:
+        with ProgressBar("tokenising") as progress:
+            summary = run(
+                [*inputs, *(more_inputs or [])],
+                tokenizer=tokenizer,
+                output_prefix=output,
+                part=Part.parse(part),
+                overwrite=overwrite,
+                progress=progress,
+                workers=workers or len(os.sched_getaffinity(0)),
+                shard_tokens=shard_tokens,
+                text_key=text_key,
+                text_documents=text_documents.value,
+                append_eos=eos,
+                eos_token=eos_token,
+                special_tokens=special_tokens,
+                on_error=on_error.value,
+                chat_template=chat_template,
+                messages_key=messages_key,
+                loss=loss.value,
+                shuffle_seed=shuffle,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; complete shards are kept, and the same command goes on after them") from None
     print(summary.describe(output))
 
 
@@ -286,7 +290,8 @@ def inspect(
     ] = None,
     document: Annotated[int | None, typer.Option(min=0, help="Show this document, counted from 0.")] = None,
     sample: Annotated[
-        int | None, typer.Option(min=0, help="Show this training sample of a run on PREFIX alone.")
+        int | None,
+        typer.Option(min=0, max=LARGEST_SAMPLE, help="Show this training sample of a run on PREFIX alone."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of that sample.")] = 4096,
     seed: Annotated[int, typer.Option(help="That run's seed.")] = 0,

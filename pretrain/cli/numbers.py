@@ -6,6 +6,7 @@ import typer
 
 # What torch takes, less room for the seeds of several samples.
 LARGEST_SEED = 2**62
+LARGEST_SAMPLE = 2**48  # 10^18 tokens of samples of 4,096, whose place is found in fp64
 
 
 def count(least: int = 1) -> Callable[[object], int]:

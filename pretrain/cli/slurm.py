@@ -71,9 +71,12 @@ def slurm_estimate(
     nodes: Annotated[list[int], typer.Option(min=1, help="Nodes of 8 H100; may be repeated.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
 ) -> None:
-    """Estimate a run on so many nodes: step, saves, failures, goodput, days. docs/scaling.md explains the rows."""
+    """Estimate a run on so many nodes, phase by phase: step, saves, failures, goodput, days.
+
+    docs/scaling.md explains the rows.
+    """
     from sambalm.pretrain.config_file import load_config
     from sambalm.pretrain.planner.run_estimate import Cluster, estimate, print_estimates
 
     checked = load_config(config, overrides or [])
-    print_estimates([estimate(checked, nodes=number, cluster=Cluster()) for number in nodes])
+    print_estimates(checked.schedule, [estimate(checked, nodes=number, cluster=Cluster()) for number in nodes])

@@ -47,8 +47,14 @@ def train(
         return
     if world_size is not None:
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun says how many ranks train")
+    from sambalm.pretrain.errors import print_warning
     from sambalm.pretrain.lifecycle.attempts import check_restart
 
+    if "WORLD_SIZE" not in os.environ and (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
+        print_warning(
+            f"Slurm counts {tasks} tasks here, and this process trains alone: start ranks with torchrun, or the run "
+            "with `sambalm slurm submit`"
+        )
     check_restart(Path(checked.run.dir))  # before the slow imports
     from sambalm.pretrain.trainer import train as run
 

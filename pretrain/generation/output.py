@@ -97,13 +97,18 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         pressed.set()
+        give_back()
+
+    def give_back() -> None:
         signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(descriptor)
 
     if threading.current_thread() is not threading.main_thread():
         yield pressed.is_set
         return
+    descriptor = signal.set_wakeup_fd(-1)  # of what would end a process that does not end at Ctrl-C
     signal.signal(signal.SIGINT, note)
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        give_back()

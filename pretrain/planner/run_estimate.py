@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from rich.console import Console
@@ -15,6 +15,8 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.search import DAY_S, GIB, Plan, find_plans
 from sambalm.pretrain.planner.sizes import FP32_BYTES
+from sambalm.pretrain.planner.table import describe_days
+from sambalm.pretrain.run_phases import RunPhase, RunSchedule, phase_line
 
 HOUR_S = 3600.0
 STATE_TENSORS = 3  # a weight and two moments
@@ -40,7 +42,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run on so many nodes."""
+    """A run, or a phase of one, on so many nodes."""
 
     nodes: int
     plan: Plan
@@ -110,6 +112,11 @@ class Estimate:
         return (1 - failures - limits) / (1 + saves)
 
     @property
+    def days(self) -> float:
+        """What the run takes, with all that costs it time."""
+        return self.training_s / self.goodput / DAY_S
+
+    @property
     def failures(self) -> float:
         """Expected over the run."""
         return self.training_s / self.goodput / self.failure_interval_s
@@ -147,38 +154,68 @@ class Estimate:
         return now_s + self.write_s
 
 
-def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> Estimate:
-    """The estimate of the layout that `sambalm plan` ranks first. Raises ConfigError when none fits."""
-    if config.data.phases is not None:
-        raise ConfigError(
-            "`sambalm slurm estimate` reckons with one step for the whole run, and data.phases has several kinds: ask "
-            "`sambalm plan`, or set data.phases=null and train.steps"
+def estimate(config: RunConfig, *, nodes: int, cluster: Cluster) -> list[Estimate]:
+    """Estimates each phase of a run, of the layout that `sambalm plan` ranks first for it; a run without is one phase.
+
+    Raises:
+        ConfigError: no layout fits.
+    """
+    schedule, parameters = config.schedule, count_parameters(config.model)["total"]
+    plans: dict[str, Plan] = {}  # by what a step is: phases may differ in their data and tokens alone
+    estimates = []
+    for phase in schedule.phases:
+        step = f"{phase.length} {_with_steps(phase.config, 0).train.model_dump_json()}"
+        if step not in plans:
+            plans[step] = _fastest(phase, schedule, nodes=nodes, cluster=cluster)
+        plan = replace(plans[step], config=_with_steps(plans[step].config, phase.config.train.steps))
+        estimates.append(Estimate(nodes=nodes, plan=plan, cluster=cluster, parameters=parameters))
+    return estimates
+
+
+def _with_steps(config: RunConfig, steps: int) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+
+
+def _fastest(phase: RunPhase, schedule: RunSchedule, *, nodes: int, cluster: Cluster) -> Plan:
+    try:
+        (plan,) = find_plans(
+            phase.config,
+            world_size=nodes * H100.node_gpus,
+            memory_gib=cluster.gpu_memory_gib,
+            hardware=H100,
+            top=1,
+            zero_stage=phase.config.parallel.zero_stage,
         )
-    world_size = nodes * H100.node_gpus
-    stage = config.parallel.zero_stage
-    (plan,) = find_plans(
-        config, world_size=world_size, memory_gib=cluster.gpu_memory_gib, hardware=H100, top=1, zero_stage=stage
-    )
-    parameters = count_parameters(config.model)["total"]
-    return Estimate(nodes=nodes, plan=plan, cluster=cluster, parameters=parameters)
+    except ConfigError as error:
+        raise ConfigError(f"in {phase.key}, {error}" if schedule.is_phased else str(error)) from None
+    return plan
 
 
-def print_estimates(estimates: Sequence[Estimate]) -> None:
-    """A row for each quantity and a column for each number of nodes."""
-    table = Table(title="nodes of 8 H100", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for one in estimates:
-        table.add_column(f"{one.nodes:,}", justify="right", no_wrap=True)
-    rows = [_cells(one) for one in estimates]
-    for name in rows[0]:
-        table.add_row(name, *(cells[name] for cells in rows))
+def print_estimates(schedule: RunSchedule, estimates: Sequence[Sequence[Estimate]]) -> None:
+    """A table for each phase, with a row for each quantity and a column for each number of nodes.
+
+    Args:
+        estimates: of each number of nodes, those of the phases.
+    """
     console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console = console if console.is_terminal else Console(width=120)
+    for phase, ones in zip(schedule.phases, zip(*estimates, strict=True), strict=True):
+        if schedule.is_phased:
+            console.print(phase_line(schedule, phase), highlight=False)
+        table = Table(title="nodes of 8 H100", title_justify="left")
+        table.add_column("", no_wrap=True)
+        for one in ones:
+            table.add_column(f"{one.nodes:,}", justify="right", no_wrap=True)
+        rows = [_cells(one, "phase" if schedule.is_phased else "run") for one in ones]
+        for name in rows[0]:
+            table.add_row(name, *(cells[name] for cells in rows))
+        console.print(table)
+    for phases in estimates if schedule.is_phased else ():
+        print(f"{phases[0].nodes:,} nodes: {describe_days([(one.plan, one.days) for one in phases])}")
 
 
-def _cells(one: Estimate) -> dict[str, str]:
+def _cells(one: Estimate, stretch: str) -> dict[str, str]:
     plan, config = one.plan, one.plan.config
-    days = one.training_s / one.goodput / DAY_S
     return {
         "layout": plan.layout,
         "data-parallel ranks": f"{plan.world_size // config.parallel.model_ranks:,}",
@@ -193,10 +230,10 @@ def _cells(one: Estimate) -> dict[str, str]:
         "load (s)": f"{one.load_s:.0f}",
         "restart after a failure (s)": f"{one.restart_s:.0f}",
         "hours between failures": f"{one.failure_interval_s / HOUR_S:.1f}",
-        "failures in the run": f"{one.failures:.1f}",
+        f"failures in the {stretch}": f"{one.failures:.1f}",
         "steps between saves, config": f"{config.checkpoint.every_steps:,}",
         "steps between saves, best": f"{one.best_save_steps:,}",
         "goodput by formula": f"{one.goodput:.2%}",
         "goodput simulated": f"{one.simulated_goodput():.2%}",
-        f"days for {config.run_tokens / 1e9:,.0f}B tokens": f"{days:.1f}",
+        f"days for {config.run_tokens / 1e9:,.0f}B tokens": f"{one.days:.1f}",
     }

@@ -55,9 +55,18 @@ def plans_as_json(phases: Sequence[Sequence[Plan]], *, are_phases: bool = False)
 def describe_phases(phases: Sequence[Sequence[Plan]]) -> str:
     """A line on the whole run, each phase on the layout that is its fastest."""
     fastest = [plans[0] for plans in phases]
-    days = " + ".join(f"{plan.run_days:.1f}" for plan in fastest)
-    text = f"all phases, each on its fastest layout: {days} = {sum(plan.run_days for plan in fastest):.1f} days"
-    if len({plan.layout for plan in fastest}) > 1:
+    return describe_days([(plan, plan.run_days) for plan in fastest])
+
+
+def describe_days(phases: Sequence[tuple[Plan, float]]) -> str:
+    """A line on what all phases take, and another where they have several layouts.
+
+    Args:
+        phases: the fastest layout and the days of each.
+    """
+    days = " + ".join(f"{days:.1f}" for _, days in phases)
+    text = f"all phases, each on its fastest layout: {days} = {sum(days for _, days in phases):.1f} days"
+    if len({plan.layout for plan, _ in phases}) > 1:
         text += "\nA run goes on from its checkpoint on another layout: stop_at_end has it leave where a phase ends"
     return text
 

@@ -1,6 +1,7 @@
 """The life of the server: what `sambalm serve` does."""
 
 import importlib.util
+import signal
 import socket
 from pathlib import Path
 from types import FrameType
@@ -74,9 +75,11 @@ def serve_model(
         access_log=False,
         timeout_graceful_shutdown=END_S,
     )
+    descriptor = signal.set_wakeup_fd(-1)  # of what would end a process that does not end at Ctrl-C
     try:
         Server(config).run(sockets=[listener])
     finally:
+        signal.set_wakeup_fd(descriptor)
         engine.end()
         engine.join(END_S)
 

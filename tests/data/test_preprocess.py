@@ -241,7 +241,7 @@ def test_shards_that_disagree_with_the_manifest_are_refused(tmp_path, tokenizer,
 
 def test_the_command_imports_no_training_library(tmp_path, tokenizer, corpus):
     code = (
-        "import sys; from sambalm.pretrain.cli import app\n"
+        "import sys; from sambalm.pretrain.cli.app import app\n"
         f"try: app(['data', 'preprocess', '--input', {str(corpus)!r}, '--tokenizer', {str(tokenizer.path)!r},"
         f" '--output', {str(tmp_path / 'd')!r}, '--workers', '1'])\n"
         "except SystemExit as end: assert not end.code\n"

@@ -12,7 +12,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shard_index import IndexRequest, indexed_shards
 from sambalm.data_pipeline.sources import open_sources
-from sambalm.data_pipeline.token_stream import ShardFiles, TokenStream
+from sambalm.data_pipeline.token_stream import ShardFiles, TokenStream, allow_open_files
 from tests.support.data import counting_documents, write_shard
 
 DOCUMENTS = [counting_documents(40, start=10_000 * number, seed=number) for number in range(3)]
@@ -133,3 +133,20 @@ def test_few_files_are_open_however_many_there_are(tmp_path, monkeypatch):
         sys.setswitchinterval(interval)
     assert failures == []
     assert len(files._files) == 4
+
+
+def test_a_run_raises_its_limit_of_open_files_as_far_as_it_is_of_use():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2048:
+        pytest.skip("this process may not raise its limit")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+        assert ShardFiles()._most == 128
+        allow_open_files()
+        raised = min(8192, before[1])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (raised, before[1])
+        assert ShardFiles()._most == raised // 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    allow_open_files()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]

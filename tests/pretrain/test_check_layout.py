@@ -36,6 +36,7 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.local_ranks import Failure, RanksFailedError, _results, run_ranks
 from tests.parallel.test_layouts import copied_twice, copies_of_a_tied_embedding_are_not_summed
 from tests.support.layout_runs import one_process, run_values, steps_on_rank
+from tests.support.signals import restored_signals
 from tests.support.worlds import run_world
 
 TOLERANCE = 1e-5  # of a model of five sublayers
@@ -74,7 +75,8 @@ def sambalm(monkeypatch, capfd, tmp_path):
             cli.main()
         return exit_info.value.code or 0, *capfd.readouterr()
 
-    return run
+    with restored_signals():
+        yield run
 
 
 def test_the_command_says_what_it_found(sambalm):

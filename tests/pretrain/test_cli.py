@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from sambalm.data_pipeline.config import DataConfig, WeightedSource
 from sambalm.data_pipeline.parts import Part
-from sambalm.pretrain import cli
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from sambalm.pretrain.cli import app as cli
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.generation.command import Request
 from sambalm.pretrain.generation.sampling import Sampling
@@ -46,7 +46,7 @@ def leaf_commands(command=None, path=()):
 HELP_OF_ALL = """
 import json, sys
 from typer.testing import CliRunner
-from sambalm.pretrain.cli import app
+from sambalm.pretrain.cli.app import app
 helps = [CliRunner().invoke(app, [*words, "--help"]).output for words in json.loads(sys.argv[1])]
 print(json.dumps({"helps": helps, "modules": sorted(sys.modules)}))
 """

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from sambalm.parallel.config import layout_name
-from sambalm.pretrain.cli import app
+from sambalm.pretrain.cli.app import app
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.hardware import DEVICES
@@ -111,7 +111,7 @@ def test_estimates_do_not_wait_for_what_only_training_needs(arguments):
     command, config, *options = arguments
     code = f"""
 import sys
-from sambalm.pretrain.cli import app
+from sambalm.pretrain.cli.app import app
 app({[command, str(CONFIGS / config), *options]!r}, standalone_mode=False)
 assert not {{"megatron", "deepspeed", "transformers"}} & set(sys.modules)
 """

@@ -72,6 +72,8 @@ def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository)
     }
     alone, _ = training_job(CONFIG, nodes=1, gpus_per_node=4)
     assert alone.options[1:] == ["--nodes=1", "--gpus-per-node=4"]
+    named, _ = training_job(Path("samba_3.8b"), nodes=64)  # as the package brings it
+    assert (named.script, named.options[0]) == (SCRIPTS / "samba_3.8b.sbatch", "--job-name=samba_3.8b")
     assert convert_job("runs/x").command() == ["sbatch", str(SCRIPTS / "convert.sbatch"), "runs/x"]
 
 

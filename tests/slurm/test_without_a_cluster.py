@@ -14,7 +14,7 @@ import pytest
 
 from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
-from sambalm.pretrain.errors import EXIT_CODES, ExitCode
+from sambalm.pretrain.errors import EXIT_CODES, ConfigError, ExitCode
 from sambalm.pretrain.lifecycle.attempts import write_outcome
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
@@ -40,9 +40,22 @@ def test_launchers_say_how_long_their_run_takes_by_plan(size):
     script = (LAUNCHERS / f"samba_{size}.sbatch").read_text()
     nodes = int(re.search(r"^#SBATCH --nodes=(\d+)", script, re.MULTILINE)[1])
     said = re.search(r"^# Takes   ([\d.]+) (hours|days) by plan", script, re.MULTILINE)
-    planned = estimate(load_config(CONFIGS / f"samba_{size}.yaml"), nodes=nodes, cluster=Cluster())
+    (planned,) = estimate(load_config(CONFIGS / f"samba_{size}.yaml"), nodes=nodes, cluster=Cluster())
     unit_s = {"hours": HOUR_S, "days": DAY_S}[said[2]]
     assert said[1] == f"{planned.training_s / planned.goodput / unit_s:.1f}"
+
+
+def test_phases_are_estimated_each_on_its_layout_and_summed():
+    config = CONFIGS / "samba_3.8b_phases.yaml"
+    out = program.run("slurm", "estimate", config, "--nodes", 64).stdout
+    assert len(re.findall(r"^phase \d of 4: ", out, re.MULTILINE)) == 4
+    assert len(set(re.findall(r"│ layout +│ +(.*?) │", out))) == 3
+    days = [float(found) for found in re.findall(r"days for [\d,]+B tokens +│ +([\d.]+)", out)]
+    (sums,) = re.findall(r"^64 nodes: all phases, each on its fastest layout: (.*) = (.*) days$", out, re.MULTILINE)
+    assert [float(term) for term in sums[0].split(" + ")] == days
+    assert float(sums[1]) == pytest.approx(sum(days), abs=0.2)
+    with pytest.raises(ConfigError, match=r"in data\.phases\.0, no layout of 24 GPUs"):
+        estimate(load_config(config), nodes=3, cluster=Cluster())
 
 
 def check_links(folder, nodes, **limits):

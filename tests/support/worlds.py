@@ -14,6 +14,7 @@ PRELOAD = [
     "torch._dynamo",  # which torch.optim imports with the first optimizer
     "sambalm.pretrain.trainer",
     "sambalm.pretrain.check_layout",
+    "sambalm.pretrain.checkpointing.to_hf",
     "sambalm.parallel.compat.cpu",
     "sambalm.parallel.layers.context_parallel",
     "sambalm.model.mixers.attention.layer",
@@ -24,7 +25,7 @@ PRELOAD = [
     "megatron.core.models.backends",
     "megatron.core.transformer.multi_token_prediction",
     "megatron.core.transformer.transformer_block",
-    "sambalm.pretrain.cli",
+    "sambalm.pretrain.cli.app",
     "tests.support.frozen",  # the last
 ]
 
