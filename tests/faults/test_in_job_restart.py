@@ -75,5 +75,6 @@ def test_a_run_that_left_on_purpose_stays_so(values, tmp_path):
         assert process.wait(120) == 1
     (attempt,) = read_attempts(run.dir)
     assert attempt.exit_code == ExitCode.REQUEUE
-    assert run.text().count("torchrun does not start this run again: asked to leave: saved") == 2
+    # Once or more: torchrun ends a restart with the first rank that says so, and shows its sentence at the end.
+    assert "torchrun does not start this run again: asked to leave: saved" in run.text()
     assert json.loads((Path(attempt.path) / "outcome.json").read_text())["step"] == run.steps()[-1]
