@@ -3,6 +3,7 @@
 # make test-ci     these tests, and of the others what CI runs
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
 # make test-faults  thousands of damaged run folders and other faults that take long
+# make soak    a run under seeded chaos, and whether it comes to the bits of a clean one (MINUTES=30 SEED=1)
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
 # make test-writers  metrics in W&B and MLflow by the real packages, in an environment over .venv, .venv-writers
@@ -19,7 +20,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults test-slurm test-finetuning test-writers test-vllm test-datatrove compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-finetuning test-writers test-vllm test-datatrove compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -62,6 +63,12 @@ test-slow: .venv/installed
 
 test-faults: .venv/installed
 	$(PYTEST) tests/faults -m long
+
+MINUTES ?= 30
+SEED ?= 1
+
+soak: .venv/installed
+	$(BIN)/python -m tests.support.soak --minutes $(MINUTES) --seed $(SEED)
 
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh

@@ -56,6 +56,7 @@ def test_a_killed_rank_does_not_end_the_job(values, tmp_path):
         wait_until(lambda: left.stat().st_mtime > recorded_s, 120, run.text)
         first_step_s = time.time()
         assert process.wait(300) == 0, run.text()
+    assert "failed (exitcode: -9) local_rank: 1 (pid: " in run.text()  # torchrun names the rank that died
     print(f"death to attempt {recorded_s - killed_s:.1f} s, to the first step {first_step_s - killed_s:.1f} s")
     first, second = read_attempts(run.dir)
     assert (first.path.name, second.path.name) == ("job7.0", "job7.0.restart1")
