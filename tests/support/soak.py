@@ -46,6 +46,7 @@ def soak_values(tokens: Path, folder: Path) -> dict:
         small_run(tokens, folder),
         run={"max_attempts_without_progress": 8},
         train={"steps": 1_000_000, "max_rollbacks": 100_000},
+        optimizer={"warmup_fraction": 1e-4},
         validation={"every_steps": 50},
         checkpoint={"every_steps": 20, "keep": 3},
         checks={"replicas_every_steps": 1, "on_difference": "restore"},

@@ -44,26 +44,25 @@ def hang_later(*, where: str, rank: int, after_s: float) -> None:
 
 
 def flip_a_bit_later(*, after_s: float) -> None:
-    """Some time after its start, one rank's copy of a weight gets another bit within a step, once."""
+    """Some time after its start, one rank's copy of a norm's weight gets another bit, once, before a forward."""
     from sambalm.parallel.replicas import _weight
 
     poison_micro_batches()
     start_s, watched = time.monotonic(), []
 
-    def flip_within_a_step(trainer) -> None:
-        guard = trainer.training.executor.guard
-        if guard in watched or not is_rank(FAULTY_RANK):
-            return
-        watched.append(guard)  # a rollback makes another one
-        guard.before_update.insert(0, lambda: flip(trainer.training.chunks[0]))
+    def watch(trainer) -> None:
+        norm = trainer.training.chunks[0].final_norm
+        if norm not in watched and is_rank(FAULTY_RANK):
+            watched.append(norm)  # a rollback makes another one
+            norm.register_forward_pre_hook(flip)
 
-    def flip(chunk: torch.nn.Module) -> None:
+    def flip(norm: torch.nn.Module, _: object) -> None:
         nonlocal start_s
-        if time.monotonic() - start_s > after_s:
+        if torch.is_grad_enabled() and time.monotonic() - start_s > after_s:
             start_s = float("inf")
-            _weight(next(chunk.parameters())).view(-1).view(torch.int32)[3] ^= 1
+            _weight(norm.weight).data.view(torch.int32)[3] ^= 1 << 20
 
-    _before_each_step(flip_within_a_step)
+    _before_each_step(watch)
 
 
 def _before_each_step(act) -> None:
