@@ -50,7 +50,8 @@ def soak_values(tokens: Path, folder: Path) -> dict:
         validation={"every_steps": 50},
         checkpoint={"every_steps": 20, "keep": 3},
         checks={"replicas_every_steps": 1, "on_difference": "restore"},
-        watchdog={"fetch_s": 10, "step_s": 10, "save_s": 10, "validation_s": 30, "leave_s": 30},
+        watchdog={"fetch_s": 10, "step_s": 10, "save_s": 10, "validation_s": 30, "leave_s": 30}
+        | {"start_up_s": 60, "first_step_s": 30},
         parallel={"zero_stage": 1},
         stragglers={"every_steps": 0},
     )
