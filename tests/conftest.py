@@ -27,11 +27,15 @@ VOCAB_SIZE = 384
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory) -> Path:
     """Prefix of real tokens: sources of the standard library in a small vocabulary."""
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def make_tokens(folder: Path) -> Path:
+    """Writes the tokens of the fixture to a folder, and returns their prefix."""
     # Not on top: most folders' tests need neither.
     from sambalm.data_pipeline.preprocess import preprocess
     from sambalm.data_pipeline.tokenizer_training import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokens")
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
     texts = [source.read_text(encoding="utf-8")[:4000] for source in sources]
     random.Random(0).shuffle(texts)

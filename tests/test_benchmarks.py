@@ -167,6 +167,13 @@ def test_comparisons_of_replicas_are_timed(ranks):
 
 
 @pytest.mark.long
+def test_imports_are_timed():
+    found = rows(run("imports.py", "--processes", 1))
+    assert float(found["PyTorch"][0]) > 0.1
+    assert abs(sum(float(found[name][0]) for name in list(found)[2:-1]) - float(found["all"][0])) < 0.05
+
+
+@pytest.mark.long
 def test_a_shuffle_is_measured(tmp_path):
     output = run("shuffle.py", "--gigabytes", 0.25, "--folder", tmp_path)
     assert "250 MB of tokens" in output

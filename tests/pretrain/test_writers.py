@@ -1,14 +1,20 @@
 """Where metrics go: the real packages of each writer, without a network, and writers that fail in every way."""
 
 import errno
+import json
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.reporting import writers
+from sambalm.pretrain.reporting.metrics_file import read_metrics
 from sambalm.pretrain.reporting.writers import BackgroundWriter, WriterTarget, check_writers, start_writers
+from tests.support import program
 from tests.support.whole_runs import changed, run_dir, train
 
 CONFIG = {"run": {"dir": "x", "seed": 7}, "train": {"steps": 4}}
@@ -37,12 +43,40 @@ def test_wandb_goes_on_with_its_run_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     write_two_attempts("wandb", tmp_path)
     assert "the run goes on, but" not in capfd.readouterr().err
-    identity = (tmp_path / "wandb_id").read_text().strip()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
-    assert files
-    content = b"".join(file.read_bytes() for file in files)
-    assert b"grad_norm" in content
-    assert b"validation_loss_32" in content
+    found = [(record["step"], record["loss"]) for record in wandb_history(tmp_path)]
+    assert found == [(1, 3.0), (2, 2.0), (3, 3.0), (4, 2.0)]
+    assert all("validation_loss_32" in record for record in wandb_history(tmp_path))
+
+
+def wandb_history(folder: Path) -> list[dict[str, float]]:
+    """What W&B would upload of a run's attempts, by its own protocol, oldest first."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    identity = (folder / "wandb_id").read_text().strip()
+    history = []
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")):
+        for content in log_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(content)
+            if items := record.history.item:
+                history.append({item.nested_key[0] if item.nested_key else item.key: item for item in items})
+    return [{name: json.loads(item.value_json) for name, item in items.items()} for items in history]
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format, in blocks of 32 KiB, after W&B's 7 bytes."""
+    place, record = 7, b""
+    while place < len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last of its pieces
+            yield record
+            record = b""
 
 
 def test_mlflow_goes_on_with_its_run_in_files(tmp_path, monkeypatch, capfd):
@@ -52,8 +86,7 @@ def test_mlflow_goes_on_with_its_run_in_files(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     write_two_attempts("mlflow", tmp_path)
     assert "the run goes on, but" not in capfd.readouterr().err
-    client = MlflowClient((tmp_path / "mlruns").as_uri())
-    identity = (tmp_path / "mlflow_id").read_text().strip()
+    client, identity = MlflowClient((tmp_path / "mlruns").as_uri()), (tmp_path / "mlflow_id").read_text().strip()
     history = client.get_metric_history(identity, "loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(1, 3.0), (2, 2.0), (3, 3.0), (4, 2.0)]
     run = client.get_run(identity)
@@ -118,3 +151,33 @@ def test_a_run_writes_where_its_config_says(run_values):
     train(changed(run_values, reporting={"writers": []}))
     assert (run_dir(run_values) / "metrics.jsonl").exists()
     assert not (run_dir(run_values) / "tensorboard").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_training_is_read_back_by_each_packages_own_reader(name, run_values, tmp_path, monkeypatch):
+    """Every finite metric of every step, of the program's two attempts."""
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    values = changed(run_values, reporting={"writers": [name]})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    for steps in (3, 6):
+        finished = program.run("train", tmp_path / "run.yaml", f"train.steps={steps}")
+        assert finished.returncode == 0, finished.stderr
+        assert "does not get all of its metrics" not in finished.stderr
+    expected = {(r["step"], key): value for r in read_metrics(run_dir(values)) for key, value in r.items()}
+    assert {step for step, _ in expected} == set(range(1, 7))
+    found = {"wandb": from_wandb, "mlflow": from_mlflow}[name](run_dir(values), {key for _, key in expected} - {"step"})
+    assert found == {key: value for key, value in expected.items() if key[1] != "step"}
+
+
+def from_wandb(folder: Path, names: set[str]) -> dict[tuple[int, str], float]:
+    return {(record["step"], name): record[name] for record in wandb_history(folder) for name in names & record.keys()}
+
+
+def from_mlflow(folder: Path, names: set[str]) -> dict[tuple[int, str], float]:
+    from mlflow.tracking import MlflowClient
+
+    client, identity = MlflowClient((folder / "mlruns").as_uri()), (folder / "mlflow_id").read_text().strip()
+    return {(m.step, name): m.value for name in names for m in client.get_metric_history(identity, name)}
