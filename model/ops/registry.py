@@ -13,7 +13,7 @@ from torch import Tensor
 from sambalm.model.ops import external
 from sambalm.model.ops.attention import cudnn
 from sambalm.model.ops.attention.flex import flex_window
-from sambalm.model.ops.compiled import compiled
+from sambalm.model.ops.compiled import compiled, compiled_elementwise
 from sambalm.model.ops.config import KernelConfig
 from sambalm.model.ops.cuda.adamw import CudaAdamW
 from sambalm.model.ops.cuda.conv import cuda_causal_conv_silu
@@ -173,7 +173,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
         "apex": external.apex_add_rms_norm,
         "torch": add_rms_norm,
     },
-    "elementwise": {"compiled": Elementwise().compiled, "torch": Elementwise()},
+    "elementwise": {"compiled": compiled_elementwise, "torch": Elementwise()},
     "delta_rule": {"fla": external.fla_delta_rule, "torch": gated_delta_rule},
     "linear_attention": {"fla": external.fla_linear_attention, "torch": linear_attention},
     "ssd": {"mamba-ssm": external.mamba_ssm_ssd_scan, "torch": ssd_scan},

@@ -1,4 +1,4 @@
-"""Operations on single elements and rows, in plain PyTorch and fused by torch.compile."""
+"""Operations on single elements and rows, in plain PyTorch."""
 
 import os
 import shutil
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sambalm.model.ops.compiled import compiled
 from sambalm.model.ops.reference.window_attention import apply_rotary
 
 
@@ -65,16 +64,6 @@ class Elementwise:
     norm_and_gate: Callable[..., Tensor] = norm_and_gate
     token_losses: Callable[[Tensor, Tensor, int], Tensor] = token_losses
     gated_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = gated_norm
-
-    def compiled(self) -> "Elementwise":
-        """The same, each fused into as few passes over memory as it takes; logits are never held in fp32."""
-        return Elementwise(
-            swiglu=compiled(self.swiglu),
-            rotary=compiled(self.rotary),
-            norm_and_gate=compiled(self.norm_and_gate),
-            token_losses=compiled(self.token_losses),
-            gated_norm=compiled(self.gated_norm),
-        )
 
 
 def why_not_compiled() -> str | None:
