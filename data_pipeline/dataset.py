@@ -14,6 +14,7 @@ from .packing import DocumentPacking
 from .sources import Source
 from .token_stream import TokenStream
 
+LOOKED_AT = 64  # first samples, of which at least one must have a label that counts
 PADDING_ID = 0  # behind a sample that documents do not fill; it never counts in the loss
 
 
@@ -94,6 +95,26 @@ class TrainDataset:
         """By prefix how many documents lose their ends, where samples are whole documents and some are longer."""
         pairs = zip(self._prefixes, self.packings, strict=True)
         return {prefix: packing.cut_documents for prefix, packing in pairs if packing and packing.cut_documents}
+
+    def check_labels_count(self) -> None:
+        """
+        Raises:
+            DataError: no label of the first samples counts in the loss, so that there is nothing to learn from them.
+        """
+        for number in range(self._before.samples, self._before.samples + LOOKED_AT):
+            weights = self[number].loss_weights
+            if weights is None or weights.any():
+                return
+        cut = self.cut_documents()
+        why = (
+            f"{sum(cut.values()):,} documents are longer and lose their ends: raise it"
+            if cut
+            else "look at their masks"
+        )
+        raise DataError(
+            f"no label of the first {LOOKED_AT} samples of {', '.join(self._prefixes)} counts in the loss at "
+            f"data.sequence_length {self.sequence_length}; {why}"
+        )
 
     def counts(self, num_samples: int) -> list[int]:
         """How many of the first `num_samples` of the data set each source gives."""

@@ -221,6 +221,8 @@ class Trainer:
                     f"{count:,} documents of {prefix} have more tokens than data.sequence_length "
                     f"{dataset.sequence_length} and one label, and lose their ends: raise it, or leave them out"
                 )
+        for dataset in self.datasets:
+            dataset.check_labels_count()
         self.phase = self.schedule.at(self.samples)
         self.loader = self._loader()
 

@@ -100,6 +100,28 @@ def test_a_mask_that_is_gone_cut_or_changed_is_refused(documents, tmp_path):
     assert check_shard(prefix)
 
 
+def test_documents_that_all_lose_their_counted_ends_are_refused(tmp_path):
+    documents = [np.arange(200) for _ in range(5)]
+    counts = [np.arange(200) >= 190 for _ in documents]  # as of a question's answer
+    prefix = write_masked(tmp_path / "d", documents, counts)
+
+    def dataset_of(length):
+        settings = {"packing": "documents", "reset_at_document": True, "validation_fraction": 0, "validation": "other"}
+        config = DataConfig(train=prefix, sequence_length=length, **settings)
+        return build_train_dataset(config, open_sources(config), seed=0)
+
+    dataset_of(199).check_labels_count()
+    with pytest.raises(
+        DataError, match=r"of .*d counts in the loss at data.sequence_length 100; 5 documents are longer"
+    ):
+        dataset_of(100).check_labels_count()
+    uncounted = write_masked(tmp_path / "e", documents, [np.zeros(200, bool) for _ in documents])
+    config = DataConfig(train=uncounted, sequence_length=S)
+    dataset = build_train_dataset(config, open_sources(config), seed=0)
+    with pytest.raises(DataError, match="look at their masks"):
+        dataset.check_labels_count()
+
+
 @pytest.mark.parametrize("length", [16, S, 100])
 def test_packed_samples_are_whole_documents_each_once(length, documents, tmp_path):
     config = DataConfig(
