@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.base import LanguageModel
 from sambalm.evaluation.tasks.continuations import continuation_scores
-from sambalm.evaluation.tasks.generation import continued_text
+from sambalm.evaluation.tasks.generation import Context, continued_texts
 
 _MAX_NEW_TOKENS = 256  # lm-eval's own default
 
@@ -59,14 +59,24 @@ class HarnessModel(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues texts with the likeliest token each time, up to a string of `until`."""
-        found = []
-        for context, settings in (request.args for request in requests):
-            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-                raise EvaluationError("a task of lm-eval asks for samples, and here texts are greedy; leave it out")
-            until = settings.get("until") or []
-            stops = [until] if isinstance(until, str) else list(until)
-            ids = self.model.encode_first(context) or [self.prefix_token_id]
-            limit = settings.get("max_gen_toks", _MAX_NEW_TOKENS)
-            found.append(continued_text(self.model, ids, stops=stops, max_new_tokens=limit, tick=self._tick))
+        """Continues texts with the likeliest token each time, up to a string of `until`, from the longest on."""
+        contexts = [self._context(*request.args) for request in requests]
+        order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number].ids))
+        found = [""] * len(contexts)
+        while order:
+            rows = max(1, self._batch_tokens // len(contexts[order[0]].ids))
+            batch, order = order[:rows], order[rows:]
+            texts = continued_texts(self.model, [contexts[number] for number in batch], tick=self._tick)
+            for number, text in zip(batch, texts, strict=True):
+                found[number] = text
         return found
+
+    def _context(self, text: str, settings: dict[str, Any]) -> Context:
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            raise EvaluationError("a task of lm-eval asks for samples, and here texts are greedy; leave it out")
+        until = settings.get("until") or []
+        return Context(
+            self.model.encode_first(text) or [self.prefix_token_id],
+            stops=[until] if isinstance(until, str) else list(until),
+            max_new_tokens=settings.get("max_gen_toks", _MAX_NEW_TOKENS),
+        )

@@ -75,6 +75,7 @@ class LanguageModel(ABC):
         begin_ids: what its tokenizer puts before a text.
         begin_id: the token that it names as the one that begins a text, if any, whether it puts it there or not.
         max_tokens: how many it can read, None for no limit.
+        joins_rows: whether readers can be `joined`.
     """
 
     identity: Identity
@@ -84,11 +85,16 @@ class LanguageModel(ABC):
     begin_ids: list[int]
     begin_id: int | None
     max_tokens: int | None
+    joins_rows: bool = False
     device: torch.device
 
     @abstractmethod
     def new_reader(self, rows: int) -> Reader:
         """Returns a reader that has read nothing."""
+
+    def joined(self, readers: Sequence[Reader]) -> Reader:
+        """Returns one reader with the rows of several, which may have read texts of different lengths."""
+        raise NotImplementedError(f"{type(self).__name__} cannot step rows of different lengths together")
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:

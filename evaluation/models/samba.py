@@ -1,6 +1,6 @@
 """A Samba model, read as a stream whose memory does not grow with what it has read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +20,7 @@ class SambaModel(LanguageModel):
         step: that its weights are of, None where they are of no run.
     """
 
-    max_tokens = None
+    max_tokens, joins_rows = None, True
 
     def __init__(self, source: Source, *, path: Path, step: int | None) -> None:
         self._source = source
@@ -43,6 +43,9 @@ class SambaModel(LanguageModel):
     def new_reader(self, rows: int) -> Reader:
         return _StreamReader(Stream(self._source.model, rows=rows))
 
+    def joined(self, readers: Sequence[Reader]) -> Reader:
+        return _StreamReader(Stream.join([reader.stream for reader in readers if isinstance(reader, _StreamReader)]))
+
     def tokenize(self, text: str) -> list[int]:
         return self._source.encode(text)[len(self.begin_ids) :]
 
@@ -52,20 +55,20 @@ class SambaModel(LanguageModel):
 
 class _StreamReader(Reader):
     def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+        self.stream = stream
 
     @property
     def logits(self) -> Tensor | None:  # type: ignore[override]  # the stream's own
-        return self._stream.logits
+        return self.stream.logits
 
     def score(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Scores:
-        return self._stream.score(ids, progress=_by_piece(progress, rows=len(ids)))
+        return self.stream.score(ids, progress=_by_piece(progress, rows=len(ids)))
 
     def read(self, ids: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
-        return self._stream.read(ids, progress=_by_piece(progress, rows=len(ids)))
+        return self.stream.read(ids, progress=_by_piece(progress, rows=len(ids)))
 
     def step(self, ids: Tensor) -> Tensor:
-        return self._stream.step(ids)
+        return self.stream.step(ids)
 
 
 def _by_piece(progress: Callable[[int], None] | None, *, rows: int) -> Callable[[int, int], None] | None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from sambalm.evaluation.plots import Bar, Bars
 from sambalm.evaluation.settings import TaskSettings
 from sambalm.evaluation.task import Item, Outcome, Surroundings, Task, mean_score
-from sambalm.evaluation.tasks.generation import continued_text
+from sambalm.evaluation.tasks.generation import Context, continued_texts
 from sambalm.evaluation.tasks.short_files import files_folder, records
 
 _FILE = ("gsm8k", "gold_bpb_5shot")  # whose prompts have eight examples, despite its name
@@ -58,11 +58,14 @@ class Gsm8k(Task[Gsm8kSettings]):
         return found
 
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        measured = []
-        for ids, right in (item.content for item in items):
-            text = continued_text(self.model, ids, stops=_STOPS, max_new_tokens=self.settings.max_new_tokens, tick=tick)
-            measured.append({"score": float(answer_of(text) == number_of(right)), "text": text, "right": right})
-        return measured
+        limit = self.settings.max_new_tokens
+        contexts = [Context(item.content[0], _STOPS, limit) for item in items]
+        texts = continued_texts(self.model, contexts, tick=tick)
+        rights = [right for _, right in (item.content for item in items)]
+        return [
+            {"score": float(answer_of(text) == number_of(right)), "text": text, "right": right}
+            for text, right in zip(texts, rights, strict=True)
+        ]
 
     def outcome(self, records: Sequence[Mapping[str, Any]]) -> Outcome:
         score = mean_score("accuracy", [record["score"] for record in records], at={}, chance=0.0)

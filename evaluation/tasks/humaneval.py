@@ -11,7 +11,7 @@ from sambalm.evaluation.plots import Bar, Bars
 from sambalm.evaluation.sandbox.run import check_sandbox, ends_well
 from sambalm.evaluation.settings import TaskSettings
 from sambalm.evaluation.task import Item, Outcome, Surroundings, Task, mean_score
-from sambalm.evaluation.tasks.generation import continued_text
+from sambalm.evaluation.tasks.generation import Context, continued_texts
 from sambalm.evaluation.tasks.short_files import files_folder, records
 
 _FILE = ("codex_humaneval", "gold_bpb_0shot")
@@ -62,8 +62,9 @@ class HumanEval(Task[HumanEvalSettings]):
 
     def measure(self, items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
         measured, limit = [], self.settings.max_new_tokens
-        for ids, function in (item.content for item in items):
-            text = continued_text(self.model, ids, stops=_STOPS, max_new_tokens=limit, tick=tick)
+        contexts = [Context(item.content[0], _STOPS, limit) for item in items]
+        texts = continued_texts(self.model, contexts, tick=tick)
+        for text, (_, function) in zip(texts, (item.content for item in items), strict=True):
             passes = ends_well(program(function, text), timeout_s=self.settings.timeout_s, memory_bytes=_MEMORY_BYTES)
             measured.append({"score": float(passes), "text": text})
         return measured

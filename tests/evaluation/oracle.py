@@ -49,11 +49,13 @@ class _Reader(Reader):
         self._answers = [[*self._model.encode_next(self._model.answer(text)), self._model.end_id] for text in texts]
         if progress:
             progress(ids.numel())
-        return self._logits()
+        self.logits = self._logits()
+        return self.logits
 
     def step(self, ids: Tensor) -> Tensor:
         self._number += 1
-        return self._logits()
+        self.logits = self._logits()
+        return self.logits
 
     def _logits(self) -> Tensor:
         logits = torch.zeros(self._rows, self._model.vocab_size)
