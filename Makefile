@@ -121,7 +121,7 @@ test-datatrove: .venv-datatrove/installed
 .venv-docs/installed:
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 \
-		ruff==0.17.6
+		griffe-pydantic==1.3.2 ruff==0.17.6
 	touch $@
 
 # The theme's notice about the next MkDocs is left out.
