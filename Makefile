@@ -9,6 +9,7 @@
 # make test-writers  metrics in W&B and MLflow by the real packages, in an environment over .venv, .venv-writers
 # make test-vllm  the plug-in for vLLM in vLLM's CPU build, for which it makes an environment of its own, .venv-vllm
 # make test-datatrove  datatrove's pipelines to shards, in an environment over .venv, .venv-datatrove
+# make docs   these pages as a site in build/site, in an environment of its own, .venv-docs; what a page links to must exist
 # make compare BASE=<commit>  whether the working tree trains to the same bits as an older commit (LAYOUTS=CP2,ZeRO-3: of these)
 # make lint   what pre-commit runs too: make style, types, spelling and scripts
 # make clean  removes what the demo made; .venv stays
@@ -20,7 +21,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-finetuning test-writers test-vllm test-datatrove compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-finetuning test-writers test-vllm test-datatrove docs compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -116,6 +117,16 @@ test-vllm: .venv/installed .venv-vllm/installed
 test-datatrove: .venv-datatrove/installed
 	sh tests/slurm/install.sh
 	.venv-datatrove/bin/python -m pytest tests/data/test_datatrove.py tests/slurm/test_datatrove.py -m "slurm or not slurm" -rs
+
+.venv-docs/installed:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 \
+		griffe-pydantic==1.3.2 ruff==0.17.6
+	touch $@
+
+# The theme's notice about the next MkDocs is left out.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 compare: .venv/installed
 	$(if $(BASE),,$(error give the commit to compare with: make compare BASE=<commit>))

@@ -116,7 +116,8 @@ class Samba(nn.Module):
     ) -> Tensor:
         """
         Args:
-            tokens, labels: int64 [batch, this rank's part of the sequence].
+            tokens: int64 [batch, this rank's part of the sequence].
+            labels: like tokens; None for logits instead of losses.
             hidden: the stage before's output [sequence (/ tp under sequence parallelism), batch, width]; None on the
                 first.
             document_starts: for each token the position in the whole sequence of its document's first token, int64

@@ -82,7 +82,8 @@ class AccumulatingExecutor(Executor):
     """Every rank runs all layers, and DeepSpeed's engine takes the step.
 
     Args:
-        gradients, weights: where ranks share out their optimizer; None elsewhere.
+        gradients: how they are reduced, where ranks share out their optimizer; None elsewhere.
+        weights: how they are gathered, likewise.
         compute_weights: the model's.
         fp8: the scales of products in FP8; None: there are none.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
@@ -165,10 +166,13 @@ class PipelinedExecutor(Executor):
 
     Args:
         schedule: over this rank's chunks.
-        gradients, weights: under ZeRO-1, where ranks share out their optimizer; None elsewhere.
-        compute_weights, fp8: the chunks'.
-        cuda_graphs, captures_documents: see `build_executor`. Without FP8, whose weights a step's first micro-batch
-            rounds, chunks are launched as CUDA graphs, whose memory is free during `losses`.
+        gradients: how they are reduced, under ZeRO-1, where ranks share out their optimizer; None elsewhere.
+        weights: how they are gathered, likewise.
+        compute_weights: the chunks'.
+        fp8: the scales of the chunks' products in FP8; None: there are none.
+        cuda_graphs: see `build_executor`. Without FP8, whose weights a step's first micro-batch rounds, chunks are
+            launched as CUDA graphs, whose memory is free during `losses`.
+        captures_documents: see `build_executor`.
         embedding_group: the first and the last stage.
         tied_weight: this rank's copy of an embedding that these two share; None elsewhere.
     """

@@ -35,7 +35,8 @@ def sharded_parameter(
         shards: the slices along dim, by the canonical tensors' names below the module.
         init: fills a whole canonical tensor, given a generator.
         owned: see `ParameterInfo`.
-        matmul_only, takes_fp8: see `ParameterInfo`.
+        matmul_only: see `ParameterInfo`.
+        takes_fp8: see `ParameterInfo`.
         weight_decay: whether AdamW decays the parameter. The default decays matrices and leaves vectors alone.
     """
     slices, local_start = [], 0

@@ -1,4 +1,4 @@
-"""Whether what the docs name exists: files, anchors, tests, commands, make targets, config keys and exit codes."""
+"""Whether what the docs name exists: files, anchors, tests, commands, make targets, keys, exit codes, Python names."""
 
 import re
 import shlex
@@ -18,12 +18,13 @@ from sambalm.pretrain.config_file import RENAMED
 from sambalm.pretrain.errors import EXIT_CODES, ExitCode
 
 ROOT = Path(__file__).parents[1]
+MAP = ROOT / "docs" / "map.md"
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
     "CHANGELOG.md",
-    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+    *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md"))),
 ]
 PRODUCT = ("data_pipeline", "evaluation", "model", "parallel", "pretrain", "slurm")
 IGNORED = {".git", ".venv", "runs", "build", "__pycache__"}
@@ -173,7 +174,26 @@ def wrong_keys(text: str, _: str) -> list[str]:
     return [f"{section}.{key}" for section, key in pairs if key not in keys[section] | FILE_ENDINGS]
 
 
-RULES: list[Rule] = [wrong_paths, wrong_links, wrong_tests, wrong_commands, wrong_make_targets, wrong_keys]
+def wrong_identifiers(text: str, _: str) -> list[str]:
+    """Modules and their classes and functions that a page takes from docstrings and that are not there."""
+    found = []
+    for name in re.findall(r"^::: sambalm\.(\S+)$", text, re.M):
+        module, _, member = name.rpartition(".") if name.split(".")[-1][0].isupper() else (name, "", "")
+        path = f"{module.replace('.', '/')}.py"
+        if path not in PATHS or (member and f"\nclass {member}(" not in (ROOT / path).read_text(encoding="utf-8")):
+            found.append(name)
+    return found
+
+
+RULES: list[Rule] = [
+    wrong_paths,
+    wrong_links,
+    wrong_tests,
+    wrong_commands,
+    wrong_make_targets,
+    wrong_keys,
+    wrong_identifiers,
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -191,7 +211,7 @@ def test_what_a_page_names_exists(page, rule):
         (wrong_paths, "`model/opz/`", "`model/ops/`"),
         (wrong_links, "[x](docs/nothing.md)", "[x](docs/design.md)"),
         (wrong_links, "[x](docs/design.md#nothing)", "[x](docs/design.md#canonical-tensors)"),
-        (wrong_links, "[x](#nothing)", "[x](#the-demo)"),
+        (wrong_links, "[x](#nothing)", "[x](#two-commands)"),
         (wrong_tests, "`test_that_nobody_wrote`", "`test_any_pattern_is_causal`"),
         (wrong_tests, "`tests/x.py::test_that_nobody_wrote`", "`tests/test_docs.py`"),
         (wrong_commands, "`sambalm trane`", "`sambalm train`"),
@@ -206,6 +226,8 @@ def test_what_a_page_names_exists(page, rule):
         (wrong_make_targets, "```\nX=1 make A=b nothing\n```", "```\nX=1 make A=b demo\n```"),
         (wrong_keys, "`train.step`", "`train.steps`"),
         (wrong_keys, "```\nsambalm train x data.trein=y\n```", "```\nsambalm train x data.train=y\n```"),
+        (wrong_identifiers, "::: sambalm.model.somba", "::: sambalm.model.samba"),
+        (wrong_identifiers, "::: sambalm.model.config.Config", "::: sambalm.model.config.ModelConfig"),
     ],
 )
 def test_each_rule_finds_what_is_wrong_and_lets_the_rest_pass(rule, wrong, right):
@@ -221,13 +243,29 @@ def test_the_pages_name_enough_to_be_checked():
     assert len(section_keys()) > 5
 
 
+def outside_the_navigation(pages: list[str], navigation: str) -> set[str]:
+    """Pages of docs/ that the site's navigation lacks, and those that it names and that are not there."""
+    named = set(re.findall(r"^ +- .+: (\S+\.md)$", navigation, re.M))
+    inside = {page.removeprefix("docs/") for page in pages if page.startswith("docs/")}
+    from_outside = {"index.md", "contributing.md", "changelog.md", "security.md"}
+    return {page for page in inside ^ (named - from_outside) if not page.startswith("tutorials/")}
+
+
+def test_the_site_has_a_place_for_every_page():
+    """`make docs` says so as well, and is not run with the other tests."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert outside_the_navigation(PAGES, navigation) == set()
+    assert outside_the_navigation([*PAGES, "docs/new.md"], navigation) == {"new.md"}
+    assert outside_the_navigation(PAGES, navigation.replace("demo.md", "dema.md")) == {"demo.md", "dema.md"}
+
+
 def named_in_the_map(text: str) -> list[str]:
-    """Paths that README.md's map names, folders with a slash at their end.
+    """Paths that docs/map.md names, folders with a slash at their end.
 
     An entry stands at two spaces a level, with two spaces after its name. What is said of a file may name others of its
     folder, which count as named.
     """
-    block = text.split("## Where things are")[1].split("```")[1].strip("\n")
+    block = text.split("```")[1].strip("\n")
     named: list[str] = []
     parents = [""]
     for line in block.split("\n"):
@@ -255,7 +293,7 @@ def badly_mapped(text: str) -> list[str]:
 
 
 def test_the_map_names_every_product_file_or_its_folder_once():
-    assert badly_mapped((ROOT / "README.md").read_text(encoding="utf-8")) == []
+    assert badly_mapped(MAP.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
@@ -267,7 +305,7 @@ def test_the_map_names_every_product_file_or_its_folder_once():
     ],
 )
 def test_a_wrong_map_is_noticed(change, complaint):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = MAP.read_text(encoding="utf-8")
     assert change(text) != text
     assert complaint <= set(badly_mapped(change(text)))
 

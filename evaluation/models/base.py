@@ -68,7 +68,7 @@ class Identity:
 class LanguageModel(ABC):
     """A causal language model with its tokenizer.
 
-    Args:
+    Attributes:
         identity: what it is.
         vocab_size: ids are below it.
         eos_ids: the tokens that end a text. `end_id` is the one that documents of training data end with, if any.

@@ -43,7 +43,7 @@ _EXTRA = "extra."
 class Scores(NamedTuple):
     """How likely tokens were, each after those before it.
 
-    Args:
+    Attributes:
         log_likelihoods: natural logarithms of their probabilities, fp32 [B, S]; nan for the first token of all.
         is_likeliest: whether each was the likeliest of the vocabulary, bool [B, S]; False for the first token of all.
     """

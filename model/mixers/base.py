@@ -155,7 +155,8 @@ class Mixer(ABC):
         Args:
             sequences: of a micro-batch.
             part_tokens: of each sequence on the rank.
-            tp, cp: the rank's places among tensor- and context-parallel ranks.
+            tp: the rank's place among tensor-parallel ranks.
+            cp: its place among context-parallel ranks.
         """
         return {}
 

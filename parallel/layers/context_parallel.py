@@ -128,7 +128,8 @@ def scan_of_parts(
         scan: a kernel with all its arguments but `initial_state`, which is added where there is one; it returns its
             output and the state after its last token.
         decay: computes what is left of a state after the whole part.
-        decay_shape, state_shape: of the two, of which the first broadcasts to the second.
+        decay_shape: of what is left, which broadcasts to the state's.
+        state_shape: of the state.
         like: a tensor of their dtype and device.
 
     Returns:
@@ -154,8 +155,8 @@ def incoming_state(decay: Tensor, reached: Tensor, *, cp: ContextParallel) -> Te
     every rank: the first rank's state is zero and yet it takes part.
 
     Args:
-        decay, reached: of this rank's part, of one dtype and of the same shapes on all ranks; decay's broadcasts to
-            that of reached.
+        decay: what this rank's part leaves of a state, of the dtype of reached and of a shape that broadcasts to its.
+        reached: the state that the part comes to from zero, of the same shape on all ranks.
 
     Returns:
         A tensor of the shape of reached; zeros on the first rank.

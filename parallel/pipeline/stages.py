@@ -11,7 +11,8 @@ def balanced_stages(costs: Sequence[float], *, chunks: int, first: float = 0.0, 
     Args:
         costs: of each layer.
         chunks: as many as there are layers at most; each gets one layer at least.
-        first, last: what the first and the last chunk cost besides their layers (embedding, head and loss).
+        first: what the first chunk costs besides its layers, for the embedding.
+        last: what the last chunk costs besides its layers, for head and loss.
 
     Returns:
         Layers of each chunk. Ties go to the earliest cut.
