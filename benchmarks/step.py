@@ -151,6 +151,8 @@ def profile_rank(arguments: argparse.Namespace, settings: list[str]) -> None:
     config, marks = load_config(Path(arguments.config), settings), Marks()
     with open_run_folder(config, marks) as run_folder, start_world(config.parallel) as world:
         trainer = Trainer(config, world, folder=run_folder, signals=Signals(), marks=marks)
+        for hook in trainer.hooks:
+            hook.on_start(trainer.training)
         with closing(trainer.training.executor), closing(trainer.loader):
             for _ in range(arguments.steps - PROFILED_STEPS):
                 trainer._launch_step()
