@@ -131,6 +131,16 @@ with interrupts.heeding_ctrl_c():
         {answer}
 {then}
 """
+# An object that goes with its module, when Python has taken its handlers of signals away.
+LATE = """
+class Late:
+    def __del__(self, say=print, sleep=time.sleep):
+        say("over", flush=True)
+        sleep(0.5)
+
+late = Late()
+sys.exit(3)
+"""
 ASLEEP, DEAF = "time.sleep(60)", "lock, c = bytes(64), ctypes.CDLL(None); [c.pthread_mutex_lock(lock) for _ in '12']"
 
 
@@ -143,8 +153,9 @@ ASLEEP, DEAF = "time.sleep(60)", "lock, c = bytes(64), ctypes.CDLL(None); [c.pth
         ({"answer": ASLEEP, "deaf_s": 0.2, "unwinding_s": 0.4}, 1, 130),
         ({"answer": ASLEEP}, 2, 130),
         ({"body": "pass", "then": "print('over', flush=True); time.sleep(0.5); sys.exit(3)"}, 1, 3),
+        ({"body": "pass", "then": LATE}, 1, 3),
     ],
-    ids=["heard", "turned into another", "in C", "swallowed", "twice", "at its end"],
+    ids=["heard", "turned into another", "in C", "swallowed", "twice", "at its end", "while Python ends"],
 )
 def test_a_library_that_makes_something_else_of_it(parts, presses, code, tmp_path):
     rest = {"body": ASLEEP, "answer": "raise", "deaf_s": 60, "unwinding_s": 60, "then": ""}
