@@ -169,6 +169,21 @@ def test_a_library_that_makes_something_else_of_it(parts, presses, code, tmp_pat
     assert (process.returncode, errors) == (code, "" if code == 3 else f"{interrupts.SENTENCE}\n")
 
 
+POOL = """
+import os
+from sambalm.data_pipeline.workers import tokenising_pool
+
+with tokenising_pool(1, None):
+    os._exit(130)
+"""
+
+
+def test_what_a_pool_leaves_behind_is_removed_without_a_word(tmp_path):
+    process = start([sys.executable, "-c", POOL], tmp_path)
+    assert process.communicate(timeout=120) == ("", "")
+    assert process.returncode == 130
+
+
 def test_what_is_written_twice_is_the_same():
     """The file that is there before all others has its own."""
     assert str(Interrupted()) == interrupts.SENTENCE
