@@ -25,7 +25,8 @@ def tokenising_pool(workers: int, encoder: EncoderConfig) -> Iterator[ProcessPoo
     """
     # spawn: the caller may have threads, such as a progress display's, and their locks would be forked while held.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    with deaf_children():  # its semaphores start a process, too
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         for _ in range(workers):
             with deaf_children():

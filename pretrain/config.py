@@ -109,6 +109,15 @@ class TrainSection(BaseModel):
         return steps
 
     @model_validator(mode="after")
+    def _check_profile_is_reached(self) -> "TrainSection":
+        if self.profile_steps and self.steps and self.profile_steps[0] > self.steps:
+            raise ValueError(
+                f"train.profile_steps begins at step {self.profile_steps[0]}, after the last one, train.steps "
+                f"{self.steps}: give earlier steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_growth(self) -> "TrainSection":
         if self.grow_vocabulary and self.init_from is None:
             raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from sambalm.slurm.errors import SlurmError
 
 SCRIPTS = Path(__file__).parent
+HERE = Path("configs/clusters")  # where the scripts look, from the folder that a job is submitted in
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,24 @@ def submit_all(job: Job, *, chain: int, after: Sequence[Job] = ()) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """What the scripts need to find this installation."""
-    clusters = Path(os.environ.get("SAMBALM_CLUSTERS", "configs/clusters"))
-    cluster = clusters / f"{os.environ.get('SAMBALM_CLUSTER', 'generic')}.env"
-    if not cluster.is_file():
-        raise SlurmError(
-            f"{cluster} does not exist: start from the repository's root, and name a file of configs/clusters by "
-            "SAMBALM_CLUSTER"
-        )
-    return {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": sys.executable}
+    """What the scripts need to find this installation and the cluster's file."""
+    variables = {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": sys.executable}
+    clusters = _clusters()
+    return variables if clusters == HERE else variables | {"SAMBALM_CLUSTERS": str(clusters)}
+
+
+def _clusters() -> Path:
+    """The folder with the cluster's file: the one that is named, else the one here, else the one that is shipped."""
+    from sambalm.pretrain.shipped_configs import FOLDER
+
+    named, shipped = os.environ.get("SAMBALM_CLUSTERS"), FOLDER / "clusters"
+    name = os.environ.get("SAMBALM_CLUSTER", "generic")
+    for folder in [Path(named)] if named else [HERE, shipped]:
+        if (folder / f"{name}.env").is_file():
+            return folder
+    known = ", ".join(sorted(path.stem for path in shipped.glob("*.env")))
+    where = named or f"{HERE} here"
+    raise SlurmError(
+        f"{where} has no {name}.env, which SAMBALM_CLUSTER names: put one there, or name one that the package brings "
+        f"({known})" + (" and unset SAMBALM_CLUSTERS" if named else "")
+    )

@@ -11,7 +11,6 @@ from sambalm.evaluation.models.base import LanguageModel
 from sambalm.evaluation.models.causal_lm import CausalLM
 from sambalm.evaluation.models.samba import SambaModel
 from sambalm.model.hf import SambaConfig
-from sambalm.pretrain.checkpointing.saved_config import saved_run
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.generation.source import DTYPES, device_named, load_source
 
@@ -42,8 +41,8 @@ def open_model(
     kind = _model_type(path)
     if kind in (None, SambaConfig.model_type):
         source = load_source(path, device=device, dtype=dtype, tokenizer=tokenizer, step=step)
-        run = saved_run(source.checkpoint) if source.checkpoint else None
-        return Opened(SambaModel(source, path=path, step=source.checkpoint.step if source.checkpoint else None), run)
+        step = source.checkpoint.step if source.checkpoint else None
+        return Opened(SambaModel(source, path=path, step=step), source.run)
     if step is not None:
         raise EvaluationError(f"--step is for a run, and {path} is a Hugging Face folder; leave it out")
     place = device_named(device)

@@ -2,8 +2,8 @@
 
 The layers run the operations that training runs, on a GPU by its kernels, and stand in files of their own. Between
 calls the cache holds what each layer needs of the tokens before, so a sequence may be read in pieces of any length with
-the same result. Padding may be on either side of a row; only between its tokens would it take up places of the
-attention window.
+the same result. Padding may be on either side of a row; only between its tokens does it take up places of the
+attention window, which a warning tells.
 
 B: batch, S: sequence, H: heads, d: head dim.
 """
@@ -261,12 +261,19 @@ class SambaModel(SambaPreTrainedModel):
         if config.rotary_base is not None:
             cos, sin = rotary_tables(positions, head_dim=config.head_dim, base=config.rotary_base)
             context = context._replace(rotary=(cos.unsqueeze(2), sin.unsqueeze(2)))
+        are_all_real = mask is None
+        if mask is not None and mask.ndim == 2:
+            reach = x.shape[1] + config.sliding_window - 1 if SLIDING_ATTENTION in config.layer_types else 0
+            are_all_real = _is_known(mask[:, 0 if FULL_ATTENTION in config.layer_types else -reach :].all())
+            if (
+                reach
+                and not are_all_real
+                and _is_known(_displaces_tokens(mask.bool(), reach=reach, window=config.sliding_window))
+            ):
+                logger.warning_once(_DISPLACED.format(window=config.sliding_window))
         is_dense = config._attn_implementation in DENSE_ATTENTION and (mask is None or mask.ndim == 2)
         if is_dense and not (output_attentions or config.output_attentions):
-            reach = 0 if FULL_ATTENTION in config.layer_types else x.shape[1] + config.sliding_window - 1
-            if mask is None or _is_known(mask[:, -reach:].all()):
-                return context
-            return context._replace(real_keys=mask.bool())
+            return context if are_all_real or mask is None else context._replace(real_keys=mask.bool())
         given = {"config": config, "inputs_embeds": x, "attention_mask": mask, "past_key_values": cache}
         given["and_mask_function"] = _within_documents(context.documents) if context.documents else None
         masks = AttentionMasks(
@@ -274,6 +281,19 @@ class SambaModel(SambaPreTrainedModel):
             full=create_causal_mask(**given) if FULL_ATTENTION in config.layer_types else None,
         )
         return context._replace(attention_masks=masks)
+
+
+_DISPLACED = (
+    "attention_mask has padding between the tokens of a row, where it takes up places of the attention's window of "
+    "{window}: the row's result is not that of its tokens alone. Pad on the left, before the first token."
+)
+
+
+def _displaces_tokens(real: Tensor, *, reach: int, window: int) -> Tensor:
+    """Whether padding in the last `reach` places lies between real tokens [B, past + S] and takes a window from one."""
+    padding = ~real[:, -reach:]
+    before, after = real.cumsum(dim=1)[:, -reach:] > 0, real[:, -reach:].flip(1).cumsum(dim=1).flip(1) > 0
+    return ((padding & before & after).any(dim=1) & real[:, :-window].any(dim=1)).any()
 
 
 def _is_known(truth: Tensor) -> bool:

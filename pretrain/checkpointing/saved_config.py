@@ -1,5 +1,8 @@
 """What a checkpoint says of the run that saved it."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from sambalm.model.config import ModelConfig
 from sambalm.pretrain.checkpointing.format import Checkpoint
 from sambalm.pretrain.config import RunConfig
@@ -15,14 +18,16 @@ def saved_run(checkpoint: Checkpoint) -> RunConfig | None:
     Raises:
         ConfigError: this version does not know a key or a value of it.
     """
-    saved = checkpoint.state["config"]
-    if saved.keys() == {"model"}:
-        return None
     run_folder = checkpoint.path.absolute().parent.parent
-    return parse_config(saved, source=str(checkpoint.path), folders=folders_of_paths(run_folder, saved))
+    return _parsed(checkpoint, folders_of_paths(run_folder, checkpoint.state["config"]))
 
 
 def saved_model(checkpoint: Checkpoint) -> ModelConfig:
     """Returns what the checkpoint's model is. Raises as `saved_run`."""
-    run = saved_run(checkpoint)
+    run = _parsed(checkpoint, ())  # without a word on paths, which do not matter here
     return run.model if run else ModelConfig.model_validate(checkpoint.state["config"]["model"])
+
+
+def _parsed(checkpoint: Checkpoint, folders: Iterable[Path]) -> RunConfig | None:
+    saved = checkpoint.state["config"]
+    return None if saved.keys() == {"model"} else parse_config(saved, source=str(checkpoint.path), folders=folders)

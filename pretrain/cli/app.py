@@ -50,6 +50,9 @@ def run(interrupts: Interrupts) -> None:
         except Exception as error:
             if interrupts.came and not isinstance(error, Interrupted):  # what a library made of the interruption
                 raise KeyboardInterrupt from None
+            if isinstance(error, OSError) and error.errno in _FULL and sys.argv[1:2] != ["train"]:
+                place = f" at {error.filename}" if error.filename else ""  # which a write does not know
+                raise FileError(f"the disk is full{place}; make room, or choose another output") from None
             if isinstance(error, OSError) and _is_mended_by_user(error):
                 raise FileError(f"cannot use {error.filename}: {error.strerror}; choose another path") from None
             raise
@@ -59,8 +62,9 @@ def run(interrupts: Interrupts) -> None:
 # Of an error of the operating system: what the user can mend by another path, or by making room.
 _MENDED_BY_USER = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
 }
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def _is_mended_by_user(error: OSError) -> bool:

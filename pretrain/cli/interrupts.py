@@ -4,6 +4,7 @@
 they can end well. This file imports nothing slow, for it is there before all else.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -38,6 +39,8 @@ class Interrupts:
         os.set_blocking(writer, False)
         signal.signal(signal.SIGINT, self._interrupt)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # The last thing before Python takes handlers away and removes modules, in which it would die of the signal.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=self._watch, args=(reader,), name="interrupts", daemon=True).start()
 
     def end(self) -> None:

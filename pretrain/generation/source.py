@@ -48,6 +48,7 @@ class Source:
         eos_ids: the tokens that end a text.
         chat: None where the tokenizer has no template.
         checkpoint: where the weights come from; None for a Hugging Face folder.
+        run: the run that saved the checkpoint; None for a model that was converted to one, too.
     """
 
     model: SambaForCausalLM
@@ -56,6 +57,7 @@ class Source:
     eos_ids: frozenset[int]
     chat: Chat | None = None
     checkpoint: Checkpoint | None = None
+    run: RunConfig | None = None
 
 
 def load_source(
@@ -157,7 +159,7 @@ def _checkpoint_source(
         check_tokenizer(prefix, load_tokenizer(file))
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)
     source = source_of_model(model, tokenizer=file, data=None if tokenizer or run is None else run.data)
-    return replace(source, checkpoint=checkpoint)
+    return replace(source, checkpoint=checkpoint, run=run)
 
 
 def dtype_of_run(run: RunConfig | None, device: torch.device) -> torch.dtype:

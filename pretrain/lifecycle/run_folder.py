@@ -60,6 +60,7 @@ _FILES, _FOLDERS = ("config.yaml", METRICS, LEDGER), ("attempts", "tensorboard")
 _MENDED_BY_HAND = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
+_CHOOSE = "; choose a folder that can be written with run.dir"
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ def _errors_in_a_sentence(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text = f"the run's folder {run_dir} cannot be used: {one_sentence(error)}"
-        kind = RunFolderError if error.errno in _MENDED_BY_HAND else NotSavedError
-        raise kind(text) from None
+        by_hand = error.errno in _MENDED_BY_HAND
+        reason = f"{error.filename}: {error.strerror}" if error.filename else one_sentence(error)
+        text = f"the run's folder {run_dir} cannot be used: {reason}{_CHOOSE if by_hand else ''}"
+        raise (RunFolderError if by_hand else NotSavedError)(text) from None

@@ -153,6 +153,24 @@ def test_padding_in_a_later_turn_changes_nothing(pattern):
     assert difference_in_padded_turns(model_of(pattern, window=64)) < 1e-5
 
 
+@pytest.mark.parametrize(("window", "is_told"), [(64, False), (16, True)])
+def test_padding_that_takes_up_places_of_the_window_is_told(window, is_told, monkeypatch):
+    told = []
+    monkeypatch.setattr(modeling_samba.logger, "warning_once", told.append)
+    difference = difference_in_padded_turns(model_of("*-", window=window))
+    assert (difference > 1e-5, len(told) > 0) == (is_told, is_told)
+
+
+def test_padding_at_the_sides_takes_up_no_places(monkeypatch):
+    told = []
+    monkeypatch.setattr(modeling_samba.logger, "warning_once", told.append)
+    rows = [random_tokens(1, length, seed=length)[0] for length in (40, 13)]
+    for side in ("left", "right"):
+        tokens, mask = padded(rows, length=40, side=side)
+        model_of("*-", window=8)(tokens, attention_mask=mask)
+    assert told == []
+
+
 def test_without_padding_no_mask_is_built(monkeypatch):
     model = model_of()
     masked = []

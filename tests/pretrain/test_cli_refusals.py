@@ -1,7 +1,9 @@
 """Each mistake of a user ends the program in one line, and leaves nothing behind."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -252,6 +254,27 @@ def test_files_that_the_system_refuses_are_named(refused, config, tokens, tmp_pa
     output.mkdir()
     arguments = ("--input", tokens.with_name("text.jsonl"), "--vocab-size", 384, "--output", output, "--overwrite")
     refused("data", "tokenizer", *arguments, names=[output])
+
+
+def test_a_full_disk_is_named(sambalm, tokens, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        text, model = tokens.with_name("text.jsonl"), tokens.with_name("tokenizer.model")
+        inputs = ("--input", text, "--tokenizer", model, "--workers", 1)
+        for command in (
+            ("data", "preprocess", *inputs, "--output", disk / "p"),
+            ("data", "tokenizer", "--input", text, "--vocab-size", 384, "--output", disk / "t.model"),
+        ):
+            code, out, err = sambalm(*command)
+            assert (code, out, err.count("\n"), "make room" in err) == (2, "", 1, True), err
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_device_is_a_name_or_a_file(refused, sambalm, config, tmp_path):

@@ -6,6 +6,8 @@ import os
 import pytest
 import yaml
 
+from sambalm.pretrain.checkpointing.format import Checkpoint
+from sambalm.pretrain.checkpointing.saved_config import saved_model, saved_run
 from sambalm.pretrain.config_file import load_config, parse_config, resolve_config
 from sambalm.pretrain.config_paths import started_in
 from sambalm.pretrain.errors import ConfigError
@@ -147,7 +149,7 @@ def test_paths_are_found_from_the_folder_of_the_config(values, tmp_path, monkeyp
     assert load_config(path).data.prefixes == ["data/a"]
 
 
-def test_paths_of_a_saved_config_are_found_from_where_the_run_was_started(values, tmp_path, monkeypatch):
+def test_paths_of_a_saved_config_are_found_from_where_the_run_was_started(values, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.json").touch()
     values["data"]["train"], values["run"]["dir"] = "a", "runs/x"
     run_folder = tmp_path / "runs" / "x"
@@ -158,6 +160,13 @@ def test_paths_of_a_saved_config_are_found_from_where_the_run_was_started(values
     assert parse_config(values, source="a checkpoint").data.train == "a"
     assert started_in(run_folder, "runs/x") == tmp_path
     assert started_in(run_folder, "runs/y") is None
+
+    checkpoint = Checkpoint(run_folder / "checkpoints" / "step_00000003", {"config": values})
+    capsys.readouterr()
+    assert saved_model(checkpoint).hidden_size == values["model"]["hidden_size"]
+    assert capsys.readouterr().err == ""  # where the data are found does not matter to the model
+    assert saved_run(checkpoint).data.train == str(tmp_path / "a")
+    assert capsys.readouterr().err.count("is taken") == 1
     assert started_in(run_folder, str(run_folder)) is None
 
 

@@ -131,6 +131,16 @@ with interrupts.heeding_ctrl_c():
         {answer}
 {then}
 """
+# An object that goes with its module, when Python has taken its handlers of signals away.
+LATE = """
+class Late:
+    def __del__(self, say=print, sleep=time.sleep):
+        say("over", flush=True)
+        sleep(0.5)
+
+late = Late()
+sys.exit(3)
+"""
 ASLEEP, DEAF = "time.sleep(60)", "lock, c = bytes(64), ctypes.CDLL(None); [c.pthread_mutex_lock(lock) for _ in '12']"
 
 
@@ -143,8 +153,9 @@ ASLEEP, DEAF = "time.sleep(60)", "lock, c = bytes(64), ctypes.CDLL(None); [c.pth
         ({"answer": ASLEEP, "deaf_s": 0.2, "unwinding_s": 0.4}, 1, 130),
         ({"answer": ASLEEP}, 2, 130),
         ({"body": "pass", "then": "print('over', flush=True); time.sleep(0.5); sys.exit(3)"}, 1, 3),
+        ({"body": "pass", "then": LATE}, 1, 3),
     ],
-    ids=["heard", "turned into another", "in C", "swallowed", "twice", "at its end"],
+    ids=["heard", "turned into another", "in C", "swallowed", "twice", "at its end", "while Python ends"],
 )
 def test_a_library_that_makes_something_else_of_it(parts, presses, code, tmp_path):
     rest = {"body": ASLEEP, "answer": "raise", "deaf_s": 60, "unwinding_s": 60, "then": ""}
@@ -156,6 +167,21 @@ def test_a_library_that_makes_something_else_of_it(parts, presses, code, tmp_pat
         process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (code, "" if code == 3 else f"{interrupts.SENTENCE}\n")
+
+
+POOL = """
+import os
+from sambalm.data_pipeline.workers import tokenising_pool
+
+with tokenising_pool(1, None):
+    os._exit(130)
+"""
+
+
+def test_what_a_pool_leaves_behind_is_removed_without_a_word(tmp_path):
+    process = start([sys.executable, "-c", POOL], tmp_path)
+    assert process.communicate(timeout=120) == ("", "")
+    assert process.returncode == 130
 
 
 def test_what_is_written_twice_is_the_same():

@@ -136,7 +136,9 @@ def test_what_is_a_folder_instead_of_a_file_is_set_aside(run_values, capsys):
 def test_a_folder_that_cannot_be_used_is_a_sentence(run_values, tmp_path):
     (tmp_path / "file").touch()
     values = changed(run_values, run={"dir": str(tmp_path / "file" / "run")})
-    with pytest.raises(RunFolderError, match=r"the run's folder .* cannot be used: .*Not a directory"):
+    with pytest.raises(
+        RunFolderError, match=r"the run's folder .* cannot be used: .*/file/run: Not a directory; .* run\.dir$"
+    ):
         open_run_folder(parse_config(values, source="test"), Marks()).__enter__()
 
 

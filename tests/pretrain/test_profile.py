@@ -20,7 +20,7 @@ def test_some_steps_are_traced_and_the_run_is_the_same(run_values, tmp_path):
     assert len(updates) == 2, updates
 
 
-@pytest.mark.parametrize("steps", [[5, 4], [0, 1], [1], [1, 2, 3]])
+@pytest.mark.parametrize("steps", [[5, 4], [0, 1], [1], [1, 2, 3], [90, 92]])
 def test_steps_that_cannot_be_traced_are_refused(steps, run_values):
     with pytest.raises(ConfigError, match=r"train\.profile_steps"):
         parse_config(changed(run_values, train={"profile_steps": steps}), source="test")

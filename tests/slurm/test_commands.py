@@ -85,8 +85,26 @@ def test_a_job_that_could_not_start_is_refused(in_the_repository, monkeypatch):
     with pytest.raises(SlurmError, match=r"none\.sbatch does not exist.* samba_421m\.sbatch"):
         training_job(CONFIG, nodes=1, script=Path("none.sbatch"))
     monkeypatch.setenv("SAMBALM_CLUSTER", "moon")
-    with pytest.raises(SlurmError, match=r"configs/clusters/moon\.env does not exist"):
+    with pytest.raises(SlurmError, match=r"configs/clusters here has no moon\.env.* \(efa, generic, infiniband\)$"):
         convert_job("runs/x")
+    monkeypatch.setenv("SAMBALM_CLUSTERS", "elsewhere")
+    with pytest.raises(SlurmError, match=r"^elsewhere has no moon\.env.* unset SAMBALM_CLUSTERS$"):
+        convert_job("runs/x")
+
+
+def test_clusters_are_found_from_any_folder(tmp_path, monkeypatch):
+    for name in ("SAMBALM_CLUSTER", "SAMBALM_CLUSTERS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    job, _ = training_job(Path("samba_421m"), nodes=1)
+    assert job.variables["SAMBALM_CONFIG"] == "samba_421m"
+    assert job.variables["SAMBALM_CLUSTERS"] == str(ROOT / ".src" / "sambalm" / "configs" / "clusters")
+    (tmp_path / "configs" / "clusters").mkdir(parents=True)
+    (tmp_path / "configs" / "clusters" / "mine.env").touch()
+    monkeypatch.setenv("SAMBALM_CLUSTER", "mine")
+    assert "SAMBALM_CLUSTERS" not in convert_job("runs/x").variables
+    monkeypatch.setenv("SAMBALM_CLUSTER", "efa")  # is not among those of this folder
+    assert Path(convert_job("runs/x").variables["SAMBALM_CLUSTERS"], "efa.env").is_file()
 
 
 SBATCH = """\

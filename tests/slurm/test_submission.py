@@ -44,7 +44,7 @@ def test_the_largest_run_is_accepted_with_its_spares(cluster, name):
         (["--nodes", "32", "--gpus-per-node", "16"], {}, "Slurm refuses samba_3.8b.sbatch: Requested node config"),
         (["--nodes", "3"], {}, "train.global_batch_tokens is 8388608, which is not a multiple of"),
         (["--nodes", "64", "model.windw=1"], {}, "unknown key model.windw"),
-        (["--nodes", "64"], {"SAMBALM_CLUSTER": "moon"}, "moon.env does not exist"),
+        (["--nodes", "64"], {"SAMBALM_CLUSTER": "moon"}, "has no moon.env"),
         (["--nodes", "64", "--script", "none.sbatch"], {}, "none.sbatch does not exist"),
     ],
 )
