@@ -23,7 +23,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "CHANGELOG.md",
-    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+    *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
 ]
 PRODUCT = ("data_pipeline", "evaluation", "model", "parallel", "pretrain", "slurm")
 IGNORED = {".git", ".venv", "runs", "build", "__pycache__"}
