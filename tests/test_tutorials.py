@@ -101,13 +101,14 @@ def test_a_page_is_run_as_a_reader_would(tmp_path):
     ("right", "wrong", "complaint"),
     [
         ("exit code 3", "exit code 4", "ended with 99 at"),
-        ("cat in/here", "cat in/there", "does not end|shows a line that is not printed in its place:\na: 1"),
+        ("cat in/here", "cat in/there", "shows a line that is not printed in its place:\na: 1"),
         ("```\na: 1", "```\na: b", "shows a line that is not printed in its place:\na: b"),
         ("step 8 of 70\n", "steps 8 of 70\n", "steps 8 of 70"),
         ("...\nin 3 s", "in 3 s\nbetween", "\nbetween"),
         ("```\nstep 7 of 70", "```\nstep 8 of 70", "step 8 of 70"),
         ("sleep 600 &", "false", "ended with 1 at:\nexport"),
         ("sleep 600 &", "sleep 600", "ended with -1 at:\nexport"),
+        ("sleep 600 &", "exit 0", "ended with 0 at:\nexport"),
     ],
 )
 def test_a_page_that_says_something_else_fails(right, wrong, complaint, tmp_path):

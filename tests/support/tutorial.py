@@ -148,7 +148,7 @@ def _end_session(shell: subprocess.Popen) -> None:
 def _compare(page: Path, steps: list[Step], outputs: Path, code: int) -> None:
     printed = {number: outputs / f"{number}.txt" for number in range(len(steps))}
     ran = [number for number, path in printed.items() if path.exists()]
-    if code:
+    if code or len(ran) < sum(not step.file for step in steps):
         last = ran[-1] if ran else 0
         said = printed[last].read_text(errors="replace") if ran else ""
         raise AssertionError(f"{page.name} ended with {code} at:\n{steps[last].text}\n--- which said:\n{said}")
