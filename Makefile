@@ -5,6 +5,7 @@
 # make test-faults  thousands of damaged run folders and other faults that take long
 # make soak    a run under seeded chaos, and whether it comes to the bits of a clean one (MINUTES=30 SEED=1)
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
+# make test-tutorials  every page of docs/tutorials, its commands run in order and their output compared
 # make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
 # make test-writers  metrics in W&B and MLflow by the real packages, in an environment over .venv, .venv-writers
 # make test-vllm  the plug-in for vLLM in vLLM's CPU build, for which it makes an environment of its own, .venv-vllm
@@ -21,7 +22,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-finetuning test-writers test-vllm test-datatrove docs compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-tutorials test-finetuning test-writers test-vllm test-datatrove docs compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -74,6 +75,9 @@ soak: .venv/installed
 test-slurm: .venv/installed
 	sh tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
+
+test-tutorials: .venv/installed
+	$(BIN)/python -m pytest tests/test_tutorials.py -m "long or not long"
 
 # The environment sees the packages of .venv beside its own.
 .venv-finetuning/installed: .venv/installed

@@ -227,5 +227,8 @@ def apply_override(override: str, values: dict[str, Any], *, example: str = "tra
     try:
         values[leaf] = parse_value(text)
     except ValueError as error:
-        raise ConfigError(f"the override {shown(override)} has a value that is not valid YAML: {error}") from None
+        raise ConfigError(
+            f"the override {shown(override)} has a value that is not valid YAML: {error}; "
+            f"""quote a text twice, the outer marks for the shell, as in "{key}='...'\""""
+        ) from None
     return (*sections, leaf)

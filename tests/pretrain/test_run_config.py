@@ -192,6 +192,7 @@ def test_a_key_that_is_missing_is_named(tmp_path):
         ("=5", "section.key=value"),
         ("run.dir.x=3", "'dir' is not a section"),
         ("train.steps={a", "not valid YAML"),
+        ("model.pattern=*-*-", "quote a text twice, the outer marks for the shell, as in \"model.pattern='...'\""),
         ("run.dir=2026-13-45", "not valid YAML"),
     ],
 )
