@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from sambalm.parallel.compat.gloo import shared_thread
 from sambalm.parallel.compat.megatron import parallel_state
 from sambalm.parallel.config import ParallelConfig, check_world_size
 from sambalm.parallel.environment import world_size
@@ -181,18 +180,16 @@ def start_world(config: ParallelConfig, *, copies: int = 1) -> Iterator[World]:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(size, timeout), rank=rank, world_size=size, timeout=timeout)
-    with shared_thread():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor,
-            pipeline_model_parallel_size=config.pipeline,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-            context_parallel_size=config.context,
-            distributed_timeout_minutes=timeout / timedelta(minutes=1),
-            create_gloo_process_groups=False,  # nothing uses them, and megatron-core gives some of them no timeout
-        )
-        world = _world(config, device, copies=copies, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+        create_gloo_process_groups=False,  # nothing uses them, and megatron-core gives some of them no timeout
+    )
     try:
-        yield world
+        yield _world(config, device, copies=copies, timeout=timeout)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

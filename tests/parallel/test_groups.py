@@ -3,7 +3,6 @@
 import socket
 import threading
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -79,8 +78,6 @@ def agree_in_a_thread(rounds: int) -> tuple[list, list[float]]:
 
     with start_world(ParallelConfig()) as world:
         assert len({world.host_group, world.replica_group, world.model_group, dist.group.WORLD}) == 4
-        threads = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
-        assert threads.count("gloo_tcp_loop") == 1, "each wakes 120 times a second, messages or not"
         gathered: list = []
 
         def gather() -> None:

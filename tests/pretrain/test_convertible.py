@@ -41,15 +41,9 @@ def refusal(values):
     return conversion_refusal(parse_config(values, source="test"))
 
 
-def test_a_unigram_model_is_named_once_and_by_both_commands(run_values, tmp_path):
-    texts = make_texts(200, seed=1)
-    with open(tmp_path / "unigram.model", "wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=VOCAB_SIZE, hard_vocab_limit=False
-        )
-    path = write_jsonl(tmp_path / "text.jsonl", texts)
-    preprocess([path], tokenizer=tmp_path / "unigram.model", output_prefix=tmp_path / "tokens", workers=1)
-    values = changed(run_values, data={"train": str(tmp_path / "tokens")}, train={"steps": 1})
+def test_a_refusal_is_told_once_and_by_both_commands(moved, run_values, tmp_path):
+    moved.with_name("tokenizer.model").unlink()
+    values = changed(run_values, data={"train": str(moved)}, train={"steps": 1})
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
 
@@ -57,9 +51,20 @@ def test_a_unigram_model_is_named_once_and_by_both_commands(run_values, tmp_path
     (warning,) = (line for line in first.stderr.splitlines() if line.startswith(WARNING))
     converted = program.run("convert", "to-hf", values["run"]["dir"], tmp_path / "hf")
     assert (converted.returncode, converted.stderr) == (2, f"error: {warning.removeprefix(WARNING)}\n")
-    assert "unigram model; only bpe models can be converted" in warning
+    assert str(moved.with_name("tokenizer.model")) in warning
     again = program.run("train", config, "train.steps=2")
     assert (first.returncode, again.returncode, WARNING in again.stderr) == (0, 0, False)
+
+
+def test_a_unigram_model_is_not_refused(run_values, tmp_path):
+    texts = make_texts(200, seed=1)
+    with open(tmp_path / "unigram.model", "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=VOCAB_SIZE, hard_vocab_limit=False
+        )
+    path = write_jsonl(tmp_path / "text.jsonl", texts)
+    preprocess([path], tokenizer=tmp_path / "unigram.model", output_prefix=tmp_path / "tokens", workers=1)
+    assert refusal(changed(run_values, data={"train": str(tmp_path / "tokens")})) is None
 
 
 def test_what_can_be_converted_has_no_refusal(run_values):
