@@ -7,6 +7,7 @@
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
 # make test-tutorials  every page of docs/tutorials, its commands run in order and their output compared
 # make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
+# make test-transformers  the Hugging Face model under the oldest and the newest transformers that are known to work
 # make test-writers  metrics in W&B and MLflow by the real packages, in an environment over .venv, .venv-writers
 # make test-vllm  the plug-in for vLLM in vLLM's CPU build, for which it makes an environment of its own, .venv-vllm
 # make test-datatrove  datatrove's pipelines to shards, in an environment over .venv, .venv-datatrove
@@ -22,7 +23,7 @@ DEMO := runs/demo
 # Each rank computes with one thread: the demo's two ranks fill two cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-tutorials test-finetuning test-writers test-vllm test-datatrove docs compare lint style types spelling scripts clean
+.PHONY: demo test test-ci test-slow test-faults soak test-slurm test-tutorials test-finetuning test-transformers test-writers test-vllm test-datatrove docs compare lint style types spelling scripts clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.lock setup.py
@@ -89,6 +90,18 @@ test-tutorials: .venv/installed
 
 test-finetuning: .venv-finetuning/installed
 	.venv-finetuning/bin/python -m pytest tests/hf/test_finetuning.py tests/hf/test_modules.py -rs
+
+TRANSFORMERS := 5.10.1 5.24.0
+
+.venv-transformers/%/installed: .venv/installed
+	$(PYTHON) -m venv $(@D)
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" > \
+		$$(echo $(@D)/lib/python*/site-packages)/venv.pth
+	$(@D)/bin/pip install --quiet transformers==$*
+	touch $@
+
+test-transformers: $(TRANSFORMERS:%=.venv-transformers/%/installed)
+	for version in $(TRANSFORMERS); do .venv-transformers/$$version/bin/python -m pytest tests/hf || exit; done
 
 .venv-writers/installed: .venv/installed
 	$(PYTHON) -m venv .venv-writers

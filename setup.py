@@ -62,7 +62,7 @@ setup(
         "tiktoken>=0.8",
         "tokenizers>=0.22",
         "torch>=2.11,<2.14",
-        "transformers>=5.10,<6",
+        "transformers>=5.10.1,<6",
         "typer>=0.15",
         "zstandard>=0.23",
     ],

@@ -144,7 +144,7 @@ def test_a_tiny_comparison_from_text_to_tables(tmp_path):
     experiment("prepare", *inputs, "--data", data, "--vocab-size", 384, "--long-characters", 4001)
     folder = ("--folder", tmp_path / "runs")
     settings = ("--data", data, "--scale", "tiny", "--seeds", 1, "--models", "samba", "llama", "--tokens", 2560)
-    for name in ("architectures", "extrapolation", "reading", "passkey"):
+    for name in ("architectures", "extrapolation", "reading", "passkey", "phonebook", "retrieval"):
         assert "all jobs are done" in experiment(name, *folder, *settings)
         assert "started" not in experiment(name, *folder, *settings)
         table = experiment(name, *folder, "--table", "--plot", tmp_path / f"{name}.png")

@@ -4,8 +4,9 @@
     python -m benchmarks.experiments architectures --data data/prose --folder runs/paper --minutes 9
     python -m benchmarks.experiments architectures --folder runs/paper --table --plot architectures.png
 
-Experiments: architectures, extrapolation, reading, passkey, patterns. The same command goes on where it was stopped, by
-a signal or by --minutes. Exit codes: 0 when all jobs are done, 75 when time was up, 1 when a job failed.
+Experiments: architectures, extrapolation, reading, passkey, phonebook, retrieval, patterns. The same command goes on
+where it was stopped, by a signal or by --minutes. Exit codes: 0 when all jobs are done, 75 when time was up and 1 when
+a job failed.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> int:
             vocab_size=arguments.vocab_size,
         )
         return 0
-    layout = Layout(arguments.folder)
+    layout = Layout(arguments.folder, arguments.label)
     if arguments.table or arguments.plot:
         if arguments.table:
             print(TABLES[arguments.experiment](layout))
@@ -78,6 +79,9 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("--rates", type=float, nargs="+", help="learning rates of the sweep; one alone is taken")
         one.add_argument("--tokens", type=float, help="of each run, other than the scale's")
         one.add_argument("--sweep-tokens", type=float, help="of each run of the sweep, other than the scale's")
+        one.add_argument("--tuning-steps", type=int, help="of each tuned run, other than the scale's")
+        one.add_argument("--tuning-tokens", type=int, help="of each document that it is tuned on")
+        one.add_argument("--label", default="", help="sets runs that are tuned otherwise apart")
         one.add_argument("--minutes", type=float, help="after which all jobs have stopped")
         one.add_argument("--gpus", nargs="+", help="numbers of GPUs; default: all that there are")
         one.add_argument("--per-gpu", type=int, default=1, help="jobs on a GPU at a time, which slow each other")
@@ -94,8 +98,11 @@ def _arguments() -> argparse.Namespace:
 
 def _plan(arguments: argparse.Namespace, layout: Layout) -> Plan:
     scale = SCALES[arguments.scale]
+    steps, tokens = arguments.tuning_steps or scale.tuning.steps, arguments.tuning_tokens or scale.tuning.tokens
+    batch = max(1, scale.tuning.batch * scale.tuning.tokens // tokens)  # a step has as many tokens
     scale = replace(
         scale,
+        tuning=replace(scale.tuning, steps=steps, tokens=tokens, batch=batch),
         tokens=int(arguments.tokens or scale.tokens),
         sweep_tokens=int(arguments.sweep_tokens or scale.sweep_tokens),
     )

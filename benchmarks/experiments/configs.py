@@ -39,12 +39,12 @@ def pretraining(
     }
 
 
-def passkey_tuning(
+def tuning(
     model: Mapping[str, Any], scale: Scale, documents: Path, *, run: Path, start: Path, seed: int
 ) -> dict[str, Any]:
-    """Returns the values of a run that starts from trained weights, on passkey documents as in configs/finetune/."""
-    passkey = scale.passkey
-    length = min(passkey.lengths)
+    """Returns the values of a run that starts from trained weights, on made documents as in configs/finetune/."""
+    made = scale.tuning
+    micro_batch = scale.micro_batch * scale.length // made.tokens
     return {
         "format_version": 1,
         "run": {"dir": str(run), "seed": seed},
@@ -52,23 +52,23 @@ def passkey_tuning(
         "data": {
             "train": str(documents.resolve()),
             "packing": "documents",
-            "sequence_length": length,
+            "sequence_length": made.tokens,
             "validation_fraction": 0.02,
         },
         "train": {
             "init_from": str(start.resolve()),
-            "steps": passkey.steps,
-            "global_batch_tokens": passkey.batch * length,
-            "micro_batch_size": min(scale.micro_batch, passkey.batch),
+            "steps": made.steps,
+            "global_batch_tokens": made.batch * made.tokens,
+            "micro_batch_size": max(1, min(micro_batch, made.batch)),
             "precision": scale.precision,
         },
-        "optimizer": _optimizer(passkey.peak_lr, warmup_fraction=0.5),
+        "optimizer": _optimizer(made.peak_lr, warmup_fraction=0.5),
         "validation": {
-            "every_steps": max(1, passkey.steps // 8),
+            "every_steps": max(1, made.steps // 8),
             "tokens": scale.text_tokens,
             "length_multiples": [1],
         },
-        **_saved(passkey.steps),
+        **_saved(made.steps),
     }
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from . import jobs
-from .configs import passkey_tuning, pretraining, write_config
+from .configs import pretraining, tuning, write_config
 from .jobs import Job
 from .layout import DataFolder, Layout
 from .models import ARCHITECTURES, PATTERNS, SAMBA, ExperimentError, Variant, fitted_model
@@ -15,7 +15,10 @@ from .scales import Scale
 
 ARCHITECTURE_RUNS, PATTERN_RUNS, TUNED = "architectures", "patterns", "passkey"
 TABLE, FAR, DOCUMENTS, JOINED, GRID, LONG_GRID = "table", "far", "documents", "joined", "grid", "long-grid"
-_DOCUMENTS_JOB = "passkey-documents"
+PHONEBOOK, RETRIEVAL, LONG_RETRIEVAL = "phonebook", "retrieval", "long-retrieval"
+RETRIEVED = {"needles": ("single", "multi_key", "multi_value", "multi_query"), "questions": ("one_fact", "two_facts")}
+"""The tasks of `retrieval` and their kinds."""
+_RECALLING = (SAMBA, "llama-swa", "llama")
 _READ_DOCUMENTS = 24  # long documents, at most
 SWEEP_SEED = 1
 
@@ -87,11 +90,35 @@ def reading(plan: Plan) -> list[Job]:
 
 def passkey(plan: Plan) -> list[Job]:
     """The trained architectures, tuned on short passkey documents and asked for keys in long ones."""
-    found = [*_first_seeds(plan), _documents(plan)]
+    found = [*_first_seeds(plan), _passkey_documents(plan)]
     for name in plan.models:
         start = _run_name(name, plan.seeds[0])
         grows = ARCHITECTURES[name].grows
-        found += _tuned(plan, ARCHITECTURES[name], start, lengths=plan.scale.passkey.lengths, is_long=not grows)
+        found += _passkeys(plan, ARCHITECTURES[name], start, lengths=plan.scale.passkey.lengths, is_long=not grows)
+    return found
+
+
+def phonebook(plan: Plan) -> list[Job]:
+    """The trained architectures, tuned on short phonebooks and asked for numbers in longer ones."""
+    found = [*_first_seeds(plan), _task_documents(plan, PHONEBOOK, ("phonebook",))]
+    for name in plan.models:
+        training = _tuned(plan, ARCHITECTURES[name], PHONEBOOK, start=_run_name(name, plan.seeds[0]))
+        lengths = plan.scale.phonebook_lengths
+        found += [training, _long_texts(plan, training.name, PHONEBOOK, task="phonebook", lengths=lengths)]
+    return found
+
+
+def retrieval(plan: Plan) -> list[Job]:
+    """The trained architectures, tuned on short needles and questions and asked for those of long texts."""
+    found = [*_first_seeds(plan), _task_documents(plan, RETRIEVAL, tuple(RETRIEVED))]
+    for name in plan.models:
+        training = _tuned(plan, ARCHITECTURES[name], RETRIEVAL, start=_run_name(name, plan.seeds[0]))
+        found += [training]
+        for task in RETRIEVED:
+            lengths = plan.scale.retrieval_lengths
+            found += [_long_texts(plan, training.name, f"{RETRIEVAL}-{task}", task=task, lengths=lengths)]
+        if not ARCHITECTURES[name].grows:
+            found += [_long_texts(plan, training.name, LONG_RETRIEVAL, task="needles", lengths=None)]
     return found
 
 
@@ -104,9 +131,9 @@ def patterns(plan: Plan) -> list[Job]:
             found += [_pretrained(plan, PATTERNS[name], (PATTERN_RUNS, name), seed=seed, rates_of=SAMBA)]
             runs.append((name, found[-1].name))
             found += [_perplexity(plan, found[-1].name, TABLE, plan.scale.pattern_lengths, plan.data.held_out)]
-    found += [_documents(plan)]
+    found += [_passkey_documents(plan)]
     for name, run in runs:
-        found += _tuned(plan, PATTERNS[name], run, lengths=plan.scale.passkey.pattern_lengths, is_long=False)
+        found += _passkeys(plan, PATTERNS[name], run, lengths=plan.scale.passkey.pattern_lengths, is_long=False)
     return found
 
 
@@ -114,7 +141,9 @@ EXPERIMENTS: Mapping[str, tuple[Callable[[Plan], list[Job]], Mapping[str, Varian
     "architectures": (architectures, ARCHITECTURES, tuple(ARCHITECTURES)),
     "extrapolation": (extrapolation, ARCHITECTURES, tuple(ARCHITECTURES)),
     "reading": (reading, ARCHITECTURES, (SAMBA, "llama", "llama-swa", "mamba")),
-    "passkey": (passkey, ARCHITECTURES, (SAMBA, "llama-swa", "llama")),
+    "passkey": (passkey, ARCHITECTURES, _RECALLING),
+    "phonebook": (phonebook, ARCHITECTURES, _RECALLING),
+    "retrieval": (retrieval, ARCHITECTURES, _RECALLING),
     "patterns": (patterns, PATTERNS, tuple(PATTERNS)),
 }
 """By name: the jobs, the table of models, and the models that are taken where none are named."""
@@ -178,45 +207,70 @@ def _training(plan: Plan, name: str, *, needs: Sequence[str], prepare: Callable[
     return jobs.training(name, config, plan.layout.run(name), needs=needs, prepare=prepare)
 
 
-def _documents(plan: Plan) -> Job:
-    made = plan.scale.passkey
-    return jobs.passkey_documents(
-        _DOCUMENTS_JOB,
-        _documents_prefix(plan),
+def _passkey_documents(plan: Plan) -> Job:
+    made, name = plan.scale.tuning, _documents_job(plan, TUNED)
+    prefix, tokenizer = _documents_prefix(plan, TUNED), plan.data.tokenizer
+    return jobs.passkey_documents(name, prefix, tokenizer=tokenizer, documents=made.documents, tokens=made.tokens)
+
+
+def _task_documents(plan: Plan, experiment: str, tasks: Sequence[str]) -> Job:
+    made, prefix = plan.scale.tuning, _documents_prefix(plan, experiment)
+    return jobs.task_documents(
+        _documents_job(plan, experiment),
+        prefix,
+        tasks=tasks,
         tokenizer=plan.data.tokenizer,
         documents=made.documents,
-        tokens=min(made.lengths),
+        tokens=made.tokens,
     )
 
 
-def _documents_prefix(plan: Plan) -> Path:
-    return plan.layout.folder / "documents" / "passkey"
+def _documents_job(plan: Plan, experiment: str) -> str:
+    return f"{plan.layout.tuned(experiment)}-documents"
 
 
-def _tuned(plan: Plan, variant: Variant, start: str, *, lengths: Sequence[int], is_long: bool) -> list[Job]:
-    """Tunes a run on passkeys and asks for keys in texts of several lengths.
+def _documents_prefix(plan: Plan, experiment: str) -> Path:
+    return plan.layout.folder / "documents" / plan.layout.tuned(experiment)
+
+
+def _tuned(plan: Plan, variant: Variant, experiment: str, *, start: str) -> Job:
+    """Tunes a run on an experiment's documents.
 
     Args:
         start: name of the run.
-        is_long: whether the first of the scale's long lengths is asked for as well.
     """
-    name, passkey = f"{TUNED}/{start}", plan.scale.passkey
-    run = plan.layout.run(name)
+    name = f"{plan.layout.tuned(experiment)}/{start}"
 
     def prepare() -> None:
         model = fitted_model(variant, plan.scale, vocab_size=plan.vocab_size)
-        documents, first = _documents_prefix(plan), plan.layout.run(start)
-        seed = plan.seeds[0]
-        values = passkey_tuning(model, plan.scale, documents, run=run.resolve(), start=first, seed=seed)
-        write_config(values, plan.layout.config(name))
+        documents, first = _documents_prefix(plan, experiment), plan.layout.run(start)
+        run, seed = plan.layout.run(name).resolve(), plan.seeds[0]
+        write_config(tuning(model, plan.scale, documents, run=run, start=first, seed=seed), plan.layout.config(name))
 
+    return _training(plan, name, needs=(start, _documents_job(plan, experiment)), prepare=prepare)
+
+
+def _passkeys(plan: Plan, variant: Variant, start: str, *, lengths: Sequence[int], is_long: bool) -> list[Job]:
+    """Tunes a run on passkeys and asks for keys in texts of several lengths.
+
+    Args:
+        is_long: whether the first of the scale's long lengths is asked for as well.
+    """
+    passkey, training = plan.scale.passkey, _tuned(plan, variant, TUNED, start=start)
     grids = [(GRID, lengths, passkey.samples)]
     grids += [(LONG_GRID, plan.scale.long_lengths[:1], passkey.long_samples)] if is_long else []
-    found = [_training(plan, name, needs=(start, _DOCUMENTS_JOB), prepare=prepare)]
+    found = [training]
     for label, asked, samples in grids:
         keys = [f"lengths={list(asked)}", f"depths={passkey.depths}", f"samples={samples}"]
-        found.append(_evaluation(plan, name, label, task="passkey", keys=keys, data=()))
+        found.append(_evaluation(plan, training.name, label, task="passkey", keys=keys, data=()))
     return found
+
+
+def _long_texts(plan: Plan, run: str, label: str, *, task: str, lengths: Sequence[int] | None) -> Job:
+    """Asks a run for what texts hold; `lengths` None for a few of the first of the scale's long lengths."""
+    samples = plan.scale.retrieval_samples if lengths else max(1, plan.scale.retrieval_samples // 10)
+    keys = [f"lengths={list(lengths or plan.scale.long_lengths[:1])}", f"samples={samples}"]
+    return _evaluation(plan, run, label, task=task, keys=keys, data=())
 
 
 def _perplexity(

@@ -68,9 +68,19 @@ def evaluation(
 
 
 def passkey_documents(name: str, prefix: Path, *, tokenizer: Path, documents: int, tokens: int) -> Job:
-    """Makes documents to tune on."""
+    """Makes passkeys to tune on."""
     words = [*PROGRAM, "data", "passkey", "--tokenizer", str(tokenizer), "--output", str(prefix)]
     words += ["--documents", str(documents), "--tokens", str(tokens), "--overwrite"]
+    return Job(name, words, lambda: manifest_path(prefix).is_file())
+
+
+def task_documents(
+    name: str, prefix: Path, *, tasks: Sequence[str], tokenizer: Path, documents: int, tokens: int
+) -> Job:
+    """Makes texts of tasks on long texts to tune on."""
+    words = [sys.executable, "-m", f"{__package__}.documents", "--tokenizer", str(tokenizer), "--output", str(prefix)]
+    words += ["--documents", str(documents), "--tokens", str(tokens)]
+    words += [word for task in tasks for word in ("--task", task)]
     return Job(name, words, lambda: manifest_path(prefix).is_file())
 
 

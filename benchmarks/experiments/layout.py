@@ -40,9 +40,17 @@ class Layout:
     runs/.../measured/LABEL/TASK-HASH/   a result of `sambalm evaluate`
     configs/EXPERIMENT/MODEL/TURN.yaml   what the run was started from; `sambalm train` takes it as well
     logs/                                output of every job
+
+    Args:
+        label: sets runs that are tuned otherwise apart, empty for the usual ones.
     """
 
     folder: Path
+    label: str = ""
+
+    def tuned(self, experiment: str) -> str:
+        """Returns where in `runs` the tuned runs of an experiment lie."""
+        return f"{experiment}-{self.label}" if self.label else experiment
 
     def run(self, *names: str) -> Path:
         return self.folder.joinpath("runs", *names)

@@ -6,11 +6,23 @@ from typing import Any
 
 from sambalm.evaluation.settings import shown_tokens
 
-from .experiments import ARCHITECTURE_RUNS, DOCUMENTS, FAR, GRID, JOINED, LONG_GRID, PATTERN_RUNS, TABLE
+from .experiments import (
+    ARCHITECTURE_RUNS,
+    DOCUMENTS,
+    FAR,
+    GRID,
+    JOINED,
+    LONG_GRID,
+    PATTERN_RUNS,
+    PHONEBOOK,
+    RETRIEVAL,
+    RETRIEVED,
+    TABLE,
+)
 from .layout import Layout
 from .models import ARCHITECTURES, PATTERNS
 from .results import mean_and_spread, turns
-from .tables import PERPLEXITY, first_seed, tuned_from
+from .tables import ACCURACY, PERPLEXITY, first_seed, retrieved, tuned_from
 
 _STYLES = ("o-", "s-", "^-", "v-", "D-", "P-", "X-", "*-", "p-")  # one for each of ARCHITECTURES
 
@@ -87,6 +99,26 @@ def _passkey(layout: Layout, figure: Any) -> None:
         axes.set(title=title, xlabel="tokens of the text", ylabel="depth of the key")
 
 
+def _phonebook(layout: Layout, figure: Any) -> None:
+    axes = figure.subplots()
+    for number, (name, variant) in enumerate(ARCHITECTURES.items()):
+        run = tuned_from(layout, first_seed(layout, name), PHONEBOOK)
+        _line(axes, run.scores(PHONEBOOK, ACCURACY).items(), number, variant.title)
+    _over_lengths(axes, "numbers found")
+    axes.set(yscale="linear", ylim=(-0.03, 1.03))
+
+
+def _retrieval(layout: Layout, figure: Any) -> None:
+    kinds = [(task, kind) for task, kinds in RETRIEVED.items() for kind in kinds]
+    for axes, (task, kind) in zip(figure.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+        for number, (name, variant) in enumerate(ARCHITECTURES.items()):
+            run = tuned_from(layout, first_seed(layout, name), RETRIEVAL)
+            _line(axes, retrieved(run, task, kind).items(), number, variant.title)
+        _over_lengths(axes, "")
+        axes.set(title=f"{task}, {kind}", yscale="linear", ylim=(-0.03, 1.03))
+        axes.tick_params(axis="x", labelrotation=90)
+
+
 def _patterns(layout: Layout, figure: Any) -> None:
     axes = figure.subplots()
     for name, variant in PATTERNS.items():
@@ -105,6 +137,8 @@ _PLOTS: Mapping[str, Callable[[Layout, Any], None]] = {
     "extrapolation": _extrapolation,
     "reading": _reading,
     "passkey": _passkey,
+    "phonebook": _phonebook,
+    "retrieval": _retrieval,
     "patterns": _patterns,
 }
 

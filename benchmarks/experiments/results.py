@@ -56,11 +56,15 @@ class Run:
         """The median of the last half of the steps, which no compilation slows."""
         return statistics.median(record["tokens_per_second"] for record in self.steps[len(self.steps) // 2 :])
 
-    def scores(self, label: str, name: str) -> dict[int, float]:
-        """Returns a score by length, of what was measured under a label; empty where that is not finished."""
+    def scores(self, label: str, name: str, *, kind: str | None = None) -> dict[int, float]:
+        """Returns a score by length, of what was measured under a label; empty where that is not finished.
+
+        Args:
+            kind: of the items, None where there is but one.
+        """
         path = results_of(self.folder, label)
         scores = json.loads(path.read_text())["scores"] if path else []
-        return {score["length"]: score["value"] for score in scores if score["score"] == name}
+        return {s["length"]: s["value"] for s in scores if s["score"] == name and s.get("kind") == kind}
 
     def cells(self, label: str) -> dict[tuple[float, int], float]:
         """Returns the accuracy of a passkey grid by depth and length."""

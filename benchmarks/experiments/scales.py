@@ -28,7 +28,11 @@ class Scale:
         document_length: tokens of the documents that are read from their beginning.
         text_tokens: that are predicted at each length.
         evaluation_tokens: that are read together.
-        passkey: see `Passkey`.
+        tuning: how trained models are tuned on made documents.
+        passkey: what they are then asked.
+        phonebook_lengths: of the phonebooks.
+        retrieval_lengths: of the needles and questions.
+        retrieval_samples: texts of each length and kind; a tenth of them at the first of `long_lengths`.
     """
 
     hidden_size: int
@@ -51,26 +55,40 @@ class Scale:
     document_length: int
     text_tokens: int
     evaluation_tokens: int
+    tuning: "Tuning"
     passkey: "Passkey"
+    phonebook_lengths: Sequence[int]
+    retrieval_lengths: Sequence[int]
+    retrieval_samples: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How models are tuned on documents that are made.
+
+    Args:
+        documents: that are made, of `tokens` each.
+        steps: of the optimizer, each on `batch` documents.
+        peak_lr: after half of the steps, as the paper has it for passkeys.
+    """
+
+    documents: int
+    tokens: int
+    steps: int
+    batch: int
+    peak_lr: float
 
 
 @dataclass(frozen=True)
 class Passkey:
-    """How models are tuned on passkeys, and what they are then asked.
+    """Which passkeys tuned models are asked for.
 
     Args:
-        documents: that are made, of the training length.
-        steps: of the optimizer, each on `batch` documents.
-        peak_lr: after half of the steps, as the paper has it.
         lengths: of the grid.
         pattern_lengths: of the grid of the patterns.
         samples: keys at each length and depth; `long_samples` at the first of the scale's `long_lengths`.
     """
 
-    documents: int
-    steps: int
-    batch: int
-    peak_lr: float
     lengths: Sequence[int]
     pattern_lengths: Sequence[int]
     depths: int
@@ -105,17 +123,17 @@ SCALES = {
         document_length=2**16,
         text_tokens=2**19,
         evaluation_tokens=2**17,
+        tuning=Tuning(documents=12_800, tokens=4096, steps=400, batch=64, peak_lr=5e-4),
         passkey=Passkey(
-            documents=12_800,
-            steps=400,
-            batch=64,
-            peak_lr=5e-4,
             lengths=_powers(2**12, 2**18),
             pattern_lengths=_powers(2**12, 2**16),
             depths=11,
             samples=5,
             long_samples=1,
         ),
+        phonebook_lengths=_powers(2**10, 2**14),
+        retrieval_lengths=_powers(2**12, 2**16),
+        retrieval_samples=50,
     ),
     "tiny": Scale(
         hidden_size=32,
@@ -138,16 +156,10 @@ SCALES = {
         document_length=64,
         text_tokens=512,
         evaluation_tokens=512,
-        passkey=Passkey(
-            documents=64,
-            steps=8,
-            batch=4,
-            peak_lr=1e-3,
-            lengths=(256, 512),
-            pattern_lengths=(256,),
-            depths=2,
-            samples=1,
-            long_samples=1,
-        ),
+        tuning=Tuning(documents=64, tokens=640, steps=8, batch=4, peak_lr=1e-3),
+        passkey=Passkey(lengths=(256, 512), pattern_lengths=(256,), depths=2, samples=1, long_samples=1),
+        phonebook_lengths=(512, 640),
+        retrieval_lengths=(512, 640),
+        retrieval_samples=10,
     ),
 }

@@ -11,7 +11,11 @@ from .experiments import (
     GRID,
     JOINED,
     LONG_GRID,
+    LONG_RETRIEVAL,
     PATTERN_RUNS,
+    PHONEBOOK,
+    RETRIEVAL,
+    RETRIEVED,
     TABLE,
     TUNED,
 )
@@ -91,9 +95,30 @@ def passkey_table(layout: Layout) -> str:
     found = {}
     for name in ARCHITECTURES:
         run = tuned_from(layout, first_seed(layout, name))
-        scores = run.scores(GRID, ACCURACY) | run.scores(LONG_GRID, ACCURACY)
-        found[name] = {length: f"{value:.3f}" for length, value in scores.items()}
+        found[name] = _shares(run.scores(GRID, ACCURACY) | run.scores(LONG_GRID, ACCURACY))
     return _by_length("Passkeys found", found)
+
+
+def phonebook_table(layout: Layout) -> str:
+    """Accuracy by length."""
+    tuned = {name: tuned_from(layout, first_seed(layout, name), PHONEBOOK) for name in ARCHITECTURES}
+    return _by_length("Numbers found", {name: _shares(run.scores(PHONEBOOK, ACCURACY)) for name, run in tuned.items()})
+
+
+def retrieval_table(layout: Layout) -> str:
+    """Accuracy by length, a table for each kind of text."""
+    tuned = {name: tuned_from(layout, first_seed(layout, name), RETRIEVAL) for name in ARCHITECTURES}
+    return "\n\n".join(
+        _by_length(f"{task}, {kind}", {name: _shares(retrieved(run, task, kind)) for name, run in tuned.items()})
+        for task, kinds in RETRIEVED.items()
+        for kind in kinds
+    ).strip()
+
+
+def retrieved(run: Run, task: str, kind: str) -> dict[int, float]:
+    """Returns which part of a kind's answers was found, by length."""
+    found = run.scores(f"{RETRIEVAL}-{task}", ACCURACY, kind=kind)
+    return found | (run.scores(LONG_RETRIEVAL, ACCURACY, kind=kind) if task == "needles" else {})
 
 
 TABLES: Mapping[str, Callable[[Layout], str]] = {
@@ -101,6 +126,8 @@ TABLES: Mapping[str, Callable[[Layout], str]] = {
     "extrapolation": extrapolation_table,
     "reading": reading_table,
     "passkey": passkey_table,
+    "phonebook": phonebook_table,
+    "retrieval": retrieval_table,
     "patterns": patterns_table,
 }
 
@@ -111,8 +138,9 @@ def first_seed(layout: Layout, name: str) -> Run:
     return found[0] if found else Run(layout.run(ARCHITECTURE_RUNS, name, "seed"))
 
 
-def tuned_from(layout: Layout, run: Run) -> Run:
-    return Run(layout.run(TUNED, *run.folder.parts[-3:]))
+def tuned_from(layout: Layout, run: Run, experiment: str = TUNED) -> Run:
+    """Returns the run that began with another's weights."""
+    return Run(layout.run(layout.tuned(experiment), *run.folder.parts[-3:]))
 
 
 def _complete(runs: Sequence[Run]) -> list[Run]:
@@ -156,6 +184,10 @@ def _cell(values: Sequence[float], form: str) -> str:
         return ""
     mean, spread = mean_and_spread(values)
     return f"{mean:{form}} ± {spread:{form}}" if len(values) > 1 else f"{mean:{form}}"
+
+
+def _shares(scores: Mapping[int, float]) -> dict[int, str]:
+    return {length: f"{value:.3f}" for length, value in scores.items()}
 
 
 def _scores(run: Run, label: str) -> dict[int, str]:

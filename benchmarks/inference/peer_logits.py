@@ -74,10 +74,7 @@ Peer = tuple[str, nn.Module, Callable[[Path], Path], Callable[[Tensor], Tensor]]
 
 def fla_models(code: Path) -> Iterator[Peer]:
     sys.path.insert(0, str(code))
-    made("flash_attn", flash_attn_func=attention, flash_attn_varlen_func=None)
-    import triton.runtime.autotuner as autotuner
-
-    autotuner.Autotuner._bench = lambda self, *_, config, **__: [0.0] * 3  # which would ask a GPU
+    run_fla_on_a_cpu()
     from fla.models.samba import SambaConfig, SambaForCausalLM
 
     for kv_heads, base, is_tied in ((2, 10000.0, False), (4, 500.0, True)):
@@ -96,6 +93,14 @@ def fla_models(code: Path) -> Iterator[Peer]:
             return model(ids, use_cache=False).logits
 
         yield f"fla, {kv_heads} heads of keys, rope {base:g}", model, save, logits
+
+
+def run_fla_on_a_cpu() -> None:
+    """Gives fla, before it is imported, an attention in PyTorch, and keeps Triton from timing its kernels."""
+    made("flash_attn", flash_attn_func=attention, flash_attn_varlen_func=None)
+    import triton.runtime.autotuner as autotuner
+
+    autotuner.Autotuner._bench = lambda self, *_, config, **__: [0.0] * 3  # which would ask a GPU
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window_size: tuple[int, int]) -> Tensor:

@@ -190,6 +190,6 @@ def _learned_positions(model: Any) -> int | None:
 
 
 def _cache_name(model: Any) -> str:
-    """Returns what the model calls its cache; Mamba's has a name of its own."""
+    """Returns what the model calls its cache: until transformers 5.23 Mamba's had a name of its own."""
     parameters = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in parameters else "past_key_values"
+    return next(name for name in ("cache", "cache_params", "past_key_values") if name in parameters)

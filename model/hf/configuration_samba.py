@@ -37,9 +37,10 @@ FLA_ATTENTION = {
 }
 FLA_HIDDEN_RATIO = 4
 
-# There is no last position; programs that cut their input by max_position_embeddings are given this one. Rotary angles
-# are exact up to it.
-MAX_POSITIONS = 1_000_000_000
+# There is no last position; programs that cut their input by max_position_embeddings are given this one. It is not
+# larger because flash-linear-attention makes a table of rotary angles as long as it.
+MAX_POSITIONS = 2**20
+FORMER_MAX_POSITIONS = 1_000_000_000  # of folders from before that
 FLA_MLP_MULTIPLE = 256
 
 
@@ -97,7 +98,7 @@ class SambaConfig(PreTrainedConfig):
     """
 
     model_type = "samba"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer adds lists to it
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - Trainer adds lists to it
 
     pattern: str | None = None
     extensions: dict[str, dict] | None = None
@@ -141,7 +142,7 @@ class SambaConfig(PreTrainedConfig):
             count = 18 if self.num_hidden_layers is None else self.num_hidden_layers
             self.pattern = "".join((ATTENTION if i in attention else MAMBA) + MLP for i in range(count))
         if self.max_position_embeddings != MAX_POSITIONS:
-            if self.training_sequence_tokens is None:
+            if self.training_sequence_tokens is None and self.max_position_embeddings != FORMER_MAX_POSITIONS:
                 self.training_sequence_tokens = self.max_position_embeddings
             self.max_position_embeddings = MAX_POSITIONS
         self._check_letters()

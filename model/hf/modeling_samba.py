@@ -43,6 +43,9 @@ from .mixers import fp32_tensors, layer_class
 
 logger = logging.get_logger(__name__)
 
+# What transformers calls the cache, as an argument and in outputs: until 5.23 past_key_values, then cache.
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class AttentionFreeCache(DynamicCache):
     """The cache of a model without attention, whose layers do not know how many tokens they have seen."""
@@ -53,6 +56,11 @@ class AttentionFreeCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """That no layer is: of a cache of such layers alone, generate from 5.24 on takes it that it counts nothing."""
+        return [False] * len(self.layers)
 
     def reset(self) -> None:
         super().reset()
@@ -88,7 +96,7 @@ class SambaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SambaBlock"]  # noqa: RUF012 - transformers and its tests know lists
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _is_stateful = True
@@ -169,6 +177,7 @@ class SambaModel(SambaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Args:
@@ -178,7 +187,8 @@ class SambaModel(SambaPreTrainedModel):
             position_ids: int64 [B or 1, S]; without them they are counted from each row's first real token. A token
                 whose position does not follow the one before begins a document, which sees nothing of those before it:
                 so rows are packed. The first token of a call goes on from the cache in any case.
-            past_key_values: the cache to continue from and to update, DynamicCache(config=...) or StaticCache.
+            past_key_values: the cache to continue from and to update, DynamicCache(config=...) or StaticCache;
+                transformers from 5.24 on calls it `cache`. Both names are taken by every version.
 
         Returns:
             last_hidden_state [B, S, width], and the cache if one was given or use_cache is true. Packed rows have none,
@@ -190,20 +200,21 @@ class SambaModel(SambaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        cache = _one_cache(cache, past_key_values, others=kwargs)
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             logger.warning_once("The cache is set aside: gradient checkpointing would run layers on it a second time.")
-            use_cache, past_key_values = False, None
+            use_cache, cache = False, None
         padding = self._padding(attention_mask, length=x.shape[1])
         documents = self._documents(position_ids, padding)
         are_packed = documents is not None and not torch.compiler.is_compiling()
-        if past_key_values is not None and are_packed:
+        if cache is not None and are_packed:
             raise ValueError("position_ids start again within a row: packed documents are read without a cache")
-        if use_cache and past_key_values is None and not are_packed:
-            past_key_values = new_cache(self.config)
+        if use_cache and cache is None and not are_packed:
+            cache = new_cache(self.config)
         operations = operations_for(x, self.config)
         context = self.sequence_context(
-            SequenceContext(past_key_values, padding, None, None, documents, operations=operations, memories={}),
+            SequenceContext(cache, padding, None, None, documents, operations=operations, memories={}),
             x,
             mask=attention_mask,
             positions=position_ids,
@@ -211,9 +222,9 @@ class SambaModel(SambaPreTrainedModel):
         )
         for layer in self.layers:
             x = layer(x, context)
-        if isinstance(past_key_values, AttentionFreeCache):
-            past_key_values.seen_tokens += x.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x, operations), past_key_values=past_key_values)
+        if isinstance(cache, AttentionFreeCache):
+            cache.seen_tokens += x.shape[1]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm_f(x, operations), **{_CACHE: cache})
 
     @staticmethod
     def _padding(mask: Tensor | None, *, length: int) -> Padding | None:
@@ -274,7 +285,7 @@ class SambaModel(SambaPreTrainedModel):
         is_dense = config._attn_implementation in DENSE_ATTENTION and (mask is None or mask.ndim == 2)
         if is_dense and not (output_attentions or config.output_attentions):
             return context if are_all_real or mask is None else context._replace(real_keys=mask.bool())
-        given = {"config": config, "inputs_embeds": x, "attention_mask": mask, "past_key_values": cache}
+        given = {"config": config, "inputs_embeds": x, "attention_mask": mask, _CACHE: cache}
         given["and_mask_function"] = _within_documents(context.documents) if context.documents else None
         masks = AttentionMasks(
             window=create_sliding_window_causal_mask(**given) if SLIDING_ATTENTION in config.layer_types else None,
@@ -312,17 +323,29 @@ def _within_documents(documents: PackedDocuments) -> Callable[[Tensor, Tensor, T
     return is_of_one_document
 
 
-def _positions(mask: Tensor | None, *, past: int, like: Tensor) -> Tensor:
-    """The positions [B or 1, S] of the tokens of `like` [B, S, width] after `past` others."""
+def _positions(mask: Tensor | None, *, past: int | Tensor, like: Tensor) -> Tensor:
+    """The positions [B or 1, S] of the tokens of `like` [B, S, width] after `past` others, a number or int64 [1]."""
     length = like.shape[1]
     if mask is not None and mask.ndim == 2:
         return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-    return torch.arange(past, past + length, device=like.device).unsqueeze(0)
+    return (past + torch.arange(length, device=like.device)).unsqueeze(0)
 
 
 def has_attention(config: SambaConfig) -> bool:
     """Whether a layer attends to tokens, for which the cache keeps keys and values and counts tokens."""
     return SLIDING_ATTENTION in config.layer_types or FULL_ATTENTION in config.layer_types
+
+
+def _one_cache(cache: Cache | None, former: Cache | None, *, others: dict[str, Any]) -> Cache | None:
+    """The cache that was given, by either of its names. A third one, of a later transformers, would go unseen."""
+    if cache is not None and former is not None:
+        raise ValueError("give one of cache and past_key_values: they are the same argument")
+    for name, value in others.items():
+        if isinstance(value, Cache):
+            raise ValueError(
+                f"{name} is a cache, which this model knows as `cache` or `past_key_values`: give it as such"
+            )
+    return former if cache is None else cache
 
 
 def new_cache(config: SambaConfig) -> DynamicCache:
@@ -352,6 +375,7 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments as SambaModel's, and:
@@ -367,9 +391,9 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=_one_cache(cache, past_key_values, others=kwargs),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -380,9 +404,9 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE: outputs.get(_CACHE)},
         )
 
     @staticmethod
@@ -393,10 +417,10 @@ class SambaForCausalLM(SambaPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
-        if has_attention(self.config) or model_kwargs.get("past_key_values") is not None:
+        if has_attention(self.config) or model_kwargs.get(_CACHE) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = AttentionFreeCache(config=self.config)
+            model_kwargs[_CACHE] = AttentionFreeCache(config=self.config)
 
 
 __all__ = ["SambaForCausalLM", "SambaModel", "SambaPreTrainedModel"]

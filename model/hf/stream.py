@@ -183,7 +183,7 @@ class Stream:
             input_ids=ids,
             attention_mask=self._mask(ids.shape[1]),
             position_ids=positions if uneven else None,  # which the cache counts
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
         )
         self.seen_tokens = [seen + ids.shape[1] for seen in self.seen_tokens]

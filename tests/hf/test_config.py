@@ -186,10 +186,12 @@ def test_the_window_is_one_number_under_both_keys(key, tmp_path):
 
 def test_no_length_limits_the_model(tmp_path):
     """Programs cut their input by max_position_embeddings, under which other folders have the training's length."""
-    assert SambaConfig(pattern="M").max_position_embeddings == 10**9
+    assert SambaConfig(pattern="M").max_position_embeddings == 2**20
     former = SambaConfig(pattern="M", mlp_size=256, max_position_embeddings=4096)
     for config in (former, saved_again(former, tmp_path)):
-        assert (config.max_position_embeddings, config.training_sequence_tokens) == (10**9, 4096)
+        assert (config.max_position_embeddings, config.training_sequence_tokens) == (2**20, 4096)
+    older = SambaConfig(pattern="M", max_position_embeddings=10**9)
+    assert (older.max_position_embeddings, older.training_sequence_tokens) == (2**20, None)
 
 
 def test_keys_that_are_ignored_at_inference_are_a_list():

@@ -63,6 +63,24 @@ def test_generation_continues_from_a_cache(pattern):
     assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), model.generate(prompt, **GREEDY))
 
 
+def test_a_cache_has_two_names_and_no_third():
+    """transformers 5.24 renamed the argument; one that goes unseen would leave out all that the cache holds."""
+    model, prompt = model_of("M-*-"), random_tokens(1, 20)
+    logits = []
+    for name in ("past_key_values", "cache"):
+        cache = new_cache(model.config)
+        outputs = [model(piece, **{name: cache}) for piece in prompt.split([13, 7], dim=1)]
+        logits.append(outputs[-1].logits)
+        assert outputs[-1].past_key_values is cache
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], model(prompt[:, 13:]).logits)
+    with pytest.raises(ValueError, match="give one of cache and past_key_values"):
+        model(prompt, past_key_values=cache, cache=cache)
+    for part in (model, model.backbone):
+        with pytest.raises(ValueError, match="states is a cache, which this model knows as `cache`"):
+            part(prompt, states=cache)
+
+
 def test_a_cache_that_was_reset_is_as_new():
     """A model without attention has a cache that counts its tokens itself."""
     model = model_of("M-")
