@@ -104,8 +104,7 @@ def _phonebook(layout: Layout, figure: Any) -> None:
     for number, (name, variant) in enumerate(ARCHITECTURES.items()):
         run = tuned_from(layout, first_seed(layout, name), PHONEBOOK)
         _line(axes, run.scores(PHONEBOOK, ACCURACY).items(), number, variant.title)
-    _over_lengths(axes, "numbers found")
-    axes.set(yscale="linear", ylim=(-0.03, 1.03))
+    _over_lengths(axes, "numbers found", is_share=True)
 
 
 def _retrieval(layout: Layout, figure: Any) -> None:
@@ -114,8 +113,8 @@ def _retrieval(layout: Layout, figure: Any) -> None:
         for number, (name, variant) in enumerate(ARCHITECTURES.items()):
             run = tuned_from(layout, first_seed(layout, name), RETRIEVAL)
             _line(axes, retrieved(run, task, kind).items(), number, variant.title)
-        _over_lengths(axes, "")
-        axes.set(title=f"{task}, {kind}", yscale="linear", ylim=(-0.03, 1.03))
+        _over_lengths(axes, "", is_share=True)
+        axes.set(title=f"{task}, {kind}")
         axes.tick_params(axis="x", labelrotation=90)
 
 
@@ -150,15 +149,19 @@ def _line(axes: Any, points: Iterable[tuple[float, float]], number: int, title: 
         axes.plot(*zip(*found, strict=True), _STYLES[number], **style)
 
 
-def _over_lengths(axes: Any, name: str) -> None:
+def _over_lengths(axes: Any, name: str, *, is_share: bool = False) -> None:
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     axes.set_xscale("log", base=2)
     ticks = sorted({int(x) for line in axes.lines for x in line.get_xdata()})
     axes.set_xticks(ticks, [shown_tokens(tick) for tick in ticks], fontsize=7)
-    axes.set(xlabel="tokens", ylabel=name, yscale="log")
+    axes.set(xlabel="tokens", ylabel=name)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    if is_share:
+        axes.set_ylim(-0.03, 1.03)
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
     if axes.lines:
         axes.legend(fontsize=8)
