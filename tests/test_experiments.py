@@ -168,6 +168,7 @@ def made_run(layout, name, *, model="samba", losses=(3.0, 2.0)):
 
 def test_tables_leave_out_the_speed_of_runs_that_shared_a_gpu(tmp_path):
     layout = Layout(tmp_path)
+    assert architectures_table(layout).startswith("There is nothing to show yet")
     alone, shared = (made_run(layout, f"architectures/{name}/seed1", model=name) for name in ("samba", "mamba"))
     assert [line.split("|")[-2].strip() for line in architectures_table(layout).split("\n")[-2:]] == ["1,234"] * 2
     note_jobs_on_device(shared.folder, 3)

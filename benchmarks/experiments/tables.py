@@ -45,8 +45,8 @@ def architectures_table(layout: Layout) -> str:
     )
     title = f"After {_tokens(run for runs in seeds.values() for run in runs)} tokens"
     tables = [_markdown(sweep_title, ["learning rate", *(f"{rate:g}" for rate in rates)], swept)] if swept else []
-    tables += [_markdown(title, *_models(shown, learning_rate=True)), _shared(shown)] if shown else [_NOTHING]
-    return "\n\n".join(table for table in tables if table)
+    tables += [_markdown(title, *_models(shown, learning_rate=True)), _shared(shown)] if shown else []
+    return "\n\n".join(table for table in tables if table) or _NOTHING
 
 
 def patterns_table(layout: Layout) -> str:
