@@ -37,6 +37,13 @@ def documents(data: Sequence[str], surroundings: Surroundings, *, of: str) -> It
         )
     if not data:
         assert run is not None
+        if not any(run.data.validation_fractions):
+            validated = run.data.separate_validation
+            other = f", such as that of its data.validation, {validated.prefixes[0]}" if validated else ""
+            raise EvaluationError(
+                f"{of} has nothing to read, since {model.identity.path} holds out no part of its training data "
+                f"(data.validation_fraction is 0): give --data with a prefix of token shards{other}"
+            )
         config = run.data.model_copy(update={"cache_dir": str(surroundings.cache_dir), "verify": False})
         for source in open_sources(config):
             found = source.stream(held_out=True).documents()

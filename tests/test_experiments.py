@@ -5,18 +5,25 @@ import json
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.experiments.configs import write_config
+from benchmarks.experiments.configs import pretraining, write_config
+from benchmarks.experiments.experiments import Plan, extrapolation
 from benchmarks.experiments.jobs import Job
-from benchmarks.experiments.layout import Layout
+from benchmarks.experiments.layout import DataFolder, Layout, jobs_on_device, note_jobs_on_device
 from benchmarks.experiments.models import ARCHITECTURES, PATTERNS, ExperimentError, Variant, fitted_model
+from benchmarks.experiments.plots import draw
+from benchmarks.experiments.prepare import prepare
 from benchmarks.experiments.results import Run, best_rate
 from benchmarks.experiments.runner import Ending, run_jobs
 from benchmarks.experiments.scales import SCALES
+from benchmarks.experiments.tables import architectures_table, extrapolation_table, reading_table
+from sambalm.data_pipeline.errors import DataError
 from sambalm.pretrain.reporting.metrics_file import metrics_line
+from tests.support.data import write_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +124,132 @@ def test_what_needs_a_failed_job_is_left_and_the_rest_done(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "failed    fails: exit code 1, no data" in output
     assert output.endswith("left: fails, after\n")
+
+
+MEETS = """
+import sys, time
+from pathlib import Path
+folder, name, other = Path(sys.argv[1]), *sys.argv[2:]
+(folder / name).touch()
+while not (folder / other).exists():
+    time.sleep(0.01)
+"""
+
+
+def test_what_is_timed_beside_other_jobs_is_noted(tmp_path):
+    def job(name, *, other, timed=True):
+        command = [sys.executable, "-c", MEETS, str(tmp_path), name, other]
+        return Job(name, command, (tmp_path / name).exists, timed=tmp_path / "runs" / name if timed else None)
+
+    layout = Layout(tmp_path)
+    run_jobs([job("a", other="b"), job("b", other="a", timed=False)], layout, places=["0", "0"], minutes=None)
+    run_jobs([job("c", other="d"), job("d", other="c")], layout, places=["0", "1"], minutes=None)
+    assert [jobs_on_device(tmp_path / "runs" / name) for name in "abcd"] == [2, 1, 1, 1]
+    (tmp_path / "a").unlink()
+    run_jobs([job("a", other="a")], layout, places=["0"], minutes=None)
+    assert jobs_on_device(tmp_path / "runs" / "a") == 2
+
+
+def made_run(layout, name, *, model="samba", losses=(3.0, 2.0)):
+    """A run folder of the tiny scale, as far as tables and plots read it."""
+    scale, folder = SCALES["tiny"], layout.run(name)
+    folder.mkdir(parents=True)
+    section = fitted_model(ARCHITECTURES[model], scale, vocab_size=384)
+    data = DataFolder(layout.folder / "data")
+    tokens = len(losses) * scale.batch_tokens
+    write_config(
+        pretraining(section, scale, data, run=folder, seed=1, peak_lr=0.01, tokens=tokens), folder / "config.yaml"
+    )
+    step = {"loss": 1.0, "tokens": tokens, "step_time_s": 1.0, "tokens_per_second": 1234.0}
+    lines = [{"step": n + 1, **step, "named_validation_loss_64/held_out": loss} for n, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(map(metrics_line, lines)))
+    return Run(folder)
+
+
+def test_tables_leave_out_the_speed_of_runs_that_shared_a_gpu(tmp_path):
+    layout = Layout(tmp_path)
+    assert architectures_table(layout).startswith("There is nothing to show yet")
+    alone, shared = (made_run(layout, f"architectures/{name}/seed1", model=name) for name in ("samba", "mamba"))
+    assert [line.split("|")[-2].strip() for line in architectures_table(layout).split("\n")[-2:]] == ["1,234"] * 2
+    note_jobs_on_device(shared.folder, 3)
+    table, _, sentence = architectures_table(layout).rpartition("\n\n")
+    assert [line.split("|")[-2].strip() for line in table.split("\n")[-2:]] == ["1,234", ""]
+    assert sentence == "Speeds are left out where other jobs ran on the same device meanwhile (`--per-gpu`)."
+
+    for run, jobs in ((alone, 1), (shared, 2)):
+        (run.folder / "measured").mkdir()
+        note_jobs_on_device(run.folder / "measured", jobs)
+        record = {"length": 64, "tokens_per_second": 5678.0, "peak_bytes": 2**30}
+        (run.folder / "measured" / "reading.jsonl").write_text(json.dumps(record) + "\n")
+    memory, speeds = reading_table(layout).split("Tokens a second:")
+    assert "| Samba | 1.00 |\n| Mamba | 1.00 |" in memory
+    assert speeds.endswith(f"| Samba | 5,678 |\n\n{sentence}")
+
+
+@pytest.mark.parametrize("experiment", ["architectures", "patterns", "reading"])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_plots_take_models_of_ones_own_and_runs_that_shared_a_gpu(experiment, jobs, tmp_path, monkeypatch):
+    own = [f"own-{number}" for number in range(8)]
+    for name in own:
+        monkeypatch.setitem(ARCHITECTURES, name, Variant(name, "M-*-*-"))
+        monkeypatch.setitem(PATTERNS, name, Variant(name, "M-*-*-"))
+        kind = "patterns" if experiment == "patterns" else "architectures"
+        note_jobs_on_device(made_run(Layout(tmp_path), f"{kind}/{name}/seed1", model=name).folder, jobs)
+    draw(experiment, Layout(tmp_path), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_the_table_says_why_long_documents_are_not_measured(tmp_path):
+    data, layout = DataFolder(tmp_path / "data"), Layout(tmp_path / "runs")
+    made_run(layout, "architectures/samba/seed1")
+    plan = Plan(layout, data, SCALES["tiny"], models=["samba"], seeds=[1], rates=[0.01], vocab_size=384)
+    jobs = [replace(job, needs=()) for job in extrapolation(plan) if "measured" in str(job.command)]
+    assert run_jobs(jobs, layout, places=[None], minutes=None) is Ending.FAILED
+    missing = f"since {data.folder} has no long documents: prepare another one with fewer --long-characters."
+    assert [line.endswith(missing) for line in extrapolation_table(layout).split("\n\n")] == [True] * 3
+
+    data.folder.mkdir()
+    write_shard(data.long, [[1] * 30, [1] * 64])
+    documents = [job for job in jobs if job.name.endswith("/documents")]
+    assert run_jobs(documents, layout, places=[None], minutes=None) is Ending.FAILED
+    assert extrapolation_table(layout).split("\n\n")[1] == (
+        f"Perplexity of the first tokens of long documents: nothing to show, since no document of {data.long} has the "
+        "65 tokens that are read of each: the longest has 64."
+    )
+
+
+def lines_of(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_prepare_refuses_what_would_mix_data_or_leave_none(tmp_path):
+    train, held_out = (lines_of(tmp_path / f"{name}.jsonl", {"content": "x" * 50}) for name in ("train", "held_out"))
+    keys = {"long_characters": 40, "vocab_size": 384, "text_key": "content"}
+    with pytest.raises(ExperimentError, match=r"none\.jsonl of --held-out does not exist"):
+        prepare(train, tmp_path / "none.jsonl", tmp_path / "data", **keys)
+    with pytest.raises(DataError, match=r"train\.jsonl:1: no key 'text'"):
+        prepare(train, held_out, tmp_path / "other", **keys | {"text_key": "text"})
+    with pytest.raises(ExperimentError, match=r"no document of .* has less than 40 characters"):
+        prepare(train, held_out, tmp_path / "data", **keys)
+    with pytest.raises(ExperimentError, match="data was prepared with long_characters=40: give the same again"):
+        prepare(train, held_out, tmp_path / "data", **keys | {"long_characters": 60})
+
+
+@pytest.mark.slow
+def test_prepare_goes_on_and_says_that_no_document_is_long(tmp_path, capfd):
+    train = lines_of(tmp_path / "train.jsonl", *({"content": f"the {n} quick brown foxes {n * n}"} for n in range(300)))
+    held_out = lines_of(tmp_path / "held_out.jsonl", {"text": "no such key"})
+    keys = {"long_characters": 4000, "vocab_size": 300, "text_key": "content"}
+    with pytest.raises(SystemExit, match="2"):
+        prepare(train, held_out, tmp_path / "data", **keys)
+    assert "held_out.jsonl:1: no key 'content'" in capfd.readouterr().err
+    lines_of(held_out, {"content": "quick foxes"})
+    prepare(train, held_out, tmp_path / "data", **keys)
+    output = capfd.readouterr().out
+    assert "data/train: is there, and left as it is" in output
+    assert "data/long: not written, as no document of" in output
+    assert (tmp_path / "data" / "held_out.json").is_file()
 
 
 def experiment(*words):

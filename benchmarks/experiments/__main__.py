@@ -41,6 +41,7 @@ def main() -> int:
             arguments.data,
             long_characters=arguments.long_characters,
             vocab_size=arguments.vocab_size,
+            text_key=arguments.text_key,
         )
         return 0
     layout = Layout(arguments.folder, arguments.label)
@@ -64,11 +65,12 @@ def _arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="experiment", required=True)
     preparing = commands.add_parser("prepare", help="text to the data of all experiments")
-    preparing.add_argument("--train", type=Path, required=True, help="JSONL with a key text")
+    preparing.add_argument("--train", type=Path, required=True, help="JSONL with the key of --text-key")
     preparing.add_argument("--held-out", type=Path, required=True, help="JSONL that no model is trained on")
     preparing.add_argument("--data", type=Path, required=True, help="folder for tokenizer and shards")
     preparing.add_argument("--long-characters", type=int, default=260_000, help="longer documents are held out")
-    preparing.add_argument("--vocab-size", type=int, default=16_384)
+    preparing.add_argument("--vocab-size", type=int, default=16_384, help="pieces of the tokenizer")
+    preparing.add_argument("--text-key", default="text", help="key of the text in each line")
     for name, (make_jobs, models, _) in EXPERIMENTS.items():
         one = commands.add_parser(name, help=str(make_jobs.__doc__).splitlines()[0])
         one.add_argument("--folder", type=Path, required=True, help="runs and results of a comparison")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sambalm.data_pipeline.shards import check_shard, manifest_path, shard_prefixes
+
 from . import jobs
 from .configs import pretraining, tuning, write_config
 from .jobs import Job
@@ -19,6 +21,7 @@ PHONEBOOK, RETRIEVAL, LONG_RETRIEVAL = "phonebook", "retrieval", "long-retrieval
 RETRIEVED = {"needles": ("single", "multi_key", "multi_value", "multi_query"), "questions": ("one_fact", "two_facts")}
 """The tasks of `retrieval` and their kinds."""
 _RECALLING = (SAMBA, "llama-swa", "llama")
+READING_LABEL = "reading"
 _READ_DOCUMENTS = 24  # long documents, at most
 SWEEP_SEED = 1
 
@@ -277,16 +280,38 @@ def _perplexity(
     plan: Plan, run: str, label: str, lengths: Sequence[int], data: Path, *, tokens: int | None = None
 ) -> Job:
     keys = [f"lengths={list(lengths)}", f"tokens={tokens or plan.scale.text_tokens}"]
-    return _evaluation(plan, run, label, task="perplexity", keys=keys, data=(data,))
+    prepare = partial(_check_long, plan.data) if data == plan.data.long else None
+    return _evaluation(plan, run, label, task="perplexity", keys=keys, data=(data,), prepare=prepare)
 
 
 def _sliding(plan: Plan, run: str, label: str, *, length: int, texts: int, join: bool) -> Job:
     keys = [f"length={length}", f"documents={texts}", f"join={str(join).lower()}"]
     data = (plan.data.long, plan.data.held_out) if join else (plan.data.long,)
-    return _evaluation(plan, run, label, task="sliding", keys=keys, data=data)
+    prepare = partial(_check_long, plan.data, tokens=1 if join else length + 1)
+    return _evaluation(plan, run, label, task="sliding", keys=keys, data=data, prepare=prepare)
 
 
-def _evaluation(plan: Plan, run: str, label: str, *, task: str, keys: Sequence[str], data: Sequence[Path]) -> Job:
+def _check_long(data: DataFolder, *, tokens: int = 1) -> None:
+    """Raises ExperimentError where no long document has a number of tokens."""
+    if not manifest_path(data.long).is_file() and not data.long.with_suffix(".idx").is_file():
+        raise ExperimentError(f"{data.folder} has no long documents: prepare another one with fewer --long-characters")
+    longest = max(int(check_shard(prefix).lengths.max()) for prefix in shard_prefixes(data.long))
+    if longest < tokens:
+        raise ExperimentError(
+            f"no document of {data.long} has the {tokens:,} tokens that are read of each: the longest has {longest:,}"
+        )
+
+
+def _evaluation(
+    plan: Plan,
+    run: str,
+    label: str,
+    *,
+    task: str,
+    keys: Sequence[str],
+    data: Sequence[Path],
+    prepare: Callable[[], None] | None = None,
+) -> Job:
     return jobs.evaluation(
         f"{run}/{label}",
         plan.layout.run(run),
@@ -297,9 +322,10 @@ def _evaluation(plan: Plan, run: str, label: str, *, task: str, keys: Sequence[s
         precision=plan.scale.precision,
         batch_tokens=plan.scale.evaluation_tokens,
         needs=(run,),
+        prepare=prepare or (lambda: None),
     )
 
 
 def _reading(plan: Plan, run: str, lengths: Sequence[int]) -> Job:
     place = plan.layout.run(run)
-    return jobs.reading(f"{run}/reading", place, lengths=lengths, precision=plan.scale.precision, needs=(run,))
+    return jobs.reading(f"{run}/{READING_LABEL}", place, lengths=lengths, precision=plan.scale.precision, needs=(run,))

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sambalm.data_pipeline.shards import manifest_path
@@ -23,6 +24,7 @@ class Job:
         is_done: whether what it leaves behind is complete.
         needs: names of jobs that are done first.
         prepare: is called before a start, and may raise ExperimentError.
+        timed: folder of what the job times, if it does; speeds do not count where other jobs share the device.
     """
 
     name: str
@@ -30,11 +32,12 @@ class Job:
     is_done: Callable[[], bool]
     needs: Sequence[str] = ()
     prepare: Callable[[], None] = lambda: None
+    timed: Path | None = None
 
 
 def training(name: str, config: Path, run: Path, *, needs: Sequence[str], prepare: Callable[[], None]) -> Job:
     """Trains a config that `prepare` writes."""
-    return Job(name, [*PROGRAM, "train", str(config)], lambda: is_trained(run), needs, prepare)
+    return Job(name, [*PROGRAM, "train", str(config)], lambda: is_trained(run), needs, prepare, timed=run)
 
 
 def is_trained(run: Path) -> bool:
@@ -53,6 +56,7 @@ def evaluation(
     precision: str,
     batch_tokens: int,
     needs: Sequence[str],
+    prepare: Callable[[], None],
 ) -> Job:
     """Measures a run by one task of `sambalm evaluate`.
 
@@ -64,7 +68,7 @@ def evaluation(
     words += ["--output", str(run / MEASURED / label)]
     words += [word for prefix in data for word in ("--data", str(prefix))]
     words += [f"{task}.{key}" for key in keys]
-    return Job(name, words, lambda: results_of(run, label) is not None, needs)
+    return Job(name, words, lambda: results_of(run, label) is not None, needs, prepare)
 
 
 def passkey_documents(name: str, prefix: Path, *, tokenizer: Path, documents: int, tokens: int) -> Job:
@@ -89,4 +93,8 @@ def reading(name: str, run: Path, *, lengths: Sequence[int], precision: str, nee
     output = run / MEASURED / READING
     words = [sys.executable, "-m", f"{__package__}.reading", str(run), "--output", str(output), "--dtype", precision]
     words += ["--lengths", *map(str, lengths)]
-    return Job(name, words, lambda: output.is_file() and output.read_text().count("\n") >= len(lengths), needs)
+    return Job(name, words, partial(_has_lines, output, len(lengths)), needs, timed=output.parent)
+
+
+def _has_lines(path: Path, count: int) -> bool:
+    return path.is_file() and path.read_text().count("\n") >= count

@@ -1,11 +1,16 @@
 """Where things lie: the data of all experiments, and the runs of one folder with what was measured of them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from sambalm.data_pipeline.files import atomic_write
 
 TOKENIZER = "tokenizer.model"
 MEASURED = "measured"
 READING = "reading.jsonl"
+ERROR = "error: "  # how the last line of a job's log begins that says what is wrong
+_SHARED = "shared_device.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Layout:
 
     runs/EXPERIMENT/MODEL/TURN/          a run as `sambalm train` leaves it; TURN is seed1, or lr0.002 of the sweep
     runs/.../measured/LABEL/TASK-HASH/   a result of `sambalm evaluate`
+    runs/.../shared_device.json          that other jobs ran on the device meanwhile; in measured/ of reading.jsonl
     configs/EXPERIMENT/MODEL/TURN.yaml   what the run was started from; `sambalm train` takes it as well
     logs/                                output of every job
 
@@ -61,6 +67,26 @@ class Layout:
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name.replace('/', '-')}.log"
+
+
+def note_jobs_on_device(folder: Path, jobs: int) -> None:
+    """Notes beside what is timed that a device has had several jobs at a time; the largest number stays."""
+    if jobs > jobs_on_device(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / _SHARED) as file:
+            file.write(json.dumps({"jobs": jobs}).encode())
+
+
+def jobs_on_device(folder: Path) -> int:
+    """Returns how many jobs shared a device with what a folder holds, itself among them, at the most."""
+    note = folder / _SHARED
+    return json.loads(note.read_text())["jobs"] if note.is_file() else 1
+
+
+def last_line(log: Path) -> str:
+    """Returns the last line of a job's output; empty where it has printed nothing or was not started."""
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def results_of(run: Path, label: str) -> Path | None:

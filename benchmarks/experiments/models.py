@@ -103,7 +103,7 @@ def fitted_model(variant: Variant, scale: Scale, *, vocab_size: int) -> dict[str
     if abs(found - target) > scale.tolerance * target:
         raise ExperimentError(
             f"the pattern {section['pattern']} gives {found:,} parameters, where {target:,} are asked for: change its "
-            "number of sublayers in benchmarks/experiments/models.py"
+            "number of sublayers (share) or its mixers' sizes (keys) in benchmarks/experiments/models.py"
         )
     return section
 

@@ -21,10 +21,10 @@ from .experiments import (
 )
 from .layout import Layout
 from .models import ARCHITECTURES, PATTERNS
-from .results import mean_and_spread, turns
+from .results import Run, mean_and_spread, turns
 from .tables import ACCURACY, PERPLEXITY, first_seed, retrieved, tuned_from
 
-_STYLES = ("o-", "s-", "^-", "v-", "D-", "P-", "X-", "*-", "p-")  # one for each of ARCHITECTURES
+_MARKERS = "os^vDPX*phd<>"  # twelve beside ten colours: sixty models look different
 
 
 def draw(name: str, layout: Layout, path: Path) -> None:
@@ -48,13 +48,13 @@ def _architectures(layout: Layout, figure: Any) -> None:
         if not runs:
             continue
         style = {"color": f"C{number}", "label": variant.title}
-        losses.plot(*zip(*runs[0].held_out, strict=True), _STYLES[number], markersize=4, linewidth=1, **style)
+        losses.plot(*zip(*runs[0].held_out, strict=True), _style(number), markersize=4, linewidth=1, **style)
         scores = [run.scores(TABLE, PERPLEXITY) for run in runs]
         points = [(length, mean_and_spread([s[length] for s in scores if length in s])) for length in scores[0]]
         if not points:
             continue
         x, y, spread = [p[0] for p in points], [p[1][0] for p in points], [p[1][1] for p in points]
-        perplexities.errorbar(x, y, yerr=spread, fmt=_STYLES[number], markersize=4, linewidth=1, capsize=2, **style)
+        perplexities.errorbar(x, y, yerr=spread, fmt=_style(number), markersize=4, linewidth=1, capsize=2, **style)
     losses.set(xlabel="training tokens", ylabel="held-out loss, nats a token (first seed)")
     _over_lengths(perplexities, "perplexity, mean over seeds")
     losses.legend(fontsize=8)
@@ -75,9 +75,10 @@ def _extrapolation(layout: Layout, figure: Any) -> None:
 def _reading(layout: Layout, figure: Any) -> None:
     memory, speed = figure.subplots(1, 2)
     for number, (name, variant) in enumerate(ARCHITECTURES.items()):
-        found = first_seed(layout, name).reading
-        _line(memory, [(r["length"], r["peak_bytes"] / 2**30) for r in found], number, variant.title)
-        _line(speed, [(r["length"], r["tokens_per_second"]) for r in found], number, variant.title)
+        run = first_seed(layout, name)
+        _line(memory, [(r["length"], r["peak_bytes"] / 2**30) for r in run.reading], number, variant.title)
+        if not run.reading_was_shared:
+            _line(speed, [(r["length"], r["tokens_per_second"]) for r in run.reading], number, variant.title)
     _over_lengths(memory, "GiB at the most")
     _over_lengths(speed, "tokens a second")
 
@@ -120,15 +121,27 @@ def _retrieval(layout: Layout, figure: Any) -> None:
 
 def _patterns(layout: Layout, figure: Any) -> None:
     axes = figure.subplots()
-    for name, variant in PATTERNS.items():
-        runs = [run for run in turns(layout.run(PATTERN_RUNS, name), "seed") if run.is_complete and run.held_out]
-        if runs:
-            speed, _ = mean_and_spread([run.tokens_per_second for run in runs])
-            loss, spread = mean_and_spread([run.held_out[-1][1] for run in runs])
-            axes.errorbar(speed, loss, yerr=spread, fmt="o", markersize=4, capsize=2)
-            axes.annotate(variant.title, (speed, loss), fontsize=7, xytext=(4, 2), textcoords="offset points")
-    axes.set(xlabel="tokens a second in training", ylabel="held-out loss, nats a token")
-    axes.margins(x=0.15)
+    found = {variant.title: _complete_runs(layout, name) for name, variant in PATTERNS.items()}
+    found = {title: runs for title, runs in found.items() if runs}
+    speeds = {title: [speed for run in runs if (speed := run.tokens_per_second)] for title, runs in found.items()}
+    for title, runs in found.items():
+        loss, spread = mean_and_spread([run.held_out[-1][1] for run in runs])
+        if all(speeds.values()):
+            place = mean_and_spread(speeds[title])[0], loss
+            axes.errorbar(*place, yerr=spread, fmt="o", markersize=4, capsize=2)
+            axes.annotate(title, place, fontsize=7, xytext=(4, 2), textcoords="offset points")
+        else:  # other jobs ran on the device: losses beside names
+            axes.errorbar(loss, title, xerr=spread, fmt="o", markersize=4, capsize=2)
+    if all(speeds.values()):
+        axes.set(xlabel="tokens a second in training", ylabel="held-out loss, nats a token")
+        axes.margins(x=0.15)
+    else:
+        axes.set(xlabel="held-out loss, nats a token")
+        axes.invert_yaxis()
+
+
+def _complete_runs(layout: Layout, name: str) -> list[Run]:
+    return [run for run in turns(layout.run(PATTERN_RUNS, name), "seed") if run.is_complete and run.held_out]
 
 
 _PLOTS: Mapping[str, Callable[[Layout, Any], None]] = {
@@ -142,11 +155,15 @@ _PLOTS: Mapping[str, Callable[[Layout, Any], None]] = {
 }
 
 
+def _style(number: int) -> str:
+    return f"{_MARKERS[number % len(_MARKERS)]}-"
+
+
 def _line(axes: Any, points: Iterable[tuple[float, float]], number: int, title: str) -> None:
     found = sorted(points)
     if found:
         style = {"color": f"C{number}", "label": title, "markersize": 4, "linewidth": 1}
-        axes.plot(*zip(*found, strict=True), _STYLES[number], **style)
+        axes.plot(*zip(*found, strict=True), _style(number), **style)
 
 
 def _over_lengths(axes: Any, name: str, *, is_share: bool = False) -> None:

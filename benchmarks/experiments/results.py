@@ -14,7 +14,8 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.parameters import count_parameters
 from sambalm.pretrain.reporting.metrics_file import LOSS_AT, NAMED_LOSS_AT, read_steps
 
-from .layout import MEASURED, READING, results_of
+from .layout import MEASURED, READING, jobs_on_device, results_of
+from .reading import read_lines
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Run:
         return found
 
     @property
-    def tokens_per_second(self) -> float:
-        """The median of the last half of the steps, which no compilation slows."""
+    def tokens_per_second(self) -> float | None:
+        """The median of the last half of the steps, which no compilation slows; None where the device was shared."""
+        if jobs_on_device(self.folder) > 1:
+            return None
         return statistics.median(record["tokens_per_second"] for record in self.steps[len(self.steps) // 2 :])
 
     def scores(self, label: str, name: str, *, kind: str | None = None) -> dict[int, float]:
@@ -75,9 +78,12 @@ class Run:
     @property
     def reading(self) -> list[dict[str, Any]]:
         """Memory and speed by length, the shortest first."""
-        path = self.folder / MEASURED / READING
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return sorted(map(json.loads, lines), key=lambda record: record["length"])
+        return sorted(read_lines(self.folder / MEASURED / READING), key=lambda record: record["length"])
+
+    @property
+    def reading_was_shared(self) -> bool:
+        """Whether other jobs ran on the device while `reading` was timed."""
+        return jobs_on_device(self.folder / MEASURED) > 1
 
 
 def best_rate(runs: Mapping[float, Path]) -> float | None:

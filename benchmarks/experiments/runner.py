@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from .jobs import Job
-from .layout import Layout
+from .layout import ERROR, Layout, last_line, note_jobs_on_device
 from .models import ExperimentError
 
 POLL_S = 0.2
@@ -26,11 +25,19 @@ class Ending(Enum):
     LEFT = "time was up"
 
 
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    place: str | None
+    began_s: float
+
+
 @dataclass
 class _Runner:
     layout: Layout
     places: list[str | None]
-    running: dict[str, tuple[subprocess.Popen[bytes], str | None, float]] = field(default_factory=dict)
+    running: dict[str, "_Running"] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -40,39 +47,49 @@ class _Runner:
         return [job for job in jobs if job.name not in begun and self.done.issuperset(job.needs)]
 
     def start(self, job: Job, place: str | None) -> None:
+        log = self.layout.log(job.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
         try:
             job.prepare()
         except ExperimentError as error:
+            with log.open("a") as file:
+                file.write(f"{ERROR}{error}\n")
             self._fail(job.name, str(error))
             self.places.append(place)
             return
-        log = self.layout.log(job.name)
-        log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ({GPU_VARIABLE: place} if place is not None else {})
         with log.open("ab") as file:
             process = subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)
-        self.running[job.name] = process, place, time.monotonic()
+        self.running[job.name] = _Running(job, process, place, time.monotonic())
+        self._note_sharing(place)
         print(f"started   {job.name}{f' on GPU {place}' if place is not None else ''}", flush=True)
 
     def collect(self, jobs: Sequence[Job], *, stopping: bool) -> None:
         """Takes the jobs that have ended from those that run."""
         for job in jobs:
-            if job.name not in self.running or (code := self.running[job.name][0].poll()) is None:
+            if job.name not in self.running or (code := self.running[job.name].process.poll()) is None:
                 continue
-            _, place, began_s = self.running.pop(job.name)
-            self.places.append(place)
+            ended = self.running.pop(job.name)
+            self.places.append(ended.place)
             if job.is_done():
                 self.done.add(job.name)
-                print(f"done      {job.name} after {time.monotonic() - began_s:.0f} s", flush=True)
+                print(f"done      {job.name} after {time.monotonic() - ended.began_s:.0f} s", flush=True)
             elif stopping:
                 print(f"stopped   {job.name}", flush=True)
             else:
                 log = self.layout.log(job.name)
-                self._fail(job.name, f"exit code {code}, {_last_line(log)} ({log})")
+                self._fail(job.name, f"exit code {code}, {last_line(log) or 'no output'} ({log})")
 
     def signal(self, number: signal.Signals) -> None:
-        for process, _, _ in self.running.values():
-            process.send_signal(number)
+        for one in self.running.values():
+            one.process.send_signal(number)
+
+    def _note_sharing(self, place: str | None) -> None:
+        """Notes what runs on a device together, beside all of it that is timed."""
+        together = [one.job for one in self.running.values() if one.place == place]
+        for job in together:
+            if job.timed:
+                note_jobs_on_device(job.timed, len(together))
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed[name] = reason
@@ -126,8 +143,3 @@ def _stop(runner: _Runner, jobs: Sequence[Job], *, kill_s: float) -> None:
             runner.signal(signal.SIGKILL)
         time.sleep(POLL_S)
         runner.collect(jobs, stopping=True)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -1,6 +1,7 @@
 """What the runs of a folder found, as Markdown."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from sambalm.evaluation.settings import shown_tokens
 
@@ -14,16 +15,20 @@ from .experiments import (
     LONG_RETRIEVAL,
     PATTERN_RUNS,
     PHONEBOOK,
+    READING_LABEL,
     RETRIEVAL,
     RETRIEVED,
     TABLE,
     TUNED,
 )
-from .layout import Layout
+from .layout import ERROR, Layout, last_line
 from .models import ARCHITECTURES, PATTERNS
 from .results import Run, mean_and_spread, turns
 
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
+_NOTHING = "There is nothing to show yet: no model of this experiment is measured."
+_SHARED = "Speeds are left out where other jobs ran on the same device meanwhile (`--per-gpu`)."
+_Measure = tuple[str, Callable[[Run], Mapping[int, str]]]
 
 
 def architectures_table(layout: Layout) -> str:
@@ -43,12 +48,9 @@ def architectures_table(layout: Layout) -> str:
         f"Held-out loss, nats a token, after {_tokens(run for runs in sweeps.values() for run in runs)} tokens"
     )
     title = f"After {_tokens(run for runs in seeds.values() for run in runs)} tokens"
-    return "\n\n".join(
-        [
-            _markdown(sweep_title, ["learning rate", *(f"{rate:g}" for rate in rates)], swept) if rates else "",
-            _markdown(title, *_models(shown, learning_rate=True)),
-        ]
-    ).strip()
+    tables = [_markdown(sweep_title, ["learning rate", *(f"{rate:g}" for rate in rates)], swept)] if swept else []
+    tables += [_markdown(title, *_models(shown, learning_rate=True)), _shared(shown)] if shown else []
+    return "\n\n".join(table for table in tables if table) or _NOTHING
 
 
 def patterns_table(layout: Layout) -> str:
@@ -58,36 +60,50 @@ def patterns_table(layout: Layout) -> str:
         runs = _complete(turns(layout.run(PATTERN_RUNS, name), "seed"))
         if runs:
             found[variant.title] = runs
+    if not found:
+        return _NOTHING
     columns, rows = _models(found, learning_rate=False)
     tuned = {title: [tuned_from(layout, run).scores(GRID, ACCURACY) for run in runs] for title, runs in found.items()}
     lengths = sorted({length for grids in tuned.values() for grid in grids for length in grid})
     columns += [f"passkey {shown_tokens(length)}" for length in lengths]
     for row, grids in zip(rows, tuned.values(), strict=True):
         row += [_cell([grid[length] for grid in grids if length in grid], ".2f") for length in lengths]
-    return _markdown(f"After {_tokens(run for runs in found.values() for run in runs)} tokens", columns, rows)
+    table = _markdown(f"After {_tokens(run for runs in found.values() for run in runs)} tokens", columns, rows)
+    return "\n\n".join(part for part in (table, _shared(found)) if part)
 
 
 def extrapolation_table(layout: Layout) -> str:
-    """Perplexity by length: of windows, of documents, of one long text."""
+    """Perplexity by length: of windows, of documents, of one long text; a sentence where there is none."""
     return _tables_by_length(
         layout,
         {
-            "Perplexity of windows of each length, read from nothing": lambda run: _scores(run, FAR),
-            "Perplexity of the first tokens of long documents": lambda run: _scores(run, DOCUMENTS),
-            "Perplexity of the first tokens of one text, joined of documents": lambda run: _scores(run, JOINED),
+            "Perplexity of windows of each length, read from nothing": (FAR, lambda run: _scores(run, FAR)),
+            "Perplexity of the first tokens of long documents": (DOCUMENTS, lambda run: _scores(run, DOCUMENTS)),
+            "Perplexity of the first tokens of one text, joined of documents": (
+                JOINED,
+                lambda run: _scores(run, JOINED),
+            ),
         },
     )
 
 
 def reading_table(layout: Layout) -> str:
     """Memory and speed by length."""
-    return _tables_by_length(
+    tables = _tables_by_length(
         layout,
         {
-            "GiB at the most": lambda run: {r["length"]: f"{r['peak_bytes'] / 2**30:.2f}" for r in run.reading},
-            "Tokens a second": lambda run: {r["length"]: f"{r['tokens_per_second']:,.0f}" for r in run.reading},
+            "GiB at the most": (
+                READING_LABEL,
+                lambda run: {r["length"]: f"{r['peak_bytes'] / 2**30:.2f}" for r in run.reading},
+            ),
+            "Tokens a second": (
+                READING_LABEL,
+                lambda run: {r["length"]: f"{r['tokens_per_second']:,.0f}" for r in _alone(run)},
+            ),
         },
     )
+    shared = any(run.reading_was_shared for run in (first_seed(layout, name) for name in ARCHITECTURES))
+    return f"{tables}\n\n{_SHARED}" if shared else tables
 
 
 def passkey_table(layout: Layout) -> str:
@@ -96,23 +112,25 @@ def passkey_table(layout: Layout) -> str:
     for name in ARCHITECTURES:
         run = tuned_from(layout, first_seed(layout, name))
         found[name] = _shares(run.scores(GRID, ACCURACY) | run.scores(LONG_GRID, ACCURACY))
-    return _by_length("Passkeys found", found)
+    return _by_length("Passkeys found", found) or _NOTHING
 
 
 def phonebook_table(layout: Layout) -> str:
     """Accuracy by length."""
     tuned = {name: tuned_from(layout, first_seed(layout, name), PHONEBOOK) for name in ARCHITECTURES}
-    return _by_length("Numbers found", {name: _shares(run.scores(PHONEBOOK, ACCURACY)) for name, run in tuned.items()})
+    found = {name: _shares(run.scores(PHONEBOOK, ACCURACY)) for name, run in tuned.items()}
+    return _by_length("Numbers found", found) or _NOTHING
 
 
 def retrieval_table(layout: Layout) -> str:
     """Accuracy by length, a table for each kind of text."""
     tuned = {name: tuned_from(layout, first_seed(layout, name), RETRIEVAL) for name in ARCHITECTURES}
-    return "\n\n".join(
+    tables = [
         _by_length(f"{task}, {kind}", {name: _shares(retrieved(run, task, kind)) for name, run in tuned.items()})
         for task, kinds in RETRIEVED.items()
         for kind in kinds
-    ).strip()
+    ]
+    return "\n\n".join(table for table in tables if table) or _NOTHING
 
 
 def retrieved(run: Run, task: str, kind: str) -> dict[int, float]:
@@ -168,8 +186,17 @@ def _models(found: Mapping[str, Sequence[Run]], *, learning_rate: bool) -> tuple
         for length in lengths:
             scores = [run.scores(TABLE, PERPLEXITY) for run in runs]
             row.append(_cell([score[length] for score in scores if length in score], ".2f"))
-        rows.append([*row, _cell([run.tokens_per_second for run in runs], ",.0f")])
+        rows.append([*row, _cell([speed for run in runs if (speed := run.tokens_per_second)], ",.0f")])
     return columns, rows
+
+
+def _shared(found: Mapping[str, Sequence[Run]]) -> str:
+    """Returns the sentence on speeds that are missing; empty where none is."""
+    return _SHARED if any(run.tokens_per_second is None for runs in found.values() for run in runs) else ""
+
+
+def _alone(run: Run) -> list[dict[str, Any]]:
+    return [] if run.reading_was_shared else run.reading
 
 
 def _short(pattern: str) -> str:
@@ -194,11 +221,21 @@ def _scores(run: Run, label: str) -> dict[int, str]:
     return {length: f"{value:.2f}" for length, value in run.scores(label, PERPLEXITY).items()}
 
 
-def _tables_by_length(layout: Layout, measures: Mapping[str, Callable[[Run], Mapping[int, str]]]) -> str:
-    """Returns a table for each measure of which anything is there, by its title."""
+def _tables_by_length(layout: Layout, measures: Mapping[str, _Measure]) -> str:
+    """Returns a table for each measure by its title, and a sentence in place of one without values."""
     runs = {name: first_seed(layout, name) for name in ARCHITECTURES}
-    tables = [_by_length(title, {name: read(run) for name, run in runs.items()}) for title, read in measures.items()]
-    return "\n\n".join(table for table in tables if table)
+    tables = []
+    for title, (label, read) in measures.items():
+        table = _by_length(title, {name: read(run) for name, run in runs.items()})
+        tables.append(table or f"{title}: nothing to show{_reason(layout, list(runs.values()), label)}.")
+    return "\n\n".join(tables)
+
+
+def _reason(layout: Layout, runs: Sequence[Run], label: str) -> str:
+    """Returns why a measure of all models is missing, as the log of the first job that failed has it."""
+    lines = [last_line(layout.log("/".join((*run.folder.parts[-3:], label)))) for run in runs]
+    found = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    return f", since {found[0]}" if found else ""
 
 
 def _by_length(title: str, found: Mapping[str, Mapping[int, str]]) -> str:

@@ -1,13 +1,16 @@
 """Perplexity: the sums of whole forwards, by length and position, in nats and in bits per byte."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
@@ -148,6 +151,12 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
         list(documents([write_shard(tmp_path / "bare", [[1, 9999]])], where, of="x"))
     with pytest.raises(EvaluationError, match=r"x has nothing to read, since .*samba is no run .* give --data"):
         list(documents([], where, of="x"))
+    validated = {"train": "a", "validation": ["b/held_out"], "validation_fraction": 0, "sequence_length": 8}
+    run = SimpleNamespace(data=DataConfig(**validated))
+    with pytest.raises(
+        EvaluationError, match=r"x has nothing .*samba holds out no part .* such as that of .*, b/held_out$"
+    ):
+        list(documents([], replace(where, run=run), of="x"))
     with pytest.raises(DataError, match="no file matches"):
         list(documents([str(tmp_path / "nothing.txt")], where, of="x"))
 
