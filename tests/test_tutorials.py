@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tutorial import missing_line, run_page, start_of, steps_of
+from tests.support.slurm_client import Cluster
+from tests.support.tutorial import is_on_a_cluster, missing_line, run_page, start_of, steps_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "tutorials"
 PAGES = sorted(page.name for page in FOLDER.glob("*.md") if page.name != "index.md")
-LONGEST_LINES = 132  # without the files that a reader writes
+LONGEST_LINES = 168  # without the files that a reader writes
 
 
 @pytest.fixture(scope="session")
@@ -18,20 +19,30 @@ def after(tmp_path_factory):
     """Runs a page once, in a copy of the folder where it starts, and returns where it ended."""
 
     @functools.cache
-    def run(page: str) -> Path:
+    def run(page: str, cluster: Cluster | None = None) -> Path:
         folder = tmp_path_factory.mktemp("tutorials") / page.removesuffix(".md")
         start = start_of((FOLDER / page).read_text(encoding="utf-8"))
         shutil.copytree(run(start), folder) if start else folder.mkdir()
-        run_page(FOLDER / page, folder)
+        run_page(FOLDER / page, folder, variables=cluster.user_variables if cluster else None)
         return folder
 
     return run
 
 
+ON_A_CLUSTER = [page for page in PAGES if is_on_a_cluster((FOLDER / page).read_text(encoding="utf-8"))]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ON_A_CLUSTER])
 def test_a_tutorial_runs_from_start_to_end(page, after):
     after(page)
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+@pytest.mark.parametrize("page", ON_A_CLUSTER)
+def test_a_tutorial_of_a_cluster_runs_from_start_to_end(page, after, cluster):
+    after(page, cluster)
 
 
 @pytest.mark.parametrize("page", PAGES)

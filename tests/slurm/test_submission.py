@@ -39,9 +39,9 @@ def test_the_largest_run_is_accepted_with_its_spares(cluster, name):
 @pytest.mark.parametrize(
     ("arguments", "variables", "says"),
     [
-        (["--nodes", "64"], {"SBATCH_PARTITION": "nowhere"}, "Slurm refuses samba_3.8b.sbatch: invalid partition"),
-        (["--nodes", "128"], {}, "Slurm refuses samba_3.8b.sbatch: Requested node configuration is not available"),
-        (["--nodes", "32", "--gpus-per-node", "16"], {}, "Slurm refuses samba_3.8b.sbatch: Requested node config"),
+        (["--nodes", "64"], {"SBATCH_PARTITION": "nowhere"}, "--nodes=64 --gpus-per-node=8: invalid partition"),
+        (["--nodes", "128"], {}, "--nodes=128 --gpus-per-node=8: Requested node configuration is not available"),
+        (["--nodes", "32", "--gpus-per-node", "16"], {}, "--nodes=32 --gpus-per-node=16: Requested node config"),
         (["--nodes", "3"], {}, "train.global_batch_tokens is 8388608, which is not a multiple of"),
         (["--nodes", "64", "model.windw=1"], {}, "unknown key model.windw"),
         (["--nodes", "64"], {"SAMBALM_CLUSTER": "moon"}, "has no moon.env"),
