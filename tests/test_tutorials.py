@@ -142,6 +142,7 @@ def test_other_numbers_pass_and_other_words_do_not():
     other = "saved runs/x/step_00000123 in fp32 after 1,200 s by 20250101T000000-1, SHA-256 0e2f13860d11"
     assert missing_line(other, line, exact=False) is None
     assert missing_line("saved runs/x/step_00000123 in fp32 ...", line, exact=False) is None
+    assert missing_line("job4.0: left, as job4.0.1 did", "job13.2: left, as job13.2.0 did", exact=False) is None
     for wrong in (other.replace("fp32", "fp16"), other.replace("saved", "kept"), "kept ...", "saved", other + " again"):
         assert missing_line(wrong, line, exact=False) == wrong
     assert missing_line(line, line, exact=True) is None

@@ -49,8 +49,8 @@ def submit(
             print(f"{part.shown()}\n  {part.test()}")
         return
     numbers = submit_all(job, chain=chain, after=after)
-    write_submission(Path(run_dir), Submission(jobs=numbers[:chain], steps=checked.train.steps))
     print(f"{'job' if len(numbers) == 1 else 'jobs'} {', '.join(numbers)}: watch with `sambalm slurm status {run_dir}`")
+    write_submission(Path(run_dir), Submission(jobs=numbers[:chain], steps=checked.train.steps))
 
 
 @slurm.command(epilog=example("sambalm slurm status runs/samba_3.8b"))

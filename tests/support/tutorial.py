@@ -29,7 +29,7 @@ FENCE = re.compile(
     r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
-ATTEMPT = re.compile(r"\b\d{8}T\d{6}-\d+")
+ATTEMPT = re.compile(r"\b\d{8}T\d{6}-\d+|\bjob\d+\.\d+(?:\.\d+)?(?=[ :])")  # the second by Slurm
 NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")  # and not the 32 of fp32
 HASH = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,}\b")
 
