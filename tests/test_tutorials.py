@@ -23,7 +23,7 @@ def after(tmp_path_factory):
         folder = tmp_path_factory.mktemp("tutorials") / page.removesuffix(".md")
         start = start_of((FOLDER / page).read_text(encoding="utf-8"))
         shutil.copytree(run(start), folder) if start else folder.mkdir()
-        run_page(FOLDER / page, folder, variables=cluster.user_variables if cluster else None)
+        run_page(FOLDER / page, folder, variables=cluster.user_variables if cluster else None, timeout_s=900)
         return folder
 
     return run
