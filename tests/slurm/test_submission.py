@@ -79,7 +79,7 @@ def test_a_chain_of_jobs_and_a_conversion_after_it(cluster, run_values, tmp_path
     assert checkpoint_folders(run_dir)[-1].name == "step_00000400"
     assert (run_dir / "hf" / "config.json").is_file()
     shown = cluster.run(*PROGRAM, "slurm", "status", run_dir).stdout
-    lines = {line[:18].strip(): line[18:] for line in shown.splitlines()}
+    lines = {line[:18].strip(): line[18:] for line in shown.partition("\n\n")[0].splitlines()}
     assert lines["state"] == "finished"
     assert (lines["attempts"], lines["step"], lines["tokens"]) == ("2", "400 of 400 (100.0%)", "102,400")
     assert lines["last error"] == "none"
