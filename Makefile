@@ -5,7 +5,7 @@
 # make test-faults  thousands of damaged run folders and other faults that take long
 # make soak    a run under seeded chaos, and whether it comes to the bits of a clean one (MINUTES=30 SEED=1)
 # make test-slurm  the launchers on a throw-away cluster of real Slurm, which it installs through apt where it can
-# make test-tutorials  every page of docs/tutorials, its commands run in order and their output compared
+# make test-tutorials  every page of docs/tutorials, its commands run in order and their output compared; one needs Slurm
 # make test-finetuning  fine-tuning by other projects' packages, in an environment over .venv, .venv-finetuning
 # make test-transformers  the Hugging Face model under the oldest and the newest transformers that are known to work
 # make test-writers  metrics in W&B and MLflow by the real packages, in an environment over .venv, .venv-writers
@@ -78,7 +78,8 @@ test-slurm: .venv/installed
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
 
 test-tutorials: .venv/installed
-	$(BIN)/python -m pytest tests/test_tutorials.py -m "long or not long"
+	sh tests/slurm/install.sh
+	$(BIN)/python -m pytest tests/test_tutorials.py -m "long or not long" -rs
 
 # The environment sees the packages of .venv beside its own.
 .venv-finetuning/installed: .venv/installed

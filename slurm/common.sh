@@ -1,15 +1,26 @@
 # The life of a job, sourced by every slurm/*.sbatch. docs/operations.md has the signals and exit codes.
-# Each cluster's particulars are in configs/clusters/$SAMBALM_CLUSTER.env.
+# Each cluster's particulars are in $SAMBALM_CLUSTER.env: in the folder $SAMBALM_CLUSTERS where that is set, else in
+# configs/clusters of the folder that the job was submitted in, else among those that the package brings.
 
 # shellcheck shell=bash
 set -uo pipefail
 leaving= # why this job is to end soon
 trap 'leaving="told to leave"; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+shipped=$(cd "$(dirname "${BASH_SOURCE[0]}")/../configs/clusters" && pwd) || exit
 cd "$SLURM_SUBMIT_DIR" || exit
+cluster=${SAMBALM_CLUSTER:-generic}
 clusters=${SAMBALM_CLUSTERS:-configs/clusters}
+[[ ${SAMBALM_CLUSTERS:-} || -f $clusters/$cluster.env ]] || clusters=$shipped
+if [[ ! -f $clusters/$cluster.env ]]; then
+    echo "error: $clusters has no $cluster.env, which SAMBALM_CLUSTER names" >&2
+    exit 2
+fi
 set -a
 # shellcheck source=/dev/null
-. "$clusters/${SAMBALM_CLUSTER:-generic}.env"
+. "$clusters/$cluster.env"
+# What that file leaves out.
+# shellcheck source=/dev/null
+. "$shipped/generic.env"
 set +a
 python=${SAMBALM_PYTHON:-$SLURM_SUBMIT_DIR/.venv/bin/python}
 job_name="job$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
@@ -49,7 +60,7 @@ pick_nodes() {
     on_nodes "$attempt/health.log" "$living" timeout 120 \
         "$python" -m sambalm.slurm.health node "$attempt/health" "$run_dir"
     IFS=, read -ra names <<<"$living"
-    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" 1 "${names[@]}" 2>>"$attempt/health.log") || return 1
+    nodes=$("$python" -m sambalm.slurm.health pick "$attempt" "$needed" "${names[@]}") || return 1
     if [[ ${CHECK_LINKS:-1} == 1 ]]; then
         if ! ranks_on "$attempt/health.log" "$attempt/health" "$nodes" sambalm.slurm.health links "$attempt/links"; then
             say "the nodes did not come together for an all-reduce: see $attempt/health.log"
@@ -61,10 +72,22 @@ pick_nodes() {
     nodes=$(cut -d, -f"1-$needed" <<<"$nodes")
 }
 
+# Prints all nodes that the job is to do without, those of `sbatch --exclude` too: excluded_with NEEDED NODE,NODE,...
+# Fails
+# where its partition would have too few left: Slurm would leave the job pending for good.
+excluded_with() {
+    local needed=$1 all rest; shift
+    all=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x)
+    [[ ! $all || $all == "(null)" ]] && all=$1 || all=$1,$all
+    rest=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u |
+        grep --invert-match --line-regexp --fixed-strings --file=<(scontrol show hostnames "$all") --count)
+    ((rest >= needed)) && echo "$all"
+}
+
 # Starts this job again from its newest checkpoint, elsewhere than on bad nodes; or leaves that to its successor
 # (`sambalm slurm submit --chain`), or to Slurm where it is ending the job already: scancel, a preemption.
 start_again() {
-    local state bad
+    local state bad excluded=
     if [[ ${SAMBALM_SUCCESSOR:-0} == 1 ]]; then
         say "$1; the next job of the chain goes on"
         exit 0
@@ -78,14 +101,17 @@ start_again() {
         say "$1; not requeued: MAX_RESTARTS=$MAX_RESTARTS is reached"
         exit "$REQUEUE"
     fi
+    bad=$(paste -sd, "$run_dir/attempts/$SAMBALM_ATTEMPT/bad_nodes" 2>/dev/null)
+    if [[ $bad ]] && ! excluded=$(excluded_with "$needed" "$bad"); then
+        say "$bad may be given to this job again: partition $SLURM_JOB_PARTITION has too few others"
+    fi
     say "$1; requeueing"
     trap '' TERM USR1
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "Slurm does not requeue this job: submit it again to go on"
         exit "$REQUEUE"
     fi
-    bad=$(cat "$run_dir/attempts/$SAMBALM_ATTEMPT/bad_nodes" 2>/dev/null)
-    [[ $bad ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"
+    [[ $excluded ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
     exit 0
 }
 

@@ -151,12 +151,13 @@ def find_problems(attempt: Path, nodes: Sequence[str]) -> dict[str, str]:
 
 
 def pick(attempt: Path, needed: int, nodes: Sequence[str]) -> list[str]:
-    """The good nodes, in order; bad ones are reported, and written to attempt/bad_nodes. Exits with 1 for too few."""
+    """The good nodes, in order; bad ones are reported, and added to attempt/bad_nodes. Exits with 1 for too few."""
     bad = find_problems(attempt, nodes)
     for node, problem in bad.items():
         print(f"node {node} is left out: {problem}", file=sys.stderr)
     if bad:
-        (attempt / "bad_nodes").write_text(",".join(bad) + "\n")
+        with (attempt / "bad_nodes").open("a") as file:
+            file.writelines(f"{node}\n" for node in bad)
     good = [node for node in nodes if node not in bad]
     if len(good) < needed:
         print(f"{len(good)} of {len(nodes)} nodes are fit to train, and {needed} are needed", file=sys.stderr)

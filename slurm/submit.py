@@ -8,8 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sambalm.slurm.errors import SlurmError
+
+if TYPE_CHECKING:
+    from sambalm.pretrain.config import RunConfig
 
 SCRIPTS = Path(__file__).parent
 HERE = Path("configs/clusters")  # where the scripts look, from the folder that a job is submitted in
@@ -50,7 +54,8 @@ class Job:
             lines = (
                 re.sub(r"^(sbatch: error: |allocation failure: )+", "", line) for line in result.stderr.splitlines()
             )
-            raise SlurmError(f"Slurm refuses {self.script.name}: {'; '.join(lines)}")
+            asked = shlex.join([self.script.name, *(o for o in self.options if not o.startswith("--job-name"))])
+            raise SlurmError(f"Slurm refuses {asked}: {'; '.join(lines)}")
         return result
 
 
@@ -62,12 +67,12 @@ def training_job(
     gpus_per_node: int = 8,
     script: Path | None = None,
     overrides: Sequence[str] = (),
-) -> tuple[Job, str]:
-    """The job of a run and the run's folder.
+) -> "tuple[Job, RunConfig]":
+    """The job of a run and the run's config.
 
     Args:
         nodes, spares: to train on, and to take beside them so that a lost one can be replaced.
-        script: default: the shipped file of the config's name.
+        script: default: the shipped file of the config's name, else train.sbatch.
 
     Raises:
         SlurmError: no script, no cluster file.
@@ -78,12 +83,10 @@ def training_job(
     checked = load_config(config, overrides)
     checked.check_world(nodes * gpus_per_node)
     name = config.name.removesuffix(config.suffix if config.suffix in (".yaml", ".yml") else "")
-    script = script or SCRIPTS / f"{name}.sbatch"
+    own = SCRIPTS / f"{name}.sbatch"
+    script = script or (own if own.is_file() else SCRIPTS / "train.sbatch")
     if not script.is_file():
-        shipped = ", ".join(sorted(path.name for path in SCRIPTS.glob("samba_*.sbatch")))
-        raise SlurmError(
-            f"{script} does not exist: name another with --script, such as {SCRIPTS}/ and one of {shipped}"
-        )
+        raise SlurmError(f"{script} does not exist: without --script, {SCRIPTS / 'train.sbatch'} runs any config")
     job = Job(
         script=script,
         options=[
@@ -95,7 +98,7 @@ def training_job(
         variables=_variables()
         | {"SAMBALM_CONFIG": str(config), "SAMBALM_NODES": str(nodes), "RANKS_PER_NODE": str(gpus_per_node)},
     )
-    return job, checked.run.dir
+    return job, checked
 
 
 def convert_job(run_dir: str) -> Job:
@@ -119,21 +122,19 @@ def submit_all(job: Job, *, chain: int, after: Sequence[Job] = ()) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """What the scripts need to find this installation and the cluster's file."""
-    variables = {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": sys.executable}
-    clusters = _clusters()
-    return variables if clusters == HERE else variables | {"SAMBALM_CLUSTERS": str(clusters)}
+    """What the scripts need to find this installation."""
+    _check_cluster()
+    return {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": sys.executable}
 
 
-def _clusters() -> Path:
-    """The folder with the cluster's file: the one that is named, else the one here, else the one that is shipped."""
+def _check_cluster() -> None:
+    """Refuses the name of a cluster whose file slurm/common.sh would not find."""
     from sambalm.pretrain.shipped_configs import FOLDER
 
     named, shipped = os.environ.get("SAMBALM_CLUSTERS"), FOLDER / "clusters"
     name = os.environ.get("SAMBALM_CLUSTER", "generic")
-    for folder in [Path(named)] if named else [HERE, shipped]:
-        if (folder / f"{name}.env").is_file():
-            return folder
+    if any((folder / f"{name}.env").is_file() for folder in ([Path(named)] if named else [HERE, shipped])):
+        return
     known = ", ".join(sorted(path.stem for path in shipped.glob("*.env")))
     where = named or f"{HERE} here"
     raise SlurmError(

@@ -25,6 +25,21 @@ VOCAB_SIZE = 384
 
 
 @pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A throw-away Slurm cluster of three nodes; skips with the reason where there can be none."""
+    from tests.support.slurm_client import Cluster, why_not  # not on top: few tests need it
+
+    if reason := why_not():
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    try:
+        cluster.wait_until_up()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
 def tokens(tmp_path_factory) -> Path:
     """Prefix of real tokens: sources of the standard library in a small vocabulary."""
     return make_tokens(tmp_path_factory.mktemp("tokens"))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tutorial import missing_line, run_page, start_of, steps_of
+from tests.support.slurm_client import Cluster
+from tests.support.tutorial import is_on_a_cluster, missing_line, run_page, start_of, steps_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "tutorials"
 PAGES = sorted(page.name for page in FOLDER.glob("*.md") if page.name != "index.md")
-LONGEST_LINES = 132  # without the files that a reader writes
+LONGEST_LINES = 168  # without the files that a reader writes
 
 
 @pytest.fixture(scope="session")
@@ -18,20 +19,30 @@ def after(tmp_path_factory):
     """Runs a page once, in a copy of the folder where it starts, and returns where it ended."""
 
     @functools.cache
-    def run(page: str) -> Path:
+    def run(page: str, cluster: Cluster | None = None) -> Path:
         folder = tmp_path_factory.mktemp("tutorials") / page.removesuffix(".md")
         start = start_of((FOLDER / page).read_text(encoding="utf-8"))
         shutil.copytree(run(start), folder) if start else folder.mkdir()
-        run_page(FOLDER / page, folder)
+        run_page(FOLDER / page, folder, variables=cluster.user_variables if cluster else None, timeout_s=900)
         return folder
 
     return run
 
 
+ON_A_CLUSTER = [page for page in PAGES if is_on_a_cluster((FOLDER / page).read_text(encoding="utf-8"))]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ON_A_CLUSTER])
 def test_a_tutorial_runs_from_start_to_end(page, after):
     after(page)
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+@pytest.mark.parametrize("page", ON_A_CLUSTER)
+def test_a_tutorial_of_a_cluster_runs_from_start_to_end(page, after, cluster):
+    after(page, cluster)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -131,6 +142,7 @@ def test_other_numbers_pass_and_other_words_do_not():
     other = "saved runs/x/step_00000123 in fp32 after 1,200 s by 20250101T000000-1, SHA-256 0e2f13860d11"
     assert missing_line(other, line, exact=False) is None
     assert missing_line("saved runs/x/step_00000123 in fp32 ...", line, exact=False) is None
+    assert missing_line("job4.0: left, as job4.0.1 did", "job13.2: left, as job13.2.0 did", exact=False) is None
     for wrong in (other.replace("fp32", "fp16"), other.replace("saved", "kept"), "kept ...", "saved", other + " again"):
         assert missing_line(wrong, line, exact=False) == wrong
     assert missing_line(line, line, exact=True) is None

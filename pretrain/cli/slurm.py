@@ -28,7 +28,7 @@ def submit(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = 8,
     chain: Annotated[int, typer.Option(min=1, help="Jobs in a row, each going on where the one before left.")] = 1,
     then: Annotated[Then | None, typer.Option(help="A job to start when the run has finished.")] = None,
-    script: Annotated[Path | None, typer.Option(help="The sbatch file; default: the shipped one of that name.")] = None,
+    script: Annotated[Path | None, typer.Option(help="The sbatch file; default: a shipped one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show commands and Slurm's judgement only.")] = False,
 ) -> None:
     """Submit a run with a shipped sbatch file, once its config fits and `sbatch --test-only` accepts it.
@@ -36,18 +36,21 @@ def submit(
     Partition, account and time limit come from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT, the cluster's
     file in configs/clusters from SAMBALM_CLUSTER.
     """
+    from sambalm.slurm.submission import Submission, write_submission
     from sambalm.slurm.submit import convert_job, submit_all, training_job
 
-    job, run_dir = training_job(
+    job, checked = training_job(
         config, nodes=nodes, spares=spares, gpus_per_node=gpus_per_node, script=script, overrides=overrides or []
     )
+    run_dir = checked.run.dir
     after = [convert_job(run_dir)] if then else []
     if dry_run:
         for part in (job, *after):
             print(f"{part.shown()}\n  {part.test()}")
         return
     numbers = submit_all(job, chain=chain, after=after)
-    print(f"jobs {', '.join(numbers)}: watch with `sambalm slurm status {run_dir}`")
+    print(f"{'job' if len(numbers) == 1 else 'jobs'} {', '.join(numbers)}: watch with `sambalm slurm status {run_dir}`")
+    write_submission(Path(run_dir), Submission(jobs=numbers[:chain], steps=checked.train.steps))
 
 
 @slurm.command(epilog=example("sambalm slurm status runs/samba_3.8b"))
@@ -68,15 +71,21 @@ def status(
 )
 def slurm_estimate(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; its layout is searched.")],
-    nodes: Annotated[list[int], typer.Option(min=1, help="Nodes of 8 H100; may be repeated.")],
+    nodes: Annotated[list[int], typer.Option(min=1, help="Nodes, each with the device's GPUs (8); may be repeated.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file's.")] = None,
+    device: Annotated[
+        str, typer.Option(help="The kind of GPU: h100, h200, a100, b200, or a YAML file that describes another.")
+    ] = "h100",
+    gpu_memory_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU in GiB.")] = 80.0,
 ) -> None:
     """Estimate a run on so many nodes, phase by phase: step, saves, failures, goodput, days.
 
     docs/scaling.md explains the rows.
     """
     from sambalm.pretrain.config_file import load_config
+    from sambalm.pretrain.planner.hardware_file import find_hardware
     from sambalm.pretrain.planner.run_estimate import Cluster, estimate, print_estimates
 
+    cluster = Cluster(hardware=find_hardware(device), gpu_memory_gib=gpu_memory_gib)
     checked = load_config(config, overrides or [])
-    print_estimates(checked.schedule, [estimate(checked, nodes=number, cluster=Cluster()) for number in nodes])
+    print_estimates(checked.schedule, [estimate(checked, nodes=number, cluster=cluster) for number in nodes])

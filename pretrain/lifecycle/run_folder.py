@@ -51,7 +51,7 @@ from sambalm.pretrain.training import Training
 
 ENDINGS = {
     ExitCode.FINISHED: "finished: train.steps is reached",
-    ExitCode.REQUEUE: "asked to leave: saved, to be started again",
+    ExitCode.REQUEUE: "asked to leave: saved, to go on from there",
     ExitCode.STOPPED: "asked to stop: saved",
     ExitCode.INTERRUPTED: "interrupted from the keyboard: saved",
 }

@@ -12,10 +12,10 @@ from rich.table import Table
 from sambalm.model.parameters import count_parameters
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.planner.hardware import H100
+from sambalm.pretrain.planner.hardware import H100, Hardware
 from sambalm.pretrain.planner.search import DAY_S, GIB, Plan, find_plans
 from sambalm.pretrain.planner.sizes import FP32_BYTES
-from sambalm.pretrain.planner.table import describe_days
+from sambalm.pretrain.planner.table import describe_days, describe_tokens
 from sambalm.pretrain.run_phases import RunPhase, RunSchedule, phase_line
 
 HOUR_S = 3600.0
@@ -25,8 +25,9 @@ SIMULATED_RUNS, SIMULATION_SEED = 200, 0
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed of a cluster beside its GPUs; docs/scaling.md says where each number comes from."""
+    """What is assumed of a cluster; docs/scaling.md says where each number comes from."""
 
+    hardware: Hardware = H100
     gpu_memory_gib: float = 80.0
     # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 GPUs.
     gpu_hours_per_failure: float = 16_384 * 54 * 24 / 419
@@ -76,7 +77,7 @@ class Estimate:
     def load_s(self) -> float:
         """The main rank checks every checksum; then all read each byte once, and weights go to every replica."""
         check_s = self.checkpoint_bytes / self.cluster.node_disk_bytes_per_s
-        sent_s = FP32_BYTES * self.parameters / H100.network_bytes_per_s
+        sent_s = FP32_BYTES * self.parameters / self.cluster.hardware.network_bytes_per_s
         return check_s + self.checkpoint_bytes / self._disk_bytes_per_s + sent_s
 
     @property
@@ -180,9 +181,9 @@ def _fastest(phase: RunPhase, schedule: RunSchedule, *, nodes: int, cluster: Clu
     try:
         (plan,) = find_plans(
             phase.config,
-            world_size=nodes * H100.node_gpus,
+            world_size=nodes * cluster.hardware.node_gpus,
             memory_gib=cluster.gpu_memory_gib,
-            hardware=H100,
+            hardware=cluster.hardware,
             top=1,
             zero_stage=phase.config.parallel.zero_stage,
         )
@@ -202,7 +203,8 @@ def print_estimates(schedule: RunSchedule, estimates: Sequence[Sequence[Estimate
     for phase, ones in zip(schedule.phases, zip(*estimates, strict=True), strict=True):
         if schedule.is_phased:
             console.print(phase_line(schedule, phase), highlight=False)
-        table = Table(title="nodes of 8 H100", title_justify="left")
+        hardware = ones[0].cluster.hardware
+        table = Table(title=f"nodes of {hardware.node_gpus} {hardware.name.upper()}", title_justify="left")
         table.add_column("", no_wrap=True)
         for one in ones:
             table.add_column(f"{one.nodes:,}", justify="right", no_wrap=True)
@@ -235,5 +237,5 @@ def _cells(one: Estimate, stretch: str) -> dict[str, str]:
         "steps between saves, best": f"{one.best_save_steps:,}",
         "goodput by formula": f"{one.goodput:.2%}",
         "goodput simulated": f"{one.simulated_goodput():.2%}",
-        f"days for {config.run_tokens / 1e9:,.0f}B tokens": f"{one.days:.1f}",
+        f"days for {describe_tokens(config.run_tokens)} tokens": f"{one.days:.1f}",
     }

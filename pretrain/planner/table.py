@@ -71,6 +71,11 @@ def describe_days(phases: Sequence[tuple[Plan, float]]) -> str:
     return text
 
 
+def describe_tokens(tokens: int) -> str:
+    """A run's tokens as in `100B`, or as in `0.3M` where they are less than a billion."""
+    return f"{tokens / 1e9:,.0f}B" if tokens >= 1e9 else f"{tokens / 1e6:,.1f}M"
+
+
 def print_plans(plans: Sequence[Plan], *, title: str | None = None) -> None:
     """One table of the plans, and one of the memory by pipeline stage and part of the first, under a title."""
     console = Console()
@@ -104,7 +109,7 @@ def _speed_table(plans: Sequence[Plan]) -> Table:
         "step s",
         "bubble",
         "tokens/s",
-        f"days to {run_tokens / 1e9:,.0f}B",
+        f"days to {describe_tokens(run_tokens)}",
         *([] if is_long else [f"days to {LONG_RUN_TOKENS / 1e12:g}T"]),
         "GB sent a rank and step",
     )

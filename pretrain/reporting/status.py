@@ -31,6 +31,7 @@ _LOG_TAIL_BYTES = 1 << 16
 class State(StrEnum):
     """What a run is at."""
 
+    SUBMITTED = "submitted"  # to Slurm; no attempt has begun
     STARTING = "starting"
     TRAINING = "training"
     HANGING = "hanging"
@@ -168,6 +169,8 @@ def show_status(status: RunStatus) -> str:
             for account, seconds in status.seconds.items()
             if seconds >= 0.0005 * status.wall_s
         ]
+    if not status.attempts:
+        return "\n".join(shown)
     shown += ["", "attempts" if len(status.attempts) <= _SHOWN_ATTEMPTS else f"the last {_SHOWN_ATTEMPTS} attempts"]
     return "\n".join([*shown, *map(_attempt_line, status.attempts[-_SHOWN_ATTEMPTS:])])
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sambalm.pretrain.errors import ConfigError, ExitCode
+from sambalm.pretrain.errors import ConfigError, ExitCode, NoRunError
 from sambalm.pretrain.lifecycle.attempts import write_outcome, write_snapshot
+from sambalm.pretrain.reporting.status import show_status
 from sambalm.slurm import health, prepare
 from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.status import slurm_status
+from sambalm.slurm.submission import Submission, write_submission
 from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
 
 ROOT = Path(__file__).parents[2]
@@ -35,14 +37,32 @@ def program(tmp_path, monkeypatch):
 
 
 def test_status_asks_slurm_for_the_jobs_state(tmp_path, program, monkeypatch):
-    calls = program("squeue", "echo PENDING")
+    calls = program("squeue", "echo 7 PENDING BeginTime")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     attempt = tmp_path / "run" / "attempts" / "first"
     write_snapshot(attempt, config_yaml="train: {steps: 10}", world_size=1, start_step=150)
-    assert slurm_status(tmp_path / "run").shown_state() == "killed (Slurm job 7 PENDING)"
-    assert calls() == ["--noheader --jobs=7 --format=%T"]
+    assert slurm_status(tmp_path / "run").shown_state() == "killed (Slurm job 7 PENDING, BeginTime)"
+    assert calls() == ["--noheader --states=all --jobs=7 --sort=i --format=%i %T %r"]
     write_outcome(attempt, exit_code=ExitCode.REQUEUE, step=150, reason="why")
-    assert slurm_status(tmp_path / "run").shown_state() == "left (why; Slurm job 7 PENDING)"
+    assert slurm_status(tmp_path / "run").shown_state() == "left (why; Slurm job 7 PENDING, BeginTime)"
+
+
+def test_a_run_that_was_submitted_and_has_not_started_has_a_status(tmp_path, program):
+    run_dir = tmp_path / "runs" / "x"
+    with pytest.raises(NoRunError, match="is not a run that has started"):
+        slurm_status(run_dir)
+    write_submission(run_dir, Submission(jobs=["7", "8"], steps=30))
+    calls = program("squeue", "printf '7 RUNNING None\\n8 PENDING Dependency\\n'")
+    status = slurm_status(run_dir)
+    assert status.shown_state() == "submitted (Slurm job 7 RUNNING; Slurm job 8 PENDING, Dependency)"
+    assert "step              0 of 30 (0.0%)\n" in show_status(status)
+    assert json.loads(status.as_json())["attempts"] == []
+    assert " --jobs=7,8 " in calls()[0]
+    program("squeue", "exit 1")  # it knows them no more
+    assert slurm_status(run_dir).shown_state() == "submitted"
+    (run_dir / "submitted.json").write_text('{"jobs": ')
+    with pytest.raises(NoRunError):
+        slurm_status(run_dir)
 
 
 @pytest.fixture
@@ -53,8 +73,8 @@ def in_the_repository(monkeypatch):
 
 
 def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository):
-    job, run_dir = training_job(CONFIG, nodes=2, spares=1, overrides=["train.steps=5"])
-    assert run_dir == "runs/samba_421m"
+    job, config = training_job(CONFIG, nodes=2, spares=1, overrides=["train.steps=5"])
+    assert (config.run.dir, config.train.steps) == ("runs/samba_421m", 5)
     assert job.command() == [
         "sbatch",
         "--job-name=samba_421m",
@@ -82,7 +102,7 @@ def test_a_job_that_could_not_start_is_refused(in_the_repository, monkeypatch):
         training_job(CONFIG, nodes=3)  # 24 GPUs, of which 128 samples are no multiple
     with pytest.raises(ConfigError, match="is not a multiple of"):
         training_job(CONFIG, nodes=1, gpus_per_node=3)
-    with pytest.raises(SlurmError, match=r"none\.sbatch does not exist.* samba_421m\.sbatch"):
+    with pytest.raises(SlurmError, match=r"none\.sbatch does not exist.*/train\.sbatch runs any config"):
         training_job(CONFIG, nodes=1, script=Path("none.sbatch"))
     monkeypatch.setenv("SAMBALM_CLUSTER", "moon")
     with pytest.raises(SlurmError, match=r"configs/clusters here has no moon\.env.* \(efa, generic, infiniband\)$"):
@@ -98,13 +118,17 @@ def test_clusters_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job, _ = training_job(Path("samba_421m"), nodes=1)
     assert job.variables["SAMBALM_CONFIG"] == "samba_421m"
-    assert job.variables["SAMBALM_CLUSTERS"] == str(ROOT / ".src" / "sambalm" / "configs" / "clusters")
+    (tmp_path / "other.yaml").write_text(CONFIG.read_text())
+    other, _ = training_job(Path("other.yaml"), nodes=1)
+    assert (other.script, other.options[0]) == (SCRIPTS / "train.sbatch", "--job-name=other")
+    monkeypatch.setenv("SAMBALM_CLUSTER", "mine")
+    with pytest.raises(SlurmError, match=r"has no mine\.env"):
+        convert_job("runs/x")
     (tmp_path / "configs" / "clusters").mkdir(parents=True)
     (tmp_path / "configs" / "clusters" / "mine.env").touch()
-    monkeypatch.setenv("SAMBALM_CLUSTER", "mine")
-    assert "SAMBALM_CLUSTERS" not in convert_job("runs/x").variables
+    convert_job("runs/x")
     monkeypatch.setenv("SAMBALM_CLUSTER", "efa")  # is not among those of this folder
-    assert Path(convert_job("runs/x").variables["SAMBALM_CLUSTERS"], "efa.env").is_file()
+    convert_job("runs/x")
 
 
 SBATCH = """\
@@ -134,8 +158,8 @@ def test_a_chain_starts_each_job_after_the_one_before(program, tmp_path):
 def test_what_slurm_refuses_is_one_sentence(program, monkeypatch, tmp_path):
     program("sbatch", 'echo "sbatch: error: allocation failure: Invalid partition" >&2; exit 1')
     with pytest.raises(SlurmError) as refused:
-        Job(Path("train.sbatch"), []).submit()
-    assert str(refused.value) == "Slurm refuses train.sbatch: Invalid partition"
+        Job(Path("train.sbatch"), ["--nodes=2"]).submit()
+    assert str(refused.value) == "Slurm refuses train.sbatch --nodes=2: Invalid partition"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="sbatch is not installed here"):
         Job(Path("train.sbatch"), []).test()

@@ -167,8 +167,54 @@ def test_nodes_that_are_not_up_are_not_asked(tmp_path):
 def test_too_few_good_nodes_requeue_the_job_elsewhere(tmp_path):
     job = run_job(tmp_path, [], nodes="n1 mixed\nn2 mixed\nn3 mixed", good="n1", real_python=True, SAMBALM_NODES="2")
     assert (job.exit_code, job.attempts) == (0, 0)
-    assert job.of("scontrol") == [REQUEUED, "scontrol update JobId=1001 ExcNodeList=n2,n3"]
+    assert job.of("scontrol requeue") == [REQUEUED]
+    assert job.of("scontrol update") == ["scontrol update JobId=1001 ExcNodeList=n2,n3"]
     assert "too few nodes are fit to train; requeueing" in job.log
+    assert "node n2 is left out: no answer\n" in job.log
+    assert len(job.of("srun")) == 1  # too few to check links between them
+
+
+def test_nodes_that_the_job_is_to_do_without_already_stay_so(tmp_path):
+    nodes = "n1 mixed\nn2 mixed\nn3 mixed"
+    job = run_job(tmp_path, [], nodes=nodes, good="n1 n3", real_python=True, SAMBALM_NODES="3", excluded="n6,n5")
+    assert job.of("scontrol update") == ["scontrol update JobId=1001 ExcNodeList=n2,n6,n5"]
+
+
+@pytest.mark.parametrize(("partition", "spared"), [("n1 n2 n3 n4 n5", True), ("n1 n2 n3 n4 n4", False)])
+def test_a_job_is_not_kept_from_nodes_without_which_it_could_never_start(partition, spared, tmp_path):
+    """n1, which is bad, and n2, by the hand of whoever submitted the job, of which three nodes are needed."""
+    nodes = "n1 mixed\nn3 mixed\nn4 mixed"
+    job = run_job(
+        tmp_path, [], nodes=nodes, good="n3 n4", real_python=True, partition=partition, excluded="n2", SAMBALM_NODES="3"
+    )
+    assert (job.exit_code, job.of("scontrol requeue")) == (0, [REQUEUED])
+    assert len(job.of("scontrol update")) == spared
+    assert ("n1 may be given to this job again: partition batch has too few others" in job.log) is not spared
+
+
+def test_a_cluster_is_found_here_or_among_the_shipped_and_what_it_leaves_out_is_generic(tmp_path):
+    where = {"SLURM_SUBMIT_DIR": str(tmp_path), "SAMBALM_CONFIG": "some.yaml"}
+    job = run_job(tmp_path, ["- 0"], SAMBALM_CLUSTER="efa", **where)
+    assert (job.exit_code, job.attempts) == (0, 1)
+    (tmp_path / "configs" / "clusters").mkdir(parents=True)
+    (tmp_path / "configs" / "clusters" / "mine.env").write_text("RANKS_PER_NODE=3\n")
+    variables = {"SAMBALM_CLUSTER": "mine", "SLURM_RESTART_COUNT": "50"}
+    job = run_job(tmp_path, ["- 75 asked to leave"], **where, **variables)
+    assert "MAX_RESTARTS=50 is reached" in job.log
+    (prepare,) = [call for call in job.of("python") if "sambalm.slurm.prepare" in call]
+    assert prepare.endswith(" 3 some.yaml")
+    job = run_job(tmp_path, [], SAMBALM_CLUSTER="moon", **where)
+    assert (job.exit_code, job.calls) == (2, [])
+    assert job.log.endswith("configs/clusters has no moon.env, which SAMBALM_CLUSTER names\n")
+
+
+def test_any_config_runs_by_the_file_that_names_none(tmp_path):
+    job = run_job(tmp_path, ["- 0"], script="train.sbatch", SAMBALM_CONFIG="some.yaml", SLURM_NNODES="1")
+    (prepare,) = [call for call in job.of("python") if "sambalm.slurm.prepare" in call]
+    assert (job.exit_code, prepare.split()[-2:]) == (0, ["8", "some.yaml"])
+    job = run_job(tmp_path, [], script="train.sbatch", SLURM_NNODES="1")
+    assert (job.exit_code, job.calls) == (1, [])
+    assert "SAMBALM_CONFIG: names no config" in job.log
 
 
 @pytest.mark.parametrize(("check", "trains"), [("1", False), ("0", True)])
@@ -179,7 +225,7 @@ def test_nodes_that_cannot_reach_each_other_requeue_the_job(check, trains, tmp_p
     assert ("the nodes did not come together for an all-reduce" in job.log) is not trains
 
 
-SHIPPED = sorted((ROOT / "slurm").glob("samba_*.sbatch"))
+SHIPPED = [*sorted((ROOT / "slurm").glob("samba_*.sbatch")), ROOT / "slurm" / "train.sbatch"]
 
 
 def options(script):
@@ -205,5 +251,7 @@ def test_shipped_files_ask_for_what_the_job_script_needs(script):
         "open-mode": "append",
         "output": "%x-%j.log",
     }
+    if name == "train":
+        return
     text = script.read_text()
     assert f'"${{SAMBALM_CONFIG:-configs/{name}.yaml}}" "${{SAMBALM_NODES:-{nodes.partition("-")[0]}}}" "$@"' in text

@@ -1,5 +1,6 @@
 """Training jobs on real Slurm: to the end, and through everything that can interrupt them."""
 
+import re
 import time
 
 import pytest
@@ -162,3 +163,17 @@ def test_a_crash_loop_stops_by_itself(moment, cluster, values, tmp_path):
     expected = [None, None, None, ExitCode.NO_PROGRESS] if recorded else []
     assert [attempt.exit_code for attempt in job.attempts()] == expected
     assert job.saved_steps() == []
+
+
+@pytest.mark.slow
+def test_bad_nodes_are_excluded_as_long_as_enough_others_are_left(cluster, values):
+    """Every node is bad, and one is excluded by hand: the job gets both others in turn, then one of them again."""
+    limits = {"MIN_DISK_FREE_GIB": "1e9", "MAX_RESTARTS": "2"}
+    job = Job(cluster, values, "--nodes=1", "--exclude=n3", SAMBALM_NODES="1", **limits)
+    assert job.wait_for_end() == "FAILED", job.text()
+    assert cluster.field(job.number, "ExitCode") == f"{int(ExitCode.REQUEUE)}:0", job.text()
+    assert cluster.field(job.number, "ExcNodeList") == "n1,n3"
+    left_out = re.findall(r"^node (n\d) is left out: .* free, of MIN_DISK_FREE_GIB=1e\+09$", job.text(), re.M)
+    assert left_out == ["n1", "n2", "n2"]
+    assert job.text().count("n2 may be given to this job again: partition test has too few others") == 1
+    assert "not requeued: MAX_RESTARTS=2 is reached" in job.text()

@@ -54,6 +54,9 @@ def test_phases_are_estimated_each_on_its_layout_and_summed():
     (sums,) = re.findall(r"^64 nodes: all phases, each on its fastest layout: (.*) = (.*) days$", out, re.MULTILINE)
     assert [float(term) for term in sums[0].split(" + ")] == days
     assert float(sums[1]) == pytest.approx(sum(days), abs=0.2)
+    few = Cluster(hardware=replace(H100, name="h100-pcie", node_gpus=4))
+    (small,) = estimate(load_config(CONFIGS / "samba_421m.yaml"), nodes=2, cluster=few)
+    assert small.plan.world_size == 8
     with pytest.raises(ConfigError, match=r"in data\.phases\.0, no layout of 24 GPUs"):
         estimate(load_config(config), nodes=3, cluster=Cluster())
 
@@ -95,9 +98,11 @@ def test_bad_and_silent_nodes_are_left_out(tmp_path, capsys):
         (tmp_path / folder / f"{node}.json").write_text(json.dumps({"problem": problem}))
     assert pick(tmp_path, 2, ["a", "b", "c", "d"]) == ["a", "d"]
     assert capsys.readouterr().err == "node b is left out: disk full\nnode c is left out: no answer\n"
-    assert (tmp_path / "bad_nodes").read_text() == "b,c\n"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "d.json").write_text('{"problem": "slow"}')
     with pytest.raises(SystemExit):
-        pick(tmp_path, 3, ["a", "b", "c", "d"])
+        pick(tmp_path, 2, ["a", "d"])
+    assert (tmp_path / "bad_nodes").read_text() == "b\nc\nd\n"  # of both checks
 
 
 @pytest.mark.parametrize(

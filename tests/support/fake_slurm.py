@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = {
-    "squeue": 'case "$*" in *%T*) echo "$FAKE_STATE" ;; *%N*) echo allocated ;; esac',
-    "sinfo": 'printf "%s\\n" "$FAKE_NODES"',
-    "scontrol": '[ "$1" != requeue ] || { kill -TERM "$(cat "$FAKE_FOLDER/pid")"; exit "$FAKE_REQUEUE"; }',
+    "squeue": 'case "$*" in *%T*) echo "$FAKE_STATE" ;; *%N*) echo allocated ;; *%x*) echo "$FAKE_EXCLUDED" ;; esac',
+    "sinfo": 'case "$*" in *partition=*) printf "%s\\n" $FAKE_PARTITION ;; *) printf "%s\\n" "$FAKE_NODES" ;; esac',
+    "scontrol": '[ "$1" != show ] || echo "$3" | tr , "\\n"\n'
+    '[ "$1" != requeue ] || { kill -TERM "$(cat "$FAKE_FOLDER/pid")"; exit "$FAKE_REQUEUE"; }',
     "scancel": ":",
     "srun": 'while case "$1" in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
 }
@@ -81,6 +82,8 @@ def run_job(
     *arguments: str,
     script: str = "samba_421m.sbatch",
     nodes: str = "n1 mixed",
+    partition: str = "n1 n2 n3 n4 n5 n6",
+    excluded: str = "(null)",
     good: str | None = None,
     real_python: bool = False,
     state: str = "RUNNING",
@@ -96,7 +99,9 @@ def run_job(
     Args:
         plan: a line an attempt: the checkpoint's step that it leaves or `-`, its exit code, `crash`, `told` (by USR1,
             on which it leaves) or `told-crash`, and the reason that it records.
-        nodes: what sinfo says of the job's nodes, a line each. good: those that pass their health check (default: all).
+        nodes: what sinfo says of the job's nodes, a line each. partition: all nodes of its partition. excluded: those
+            that the job is not to be given, as squeue says it.
+        good: those that pass their health check (default: all).
         real_python: whether the product's own programs pick nodes and read outcomes.
         state: of the job, by squeue. limit: run.max_attempts_without_progress.
         requeue, links, prepare: exit codes of `scontrol requeue`, of the check of links and of the config.
@@ -113,6 +118,7 @@ def run_job(
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "1001",
+        "SLURM_JOB_PARTITION": "batch",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SAMBALM_SLURM": str(ROOT / "slurm"),
         "SAMBALM_PYTHON": str(tools / "python"),
@@ -120,6 +126,8 @@ def run_job(
         "FAKE_RUN_DIR": str(run_dir),
         "FAKE_PYTHON": sys.executable if real_python else "",
         "FAKE_NODES": nodes,
+        "FAKE_PARTITION": partition,
+        "FAKE_EXCLUDED": excluded,
         "FAKE_GOOD": " ".join(line.split()[0] for line in nodes.splitlines()) if good is None else good,
         "FAKE_STATE": state,
         "FAKE_LIMIT": str(limit),

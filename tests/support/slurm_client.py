@@ -43,6 +43,11 @@ class Cluster:
                 stderr=out,
             )
 
+    @property
+    def user_variables(self) -> dict[str, str]:
+        """What a user's shell there has over this process's environment."""
+        return {"SLURM_CONF": self.environment["SLURM_CONF"], "GLOO_SOCKET_IFNAME": "lo"}
+
     def wait_until_up(self) -> None:
         wait_until(lambda: (self.folder / "ready").exists() or self.process.poll() is not None, 90)
         assert self.process.poll() is None, (self.folder.parent / "cluster.out").read_text()

@@ -8,6 +8,7 @@ What a page's source says to the runner, which a reader does not see:
   and so the rest of a line. Each number stands for any number, as speeds and losses differ between machines.
 - `<!-- exact -->` before an output compares numbers too.
 - `<!-- exit code 2 -->` before a block `bash` says how it ends; others end with 0.
+- `<!-- on a cluster -->` on a line of its own says that the page needs Slurm.
 - `<!-- in the test: COMMANDS -->` before a block `bash` runs these in its place, where it needs hardware; its output is
   then not compared.
 """
@@ -28,7 +29,7 @@ FENCE = re.compile(
     r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
-ATTEMPT = re.compile(r"\b\d{8}T\d{6}-\d+")
+ATTEMPT = re.compile(r"\b\d{8}T\d{6}-\d+|\bjob\d+\.\d+(?:\.\d+)?(?=[ :])")  # the second by Slurm
 NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")  # and not the 32 of fp32
 HASH = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,}\b")
 
@@ -65,6 +66,11 @@ def start_of(page: str) -> str | None:
     """The name of the page in whose folder a page's text begins; None for an empty folder."""
     found = re.search(r"^<!-- folder of: (\S+) -->$", page, re.M)
     return found[1] if found else None
+
+
+def is_on_a_cluster(page: str) -> bool:
+    """Whether a page's text needs Slurm."""
+    return re.search(r"^<!-- on a cluster -->$", page, re.M) is not None
 
 
 def _commands(text: str, comment: str) -> Step:
