@@ -80,12 +80,12 @@ def train(config: RunConfig, *, signals: Signals | None = None, evaluation: Make
             initial = find_initial_weights(config)
         with open_run_folder(config, marks) as folder:
             if is_main_process():
-                watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+                watchdog.watch_in(folder.attempt, ledger=folder.ledger, processes=folder.processes)
                 if folder.checkpoint is None:
                     _warn_unless_convertible(config)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
-                watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+                watchdog.watch_in(folder.attempt, ledger=folder.ledger, processes=folder.processes)
                 initial = world.broadcast_object(initial)
                 exit_code, step = _train(
                     config, world, initial, folder=folder, signals=signals, marks=marks, evaluation=evaluation

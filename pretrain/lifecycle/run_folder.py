@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sambalm.data_pipeline.files import sync
@@ -44,6 +44,7 @@ from sambalm.pretrain.lifecycle.attempts import (
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.lifecycle.lease import held_lease
 from sambalm.pretrain.lifecycle.ledger import LEDGER, Ledger
+from sambalm.pretrain.lifecycle.lost_ranks import RankProcesses, naming_lost_ranks
 from sambalm.pretrain.lifecycle.phases import Marks
 from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
 from sambalm.pretrain.reporting.metrics_file import METRICS
@@ -73,13 +74,15 @@ class RunFolder:
     lease_is_lost: Callable[[], bool] = lambda: False  # whether that was so lately; costs nothing
     token: str = ""  # of the lease, in the names of what is not finished; of the main rank's once it is shared
     checkpoint: Checkpoint | None = None  # that the run goes on from, opened; known to the main rank alone
+    processes: RankProcesses = field(default_factory=RankProcesses)  # of all ranks, once it is shared
 
     @contextlib.contextmanager
     def shared(self, world: World) -> Iterator["RunFolder"]:
         """Yields the folder with what every rank needs to know, and records every rank's errors. Collective."""
         attempt, token = world.broadcast_object((self.attempt, self.token))
-        with recorded_errors(attempt):
-            yield replace(self, attempt=attempt, token=token)
+        processes = RankProcesses.of(world)
+        with recorded_errors(attempt), naming_lost_ranks(processes, attempt):
+            yield replace(self, attempt=attempt, token=token, processes=processes)
 
     def end(self, exit_code: ExitCode, *, step: int, world: World) -> None:
         """Records how the attempt ended before any rank leaves. Collective."""

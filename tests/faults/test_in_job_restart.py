@@ -48,7 +48,8 @@ def test_a_killed_rank_does_not_end_the_job(values, tmp_path):
     run = Run(values, tmp_path)
     with start(run) as process:
         run.wait_for_step(30)
-        ranks_of(process)[-1].kill()
+        killed = ranks_of(process)[-1]
+        killed.kill()
         killed_s = time.time()
         wait_until(lambda: len(read_attempts(run.dir)) == 2, 120, run.text)
         recorded_s = time.time()
@@ -60,7 +61,8 @@ def test_a_killed_rank_does_not_end_the_job(values, tmp_path):
     print(f"death to attempt {recorded_s - killed_s:.1f} s, to the first step {first_step_s - killed_s:.1f} s")
     first, second = read_attempts(run.dir)
     assert (first.path.name, second.path.name) == ("job7.0", "job7.0.restart1")
-    assert (first.start_step, first.exit_code, second.exit_code) == (0, None, ExitCode.FINISHED)
+    assert (first.start_step, first.exit_code, second.exit_code) == (0, ExitCode.RANK_LOST, ExitCode.FINISHED)
+    assert first.reason.startswith(f"rank 1 is gone (process {killed.pid} on ")
     assert second.start_step >= 20
     assert [without_measured(record) for record in read_metrics(run.dir)] == expected
 

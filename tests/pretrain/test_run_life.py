@@ -201,7 +201,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, long_v
 
 def test_a_lease_is_taken_over_without_a_beat_and_its_holder_finds_out(tmp_path, monkeypatch):
     """Holders on another host, whose process ids say nothing, are known by their beat alone."""
-    monkeypatch.setattr("sambalm.pretrain.lifecycle.lease._pid_space", lambda: os.urandom(4).hex())
+    monkeypatch.setattr("sambalm.pretrain.lifecycle.lease.pid_space", lambda: os.urandom(4).hex())
     beating, silent = Lease(tmp_path, beat_s=0.05, stale_s=1.0), Lease(tmp_path / "b", beat_s=1000.0)
     beating.acquire()
     silent.acquire()
