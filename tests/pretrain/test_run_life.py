@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sambalm.pretrain.checkpointing.format import newest_checkpoint
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.errors import ExitCode, RunInUseError
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.lease import Lease
@@ -225,6 +225,7 @@ def crash_at_step_4():
 
     def crash(self):
         if self.step == 4:
+            wait_until(lambda: checkpoint_folders(Path(self.config.run.dir)), 60)  # of step 3, which a thread writes
             os.kill(os.getpid(), signal.SIGKILL)
         return launch_step(self)
 
