@@ -30,6 +30,11 @@ class Sample(NamedTuple):
     document_starts: torch.Tensor | None
     loss_weights: torch.Tensor | None = None
 
+    @property
+    def has_label(self) -> bool:
+        """Whether any of its labels counts in the loss."""
+        return self.loss_weights is None or bool(self.loss_weights.any())
+
 
 class Samples(Protocol):
     """What a loader reads: a sample by its number, and where it lies."""
@@ -102,8 +107,7 @@ class TrainDataset:
             DataError: no label of the first samples counts in the loss, so that there is nothing to learn from them.
         """
         for number in range(self._before.samples, self._before.samples + LOOKED_AT):
-            weights = self[number].loss_weights
-            if weights is None or weights.any():
+            if self[number].has_label:
                 return
         cut = self.cut_documents()
         why = (
@@ -142,13 +146,22 @@ class ValidationDataset:
     """Different samples of the held-out parts, source by source. `len` counts them.
 
     places: of each sample its source, its first token in the source's stream, and the one after its last.
+    prefixes: of the sources.
     """
 
-    def __init__(self, places: list[tuple[int, int, int]], streams: list[TokenStream], reader: "_Reader") -> None:
+    def __init__(
+        self,
+        places: list[tuple[int, int, int]],
+        streams: list[TokenStream],
+        reader: "_Reader",
+        *,
+        prefixes: Sequence[str],
+    ) -> None:
         self.sequence_length = reader.length
         self._places = places
         self._streams = streams
         self._reader = reader
+        self._prefixes = prefixes
 
     def __len__(self) -> int:
         return len(self._places)
@@ -164,6 +177,17 @@ class ValidationDataset:
     def source_counts(self) -> list[int]:
         """Samples of each source."""
         return np.bincount([source for source, *_ in self._places], minlength=len(self._streams)).tolist()
+
+    def without_labels(self) -> list[str]:
+        """Returns the prefixes of the sources of which there are samples, and no label of any counts in the loss."""
+        if not self._reader.weighs:
+            return []
+        sampled = {source for source, *_ in self._places}
+        counted: set[int] = set()
+        for number, (source, *_) in enumerate(self._places):
+            if source not in counted and self[number].has_label:
+                counted.add(source)
+        return [self._prefixes[source] for source in sorted(sampled - counted)]
 
     def token_place(self, number: int, position: int) -> tuple[str, int]:
         source, start, _ = self._places[number]
@@ -208,7 +232,8 @@ def build_validation_dataset(
 
     Where there are fewer, `len` of the result says how many. Sources keep their training proportions as far as their
     held-out parts last, but each gives at least one where it can.
-    Raises DataError where no held-out part makes one sample.
+    Raises DataError where no held-out part makes one sample, where no label of them counts in the loss, and where none
+    of one of the sources of data.validation does, each of which has a loss of its own.
     """
     length = config.sequence_length * length_multiple
     streams = [source.stream(held_out=held_out) for source in sources]
@@ -240,7 +265,18 @@ def build_validation_dataset(
             places.append(
                 (number, *(packing.place(chosen) if packing else (chosen * length, (chosen + 1) * length + 1)))
             )
-    return ValidationDataset(places, streams, _Reader(config, sources, length=length))
+    prefixes = [source.prefix for source in sources]
+    dataset = ValidationDataset(places, streams, _Reader(config, sources, length=length), prefixes=prefixes)
+    empty = dataset.without_labels()
+    if empty and (not held_out or len(empty) == np.count_nonzero(counts)):
+        parts = "the held-out part of" if held_out else "data.validation's"
+        keys = ["data.validation_fraction"] * held_out + ["validation.tokens"]
+        keys += [_lengths(length_multiple)] * (config.packing == "documents")  # longer documents lose their ends
+        raise DataError(
+            f"no label of {parts} {', '.join(empty)} counts in the loss, in samples of {length} tokens; look at the "
+            f"masks, or raise {' or '.join(keys)}"
+        )
+    return dataset
 
 
 class _Reader:
@@ -249,7 +285,7 @@ class _Reader:
     def __init__(self, config: DataConfig, sources: Sequence[Source], *, length: int) -> None:
         self.length = length
         self._resets, self._packed = config.reset_at_document, config.packing == "documents"
-        self._weighs = self._packed or any(source.masked for source in sources)
+        self.weighs = self._packed or any(source.masked for source in sources)
 
     def read(self, stream: TokenStream, start: int, stop: int) -> Sample:
         """The sample of the tokens [start, stop) of a stream, length + 1 of them at most."""
@@ -262,7 +298,7 @@ class _Reader:
             begins = np.full(whole, count, dtype=np.int64)  # what pads a sample is a document of its own
             begins[:count] = stream.document_starts(start, count)
         weights = None
-        if self._weighs:
+        if self.weighs:
             counted = np.zeros(whole, dtype=np.float32)
             counted[:count] = stream.counts(start, count)
             if self._packed and begins is not None:

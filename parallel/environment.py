@@ -11,3 +11,8 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Returns whether this is the first process of the run."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_under_torchrun() -> bool:
+    """Returns whether one of torchrun's agents has started this process."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ

@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     DIVERGED = 80
     HANGING = 81
     REPLICAS_DIFFER = 82
+    RANK_LOST = 83
     INTERRUPTED = 130
 
 
@@ -68,6 +69,7 @@ EXIT_CODES = {
         "ranks that hold the same weights hold different ones: look at the hardware of the rank that it names",
         Launchers.END,
     ),
+    ExitCode.RANK_LOST: Meaning("another rank is gone: the outcome names it, where that can be known", Launchers.RETRY),
     ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard; saved after the first step", Launchers.END),
 }
 
@@ -197,6 +199,14 @@ class RunInUseError(Exception):
     """Another process works in the run's folder."""
 
     exit_code = ExitCode.RUN_IN_USE
+
+
+class RankLostError(Exception):
+    """Another rank is gone, and this one cannot go on without it; the exit code is that of the attempt's outcome."""
+
+    def __init__(self, sentence: str, exit_code: int = ExitCode.RANK_LOST) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 class RestartError(Exception):

@@ -39,7 +39,7 @@ from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.profile import Profiler
 from sambalm.pretrain.lifecycle.replicas import ReplicaCheck
 from sambalm.pretrain.lifecycle.rollback import RollBack, Rollbacks, set_newer_checkpoints_aside
-from sambalm.pretrain.lifecycle.run_folder import LeaseGuard, RunFolder, open_run_folder
+from sambalm.pretrain.lifecycle.run_folder import ENDINGS, Ending, LeaseGuard, RunFolder, open_run_folder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from sambalm.pretrain.lifecycle.stragglers import Stragglers
 from sambalm.pretrain.lifecycle.watchdog import watching
@@ -50,11 +50,6 @@ from sambalm.pretrain.run_phases import RunPhase, phase_line
 from sambalm.pretrain.training import build_training
 from sambalm.pretrain.validation import Validator
 
-LEAVING = {
-    Request.LEAVE: ExitCode.REQUEUE,
-    Request.INTERRUPT: ExitCode.INTERRUPTED,
-    Request.STOP: ExitCode.STOPPED,
-}
 COMPILING_STEPS = UNCAPTURED_STEPS + 1  # an attempt's first steps, in which kernels are compiled and captured
 
 
@@ -80,18 +75,18 @@ def train(config: RunConfig, *, signals: Signals | None = None, evaluation: Make
             initial = find_initial_weights(config)
         with open_run_folder(config, marks) as folder:
             if is_main_process():
-                watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+                watchdog.watch_in(folder.attempt, ledger=folder.ledger, processes=folder.processes)
                 if folder.checkpoint is None:
                     _warn_unless_convertible(config)
             copies = weight_copies(config.model, tensor_ranks=config.parallel.tensor)
             with start_world(config.parallel, copies=copies) as world, folder.shared(world) as folder:
-                watchdog.watch_in(folder.attempt, ledger=folder.ledger)
+                watchdog.watch_in(folder.attempt, ledger=folder.ledger, processes=folder.processes)
                 initial = world.broadcast_object(initial)
-                exit_code, step = _train(
+                ending, step = _train(
                     config, world, initial, folder=folder, signals=signals, marks=marks, evaluation=evaluation
                 )
-                folder.end(exit_code, step=step, world=world)
-                return exit_code
+                folder.end(ending, step=step, world=world)
+                return ending.exit_code
 
 
 def _check_data(config: RunConfig) -> None:
@@ -124,7 +119,7 @@ def _train(
     signals: Signals,
     marks: Marks,
     evaluation: MakeHook | None,
-) -> tuple[ExitCode, int]:
+) -> tuple[Ending, int]:
     """Trains, again after each way back to an earlier checkpoint; returns how the attempt ends, and at which step."""
     rollback: RollBack | None = None
     while True:
@@ -286,14 +281,14 @@ class Trainer:
         ]
         return hooks
 
-    def fit(self) -> ExitCode:
+    def fit(self) -> Ending:
         """Trains to the last step or to a request to leave, and calls the hooks on the way."""
-        exit_code: ExitCode | None = None
+        ending: Ending | None = None
         with closing(self.training.executor), ExitStack() as ends:
             ends.callback(lambda: self.loader.close())  # that of the last phase
             for hook in self.hooks:
                 hook.on_start(self.training)
-                ends.push(lambda error, *_, hook=hook: hook.on_end(None if error else exit_code))
+                ends.push(lambda error, *_, hook=hook: hook.on_end(None if error or not ending else ending.exit_code))
             ends.callback(self.marks.enter, Phase.LEAVE)
             self.signals.training_starts()
             unread: LaunchedStep | None = None  # a step that the device may still be at
@@ -309,11 +304,11 @@ class Trainer:
                     request = max(request, launched.request(), self._request_of_phase())
                     self._finish(launched, request)
                     unread = None
-                if request in LEAVING and self.step < self.config.train.steps:
-                    exit_code = LEAVING[request]
-                    return exit_code
-            exit_code = ExitCode.FINISHED
-        return exit_code
+                if request > Request.SAVE and self.step < self.config.train.steps:
+                    ending = ENDINGS[request]
+                    return ending
+            ending = ENDINGS[Request.NOTHING]
+        return ending
 
     def _finishes_at_once(self, step: LaunchedStep) -> bool:
         """Whether a step's results are read before the next step is launched."""

@@ -87,7 +87,7 @@ def _print_error(error: Exception) -> None:
     """Once for a whole run where every rank meets the same error, which is before their process group exists."""
     if type(error).__name__ == "NoArgsIsHelpError":  # click has shown the help
         return
-    from sambalm.pretrain.errors import ConfigError, print_error
+    from sambalm.pretrain.errors import ConfigError, RankLostError, print_error
 
     error = ConfigError(usage) if (usage := _usage(error)) else error
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -97,7 +97,7 @@ def _print_error(error: Exception) -> None:
     if rank is not None:
         import torch.distributed as dist
 
-        if dist.is_initialized():
+        if dist.is_initialized() or isinstance(error, RankLostError):  # when the first rank may be the one
             print(f"error on rank {rank}: {error}", file=sys.stderr)
             return
     if rank in (None, "0"):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sambalm.data_pipeline.files import flush_to_disk, sync
+from sambalm.parallel.environment import is_under_torchrun
 from sambalm.pretrain.credentials import shown_environment, without_credentials
 from sambalm.pretrain.errors import (
     EXIT_CODES,
@@ -40,7 +41,6 @@ from sambalm.pretrain.errors import (
 from sambalm.pretrain.lifecycle.processes import process_age_s
 
 ATTEMPT_VARIABLE = "SAMBALM_ATTEMPT"  # a launcher's name for the attempt; the same on every rank
-RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"  # torchrun sets it
 RESTARTED = ".restart"
 ATTEMPT, OUTCOME = "attempt.json", "outcome.json"
 _START = {"started_s": (int, float), "start_step": (int, type(None))}
@@ -88,7 +88,7 @@ def check_restart(run_dir: Path) -> None:
     Raises:
         RestartError: with the exit code of the attempt before.
     """
-    if RESTARTS_VARIABLE not in os.environ or not (attempts := read_attempts(run_dir)):
+    if not is_under_torchrun() or not (attempts := read_attempts(run_dir)):
         return
     code, ended_s = attempts[-1].exit_code, read_outcome(attempts[-1].path).get("ended_s", 0.0)
     if code not in set(ExitCode) or EXIT_CODES[ExitCode(code)].launchers is Launchers.RETRY:

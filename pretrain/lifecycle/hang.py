@@ -63,7 +63,7 @@ def judge(positions: Mapping[int, Position], *, silent: Collection[int]) -> str 
         first = min(overdue.values(), key=lambda position: position.since_s)
         does = "rank does not" if len(silent) == 1 else "ranks do not"
         return (
-            f"{_names(silent)}: the {does} answer; others have waited in phase {first.phase} of step {first.step} "
+            f"{rank_names(silent)}: the {does} answer; others have waited in phase {first.phase} of step {first.step} "
             f"since {_clock(first.since_s)}"
         )
     least = min(position.progress for position in positions.values())
@@ -77,10 +77,10 @@ def _sentence(late: Mapping[int, Position]) -> str:
     first = min((position for position in late.values() if position.overdue), key=lambda position: position.since_s)
     of = f" of step {first.step}" if first.step else ""
     limit = "" if first.limit_s is None else f", past watchdog.{first.phase}_s {first.limit_s:g}"
-    return f"{_names(late)}: hanging in phase {first.phase}{of} since {_clock(first.since_s)}{limit}"
+    return f"{rank_names(late)}: hanging in phase {first.phase}{of} since {_clock(first.since_s)}{limit}"
 
 
-def _names(ranks: Collection[int]) -> str:
+def rank_names(ranks: Collection[int]) -> str:
     """Names ranks, runs of neighbours by their ends."""
     ends: list[list[int]] = []
     for rank in sorted(ranks):

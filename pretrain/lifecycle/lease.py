@@ -14,7 +14,7 @@ from typing import Any
 from sambalm.data_pipeline.files import flush_to_disk, remove, sync
 from sambalm.pretrain.errors import RunInUseError, print_warning
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT_VARIABLE
-from sambalm.pretrain.lifecycle.processes import process_start
+from sambalm.pretrain.lifecycle.processes import pid_space, process_start
 
 LEASE = "lease.json"
 BEAT_S, STALE_S = 10.0, 60.0
@@ -150,7 +150,7 @@ def _identity() -> dict[str, Any]:
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "pid": pid,
-        "pids": _pid_space(),
+        "pids": pid_space(),
         "process_start": process_start(pid),
         "job": os.environ.get("SLURM_JOB_ID"),
         "attempt": os.environ.get(ATTEMPT_VARIABLE),
@@ -174,7 +174,7 @@ def holder_lives(run_dir: Path) -> bool | None:
         return None
     if holder is None:
         return False
-    if holder["pid"] is None or holder["process_start"] is None or holder["pids"] != _pid_space():
+    if holder["pid"] is None or holder["process_start"] is None or holder["pids"] != pid_space():
         return None
     return process_start(holder["pid"]) == holder["process_start"]
 
@@ -183,12 +183,6 @@ def _named(holder: dict[str, Any]) -> str:
     if holder["pid"] is None or holder["host"] is None:
         return f"an unknown process, as {LEASE} is damaged,"
     return f"process {holder['pid']} on {holder['host']}"
-
-
-def _pid_space() -> str:
-    """Names what process ids count in: a boot of a kernel and a namespace on it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -21,3 +21,9 @@ def process_age_s(pid: int) -> float:
     except (OSError, ValueError):
         return 0.0
     return uptime_s - int(start) / os.sysconf("SC_CLK_TCK") if start else 0.0
+
+
+def pid_space() -> str:
+    """Names what process ids count in: a boot of a kernel and a namespace on it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"

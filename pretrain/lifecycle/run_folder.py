@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from sambalm.data_pipeline.files import sync
 from sambalm.parallel.environment import is_main_process, world_size
@@ -44,16 +45,26 @@ from sambalm.pretrain.lifecycle.attempts import (
 from sambalm.pretrain.lifecycle.hooks import FinishedStep, Hook
 from sambalm.pretrain.lifecycle.lease import held_lease
 from sambalm.pretrain.lifecycle.ledger import LEDGER, Ledger
+from sambalm.pretrain.lifecycle.lost_ranks import RankProcesses, naming_lost_ranks
 from sambalm.pretrain.lifecycle.phases import Marks
-from sambalm.pretrain.lifecycle.signals import KILL_SWITCH
+from sambalm.pretrain.lifecycle.signals import KILL_SWITCH, ORPHANED, Request
 from sambalm.pretrain.reporting.metrics_file import METRICS
 from sambalm.pretrain.training import Training
 
-ENDINGS = {
-    ExitCode.FINISHED: "finished: train.steps is reached",
-    ExitCode.REQUEUE: "asked to leave: saved, to go on from there",
-    ExitCode.STOPPED: "asked to stop: saved",
-    ExitCode.INTERRUPTED: "interrupted from the keyboard: saved",
+
+class Ending(NamedTuple):
+    """How an attempt ends that has saved."""
+
+    exit_code: ExitCode
+    reason: str
+
+
+ENDINGS = {  # by what the run was asked for
+    Request.NOTHING: Ending(ExitCode.FINISHED, "finished: train.steps is reached"),
+    Request.LEAVE: Ending(ExitCode.REQUEUE, "asked to leave: saved, to go on from there"),
+    Request.ORPHANED: Ending(ExitCode.REQUEUE, f"{ORPHANED}: saved, to go on from there"),
+    Request.INTERRUPT: Ending(ExitCode.INTERRUPTED, "interrupted from the keyboard: saved"),
+    Request.STOP: Ending(ExitCode.STOPPED, "asked to stop: saved"),
 }
 _FILES, _FOLDERS = ("config.yaml", METRICS, LEDGER), ("attempts", "tensorboard")  # what a start writes, by kind
 # Of an error of the operating system: what trying again does not mend.
@@ -73,18 +84,20 @@ class RunFolder:
     lease_is_lost: Callable[[], bool] = lambda: False  # whether that was so lately; costs nothing
     token: str = ""  # of the lease, in the names of what is not finished; of the main rank's once it is shared
     checkpoint: Checkpoint | None = None  # that the run goes on from, opened; known to the main rank alone
+    processes: RankProcesses = field(default_factory=RankProcesses)  # of all ranks, once it is shared
 
     @contextlib.contextmanager
     def shared(self, world: World) -> Iterator["RunFolder"]:
         """Yields the folder with what every rank needs to know, and records every rank's errors. Collective."""
         attempt, token = world.broadcast_object((self.attempt, self.token))
-        with recorded_errors(attempt):
-            yield replace(self, attempt=attempt, token=token)
+        processes = RankProcesses.of(world)
+        with recorded_errors(attempt), naming_lost_ranks(processes, attempt):
+            yield replace(self, attempt=attempt, token=token, processes=processes)
 
-    def end(self, exit_code: ExitCode, *, step: int, world: World) -> None:
+    def end(self, ending: Ending, *, step: int, world: World) -> None:
         """Records how the attempt ended before any rank leaves. Collective."""
         if world.is_main:
-            write_outcome(self.attempt, exit_code=exit_code, step=step, reason=ENDINGS[exit_code])
+            write_outcome(self.attempt, exit_code=ending.exit_code, step=step, reason=ending.reason)
         world.barrier()
 
 
@@ -180,7 +193,9 @@ def _resume_point(run_dir: Path, earlier: Sequence[AttemptRecord], *, start_over
         return newest_checkpoint(run_dir, warn=print_warning)
     saved = last_saved_step(run_dir)
     steps = [*(record.start_step for record in earlier), saved]  # an older version's run has no record but its attempts
-    steps += [record.step for record in earlier if record.exit_code in ENDINGS]
+    steps += [
+        record.step for record in earlier if record.exit_code in {ending.exit_code for ending in ENDINGS.values()}
+    ]
     if (progress := max(filter(None, steps), default=0)) and not start_over:
         raise CheckpointsDamagedError(
             f"{run_dir} had saved step {progress} and holds no checkpoint any more: restore one from a copy, or set "

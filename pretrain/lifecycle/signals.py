@@ -1,15 +1,17 @@
-"""What a run is asked for while it trains: by signals to any rank, or by files in the run's folder.
+"""What a run is asked for while it trains: by signals to any rank, files in the run's folder, or torchrun's death.
 
 | asked by | request |
 | --- | --- |
 | SIGUSR1, or the file `save` in the run's folder | save and go on |
 | SIGTERM | save and leave, to be started again |
 | SIGINT (Ctrl-C) | save and leave; a second one, later than INTERRUPT_ONCE_S, leaves at once |
+| the death of the torchrun that started this process | save and leave, to be started again |
 | the file `stop` in the run's folder | save and leave, not to be started again while the file is there |
 """
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -17,10 +19,12 @@ from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
-from sambalm.parallel.environment import is_main_process
+from sambalm.parallel.environment import is_main_process, is_under_torchrun
 from sambalm.pretrain.errors import ExitCode, print_line
 
 INTERRUPT_ONCE_S = 1.0  # torchrun passes a Ctrl-C on to ranks that the terminal has given it already
+LOOK_S = 1.0  # between two looks at who this process's parent is
+ORPHANED = "the torchrun that started the ranks is gone"
 SAVE_SWITCH, KILL_SWITCH = "save", "stop"
 
 
@@ -30,15 +34,17 @@ class Request(IntEnum):
     NOTHING = 0
     SAVE = 1
     LEAVE = 2
-    INTERRUPT = 3
-    STOP = 4
+    ORPHANED = 3
+    INTERRUPT = 4
+    STOP = 5
 
 
 class Signals:
-    """This process's signals as requests, once `listen` has been called.
+    """This process's signals as requests, once `listen` has been called, and the death of the torchrun above it.
 
     They are read by a thread, because Python runs no handler while the main thread waits in a collective. A TERM or INT
-    before `training_starts` ends the process at once: there is nothing to save yet.
+    before `training_starts` ends the process at once: there is nothing to save yet. A process that anything else than
+    torchrun has started goes on when that ends, as under nohup.
 
     Attributes:
         before_leaving: called by that thread with the exit code and the reason, before it ends the process.
@@ -49,10 +55,12 @@ class Signals:
         self._training = self._save = False
         self._leave = Request.NOTHING
         self._interrupted_s: float | None = None
+        self._agent: int | None = None  # torchrun's process, the parent of this one
         self.before_leaving: Callable[[ExitCode, str], None] = lambda *_: None
 
     def listen(self) -> None:
         """Takes SIGUSR1, SIGTERM and SIGINT over; from the main thread only."""
+        self._agent = os.getppid() if is_under_torchrun() else None
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -75,8 +83,21 @@ class Signals:
 
     def _read(self, reader: int) -> None:
         while True:
-            for number in os.read(reader, 64):
-                self._note(number)
+            if select.select([reader], [], [], None if self._agent is None else LOOK_S)[0]:
+                for number in os.read(reader, 64):
+                    self._note(number)
+            self._look_for_agent()
+
+    def _look_for_agent(self) -> None:
+        if self._agent is None or os.getppid() == self._agent:
+            return
+        self._agent = None
+        with self._lock:
+            if not self._training:
+                self._leave_now(ExitCode.REQUEUE, f"{ORPHANED} before the first step: leaving for requeue")
+            self._leave = max(self._leave, Request.ORPHANED)
+            if is_main_process():
+                print_line(f"{ORPHANED}: saving after the step at hand, then leaving")
 
     def _note(self, number: int) -> None:
         with self._lock:

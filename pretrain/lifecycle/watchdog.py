@@ -4,6 +4,9 @@ A rank past a limit asks the others where they are (`hang.py`). When those that 
 answer, every rank leaves the stacks of its threads, the attempt gets its outcome, and all end with ExitCode.HANGING,
 whatever their other threads do. A rank that was stopped as a whole, and goes on, begins its phase anew.
 
+A rank also ends some time after another's process is gone, where no lost connection has told it before: on GPUs, and
+wherever it waits for something else (`lost_ranks.py`).
+
 The ledger of the main rank books what it did not move for as hanging.
 """
 
@@ -22,9 +25,10 @@ from sambalm.parallel.compat.flight_recorder import nccl_trace
 from sambalm.parallel.environment import world_size
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.errors import ExitCode, print_line, print_warning
-from sambalm.pretrain.lifecycle.attempts import write_outcome
+from sambalm.pretrain.lifecycle.attempts import OUTCOME, write_outcome
 from sambalm.pretrain.lifecycle.hang import Board, Position, judge
 from sambalm.pretrain.lifecycle.ledger import Ledger
+from sambalm.pretrain.lifecycle.lost_ranks import RankProcesses, ended_by
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.processes import process_age_s
 from sambalm.pretrain.lifecycle.signals import Signals
@@ -36,6 +40,7 @@ _MIN_GRACE_S, _MAX_GRACE_S, _GRACE_SHARE = 3.0, 60.0, 0.1  # that ranks have to 
 _STOPPED_S = 30.0  # between two looks at the clock: the process as a whole did not run
 _STUCK_S = 60.0  # without a look at the run's folder: what holds its files hangs too
 _SPEAK_S = 5.0  # for the last words of a process
+_LOST_S = 10.0  # in which a rank finds out by itself that another is gone
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Watchdog:
         self._attempt: Path | None = None
         self._ledger: Ledger | None = None
         self._board: Board | None = None
+        self._processes = RankProcesses()
+        self._lost_since_s: float | None = None
         self._ended = threading.Event()
 
     def start(self) -> None:
@@ -85,12 +92,14 @@ class Watchdog:
     def close(self) -> None:
         self._ended.set()
 
-    def watch_in(self, attempt: Path, *, ledger: Ledger) -> None:
+    def watch_in(self, attempt: Path, *, ledger: Ledger, processes: RankProcesses) -> None:
         """From here on this rank and the others find each other in the attempt's folder.
 
         Args:
             ledger: of this rank.
+            processes: of all ranks, once they have met.
         """
+        self._processes = processes
         if attempt == self._attempt:
             return
         self._ledger = ledger
@@ -132,6 +141,7 @@ class Watchdog:
 
     def _look(self) -> None:
         self._leave_with_others()
+        self._leave_without_lost_ranks()
         position, board, main = self._position(), self._board, self.marks.main
         if position.overdue or main.phase is not Phase.LEAVE:
             self._stands_since_s = main.since_s
@@ -177,6 +187,21 @@ class Watchdog:
             told = json.loads(left.read_text())
             if told["rank"] != self._rank:
                 self._end(f"rank {told['rank']} left before the first step", ExitCode(told["exit_code"]))
+
+    def _leave_without_lost_ranks(self) -> None:
+        """Ends this process where another rank is gone and nothing else has ended this one for a while."""
+        attempt, now_s = self._attempt, time.monotonic()
+        if attempt is None or len(self._processes.all) < 2 or self.marks.main.phase is Phase.LEAVE:
+            return
+        gone = self._processes.gone()
+        if not gone and not (attempt / OUTCOME).exists():
+            self._lost_since_s = None
+            return
+        self._lost_since_s = self._lost_since_s or now_s
+        if now_s - self._lost_since_s > _LOST_S:
+            ended = ended_by(self._processes, attempt, gone=gone)
+            if ended and ended.exit_code == ExitCode.RANK_LOST:
+                self._end(str(ended), ExitCode.RANK_LOST)
 
     def _stacks(self) -> str:
         """The stacks of all threads of this process, with their names."""

@@ -122,6 +122,34 @@ def test_documents_that_all_lose_their_counted_ends_are_refused(tmp_path):
         dataset.check_labels_count()
 
 
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_data_without_a_label_to_validate_on_are_refused(packing, documents, tmp_path):
+    """Each prefix of data.validation has a loss of its own; of held-out parts, one that has labels is enough."""
+    some, none = masks(documents), [np.zeros(len(document), bool) for document in documents]
+    prefixes = {name: write_masked(tmp_path / name, documents, c) for name, c in (("some", some), ("none", none))}
+
+    def dataset_of(*names: str, held_out: bool, multiple: int = 1):
+        train = [{"prefix": prefixes[name], "weight": 1} for name in names]
+        config = DataConfig(train=train, sequence_length=S, validation_fraction=0.3, packing=packing)
+        sources = open_sources(config)
+        return build_validation_dataset(
+            config, sources, num_samples=8, seed=0, held_out=held_out, length_multiple=multiple
+        )
+
+    for names, held_out in ((["some"], False), (["some"], True), (["some", "none"], True)):
+        dataset = dataset_of(*names, held_out=held_out)
+        assert any(dataset[number].loss_weights.any() for number in range(len(dataset)))
+    raised = "validation.tokens" + " or data.sequence_length" * (packing == "documents")
+    with pytest.raises(
+        DataError, match=rf"no label of data.validation's {prefixes['none']} counts .* or raise {raised}$"
+    ):
+        dataset_of("some", "none", held_out=False)
+    with pytest.raises(
+        DataError, match=rf"the held-out part of {prefixes['none']} counts in the loss, in samples of 64 t"
+    ):
+        dataset_of("none", held_out=True, multiple=2)
+
+
 @pytest.mark.parametrize("length", [16, S, 100])
 def test_packed_samples_are_whole_documents_each_once(length, documents, tmp_path):
     config = DataConfig(

@@ -1,4 +1,4 @@
-"""A rank that dies under torchrun: its agent starts all ranks again, which go on from the newest checkpoint."""
+"""A rank that dies under torchrun, whose agent starts all ranks again, and an agent that dies above its ranks."""
 
 import json
 import os
@@ -48,7 +48,8 @@ def test_a_killed_rank_does_not_end_the_job(values, tmp_path):
     run = Run(values, tmp_path)
     with start(run) as process:
         run.wait_for_step(30)
-        ranks_of(process)[-1].kill()
+        killed = ranks_of(process)[-1]
+        killed.kill()
         killed_s = time.time()
         wait_until(lambda: len(read_attempts(run.dir)) == 2, 120, run.text)
         recorded_s = time.time()
@@ -60,7 +61,8 @@ def test_a_killed_rank_does_not_end_the_job(values, tmp_path):
     print(f"death to attempt {recorded_s - killed_s:.1f} s, to the first step {first_step_s - killed_s:.1f} s")
     first, second = read_attempts(run.dir)
     assert (first.path.name, second.path.name) == ("job7.0", "job7.0.restart1")
-    assert (first.start_step, first.exit_code, second.exit_code) == (0, None, ExitCode.FINISHED)
+    assert (first.start_step, first.exit_code, second.exit_code) == (0, ExitCode.RANK_LOST, ExitCode.FINISHED)
+    assert first.reason.startswith(f"rank 1 is gone (process {killed.pid} on ")
     assert second.start_step >= 20
     assert [without_measured(record) for record in read_metrics(run.dir)] == expected
 
@@ -79,3 +81,25 @@ def test_a_run_that_left_on_purpose_stays_so(values, tmp_path):
     # Once or more: torchrun ends a restart with the first rank that says so, and shows its sentence at the end.
     assert "torchrun does not start this run again: asked to leave: saved" in run.text()
     assert json.loads((Path(attempt.path) / "outcome.json").read_text())["step"] == run.steps()[-1]
+
+
+@pytest.mark.long
+def test_ranks_whose_torchrun_is_killed_save_and_leave(values, tmp_path):
+    """They would go on without anybody who starts them again, and hold the run's lease."""
+    run = Run(changed(values, train={"steps": 100_000}, checkpoint={"every_steps": 100_000}), tmp_path)
+    with start(run) as process:
+        run.wait_for_step(3)
+        ranks = ranks_of(process)
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive
+    (attempt,) = read_attempts(run.dir)
+    reason = "the torchrun that started the ranks is gone: saved, to go on from there"
+    assert (attempt.exit_code, attempt.reason) == (ExitCode.REQUEUE, reason)
+    assert run.saved_steps() == [attempt.step] == run.steps()[-1:]
+    with start(run) as process:  # the lease is free, and nobody refuses to go on
+        run.wait_for_step(attempt.step + 2)
+        for rank in ranks_of(process):
+            rank.send_signal(signal.SIGTERM)
+        process.wait(120)
+    assert read_attempts(run.dir)[-1].start_step == attempt.step

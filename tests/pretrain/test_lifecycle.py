@@ -48,7 +48,7 @@ from sambalm.pretrain.lifecycle.lease import Lease, held_lease
 from sambalm.pretrain.lifecycle.ledger import Ledger
 from sambalm.pretrain.lifecycle.phases import Marks
 from sambalm.pretrain.lifecycle.processes import process_start
-from sambalm.pretrain.lifecycle.run_folder import RunFolder
+from sambalm.pretrain.lifecycle.run_folder import ENDINGS, RunFolder
 from sambalm.pretrain.lifecycle.signals import Request, Signals, take_switches
 from tests.support.signals import restored_signals
 
@@ -185,7 +185,7 @@ def test_no_rank_leaves_before_the_end_is_recorded(tmp_path):
     for is_main in (False, True):
         world = SimpleNamespace(is_main=is_main, barrier=barrier)
         RunFolder(tmp_path, check_lease=lambda: None, ledger=Ledger(Marks())).end(
-            ExitCode.FINISHED, step=3, world=world
+            ENDINGS[Request.NOTHING], step=3, world=world
         )
     assert written == [False, True]
 
@@ -385,6 +385,42 @@ def test_a_term_before_training_ends_the_process(tmp_path):
     assert ended.stderr == "SIGTERM before the first step: leaving for requeue\n"
 
 
+WITHOUT_PARENT = """
+import sys, time
+from sambalm.pretrain.lifecycle import signals as module
+module.LOOK_S = 0.05
+signals = module.Signals()
+signals.listen()
+if "trains" in sys.argv:
+    signals.training_starts()
+print(signals.take().name, flush=True)
+sys.stdin.readline()
+time.sleep(0.5)
+print(signals.take().name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "trains", "request_", "sentence"),
+    [
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, True, "ORPHANED", ": saving after the step at hand, then leaving\n"),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, False, None, " before the first step: leaving for requeue\n"),
+        ({}, True, "NOTHING", None),  # as under nohup
+    ],
+)
+def test_a_process_asks_to_leave_once_its_torchrun_is_killed(variables, trains, request_, sentence):
+    command = f"'{sys.executable}' -c '{WITHOUT_PARENT}' {'trains' if trains else ''} <&0 & wait"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(["sh", "-c", command], **pipes, text=True, env=environment | variables) as parent:
+        assert parent.stdout.readline() == "NOTHING\n"
+        parent.kill()
+        parent.wait()
+        said, told = parent.communicate("\n")
+    assert said == (f"{request_}\n" if request_ else "")
+    assert told == (f"the torchrun that started the ranks is gone{sentence}" if sentence else "")
+
+
 def test_switches_ask_for_what_they_say(tmp_path):
     assert take_switches(tmp_path) == Request.NOTHING
     (tmp_path / "save").touch()
@@ -393,7 +429,8 @@ def test_switches_ask_for_what_they_say(tmp_path):
     (tmp_path / "stop").touch()
     assert [take_switches(tmp_path) for _ in range(2)] == [Request.STOP, Request.STOP]
     assert (tmp_path / "stop").exists()  # until somebody removes it
-    assert sorted(Request) == [Request.NOTHING, Request.SAVE, Request.LEAVE, Request.INTERRUPT, Request.STOP]
+    leaving = [Request.LEAVE, Request.ORPHANED, Request.INTERRUPT, Request.STOP]
+    assert sorted(Request) == [Request.NOTHING, Request.SAVE, *leaving]
 
 
 def test_what_is_due_every_so_many_steps_is_due_at_the_end_too():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sambalm.pretrain.checkpointing.format import newest_checkpoint
+from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.errors import ExitCode, RunInUseError
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.lease import Lease
@@ -201,7 +201,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, long_v
 
 def test_a_lease_is_taken_over_without_a_beat_and_its_holder_finds_out(tmp_path, monkeypatch):
     """Holders on another host, whose process ids say nothing, are known by their beat alone."""
-    monkeypatch.setattr("sambalm.pretrain.lifecycle.lease._pid_space", lambda: os.urandom(4).hex())
+    monkeypatch.setattr("sambalm.pretrain.lifecycle.lease.pid_space", lambda: os.urandom(4).hex())
     beating, silent = Lease(tmp_path, beat_s=0.05, stale_s=1.0), Lease(tmp_path / "b", beat_s=1000.0)
     beating.acquire()
     silent.acquire()
@@ -225,6 +225,7 @@ def crash_at_step_4():
 
     def crash(self):
         if self.step == 4:
+            wait_until(lambda: checkpoint_folders(Path(self.config.run.dir)), 60)  # of step 3, which a thread writes
             os.kill(os.getpid(), signal.SIGKILL)
         return launch_step(self)
 

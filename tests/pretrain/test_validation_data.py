@@ -141,6 +141,24 @@ def test_a_copy_of_the_training_data_is_refused(values, tmp_path):
     check_separate(sources, open_sources(parse_config(values, source="test").data.separate_validation))
 
 
+def test_masked_data_of_which_no_label_counts_are_refused_before_training(values, tmp_path):
+    """They gave no loss, without a word; a source of which some labels count is validated on these."""
+    prefixes = {}
+    for name, counted in (("all", np.ones), ("none", np.zeros)):
+        writer = ShardWriter(tmp_path / name, 384, masked=True)
+        for document in np.split(ids(5), 10):
+            writer.add(document, counted(len(document), bool))
+        writer.finish()
+        writer.commit()
+        prefixes[name] = str(tmp_path / name)
+    found = validated(changed(values, data={"validation": prefixes["all"]}))
+    assert "named_validation_loss_32/all" in found
+    with pytest.raises(DataError, match=rf"no label of data.validation's {prefixes['none']} counts in the loss"):
+        validated(changed(values, data={"validation": [prefixes["all"], prefixes["none"]]}))
+    with pytest.raises(DataError, match=rf"no label of the held-out part of {prefixes['none']} counts in the loss"):
+        validated(changed(values, data={"train": prefixes["none"], "validation": None}))
+
+
 def test_data_too_short_for_a_sample_are_named(values):
     with pytest.raises(DataError, match=r"data.validation \(.*\) has 600 tokens at most, and one .* needs 1025"):
         validated(changed(values, data={"validation_fraction": 0}, validation={"length_multiples": [32]}))

@@ -65,6 +65,7 @@ def test_a_checkpoint_of_an_earlier_job_is_no_progress_of_this_one(tmp_path):
         (75, "requeue 75"),
         (74, "retry 74"),
         (81, "retry 81"),
+        (83, "retry 83"),
         *((code, f"end {code}") for code in (1, 2, 76, 77, 78, 79, 80, 82, 130)),
     ],
 )

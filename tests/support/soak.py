@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sambalm.pretrain.checkpointing.format import checkpoint_folders
+from sambalm.pretrain.checkpointing.format import checkpoint_folder, checkpoint_folders
 from sambalm.pretrain.checkpointing.retention import examine_checkpoints
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.reporting.goodput import read_goodput
@@ -36,6 +36,7 @@ from tests.support.whole_runs import changed, without_measured
 
 DISK = "size=512m"
 END_S = 120.0  # in which the ranks of an attempt that a fault hits are all gone, the watchdog's limits included
+SAVE_STEPS = 20
 QUIET_S = (0.5, 8.0)  # between the first step of an attempt and its fault
 HANGS = ("fetch", "save", "writing")
 
@@ -48,7 +49,7 @@ def soak_values(tokens: Path, folder: Path) -> dict:
         train={"steps": 1_000_000, "max_rollbacks": 100_000},
         optimizer={"warmup_fraction": 1e-4},
         validation={"every_steps": 50},
-        checkpoint={"every_steps": 20, "keep": 3},
+        checkpoint={"every_steps": SAVE_STEPS, "keep": 3},
         checks={"replicas_every_steps": 1, "on_difference": "restore"},
         watchdog={"fetch_s": 10, "step_s": 10, "save_s": 10, "validation_s": 30, "leave_s": 30}
         | {"start_up_s": 60, "first_step_s": 30},
@@ -112,12 +113,16 @@ class Chaos:
             self.run.end()
 
     def leave(self) -> None:
-        """A last attempt, to which nothing happens."""
+        """A last attempt, to which nothing happens; it saves a step that the clean run has saved too."""
         with self.run.started(before=poison_micro_batches) as ranks:
             start_s = time.time()
-            wait_until(lambda: _any_ended(ranks) or _changed_s(self.run.dir / METRICS) > start_s, END_S, self.run.text)
+            wait_until(lambda: _any_ended(ranks) or self.has_saved_in_turn(start_s), END_S, self.run.text)
             ranks[1].send_signal(signal.SIGTERM)
             assert self.run.exit_codes() == [ExitCode.REQUEUE] * 2, self.run.text()[-4000:]
+
+    def has_saved_in_turn(self, since_s: float) -> bool:
+        folders = (checkpoint_folder(self.run.dir, step) for step in self.run.saved_steps() if step % SAVE_STEPS == 0)
+        return any(_changed_s(folder) > since_s for folder in folders)
 
     def inflict(self, ranks: list[Program]) -> None:
         name = self.numbers.choice([name for name in self.faults if name not in ("hang", "flipped bit")])
