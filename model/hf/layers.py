@@ -3,6 +3,7 @@
 B: batch, S: sequence.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
+from transformers import initialization as init
 
 from sambalm.model.ops.reference.elementwise import norm_and_gate
 
@@ -209,6 +211,12 @@ def are_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether something runs when a module is called that would not if its weights were read."""
     return hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def init_step_bias(bias: nn.Parameter, *, smallest: float, largest: float, floor: float) -> None:
+    """Fills the bias of step sizes, which softplus makes log-uniform from `smallest` to `largest`, at least `floor`."""
+    dt = torch.empty(bias.shape).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=floor)
+    init.copy_(bias, dt + torch.log(-torch.expm1(-dt)))
 
 
 def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from sambalm.model.hf.configuration_samba import SambaConfig
-from sambalm.model.hf.layers import SambaWholeHeadsLayer, SequenceContext, carried_states, last_tokens
+from sambalm.model.hf.layers import (
+    SambaWholeHeadsLayer,
+    SequenceContext,
+    carried_states,
+    init_step_bias,
+    last_tokens,
+)
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 
 # A gate this negative neither decays a state nor writes to it, whatever its bias: the state stays as it is.
@@ -52,9 +58,8 @@ class SambaGatedDeltaNet(SambaWholeHeadsLayer):
         for weight in (self.q_conv, self.k_conv, self.v_conv):
             init.uniform_(weight, -bound, bound)
         init.copy_(self.A_log, torch.empty(self.A_log.shape).uniform_(self.lowest_rate, 16.0).log())
-        low, high = math.log(self.sizes["dt_min"]), math.log(self.sizes["dt_max"])
-        dt = torch.empty(self.dt_bias.shape).uniform_(low, high).exp().clamp(min=self.sizes["dt_floor"])
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        sizes = self.sizes
+        init_step_bias(self.dt_bias, smallest=sizes["dt_min"], largest=sizes["dt_max"], floor=sizes["dt_floor"])
         init.ones_(self.o_norm)
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
