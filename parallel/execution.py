@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -70,6 +71,31 @@ class Executor(Protocol):
         return []
 
 
+@dataclass(frozen=True)
+class StepState:
+    """What a step fills and empties besides the engine's tensors.
+
+    Attributes:
+        gradients: how they are reduced, where ranks share out their optimizer; None elsewhere.
+        weights: how they are gathered, likewise.
+        compute_weights: those of the rank's chunks.
+        fp8: the scales of the chunks' products in FP8; None: there are none.
+    """
+
+    guard: StepGuard
+    gradients: FlatGradients | None
+    weights: FlatWeights | None
+    compute_weights: ComputeWeights
+    fp8: Fp8Store | None
+
+    def buffers(self) -> list[Tensor]:
+        gradients, weights = self.gradients, self.weights
+        flat = [*gradients.buffers, *gradients.shares] if gradients else []
+        if weights:
+            flat += [*weights.buffers, *weights.shares, *(weights.partitioned.tensors if weights.partitioned else ())]
+        return [*flat, *self.compute_weights.copies.values()]
+
+
 @contextmanager
 def evaluating(engine: Engine) -> Iterator[None]:
     engine.eval()
@@ -82,10 +108,6 @@ class AccumulatingExecutor(Executor):
     """Every rank runs all layers, and DeepSpeed's engine takes the step.
 
     Args:
-        gradients: how they are reduced, where ranks share out their optimizer; None elsewhere.
-        weights: how they are gathered, likewise.
-        compute_weights: the model's.
-        fp8: the scales of products in FP8; None: there are none.
         cuda_graphs: whether micro-batches are launched as CUDA graphs, whose memory is free during `losses`.
         captures_documents: see `build_executor`.
     """
@@ -94,20 +116,16 @@ class AccumulatingExecutor(Executor):
         self,
         engine: Engine,
         model: nn.Module,
+        state: StepState,
         *,
-        guard: StepGuard,
-        gradients: FlatGradients | None,
-        weights: FlatWeights | None,
-        compute_weights: ComputeWeights,
-        fp8: Fp8Store | None,
         cuda_graphs: bool,
         captures_documents: bool,
     ) -> None:
-        self.engine, self.model, self.guard = engine, model, guard
-        self.gradients, self.weights = gradients, weights
-        self.compute_weights, self.fp8, self.graphs = compute_weights, fp8, None
+        self.engine, self.model, self.state, self.guard = engine, model, state, state.guard
+        self.gradients, self.weights = state.gradients, state.weights
+        self.compute_weights, self.fp8, self.graphs = state.compute_weights, state.fp8, None
         if cuda_graphs:
-            reduces = gradients is not None
+            reduces = state.gradients is not None
             self.graphs = CapturedMicroBatches(
                 self._run, model.parameters(), last_differs=reduces, documents=captures_documents
             )
@@ -144,7 +162,7 @@ class AccumulatingExecutor(Executor):
             self.graphs.begin_anew()
 
     def buffers(self) -> list[Tensor]:
-        return _step_buffers(self.gradients, self.weights, self.compute_weights)
+        return self.state.buffers()
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         return self.model(batch.tokens, batch.labels, document_starts=batch.document_starts)
@@ -166,10 +184,7 @@ class PipelinedExecutor(Executor):
 
     Args:
         schedule: over this rank's chunks.
-        gradients: how they are reduced, under ZeRO-1, where ranks share out their optimizer; None elsewhere.
-        weights: how they are gathered, likewise.
-        compute_weights: the chunks'.
-        fp8: the scales of the chunks' products in FP8; None: there are none.
+        state: under ZeRO-1 alone with gradients and weights.
         cuda_graphs: see `build_executor`. Without FP8, whose weights a step's first micro-batch rounds, chunks are
             launched as CUDA graphs, whose memory is free during `losses`.
         captures_documents: see `build_executor`.
@@ -181,22 +196,18 @@ class PipelinedExecutor(Executor):
         self,
         engine: Engine,
         schedule: PipelineSchedule,
+        state: StepState,
         *,
-        guard: StepGuard,
-        gradients: FlatGradients | None,
-        weights: FlatWeights | None,
-        compute_weights: ComputeWeights,
-        fp8: Fp8Store | None,
         cuda_graphs: bool,
         captures_documents: bool,
         embedding_group: dist.ProcessGroup | None,
         tied_weight: nn.Parameter | None,
     ) -> None:
-        self.engine, self.schedule, self.guard = engine, schedule, guard
-        self.gradients, self.weights = gradients, weights
-        self.compute_weights, self.fp8 = compute_weights, fp8
+        self.engine, self.schedule, self.state, self.guard = engine, schedule, state, state.guard
+        self.gradients, self.weights = state.gradients, state.weights
+        self.compute_weights, self.fp8 = state.compute_weights, state.fp8
         self.embedding_group, self.tied_weight = embedding_group, tied_weight
-        self.rule = CaptureRule(documents=captures_documents) if cuda_graphs and fp8 is None else None
+        self.rule = CaptureRule(documents=captures_documents) if cuda_graphs and state.fp8 is None else None
         self.own_gradients: list[Tensor] = []  # where graphs add up those that no replica has a part in
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -252,16 +263,7 @@ class PipelinedExecutor(Executor):
             self.rule.begin_anew()
 
     def buffers(self) -> list[Tensor]:
-        return [*self.own_gradients, *_step_buffers(self.gradients, self.weights, self.compute_weights)]
-
-
-def _step_buffers(
-    gradients: FlatGradients | None, weights: FlatWeights | None, compute_weights: ComputeWeights
-) -> list[Tensor]:
-    flat = [*gradients.buffers, *gradients.shares] if gradients else []
-    if weights:
-        flat += [*weights.buffers, *weights.shares, *(weights.partitioned.tensors if weights.partitioned else ())]
-    return [*flat, *compute_weights.copies.values()]
+        return [*self.own_gradients, *self.state.buffers()]
 
 
 def build_executor(
@@ -306,30 +308,17 @@ def build_executor(
         )
     else:
         clip_before_steps(engine.optimizer, max_norm=clip_norm, group=world.model_group, guard=guard)
+    state = StepState(guard, gradients, weights, compute_weights, fp8)
     captured = cuda_graphs and world.device.type == "cuda"
     if world.pipeline.size > 1:
         schedule = PipelineSchedule(chunks, world=world, hidden_size=hidden_size, dtype=dtype)
         return PipelinedExecutor(
             engine,
             schedule,
-            guard=guard,
-            gradients=gradients,
-            weights=weights,
-            compute_weights=compute_weights,
-            fp8=fp8,
+            state,
             cuda_graphs=captured,
             captures_documents=captures_documents,
             embedding_group=world.pipeline.embedding_group,
             tied_weight=tied_weight,
         )
-    return AccumulatingExecutor(
-        engine,
-        chunks[0],
-        guard=guard,
-        gradients=gradients,
-        weights=weights,
-        compute_weights=compute_weights,
-        fp8=fp8,
-        cuda_graphs=captured,
-        captures_documents=captures_documents,
-    )
+    return AccumulatingExecutor(engine, chunks[0], state, cuda_graphs=captured, captures_documents=captures_documents)

@@ -3,12 +3,17 @@
 B: batch, S: sequence.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
+from transformers import initialization as init
+
+from sambalm.model.ops.reference.elementwise import norm_and_gate
 
 from .configuration_samba import SambaConfig
 from .operations import IN_TORCH, Operations
@@ -160,6 +165,41 @@ class SambaResidualLinear(nn.Linear):
     """A projection that writes the residual stream, which has smaller initial weights."""
 
 
+class SambaWholeHeadsLayer(SambaLayer):
+    """A layer of heads with a matrix as each one's state, which norms and gates what every head gives."""
+
+    isolates_documents = True
+
+    name: ClassVar[str]
+    """The section of the configuration that has its sizes."""
+
+    activation: ClassVar[str] = "silu"
+    """The output's gate: silu or sigmoid."""
+
+    def __init__(self, config: SambaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        sizes, width = config.sizes(self.name), config.hidden_size
+        self.sizes, self.head_dim = sizes, sizes["head_dim"]
+        self.value_dim = sizes["expand_v"] * self.head_dim
+        self.key_width, self.value_width = (sizes["num_heads"] * size for size in (self.head_dim, self.value_dim))
+        self.q_proj, self.k_proj = (nn.Linear(width, self.key_width, bias=False) for _ in range(2))
+        self.v_proj = nn.Linear(width, self.value_width, bias=False)
+        self.o_norm = nn.Parameter(torch.ones(self.value_dim))
+        self.o_proj = SambaResidualLinear(self.value_width, width, bias=False)
+
+    def per_head(self, *tensors: Tensor) -> Iterator[Tensor]:
+        """Yields queries, keys and values [B, S, channels] as [B, S, H, channels of a head]."""
+        sizes = (self.head_dim, self.head_dim, self.value_dim)
+        return (tensor.unflatten(-1, (-1, size)) for tensor, size in zip(tensors, sizes, strict=True))
+
+    def output(self, y: Tensor, gate: Tensor, context: SequenceContext) -> Tensor:
+        """Maps what the heads give [B, S, H, channels] and the gate [B, S, H * channels] to the stream's width."""
+        gate = gate.unflatten(-1, (-1, self.value_dim))
+        y = norm_and_gate(y, self.o_norm, gate, eps=self.config.norm_eps, activation=self.activation)
+        output = self.o_proj(y.flatten(2))
+        return context.padding.back(output) if context.padding else output
+
+
 def are_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether modules are exactly of these classes and have no hook: their weights can be read without calling them.
 
@@ -171,6 +211,12 @@ def are_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether something runs when a module is called that would not if its weights were read."""
     return hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def init_step_bias(bias: nn.Parameter, *, smallest: float, largest: float, floor: float) -> None:
+    """Fills the bias of step sizes, which softplus makes log-uniform from `smallest` to `largest`, at least `floor`."""
+    dt = torch.empty(bias.shape).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=floor)
+    init.copy_(bias, dt + torch.log(-torch.expm1(-dt)))
 
 
 def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sambalm.pretrain.cli.examples import example
-from sambalm.pretrain.cli.generate import Dtype
+from sambalm.pretrain.cli.model_options import DeviceOption, Dtype, DtypeOption, StepOption, TokenizerOption
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
@@ -44,14 +44,10 @@ def evaluate(
         typer.Option(help="Folder for results; default: `evaluation` in the run, or one beside a Hugging Face folder."),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read together, at most.")] = 16384,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
-    ] = Dtype.auto,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="The step of a run's checkpoint; default: the newest good one's.")
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    tokenizer: TokenizerOption = None,
+    step: StepOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", callback=_list_tasks, is_eager=True, help="Show all tasks and their keys.")
@@ -72,7 +68,7 @@ def evaluate(
         output=output,
         batch_tokens=batch_tokens,
         device=device,
-        dtype=None if dtype is Dtype.auto else dtype.value,
+        dtype=dtype.given,
         tokenizer=tokenizer,
         step=step,
         as_json=as_json,

@@ -1,26 +1,17 @@
 """The command `sambalm generate`."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sambalm.pretrain.cli.examples import example
+from sambalm.pretrain.cli.model_options import DeviceOption, Dtype, DtypeOption, StepOption, TokenizerOption
 from sambalm.pretrain.cli.numbers import LARGEST_SEED, count
 from sambalm.pretrain.cli.progress import ProgressBar
 
 commands = typer.Typer()
-
-
-class Dtype(StrEnum):
-    """Dtype of the weights while they generate."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class _ReadingBar:
@@ -87,14 +78,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each text.")] = False,
     state_in: Annotated[Path | None, typer.Option(help="Start from this state instead of from nothing.")] = None,
     state_out: Annotated[Path | None, typer.Option(help="Save the state after the text, to go on from.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
-    ] = Dtype.auto,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="The step of a run's checkpoint; default: the newest good one's.")
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    tokenizer: TokenizerOption = None,
+    step: StepOption = None,
 ) -> None:
     """Continue prompts with a model, or chat with it.
 
@@ -124,7 +111,7 @@ def generate(
             source,
             request,
             device=device,
-            dtype=None if dtype is Dtype.auto else dtype.value,
+            dtype=dtype.given,
             tokenizer=tokenizer,
             step=step,
             progress=progress,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sambalm.pretrain.cli.examples import example
-from sambalm.pretrain.cli.generate import Dtype
+from sambalm.pretrain.cli.model_options import DeviceOption, Dtype, DtypeOption, StepOption, TokenizerOption
 
 commands = typer.Typer()
 
@@ -21,14 +21,10 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Of the model, for clients; default: the source.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Texts to generate at once; others wait.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a text at most.")] = 4096,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
-    ] = Dtype.auto,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="The step of a run's checkpoint; default: the newest good one's.")
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    tokenizer: TokenizerOption = None,
+    step: StepOption = None,
 ) -> None:
     """Serve a model to clients of OpenAI's interface: completions and chats, as they come or whole.
 
@@ -44,7 +40,7 @@ def serve(
         max_batch=max_batch,
         max_tokens=max_tokens,
         device=device,
-        dtype=None if dtype is Dtype.auto else dtype.value,
+        dtype=dtype.given,
         tokenizer=tokenizer,
         step=step,
     )

@@ -59,7 +59,7 @@ class Reply:
 
     def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         """Returns the event of a piece of a text."""
-        delta = {"content": text} if text or reason is None else {}
+        delta = {"content": text} if text else {}
         return self._event(index, delta if self._is_chat else {"text": text}, reason)
 
     def _event(self, index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:

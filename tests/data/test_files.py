@@ -1,7 +1,7 @@
 import pytest
 
 from sambalm.data_pipeline.errors import DataError
-from sambalm.data_pipeline.files import atomic_write, sha256_file
+from sambalm.data_pipeline.files import atomic_write, remove, sha256_file
 from tests.support.data import listing
 from tests.support.power_loss import assert_lasts, noted_operations
 
@@ -48,3 +48,14 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot write in .*file"), atomic_write(tmp_path / "file" / "a"):
         pass
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    remove(tmp_path / "link")
+    assert listing(tmp_path) == ["folder", "folder/a"]
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")  # where nothing is
+    assert listing(tmp_path) == []

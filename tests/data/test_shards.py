@@ -38,6 +38,13 @@ def test_files_are_the_same_bytes_as_megatrons(tmp_path):
         assert (tmp_path / f"ours.{extension}").read_bytes() == (tmp_path / f"theirs.{extension}").read_bytes()
 
 
+def test_an_index_of_megatrons_may_end_with_the_mode_of_each_sequence(tmp_path):
+    prefix = write_shard(tmp_path / "d", [[1, 2, 3], [4, 5]])
+    with open(tmp_path / "d.idx", "ab") as file:
+        file.write(bytes(2))
+    assert check_shard(prefix).lengths.tolist() == [3, 2]
+
+
 @pytest.mark.parametrize("bad", [-1, 100, 65536, 2**40])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path, bad):
     writer = ShardWriter(tmp_path / "data", 100)

@@ -1,8 +1,10 @@
 """Evaluations go on after a kill, measure nothing twice, and keep what differs apart."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from sambalm.evaluation import runner
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.ranks import Alone
 from sambalm.evaluation.records import FILE_NAME, Records
+from sambalm.evaluation.results import table
 from sambalm.evaluation.runner import Plan, evaluate
-from sambalm.evaluation.task import Item, Surroundings
+from sambalm.evaluation.task import Item, Score, Surroundings
 from sambalm.evaluation.tasks.passkey import Passkey
 from tests.evaluation.oracle import Oracle
 
@@ -164,3 +167,21 @@ def test_a_model_of_learned_positions_is_told_before_the_first_item(model, tmp_p
     assert model.texts == []
     model.max_tokens = 400
     assert run(model, tmp_path).tokens == 4200
+
+
+def test_a_table_shows_four_digits_that_tell_something(model, tmp_path):
+    result = run(model, tmp_path)
+    scores = [
+        Score("accuracy", {"length": 1024}, 0.0, None, 0.1, 1200),
+        Score("speed", {"length": 2**20}, 12_345.6, math.inf, None, 3),
+        Score("rest", {}, 0.123456, 1.0, None, 3),
+    ]
+    shown = table(replace(result, outcome=replace(result.outcome, scores=scores)))
+    assert {column.header: list(column.cells) for column in shown.columns} == {
+        "score": ["accuracy", "speed", "rest"],
+        "length": ["1K", "1M", ""],
+        "value": ["0", "12,346", "0.1235"],
+        "standard error": ["-", "inf", "1.000"],
+        "chance": ["0.1000", "-", "-"],
+        "items": ["1,200", "3", "3"],
+    }

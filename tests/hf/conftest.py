@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from sambalm.model.config import ModelConfig
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.model_card import TrainingFacts
 from tests.support.hf import RandomState, tiny_config
@@ -74,3 +75,16 @@ def exported(sentencepiece_model, documents, tmp_path_factory):
         card=TrainingFacts(tokens_seen=123_456, step=10, loss=3.25, sequence_tokens=64, settings=["peak lr: 4e-4"]),
     )
     return folder, state, config
+
+
+@pytest.fixture(scope="session")
+def export(sentencepiece_model, documents, tmp_path_factory):
+    """Exports a model of random weights, whose logits in pieces are compared on the way; returns (folder, state)."""
+
+    def export(config: ModelConfig) -> tuple[Path, RandomState]:
+        folder, state = tmp_path_factory.mktemp("export") / "model", RandomState(config)
+        folder.mkdir()
+        export_hf(state, config, folder=folder, tokenizer_model=sentencepiece_model, documents=documents[:3])
+        return folder, state
+
+    return export

@@ -4,23 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import StaticCache
 
 import sambalm.model.hf
 from sambalm.model import registry
 from sambalm.model.hf import HFError, SambaConfig, load_for_generation
-from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.folder import FolderState
 from sambalm.model.hf.folder_code import folder_code
 from sambalm.model.hf.generate import load_config
-from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
+from sambalm.model.hf.modeling_samba import SambaForCausalLM
 from sambalm.model.hf.names import hf_config, model_config
 from sambalm.model.hf.verify import verify_export
 from sambalm.model.registry import mixer
-from tests.hf.test_modeling import difference_in_padded_turns, largest_difference, padded
+from tests.hf.test_modeling import difference_in_padded_turns
 from tests.support import toy_mixer
-from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
+from tests.support.hf import RandomState, hf_model, tiny_config
+from tests.support.hf_mixers import assert_logits_are_the_training_models
 from tests.support.remote_code import same_by_remote_code
 
 SIZES = {"token_shift": {"channels": 22}}
@@ -39,35 +37,19 @@ def config_of(pattern: str, **changes):
 
 
 @pytest.fixture(scope="module")
-def folder(sentencepiece_model, documents, tmp_path_factory):
+def folder(export):
     """(folder, state, config) of an export, which compares logits in pieces too."""
     config = config_of("MT*-T-", vocab_size=1200, dt_rank=3)
-    state = RandomState(config)
-    output = tmp_path_factory.mktemp("export") / "model"
-    output.mkdir()
-    export_hf(state, config, folder=output, tokenizer_model=sentencepiece_model, documents=documents[:3])
-    return output, state, config
+    return *export(config), config
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_logits_are_the_training_models_at_once_in_pieces_and_with_padding(pattern):
     config = config_of(pattern)
-    state = RandomState(config)
-    model, tokens = hf_model(config, state).double(), random_tokens(2, 30)
-    with torch.no_grad():
-        whole = model(tokens, use_cache=False).logits
-        assert largest_difference(whole, training_model(config, state)(tokens)) < 1e-5
-        caches = [new_cache(model.config)]
-        if "*" in pattern:
-            caches.append(StaticCache(config=model.config, max_cache_len=30))
-        for cache in caches:
-            pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([7, 1, 1, 21], dim=1)]
-            assert largest_difference(torch.cat(pieces, dim=1), whole) < 1e-12
-        for side in ("left", "right"):
-            together, mask = padded([tokens[0], tokens[1, :9]], length=30, side=side)
-            logits = model(together, attention_mask=mask).logits
-            assert largest_difference(logits[1][mask[1].bool()], whole[1, :9]) < 1e-12
-        assert difference_in_padded_turns(hf_model(config_of(pattern, window=64), state)) < 1e-5
+    assert_logits_are_the_training_models(
+        config, length=30, pieces=[7, 1, 1, 21], tolerance=1e-5, static="*" in pattern
+    )
+    assert difference_in_padded_turns(hf_model(config_of(pattern, window=64), RandomState(config))) < 1e-5
 
 
 def test_a_model_made_of_the_configuration_alone_has_initial_weights():

@@ -4,19 +4,20 @@ import json
 
 import pytest
 import torch
-from transformers import StaticCache
 
-from sambalm.model.hf import HFError, Stream, load_for_generation
-from sambalm.model.hf.export import export_hf
+from sambalm.model.hf import HFError, Stream
 from sambalm.model.hf.folder_code import folder_code
-from sambalm.model.hf.generate import load_config
 from sambalm.model.hf.modeling_samba import new_cache
-from sambalm.model.hf.names import hf_config, model_config
+from sambalm.model.hf.names import hf_config
 from sambalm.model.hf.verify import verify_export
-from sambalm.pretrain.checkpointing.from_hf import checkpoint_from_hf
-from tests.hf.test_modeling import difference_in_padded_turns, largest_difference, padded
+from tests.hf.test_modeling import difference_in_padded_turns, largest_difference
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config
-from tests.support.remote_code import outputs_by_remote_code
+from tests.support.hf_mixers import (
+    assert_a_folder_comes_back,
+    assert_documents_are_as_if_alone,
+    assert_pieces_and_padding_change_nothing,
+)
+from tests.support.remote_code import same_by_remote_code
 
 MODELS = {
     "full": {"pattern": "F-F"},
@@ -40,19 +41,11 @@ def _no_gradients():
 def test_pieces_padding_and_documents_give_the_logits_of_the_whole(name):
     model, tokens = model_of(name).double(), random_tokens(2, 30)
     whole = model(tokens, use_cache=False).logits
-    for cache in (new_cache(model.config), StaticCache(config=model.config, max_cache_len=30)):
-        pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([7, 1, 1, 21], dim=1)]
-        assert largest_difference(torch.cat(pieces, dim=1), whole) < 1e-12
-    positions = torch.cat((torch.arange(11), torch.arange(19)))[None]
-    alone = model(tokens[:, 11:], use_cache=False).logits
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        for side in ("left", "right"):
-            together, mask = padded([tokens[0], tokens[1, :9]], length=30, side=side)
-            logits = model(together, attention_mask=mask).logits
-            assert largest_difference(logits[1][mask[1].bool()], whole[1, :9]) < 1e-12
-        packed = model(tokens, position_ids=positions.expand(2, -1)).logits
-        assert largest_difference(packed[:, 11:], alone) < 1e-12
+        assert largest_difference(model(tokens, use_cache=False).logits, whole) < 1e-12
+        assert_pieces_and_padding_change_nothing(model, tokens, pieces=[7, 1, 1, 21], static=True)
+        assert_documents_are_as_if_alone(model, tokens)
     assert difference_in_padded_turns(model_of(name, window=64)) < 1e-5
 
 
@@ -114,13 +107,9 @@ def test_a_window_stream_without_other_rows_keys_goes_on_as_alone():
 
 
 @pytest.fixture(scope="module")
-def folder(sentencepiece_model, documents, tmp_path_factory):
+def folder(export):
     config = tiny_config(**MODELS["mixed"], vocab_size=1200, rope_base=None, dt_rank=3)
-    state = RandomState(config)
-    output = tmp_path_factory.mktemp("export") / "model"
-    output.mkdir()
-    export_hf(state, config, folder=output, tokenizer_model=sentencepiece_model, documents=documents[:3])
-    return output, state, config
+    return *export(config), config
 
 
 def test_a_folder_is_written_read_and_comes_back(folder, tmp_path):
@@ -130,17 +119,13 @@ def test_a_folder_is_written_read_and_comes_back(folder, tmp_path):
     assert keys["extensions"]["F"]["layer_type"] == "full_attention"
     assert keys["extensions"]["="]["sizes"] == {"size": 20}
     assert keys["attn"]["rope_theta"] is None
-    assert model_config(load_config(path)) == config
     card = (path / "README.md").read_text()
     for line in (
         "- `F`: full causal attention: 4 query heads, 2 key/value heads, no positions",
         "- `=`: SwiGLU MLP of width 20, in the place of a mixer",
     ):
         assert line in card
-    converted = checkpoint_from_hf(
-        path, tmp_path / "run", query_heads=None, window=None, progress=lambda done, total: None
-    )
-    assert converted == config
+    assert_a_folder_comes_back(path, config, tmp_path / "run")
 
 
 def test_what_flash_linear_attention_lacks_is_said():
@@ -162,11 +147,5 @@ def test_the_verification_finds_a_window_in_full_attention(folder, documents, se
 
 @pytest.mark.slow
 def test_remote_code_needs_no_package_of_ours(folder, tmp_path):
-    path = folder[0]
-    tokens = torch.randint(3, 1200, (2, 30), generator=torch.Generator().manual_seed(0))
-    given = outputs_by_remote_code(path, tokens, tmp_path)
-    model, _ = load_for_generation(path)
-    assert torch.equal(given["logits"], model(tokens).logits)
-    generated = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(given["generated"], generated)
+    same_by_remote_code(folder[0], tmp_path)
     assert {file.name for file in (tmp_path / "copy").glob("*.py")} == set(folder_code("=-MF*-"))

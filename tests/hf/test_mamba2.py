@@ -4,18 +4,20 @@ import json
 
 import pytest
 import torch
-from transformers import StaticCache
 
 from sambalm.model.hf import HFError
-from sambalm.model.hf.export import export_hf
-from sambalm.model.hf.folder import FolderState
-from sambalm.model.hf.generate import load_config
-from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
-from sambalm.model.hf.names import hf_config, model_config
+from sambalm.model.hf.modeling_samba import SambaForCausalLM
+from sambalm.model.hf.names import hf_config
 from sambalm.model.hf.verify import verify_export
 from tests.hf import test_packing as packing
-from tests.hf.test_modeling import difference_in_padded_turns, largest_difference, padded
-from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
+from tests.hf.test_modeling import difference_in_padded_turns, largest_difference
+from tests.support.hf import RandomState, hf_model, tiny_config
+from tests.support.hf_mixers import (
+    assert_a_folder_comes_back,
+    assert_a_folder_holds,
+    assert_generates_the_same_without_a_cache,
+    assert_logits_are_the_training_models,
+)
 from tests.support.remote_code import same_by_remote_code
 
 SIZES = {"mamba2": {"d_state": 5, "head_dim": 4, "groups": 4}}
@@ -26,42 +28,29 @@ def config_of(pattern: str, **changes):
     return tiny_config(pattern, mixers=SIZES, **changes)
 
 
+def model_of(pattern: str, **changes):
+    return hf_model(config_of(pattern, **changes), RandomState(config_of(pattern)))
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
-@torch.no_grad()
 def test_logits_are_the_training_models_at_once_in_pieces_and_with_padding(pattern):
-    config = config_of(pattern)
-    state = RandomState(config)
-    model, tokens = hf_model(config, state).double(), random_tokens(2, 30)
-    whole = model(tokens, use_cache=False).logits
-    assert largest_difference(whole, training_model(config, state)(tokens)) < 1e-5
-    caches = [new_cache(model.config)]
-    if "*" in pattern:
-        caches.append(StaticCache(config=model.config, max_cache_len=30))
-    for cache in caches:
-        pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([7, 1, 1, 2, 19], dim=1)]
-        assert largest_difference(torch.cat(pieces, dim=1), whole) < 1e-12
-    for side in ("left", "right"):
-        together, mask = padded([tokens[0], tokens[1, :9]], length=30, side=side)
-        logits = model(together, attention_mask=mask).logits
-        assert largest_difference(logits[1][mask[1].bool()], whole[1, :9]) < 1e-12
-    assert difference_in_padded_turns(hf_model(config_of(pattern, window=64), state)) < 1e-5
+    assert_logits_are_the_training_models(
+        config_of(pattern), length=30, pieces=[7, 1, 1, 2, 19], tolerance=1e-5, static="*" in pattern
+    )
+    assert difference_in_padded_turns(model_of(pattern, window=64)) < 1e-5
 
 
 @torch.no_grad()
 def test_packed_documents_are_as_if_alone():
-    model = hf_model(config_of("SM*-S-"), RandomState(config_of("SM*-S-"))).double()
+    model = model_of("SM*-S-").double()
     row = torch.cat(packing.documents())[None]
     packed = model(row, position_ids=packing.positions()[None])
     assert largest_difference(packed.logits[0], packing.alone(model)) < 1e-12
     assert largest_difference(model(row).logits[0], packed.logits[0]) > 1e-3
 
 
-@torch.no_grad()
 def test_generation_with_a_cache_is_that_without():
-    model = hf_model(config_of("S*-S"), RandomState(config_of("S*-S")))
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    tokens = random_tokens(2, 9)
-    assert torch.equal(model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options))
+    assert_generates_the_same_without_a_cache(model_of("S*-S"))
 
 
 def test_a_model_made_of_the_configuration_alone_has_initial_weights():
@@ -76,28 +65,18 @@ def test_a_model_made_of_the_configuration_alone_has_initial_weights():
 
 
 @pytest.fixture(scope="module")
-def folder(sentencepiece_model, documents, tmp_path_factory):
+def folder(export):
     """(folder, state, config) of an export, which compares logits in pieces too."""
     config = config_of("MS*-", vocab_size=1200, dt_rank=3)
-    state = RandomState(config)
-    output = tmp_path_factory.mktemp("export") / "model"
-    output.mkdir()
-    export_hf(state, config, folder=output, tokenizer_model=sentencepiece_model, documents=documents[:3])
-    return output, state, config
+    return *export(config), config
 
 
-def test_the_folder_gives_the_model_back(folder):
+def test_the_folder_gives_the_model_back(folder, tmp_path):
     path, state, config = folder
     keys = json.loads((path / "config.json").read_text())
     assert keys["extensions"]["S"]["layer_type"] == "linear_attention"
-    back = model_config(load_config(path))
-    assert back.model_copy(update={"mixers": {}}) == config.model_copy(update={"mixers": {}})
-    assert [back.sizes_of(one) for one in back.kinds if one.sizes] == [
-        config.sizes_of(one) for one in config.kinds if one.sizes
-    ]
-    again = FolderState(path, load_config(path))
-    assert again.shapes() == state.shapes()
-    assert all(torch.equal(again.read(name), state.read(name)) for name in state.shapes())
+    assert_a_folder_comes_back(path, config, tmp_path / "run")
+    assert_a_folder_holds(path, state)
     assert "- `S`: Mamba-2: 5 states, heads of 4 channels in 4 groups" in (path / "README.md").read_text()
 
 

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from transformers import StaticCache
 
 from sambalm.model.hf import HFError
-from sambalm.model.hf.export import export_hf
-from sambalm.model.hf.folder import FolderState
-from sambalm.model.hf.generate import load_config
 from sambalm.model.hf.layers import SambaLayer
-from sambalm.model.hf.modeling_samba import new_cache
 from sambalm.model.hf.verify import verify_export
 from tests.hf import test_packing as packing
-from tests.hf.test_modeling import largest_difference, padded
-from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
+from tests.hf.test_modeling import largest_difference
+from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config
+from tests.support.hf_mixers import (
+    assert_a_folder_holds,
+    assert_generates_the_same_without_a_cache,
+    assert_logits_are_the_training_models,
+)
 from tests.support.remote_code import same_by_remote_code
 
 SIZES = {"mamba2": {"d_state": 5, "head_dim": 4, "groups": 4}}
@@ -29,20 +29,10 @@ def model_of(pattern: str):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@torch.no_grad()
 def test_logits_are_the_training_models_at_once_in_pieces_and_with_padding(pattern):
-    config = config_of(pattern)
-    state = RandomState(config)
-    model, tokens = hf_model(config, state).double(), random_tokens(2, 30)
-    whole = model(tokens, use_cache=False).logits
-    assert largest_difference(whole, training_model(config, state)(tokens)) < 1e-5
-    for cache in (new_cache(model.config), StaticCache(config=model.config, max_cache_len=30)):
-        pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([7, 1, 1, 2, 19], dim=1)]
-        assert largest_difference(torch.cat(pieces, dim=1), whole) < 1e-12
-    for side in ("left", "right"):
-        together, mask = padded([tokens[0], tokens[1, :9]], length=30, side=side)
-        logits = model(together, attention_mask=mask).logits
-        assert largest_difference(logits[1][mask[1].bool()], whole[1, :9]) < 1e-12
+    assert_logits_are_the_training_models(
+        config_of(pattern), length=30, pieces=[7, 1, 1, 2, 19], tolerance=1e-5, static=True
+    )
 
 
 @torch.no_grad()
@@ -56,11 +46,8 @@ def test_other_attention_and_packed_documents_give_the_same():
     assert largest_difference(model(row).logits, whole) < 1e-10
 
 
-@torch.no_grad()
 def test_generation_with_a_cache_is_that_without():
-    model, tokens = model_of(PATTERNS[1]), random_tokens(2, 9)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options))
+    assert_generates_the_same_without_a_cache(model_of(PATTERNS[1]))
 
 
 def test_checkpointed_gradients_are_those_of_a_plain_backward():
@@ -78,21 +65,15 @@ def test_checkpointed_gradients_are_those_of_a_plain_backward():
 
 
 @pytest.fixture(scope="module")
-def folder(sentencepiece_model, documents, tmp_path_factory):
+def folder(export):
     """(folder, state, config) of an export, which compares logits in pieces too."""
     config = config_of(PATTERNS[0], vocab_size=1200)
-    state = RandomState(config)
-    output = tmp_path_factory.mktemp("export") / "model"
-    output.mkdir()
-    export_hf(state, config, folder=output, tokenizer_model=sentencepiece_model, documents=documents[:3])
-    return output, state, config
+    return *export(config), config
 
 
 def test_the_folder_gives_the_model_back(folder):
     path, state, _ = folder
-    again = FolderState(path, load_config(path))
-    assert again.shapes() == state.shapes()
-    assert all(torch.equal(again.read(name), state.read(name)) for name in state.shapes())
+    assert_a_folder_holds(path, state)
     card = (path / "README.md").read_text()
     assert "- `U`: gated memory unit over the scan's output" in card
     assert "- `X`: cross attention: 4 query heads" in card

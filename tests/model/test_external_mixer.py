@@ -14,7 +14,6 @@ from sambalm.model.parameters import count_parameters
 from sambalm.model.samba import Samba, Sublayer
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.zero.parameter_info import info_of
-from sambalm.pretrain.check_layout import whole
 from sambalm.pretrain.config_docs import mixer_section
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
@@ -24,9 +23,10 @@ from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import find_plans, plan_of
 from tests.pretrain.test_plan import counted_activations
 from tests.support import toy_mixer
-from tests.support.layout_runs import LENGTH, STEPS, differences, run_values, steps_on_rank
-from tests.support.whole_runs import changed, stopped_after, train
-from tests.support.worlds import run_world
+from tests.support.layout_runs import LENGTH, assert_like_one_process, largest_difference, run_values, steps_call
+from tests.support.mixers import assert_resumes_on
+from tests.support.whole_runs import changed
+from tests.support.worlds import SharedWorlds
 
 LETTERS = re.escape(f"{', '.join([*registry.BUILT_IN][:-1])} and {[*registry.BUILT_IN][-1]}")
 MODEL = {"pattern": "MT*-T", "mixers": {"token_shift": {"channels": 22}}}
@@ -39,32 +39,23 @@ def _installed():
     toy_mixer.uninstall()
 
 
-def steps(parallel: dict, *, ranks: int, documents: bool = False, mistake=None):
-    values = run_values(model=MODEL, parallel=parallel, documents=documents)
-    return run_world(steps_on_rank, values, STEPS, mistake, ranks=ranks)
+ALONE = {documents: steps_call(MODEL, {}, ranks=1, documents=documents) for documents in (False, True)}
+LAYOUTS = {
+    (name, documents): steps_call(MODEL, parallel, ranks=2, documents=documents)
+    for name, parallel in {
+        "TP2+SP": {"tensor": 2, "sequence": True},
+        "CP2": {"context": 2},
+        "PP2": {"pipeline": 2},
+    }.items()
+    for documents in (False, True)
+}
 
 
-@pytest.fixture(scope="module")
-def one_process():
-    toy_mixer.install()
-    found = {documents: steps({}, ranks=1, documents=documents)[0] for documents in (False, True)}
-    toy_mixer.uninstall()
-    return found
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(
-    "parallel", [{"tensor": 2, "sequence": True}, {"context": 2}, {"pipeline": 2}], ids=["TP2+SP", "CP2", "PP2"]
-)
-def test_it_trains_on_every_layout_like_one_process(parallel, documents, one_process):
-    expected = one_process[documents]
-    results = steps(parallel, ranks=2, documents=documents)
-    worst = differences([result.gradients for result in results], whole(expected.gradients))
-    assert max(worst.values()) < 1e-4
-    assert any(".mix." in name for name in worst)
-    for result in results:
-        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert result.norms == pytest.approx(expected.norms, rel=1e-4)
+@pytest.mark.parametrize(("name", "documents"), LAYOUTS)
+def test_it_trains_on_every_layout_like_one_process(name, documents):
+    results = WORLDS[LAYOUTS[name, documents]]
+    assert_like_one_process(results, WORLDS[ALONE[documents]][0], gradients=1e-4, norms=1e-4)
+    assert any(".mix." in name for name, *_ in results[0].gradients)
 
 
 def the_token_of_a_neighbour_is_dropped(monkeypatch):
@@ -76,13 +67,18 @@ def the_token_of_a_neighbour_is_dropped(monkeypatch):
     monkeypatch.setattr(Mix, "_token_before", token_before)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "documents"), [({"context": 2}, False), ({"tensor": 2}, True)], ids=["CP", "resets"]
-)
-def test_a_mistake_in_it_is_seen(parallel, documents, one_process):
-    results = steps(parallel, ranks=2, documents=documents, mistake=the_token_of_a_neighbour_is_dropped)
-    worst = differences([result.gradients for result in results], whole(one_process[documents].gradients))
-    assert max(worst.values()) > 0.03
+WRONG = {
+    documents: steps_call(
+        MODEL, parallel, ranks=2, documents=documents, mistake=the_token_of_a_neighbour_is_dropped, steps=1
+    )
+    for parallel, documents in (({"context": 2}, False), ({"tensor": 2}, True))
+}
+WORLDS = SharedWorlds(*ALONE.values(), *LAYOUTS.values(), *WRONG.values())
+
+
+@pytest.mark.parametrize("documents", WRONG, ids=["CP", "resets"])
+def test_a_mistake_in_it_is_seen(documents):
+    assert largest_difference(WORLDS[WRONG[documents]], WORLDS[ALONE[documents]][0]) > 0.03
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -132,12 +128,8 @@ def test_it_is_planned():
 
 @pytest.mark.slow
 def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
-    values = changed(request.getfixturevalue("run_values"), model=MODEL, train={"micro_batch_size": 1})
-    whole_run = train(values)
-    stopped = stopped_after(values, 3, tmp_path / "stopped")
-    resumed = train(changed(stopped, parallel={"tensor": 2, "sequence": True}), ranks=2)
-    for before, after in zip(whole_run, resumed, strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    values = changed(request.getfixturevalue("run_values"), model=MODEL)
+    assert_resumes_on({"tensor": 2, "sequence": True}, values, tmp_path / "stopped")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from sambalm.model.mixers.counts import Attention, KernelNames, Share
 from sambalm.model.ops.implementations import AttentionCall
 from sambalm.model.registry import mixer
 from sambalm.parallel.shard import Position
-from sambalm.pretrain.check_layout import whole
-from tests.support.layout_runs import LENGTH, STEPS, differences, run_values, steps_on_rank
-from tests.support.whole_runs import changed, stopped_after, train
-from tests.support.worlds import run_world
+from tests.support.layout_runs import LENGTH, assert_like_one_process, largest_difference, run_values, steps_call
+from tests.support.mixers import assert_resumes_on
+from tests.support.whole_runs import changed
+from tests.support.worlds import SharedWorlds
 
 MIXED = {"pattern": "=F-M*F", "mixers": {"mlp2": {"size": 23}}}
 NO_POSITIONS = {"pattern": "F-*", "rope_base": None}
@@ -33,29 +33,24 @@ SHARE = Share(
 )
 
 
-def steps(model: dict, parallel: dict, *, ranks: int, documents: bool, mistake=None):
-    values = run_values(model=model, parallel=parallel, documents=documents)
-    return run_world(steps_on_rank, values, STEPS, mistake, ranks=ranks)
-
-
-@pytest.mark.parametrize(
-    ("model", "documents", "layouts"),
-    [
-        (MIXED, False, {2: [TP2, PP2]}),
-        (MIXED, True, {2: [CP2], 4: [{"context": 4}]}),
-        (NO_POSITIONS, False, {2: [TP2, CP2]}),
+ALONE = {
+    "mixed": steps_call(MIXED, {}, ranks=1),
+    "documents": steps_call(MIXED, {}, ranks=1, documents=True),
+    "no positions": steps_call(NO_POSITIONS, {}, ranks=1),
+}
+LAYOUTS = {
+    "mixed": [steps_call(MIXED, parallel, ranks=2) for parallel in (TP2, PP2)],
+    "documents": [
+        steps_call(MIXED, parallel, ranks=ranks, documents=True) for ranks, parallel in ((2, CP2), (4, {"context": 4}))
     ],
-    ids=["mixed", "documents", "no positions"],
-)
-def test_every_layout_trains_like_one_process(model, documents, layouts):
-    (alone,) = steps(model, {}, ranks=1, documents=documents)
-    for ranks, parallel in ((ranks, parallel) for ranks, listed in layouts.items() for parallel in listed):
-        results = steps(model, parallel, ranks=ranks, documents=documents)
-        worst = differences([result.gradients for result in results], whole(alone.gradients))
-        assert max(worst.values()) < 1e-4, parallel
-        for result in results:
-            assert result.losses == pytest.approx(alone.losses, rel=1e-5)
-            assert result.norms == pytest.approx(alone.norms, rel=1e-4)
+    "no positions": [steps_call(NO_POSITIONS, parallel, ranks=2) for parallel in (TP2, CP2)],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_like_one_process(name):
+    for call in LAYOUTS[name]:
+        assert_like_one_process(WORLDS[call], WORLDS[ALONE[name]][0], gradients=1e-4, norms=1e-4)
 
 
 def a_part_does_not_see_those_before(monkeypatch):
@@ -65,17 +60,26 @@ def a_part_does_not_see_those_before(monkeypatch):
     monkeypatch.setattr(HaloExchange, "wait", lambda exchange: wait(exchange) * 0)
 
 
+WRONG = steps_call(NO_POSITIONS, CP2, ranks=2, mistake=a_part_does_not_see_those_before, steps=1)
+
+
 def test_keys_of_other_ranks_matter():
-    (alone,) = steps(NO_POSITIONS, {}, ranks=1, documents=False)
-    wrong = steps(NO_POSITIONS, CP2, ranks=2, documents=False, mistake=a_part_does_not_see_those_before)
-    assert max(differences([one.gradients for one in wrong], whole(alone.gradients)).values()) > 0.03
+    assert largest_difference(WORLDS[WRONG], WORLDS[ALONE["no positions"]][0]) > 0.03
+
+
+FULL, WINDOW, SHORTER = (
+    steps_call(model, {}, ranks=1, documents=True)
+    for model in (
+        {"pattern": "MF-"},
+        {"pattern": "M*-", "window": LENGTH},
+        {"pattern": "M*-", "window": LENGTH - 1},
+    )
+)
 
 
 def test_full_attention_is_a_window_over_the_whole_sequence():
-    (full,) = steps({"pattern": "MF-"}, {}, ranks=1, documents=True)
-    (window,) = steps({"pattern": "M*-", "window": LENGTH}, {}, ranks=1, documents=True)
-    (shorter,) = steps({"pattern": "M*-", "window": LENGTH - 1}, {}, ranks=1, documents=True)
-    assert full.losses == window.losses != shorter.losses
+    full, window, shorter = (WORLDS[call][0].losses for call in (FULL, WINDOW, SHORTER))
+    assert full == window != shorter
 
 
 def test_operations_and_calls_of_kernels_are_those_of_all_keys():
@@ -96,9 +100,10 @@ def test_operations_and_calls_of_kernels_are_those_of_all_keys():
 
 
 def test_a_run_resumes_on_another_layout(request, tmp_path):
-    values = changed(request.getfixturevalue("run_values"), model=MIXED, train={"micro_batch_size": 1})
-    whole_run = train(values)
-    stopped = stopped_after(values, 3, tmp_path / "stopped")
-    resumed = train(changed(stopped, parallel=TP2), ranks=2)
-    for before, after in zip(whole_run, resumed, strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    values = changed(request.getfixturevalue("run_values"), model=MIXED)
+    assert_resumes_on(TP2, values, tmp_path / "stopped")
+
+
+WORLDS = SharedWorlds(
+    *ALONE.values(), *(call for calls in LAYOUTS.values() for call in calls), WRONG, FULL, WINDOW, SHORTER
+)

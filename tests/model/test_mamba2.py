@@ -1,6 +1,5 @@
 """Mamba-2: on layouts against one process, counted, planned, resumed, and what is refused."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,27 +13,28 @@ from sambalm.model.ops import external
 from sambalm.model.ops.implementations import KernelRequirements
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.ssd_scan import ssd_scan
-from sambalm.model.ops.registry import TORCH_KERNELS, why_unavailable
+from sambalm.model.ops.registry import why_unavailable
 from sambalm.model.parameters import count_parameters
-from sambalm.model.registry import mixer
-from sambalm.model.samba import Samba, Sublayer
-from sambalm.parallel.groups import TensorParallel
+from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices, initialize_parameters
-from sambalm.parallel.zero.parameter_info import info_of
-from sambalm.pretrain.check_layout import whole
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.planner.communication import step_transfers
 from sambalm.pretrain.planner.hardware import DEVICES
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import find_plans, plan_of
 from tests.pretrain.test_plan import counted_activations, handed_on_rank, kept_on_rank
-from tests.support.layout_runs import STEPS, differences, run_values, steps_on_rank
+from tests.support.layout_runs import assert_like_one_process, largest_difference, run_values, steps_call
 from tests.support.marks import slow_except
+from tests.support.mixers import (
+    assert_counts_its_parameters,
+    assert_keeps_what_it_says,
+    assert_resumes_on,
+    assert_sends_what_it_says,
+)
 from tests.support.planned_runs import config_of
-from tests.support.whole_runs import changed, stopped_after, train
-from tests.support.worlds import run_world
+from tests.support.whole_runs import changed
+from tests.support.worlds import SharedWorlds, run_world
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "successors"
 SIZES = {"d_state": 5, "head_dim": 4, "groups": 3}  # 24 heads in 3 groups: uneven over two ranks
@@ -52,43 +52,27 @@ LAYOUTS = {
 }
 
 
-def steps(parallel: dict, *, ranks: int, documents: bool = False, mistake=None, count: int = STEPS):
-    values = run_values(
-        model=MODEL | ({"num_kv_heads": 3} if ranks == 3 else {}), parallel=parallel, documents=documents
-    )
-    return run_world(steps_on_rank, values, count, mistake, ranks=ranks)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """By kv heads and documents: three ranks need three kv heads."""
-    found = {}
-
-    def of(kv_heads: int, documents: bool):
-        if (kv_heads, documents) not in found:
-            values = run_values(model=MODEL | {"num_kv_heads": kv_heads}, documents=documents)
-            (found[kv_heads, documents],) = run_world(steps_on_rank, values, STEPS, None, ranks=1)
-        return found[kv_heads, documents]
-
-    return of
-
-
+# Three ranks need three kv heads.
+KV_HEADS = {name: 3 if ranks == 3 else 2 for name, (ranks, _) in LAYOUTS.items()}
 QUICK = [("TP2+SP", True), ("CP2", True), ("CP2", False), ("PP2", False)]
-CASES = [(name, documents) for name in LAYOUTS for documents in (False, True)]
+CASES = {
+    (name, documents): steps_call(MODEL | {"num_kv_heads": KV_HEADS[name]}, parallel, ranks=ranks, documents=documents)
+    for name, (ranks, parallel) in LAYOUTS.items()
+    for documents in (False, True)
+}
+ALONE = {
+    (kv_heads, documents): steps_call(MODEL | {"num_kv_heads": kv_heads}, {}, ranks=1, documents=documents)
+    for kv_heads in (2, 3)
+    for documents in (False, True)
+}
 
 
 @pytest.mark.parametrize(
     ("name", "documents"), slow_except(QUICK, CASES, long=[case for case in CASES if case not in QUICK])
 )
-def test_a_layout_trains_like_one_process(name, documents, alone):
-    ranks, parallel = LAYOUTS[name]
-    expected = alone(3 if ranks == 3 else 2, documents)
-    results = steps(parallel, ranks=ranks, documents=documents)
-    worst = differences([result.gradients for result in results], whole(expected.gradients))
-    assert {name: value for name, value in worst.items() if value > 1e-5} == {}
-    for result in results:
-        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+def test_a_layout_trains_like_one_process(name, documents):
+    expected = WORLDS[ALONE[KV_HEADS[name], documents]][0]
+    assert_like_one_process(WORLDS[CASES[name, documents]], expected, gradients=1e-5, norms=1e-5)
 
 
 def states_between_ranks_are_dropped(monkeypatch):
@@ -110,18 +94,25 @@ def the_norm_spans_the_ranks_groups(monkeypatch):
     monkeypatch.setattr(layers.GatedNorm, "forward", as_one_group)
 
 
-@pytest.mark.parametrize(
-    ("mistake", "parallel", "ranks", "documents"),
-    [
+MISTAKES = {
+    mistake: (steps_call(MODEL, parallel, ranks=ranks, documents=documents, mistake=mistake, steps=1), documents)
+    for mistake, parallel, ranks, documents in (
         (states_between_ranks_are_dropped, {"context": 2}, 2, False),
         (a_document_that_begins_in_a_part_lets_the_state_through, {"context": 4}, 4, True),
         (the_norm_spans_the_ranks_groups, {"tensor": 2}, 2, False),
-    ],
+    )
+}
+WORLDS = SharedWorlds(
+    *(CASES[case] for case in QUICK),
+    *(ALONE[2, documents] for documents in (False, True)),
+    *(call for call, _ in MISTAKES.values()),
 )
-def test_mistakes_are_seen(mistake, parallel, ranks, documents, alone):
-    results = steps(parallel, ranks=ranks, documents=documents, mistake=mistake, count=1)
-    worst = differences([result.gradients for result in results], whole(alone(2, documents).gradients))
-    assert max(worst.values()) > 1e-3
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake):
+    call, documents = MISTAKES[mistake]
+    assert largest_difference(WORLDS[call], WORLDS[ALONE[2, documents]][0]) > 1e-3
 
 
 def test_what_is_left_of_a_state_is_what_the_scan_leaves():
@@ -161,13 +152,7 @@ def test_causal_conv1d_is_given_rows_that_it_takes(channels, features, monkeypat
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_it_counts_the_parameters_that_its_layer_has(ranks):
-    config, one = ModelConfig(**run_values(model=MODEL)["model"]), mixer("S")
-    with torch.device("meta"):
-        layer = Sublayer("S", config, tp=TensorParallel(rank=0, size=ranks), kernels=TORCH_KERNELS)
-    counts, held = one.parameters(config, tensor_ranks=ranks), dict(layer.mixer.named_parameters())
-    assert {each.name: each.shape for each in counts} == {name: tuple(value.shape) for name, value in held.items()}
-    assert [each.name for each in counts if each.takes_fp8] == [n for n, v in held.items() if info_of(v).takes_fp8]
-    assert [each.decays for each in counts] == [info_of(held[each.name]).weight_decay for each in counts]
+    assert_counts_its_parameters("S", ModelConfig(**run_values(model=MODEL)["model"]), ranks=ranks)
 
 
 def test_it_is_counted():
@@ -220,21 +205,14 @@ def kept_config(parallel: dict, precision: str):
 @pytest.mark.parametrize("parallel", [SP2, {"context": 4}], ids=str)
 def test_a_rank_keeps_what_it_says(parallel, recompute):
     config, ranks = kept_config(parallel | {"recompute": recompute}, "bf16"), max(parallel.values())
-    kept = max(run_world(kept_on_rank, config.model_dump(), ranks=ranks))
-    memory, *_ = stage_memories(config, world_size=ranks, kernels=KERNELS)
-    assert memory.rounded_bytes + memory.saved_bytes == pytest.approx(kept, rel=0.03)
+    kept = run_world(kept_on_rank, config.model_dump(), ranks=ranks)
+    assert_keeps_what_it_says(config, kept, kernels=KERNELS, tolerance=0.03)
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), slow_except(HANDED[:2], HANDED, long=HANDED[2:]), ids=str)
 def test_it_sends_what_it_says(ranks, parallel):
     config = config_of(parallel=parallel, pattern="S", mixers={"mamba2": {"d_state": 16, "head_dim": 16, "groups": 2}})
-    counted = Counter()
-    for _, handed in run_world(handed_on_rank, config.model_dump(), ranks=ranks):
-        counted |= handed
-    expected: Counter = Counter()
-    for transfer in step_transfers(config, stage=0, world_size=ranks):
-        expected[transfer.operation] += transfer.handed_bytes
-    assert expected == pytest.approx(+counted, rel=0.01)
+    assert_sends_what_it_says(config, run_world(handed_on_rank, config.model_dump(), ranks=ranks))
 
 
 def test_it_is_planned():
@@ -254,12 +232,7 @@ def test_it_is_planned():
 @pytest.mark.long
 def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
     model = MODEL | {"mixers": {"mamba2": SIZES | {"groups": 2}}}
-    values = changed(request.getfixturevalue("run_values"), model=model, train={"micro_batch_size": 1})
-    whole_run = train(values)
-    stopped = stopped_after(values, 3, tmp_path / "stopped")
-    resumed = train(changed(stopped, parallel=SP2), ranks=2)
-    for before, after in zip(whole_run, resumed, strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert_resumes_on(SP2, changed(request.getfixturevalue("run_values"), model=model), tmp_path / "stopped")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """SambaY: layers that read what a layer before has written, on layouts against one process, counted and refused."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,25 +10,28 @@ from sambalm.model.chunks import chunk_layers
 from sambalm.model.config import ModelConfig
 from sambalm.model.flops import flops_per_token
 from sambalm.model.mixers.context import SequenceContext
-from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.parameters import count_parameters
 from sambalm.model.registry import memory_writers, mixer
-from sambalm.model.samba import Samba, Sublayer
+from sambalm.model.samba import Samba
 from sambalm.parallel.config import ParallelConfig
-from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.zero.parameter_info import info_of
-from sambalm.pretrain.check_layout import whole
 from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.planner.communication import step_transfers
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
 from sambalm.pretrain.planner.memory import stage_memories
 from tests.pretrain.test_plan import counted_activations, handed_on_rank
-from tests.support.layout_runs import LENGTH, STEPS, differences, run_values, steps_on_rank
+from tests.support.layout_runs import (
+    LENGTH,
+    assert_like_one_process,
+    largest_difference,
+    run_values,
+    steps_call,
+    steps_on_rank,
+)
 from tests.support.marks import slow_except
+from tests.support.mixers import assert_counts_its_parameters, assert_resumes_on, assert_sends_what_it_says
 from tests.support.planned_runs import config_of
-from tests.support.whole_runs import changed, stopped_after, train
-from tests.support.worlds import run_world
+from tests.support.whole_runs import changed
+from tests.support.worlds import SharedWorlds, run_world
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "successors"
 SIZES = {"mamba2": {"d_state": 5, "head_dim": 4, "groups": 2}}
@@ -46,28 +48,26 @@ LAYOUTS = {
     "TP2, one kv head": (2, {"tensor": 2}, {"num_kv_heads": 1}),
     "DP2, ZeRO-3, full": (2, {"zero_stage": 3, "recompute": "full"}, {}),
 }
-CASES = [(name, documents) for name in LAYOUTS for documents in (False, True)]
 READ = {16: 12, 18: 14, 20: 12, 22: 14}  # of the config, each reader's writer
 QUICK = [("TP2+SP", False), ("CP2", True), ("PP2", False), ("alone, full", True)]
 
 
-def steps(model: dict, parallel: dict, *, ranks: int, documents: bool, count: int = STEPS, mistake=None):
-    values = run_values(model=MODEL | model, parallel=parallel, documents=documents)
-    return run_world(steps_on_rank, values, count, mistake, ranks=ranks)
+CASES = {
+    (name, documents): (
+        steps_call(MODEL | model, parallel, ranks=ranks, documents=documents),
+        steps_call(MODEL | model, {}, ranks=1, documents=documents),
+    )
+    for name, (ranks, parallel, model) in LAYOUTS.items()
+    for documents in (False, True)
+}
 
 
 @pytest.mark.parametrize(
     ("name", "documents"), slow_except(QUICK, CASES, long=[case for case in CASES if case not in QUICK])
 )
 def test_a_layout_trains_like_one_process(name, documents):
-    ranks, parallel, model = LAYOUTS[name]
-    (expected,) = steps(model, {}, ranks=1, documents=documents)
-    results = steps(model, parallel, ranks=ranks, documents=documents)
-    worst = differences([result.gradients for result in results], whole(expected.gradients))
-    assert {name: value for name, value in worst.items() if value > 1e-5} == {}
-    for result in results:
-        assert result.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+    call, alone = CASES[name, documents]
+    assert_like_one_process(WORLDS[call], WORLDS[alone][0], gradients=1e-5, norms=1e-5)
 
 
 def test_products_in_fp8_are_close_and_alike_on_ranks():
@@ -103,11 +103,17 @@ def the_first_memory_stays(monkeypatch):
     monkeypatch.setattr(SequenceContext, "with_memory", first)
 
 
-@pytest.mark.parametrize("mistake", [a_memory_carries_no_gradient, the_first_memory_stays])
+RIGHT = steps_call(MODEL, {}, ranks=1, steps=1)
+MISTAKES = {
+    mistake: steps_call(MODEL, {}, ranks=1, mistake=mistake, steps=1)
+    for mistake in (a_memory_carries_no_gradient, the_first_memory_stays)
+}
+WORLDS = SharedWorlds(*(call for case in QUICK for call in CASES[case]), RIGHT, *MISTAKES.values())
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_seen(mistake):
-    (expected,) = steps({}, {}, ranks=1, documents=False, count=1)
-    wrong = steps({}, {}, ranks=1, documents=False, count=1, mistake=mistake)
-    assert max(differences([one.gradients for one in wrong], whole(expected.gradients)).values()) > 0.03
+    assert largest_difference(WORLDS[MISTAKES[mistake]], WORLDS[RIGHT][0]) > 0.03
 
 
 def test_a_cross_attention_with_the_queries_of_its_writer_is_the_writer():
@@ -154,12 +160,7 @@ def test_who_reads_whom():
 @pytest.mark.parametrize("letter", ["U", "X"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_counts_the_parameters_that_its_layer_has(letter, ranks):
-    config, one = ModelConfig(**run_values(model=MODEL)["model"]), mixer(letter)
-    with torch.device("meta"):
-        layer = Sublayer(letter, config, tp=TensorParallel(rank=0, size=ranks), kernels=TORCH_KERNELS)
-    counts, held = one.parameters(config, tensor_ranks=ranks), dict(layer.mixer.named_parameters())
-    assert {each.name: each.shape for each in counts} == {name: tuple(value.shape) for name, value in held.items()}
-    assert [each.name for each in counts if each.takes_fp8] == [n for n, v in held.items() if info_of(v).takes_fp8]
+    assert_counts_its_parameters(letter, ModelConfig(**run_values(model=MODEL)["model"]), ranks=ranks)
 
 
 def test_it_is_counted():
@@ -197,23 +198,12 @@ def test_it_keeps_what_it_says(precision, recompute):
 @pytest.mark.parametrize("parallel", slow_except([CP2], [CP2, SP2], long=[SP2]), ids=str)
 def test_it_sends_what_it_says(parallel):
     config = config_of(parallel=parallel, pattern="SFUX", mixers=WIDER)
-    counted: Counter = Counter()
-    for _, handed in run_world(handed_on_rank, config.model_dump(), ranks=2):
-        counted |= handed
-    expected: Counter = Counter()
-    for transfer in step_transfers(config, stage=0, world_size=2):
-        expected[transfer.operation] += transfer.handed_bytes
-    assert expected == pytest.approx(+counted, rel=0.01)
+    assert_sends_what_it_says(config, run_world(handed_on_rank, config.model_dump(), ranks=2))
 
 
 @pytest.mark.long
 def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
-    values = changed(request.getfixturevalue("run_values"), model=MODEL, train={"micro_batch_size": 1})
-    whole_run = train(values)
-    stopped = stopped_after(values, 3, tmp_path / "stopped")
-    resumed = train(changed(stopped, parallel=SP2), ranks=2)
-    for before, after in zip(whole_run, resumed, strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert_resumes_on(SP2, changed(request.getfixturevalue("run_values"), model=MODEL), tmp_path / "stopped")
 
 
 @pytest.mark.parametrize(

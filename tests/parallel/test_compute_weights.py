@@ -7,10 +7,11 @@ import torch
 from sambalm.parallel.layers.linear import linear, linear_parts
 from sambalm.parallel.zero.compute_weights import ComputeWeights, joined
 from sambalm.parallel.zero.weights import FlatWeights
+from sambalm.pretrain.check_layout import Steps
 from tests.support.layout_runs import run_values, steps_on_rank
 from tests.support.marks import slow_except
 from tests.support.parameters import described
-from tests.support.worlds import run_world
+from tests.support.worlds import Call, SharedWorlds
 
 
 def converted_at_each_use(monkeypatch):
@@ -25,38 +26,44 @@ def converted_in_the_first_step_alone(monkeypatch):
     monkeypatch.setattr(ComputeWeights, "update", lambda copies, weights=None: None)
 
 
-def losses_and_gradients(ranks, parallel, mistake=None):
-    values = run_values(parallel=parallel, precision="bf16")
-    results = run_world(steps_on_rank, values, 3, mistake, ranks=ranks)
-    return [result.losses for result in results], [piece for result in results for _, _, piece in result.gradients]
+def call(name: str, mistake=None) -> Call:
+    ranks, parallel = LAYOUTS[name]
+    return Call(steps_on_rank, (run_values(parallel=parallel, precision="bf16"), 3, mistake), ranks=ranks)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    slow_except(
-        [(2, {"zero_stage": 1, "recompute": "full"}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})],
-        [
-            (2, {"zero_stage": 1}),
-            (2, {"zero_stage": 1, "recompute": "full"}),
-            (2, {"tensor": 2, "sequence": True}),
-            (2, {"pipeline": 2}),
-            (4, {"pipeline": 2, "zero_stage": 1}),
-            (8, {"tensor": 4, "zero_stage": 1}),  # with two copies of each kv head
-        ],
-    ),
-    ids=str,
+def losses(results: list[Steps]) -> list[list[float]]:
+    return [result.losses for result in results]
+
+
+LAYOUTS = {
+    "ZeRO-1": (2, {"zero_stage": 1}),
+    "ZeRO-1, full": (2, {"zero_stage": 1, "recompute": "full"}),
+    "TP2+SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP2, ZeRO-1": (4, {"pipeline": 2, "zero_stage": 1}),
+    "TP4, ZeRO-1": (8, {"tensor": 4, "zero_stage": 1}),  # with two copies of each kv head
+}
+QUICK = ["ZeRO-1, full", "TP2+SP", "PP2"]
+KEPT = {name: call(name) for name in LAYOUTS}
+CONVERTED = {name: call(name, converted_at_each_use) for name in LAYOUTS}
+WRONG = {name: call(name, converted_in_the_first_step_alone) for name in ("ZeRO-1", "TP2+SP", "PP2")}
+WORLDS = SharedWorlds(
+    *(KEPT[name] for name in [*QUICK, "ZeRO-1"]), *(CONVERTED[name] for name in QUICK), *WRONG.values()
 )
-def test_steps_have_the_same_bits(ranks, parallel):
-    losses, gradients = losses_and_gradients(ranks, parallel)
-    expected_losses, expected_gradients = losses_and_gradients(ranks, parallel, converted_at_each_use)
-    assert losses == expected_losses
-    assert all(np.array_equal(a, e) for a, e in zip(gradients, expected_gradients, strict=True))
 
 
-@pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
-def test_copies_of_the_step_before_are_seen(parallel):
-    expected_losses, _ = losses_and_gradients(2, parallel)
-    assert losses_and_gradients(2, parallel, converted_in_the_first_step_alone)[0] != expected_losses
+@pytest.mark.parametrize("name", slow_except(QUICK, LAYOUTS))
+def test_steps_have_the_same_bits(name):
+    results, expected = WORLDS[KEPT[name]], WORLDS[CONVERTED[name]]
+    assert losses(results) == losses(expected)
+    for result, other in zip(results, expected, strict=True):
+        pairs = zip(result.gradients, other.gradients, strict=True)
+        assert all(np.array_equal(found, wanted) for (_, _, found), (_, _, wanted) in pairs)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_copies_of_the_step_before_are_seen(name):
+    assert losses(WORLDS[WRONG[name]]) != losses(WORLDS[KEPT[name]])
 
 
 def test_copies_are_one_for_all_uses_and_follow_the_weights():

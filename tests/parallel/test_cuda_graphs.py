@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sambalm.parallel.cuda_graphs import UNCAPTURED_STEPS, CapturedMicroBatches, run_in_turn
 from sambalm.parallel.errors import ParallelError
-from sambalm.parallel.execution import AccumulatingExecutor
+from sambalm.parallel.execution import AccumulatingExecutor, StepState
 from sambalm.parallel.micro_batch import MicroBatch
 from sambalm.parallel.pipeline.captured_chunk import CapturedChunk
 
@@ -200,9 +200,9 @@ def test_micro_batches_under_way_in_a_pipeline_have_slots_of_their_own(is_first,
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("reduces", [True, False])
 def test_an_executor_says_what_its_graphs_may_hold(documents, reduces):
-    model, rest = nn.Linear(2, 2), dict.fromkeys(("engine", "guard", "weights", "compute_weights", "fp8"))
-    gradients, captures = object() if reduces else None, {"cuda_graphs": True, "captures_documents": documents}
-    graphs = AccumulatingExecutor(model=model, gradients=gradients, **rest, **captures).graphs
+    model, rest = nn.Linear(2, 2), dict.fromkeys(("guard", "weights", "compute_weights", "fp8"))
+    state = StepState(gradients=object() if reduces else None, **rest)
+    graphs = AccumulatingExecutor(None, model, state, cuda_graphs=True, captures_documents=documents).graphs
     assert (graphs.last_differs, graphs.rule.documents) == (reduces, documents)
     assert list(map(id, graphs.parameters)) == list(map(id, model.parameters()))
 

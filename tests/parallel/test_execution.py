@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from sambalm.parallel import execution
-from sambalm.parallel.execution import AccumulatingExecutor, PipelinedExecutor
+from sambalm.parallel.execution import AccumulatingExecutor, PipelinedExecutor, StepState
 
 
 def executors(buffers: dict[str, Any]) -> list[execution.Executor]:
-    rest: dict[str, Any] = {**buffers, "guard": None, "fp8": None, "cuda_graphs": False, "captures_documents": True}
+    state = StepState(guard=None, fp8=None, **buffers)
+    captures: dict[str, Any] = {"cuda_graphs": False, "captures_documents": True}
     return [
-        AccumulatingExecutor(None, nn.Linear(2, 2), **rest),
-        PipelinedExecutor(None, None, embedding_group=None, tied_weight=None, **rest),
+        AccumulatingExecutor(None, nn.Linear(2, 2), state, **captures),
+        PipelinedExecutor(None, None, state, embedding_group=None, tied_weight=None, **captures),
     ]
 
 

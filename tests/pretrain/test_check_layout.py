@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from torch import nn
 
 from sambalm.model.build import chunk_layers
+from sambalm.parallel.groups import ContextParallel
 from sambalm.parallel.shard import Shard
 from sambalm.parallel.sharding import sharded_parameter
 from sambalm.parallel.zero import engine
@@ -29,6 +31,7 @@ from sambalm.pretrain.check_layout import (
     checked_config,
     compare_slices,
     document_starts,
+    random_batches,
     whole,
 )
 from sambalm.pretrain.config_file import load_config, parse_config
@@ -214,6 +217,17 @@ def test_a_shrunk_model_has_the_same_stages_and_divisors(size, parallel):
 
 def test_documents_begin_where_they_are_said_to():
     assert document_starts([3, 4], length=6) == [0, 0, 0, 3, 4, 4]
+
+
+def test_samples_of_a_step_have_documents_of_their_own():
+    config = parse_config(run_values(documents=True), source="test")
+    world = SimpleNamespace(data_rank=0, data_size=1, context=ContextParallel(), device=torch.device("cpu"))
+    found = random_batches(0, config=config, world=world, seed=3, part_tokens=8)
+    starts = [set(batch.document_starts[0].tolist()) for batch in found]
+    assert starts[0] == {0}
+    assert len({frozenset(each) for each in starts}) == len(starts) == 4
+    assert {8, 16, 24} <= starts[2]
+    assert {7, 15, 23} <= starts[3]
 
 
 def pid_of(folder: str) -> None:

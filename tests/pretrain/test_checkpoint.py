@@ -76,6 +76,7 @@ def test_a_stopped_run_in_fp8_goes_on_with_the_same_bits(ranks, parallel, run_va
     uninterrupted = train(values, ranks=ranks)
     scales = newest_checkpoint(run_dir(values), warn=print).state["fp8_scales"]
     assert len(scales) == 2 * len(values["model"]["pattern"])
+    assert "layers.1.mixer.gate_up_proj.gate.weight" in scales, "the name of a fused product's first slice"
     resumed = stopped_after(values, 2, tmp_path / "resumed")
     assert train(resumed, ranks=ranks) == uninterrupted
     plain = changed(values, train={"matmul_precision": None}, run={"dir": str(tmp_path / "plain")})

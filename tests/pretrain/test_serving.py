@@ -29,6 +29,7 @@ from sambalm.pretrain.serving import engine as engine_file
 from sambalm.pretrain.serving.command import serve_model
 from sambalm.pretrain.serving.engine import Engine, Job
 from sambalm.pretrain.serving.errors import RequestError, ServingError
+from sambalm.pretrain.serving.replies import Reply
 from tests.pretrain.test_generated_text import sentencepiece_file
 from tests.pretrain.test_generation import TEMPLATE
 from tests.support import program
@@ -373,3 +374,13 @@ def test_too_many_waiting_requests_are_refused(engine, monkeypatch):
     engine.end()
     with pytest.raises(RequestError, match="the server is shutting down"):
         engine.submit(Taken().job)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "delta"),
+    [("a", None, {"content": "a"}), ("", "length", {}), ("a", "length", {"content": "a"})],
+)
+def test_a_chats_last_event_has_no_content_where_there_is_none(text, reason, delta):
+    (choice,) = Reply("m", is_chat=True).piece(0, text, reason)["choices"]
+    assert choice["delta"] == delta
+    assert choice["finish_reason"] == reason

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sambalm.pretrain.check_layout import Slices, Steps, compare_slices, document_starts, take_steps
-from tests.support.worlds import run_world
+from sambalm.pretrain.check_layout import Slices, Steps, compare_slices, document_starts, take_steps, whole
+from tests.support.worlds import Call, run_world
 
 MODEL = {
     "pattern": "M-*-M",
@@ -85,6 +85,21 @@ def steps_on_rank(values: dict, steps: int = STEPS, mistake: Callable[[pytest.Mo
         return take_steps(parse_config(values, source="test"), steps=steps, batches=given)
 
 
+def steps_call(
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    *,
+    ranks: int,
+    documents: bool = False,
+    mistake: Callable[[pytest.MonkeyPatch], None] | None = None,
+    steps: int = 2,
+) -> Call:
+    """Steps of a model on a layout. By default two: the second is of weights that the first has changed."""
+    return Call(
+        steps_on_rank, (run_values(model=model, parallel=parallel, documents=documents), steps, mistake), ranks=ranks
+    )
+
+
 @functools.cache
 def _one_process(model: tuple, values: tuple) -> Steps:
     (result,) = run_world(steps_on_rank, run_values(model=dict(model), **dict(values)), ranks=1)
@@ -94,6 +109,25 @@ def _one_process(model: tuple, values: tuple) -> Steps:
 def one_process(model: dict | None = None, **values: Any) -> Steps:
     """Steps of a process alone, computed once for each model and values of a run."""
     return _one_process(tuple(sorted((model or {}).items())), tuple(sorted(values.items())))
+
+
+def assert_like_one_process(ranks: list[Steps], expected: Steps, *, gradients: float, norms: float) -> None:
+    """Compares what ranks saw of a step or several with the same of one process: gradients, losses and norms.
+
+    Args:
+        gradients, norms: how far these may differ, relative to one process's; losses may by 1e-5.
+    """
+    worst = differences([result.gradients for result in ranks], whole(expected.gradients))
+    assert {name: value for name, value in worst.items() if value > gradients} == {}
+    for result in ranks:
+        steps = len(result.losses)
+        assert result.losses == pytest.approx(expected.losses[:steps], rel=1e-5)
+        assert result.norms == pytest.approx(expected.norms[:steps], rel=norms)
+
+
+def largest_difference(ranks: list[Steps], expected: Steps) -> float:
+    """The largest relative difference of a gradient."""
+    return max(differences([result.gradients for result in ranks], whole(expected.gradients)).values())
 
 
 def differences(ranks: list[Slices], expected: dict[str, np.ndarray]) -> dict[str, float]:

@@ -12,39 +12,36 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from sambalm.model.hf.configuration_samba import SambaConfig
-from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, carried_states, last_tokens
+from sambalm.model.hf.layers import (
+    SambaWholeHeadsLayer,
+    SequenceContext,
+    carried_states,
+    init_step_bias,
+    last_tokens,
+)
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
-from sambalm.model.ops.reference.elementwise import norm_and_gate
 
 # A gate this negative neither decays a state nor writes to it, whatever its bias: the state stays as it is.
 NO_STEP = -1e4
 
 
-class SambaGatedDeltaNet(SambaLayer):
+class SambaGatedDeltaNet(SambaWholeHeadsLayer):
     """Gated DeltaNet (arXiv 2412.06464, section 3.4)."""
 
-    isolates_documents = True
     name: ClassVar = "gated_deltanet"
     per_channel: ClassVar = False
-    activation: ClassVar = "silu"
     lowest_rate: ClassVar = 1e-4
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        sizes, width = config.sizes(self.name), config.hidden_size
-        self.sizes, heads, self.head_dim = sizes, sizes["num_heads"], sizes["head_dim"]
-        self.value_dim = sizes["expand_v"] * self.head_dim
-        key, value = heads * self.head_dim, heads * self.value_dim
+        width, heads, key, value = config.hidden_size, self.sizes["num_heads"], self.key_width, self.value_width
         self.widths = [key, key, value]
-        self.q_proj, self.k_proj = (nn.Linear(width, key, bias=False) for _ in range(2))
-        self.v_proj, self.b_proj = (nn.Linear(width, size, bias=False) for size in (value, heads))
+        self.b_proj = nn.Linear(width, heads, bias=False)
         self.q_conv, self.k_conv, self.v_conv = (
-            nn.Parameter(torch.empty(size, sizes["d_conv"])) for size in self.widths
+            nn.Parameter(torch.empty(size, self.sizes["d_conv"])) for size in self.widths
         )
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(key if self.per_channel else heads))
-        self.o_norm = nn.Parameter(torch.ones(self.value_dim))
-        self.o_proj = SambaResidualLinear(value, width, bias=False)
         self.make_gates(width, key=key, value=value, heads=heads)
 
     def make_gates(self, width: int, *, key: int, value: int, heads: int) -> None:
@@ -61,9 +58,8 @@ class SambaGatedDeltaNet(SambaLayer):
         for weight in (self.q_conv, self.k_conv, self.v_conv):
             init.uniform_(weight, -bound, bound)
         init.copy_(self.A_log, torch.empty(self.A_log.shape).uniform_(self.lowest_rate, 16.0).log())
-        low, high = math.log(self.sizes["dt_min"]), math.log(self.sizes["dt_max"])
-        dt = torch.empty(self.dt_bias.shape).uniform_(low, high).exp().clamp(min=self.sizes["dt_floor"])
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        sizes = self.sizes
+        init_step_bias(self.dt_bias, smallest=sizes["dt_min"], largest=sizes["dt_max"], floor=sizes["dt_floor"])
         init.ones_(self.o_norm)
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
@@ -77,8 +73,7 @@ class SambaGatedDeltaNet(SambaLayer):
         if padding:
             decay, beta = (t.masked_fill(~padding.real[..., None], NO_STEP) for t in (decay, beta))
         qkv_BSD, conv_state = self._convolve(qkv_BSD, conv_state, context)
-        q, k, v = qkv_BSD.split(self.widths, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, n)) for t, n in ((q, self.head_dim), (k, self.head_dim), (v, self.value_dim)))
+        q, k, v = self.per_head(*qkv_BSD.split(self.widths, dim=-1))
         dt_bias = self.dt_bias
         if self.per_channel:
             decay, dt_bias = (t.unflatten(-1, (-1, self.head_dim)) for t in (decay, dt_bias))
@@ -89,10 +84,7 @@ class SambaGatedDeltaNet(SambaLayer):
         if cache is not None:
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
             cache.update_recurrent_state(state, self.layer_idx)
-        gate = gate.unflatten(-1, (-1, self.value_dim))
-        y_BSHV = norm_and_gate(y_BSHV, self.o_norm, gate, eps=self.config.norm_eps, activation=self.activation)
-        output = self.o_proj(y_BSHV.flatten(2))
-        return padding.back(output) if padding else output
+        return self.output(y_BSHV, gate, context)
 
     def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """Returns the convolution's output [B, S, D] and its last real inputs [B, d_conv - 1, D]."""

@@ -12,7 +12,8 @@ from sambalm.model import initialization as init
 from sambalm.model.causal_conv import CausalConv
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
-from sambalm.model.mixers.delta.sizes import GatedDeltaNetSizes, HeadShare, share_heads
+from sambalm.model.mixers.delta.sizes import GatedDeltaNetSizes
+from sambalm.model.mixers.whole_heads import HeadShare, share_heads
 from sambalm.model.norm import GatedHeadNorm
 from sambalm.model.ops.registry import Kernels
 from sambalm.parallel.groups import ContextParallel, TensorParallel

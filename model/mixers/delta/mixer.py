@@ -4,28 +4,24 @@ T: tokens of a micro-batch on the rank, H: heads on the rank, K and V: channels 
 of an activation.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
+from sambalm.model.mixers.base import HFTensor
 from sambalm.model.mixers.counts import (
-    FORWARD_AND_BACKWARD,
     FP32_BYTES,
-    NORM_AND_GATE,
     Convolution,
     Kernel,
-    MemoryPass,
     Message,
     Parameter,
     Share,
     Traffic,
     gated_head_norm_bytes,
     halo_message,
-    input_and_output_messages,
 )
-from sambalm.model.mixers.delta.sizes import GatedDeltaNetSizes, HeadShare, KimiDeltaSizes, share_heads
-from sambalm.parallel.shard import Place, Position
+from sambalm.model.mixers.delta.sizes import GatedDeltaNetSizes, KimiDeltaSizes
+from sambalm.model.mixers.whole_heads import CHUNK_TOKENS, WholeHeadsHF, WholeHeadsMixer
+from sambalm.parallel.shard import Place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,42 +30,29 @@ if TYPE_CHECKING:
     from sambalm.model.ops.registry import Kernels
     from sambalm.parallel.groups import TensorParallel
 
-CHUNK_TOKENS = 64  # of the kernels, here and there
-# The state decays, is read under the key, takes in a product of key and value, and is read by the query.
-RULE_FLOPS = 7
 # Of a value, as if memory bounded the rule: estimates from launches and products, which no GPU has been asked about.
 RULE = {"torch": Traffic(800, 2400), "fla": Traffic(60, 180, fused=True)}
 
 
-class GatedDeltaNetHF(HFSide):
+class GatedDeltaNetHF(WholeHeadsHF):
     """Gated DeltaNet in the Hugging Face format."""
 
     # Errors in the decays grow over the tokens that a state lives: their parameters are fp32, as Mamba's.
     tensors: ClassVar = {
+        **WholeHeadsHF.tensors,
         "A_log": HFTensor(("A_log",), is_fp32=True),
         "dt_bias": HFTensor(("dt_bias",), is_fp32=True),
-        "q_proj.weight": HFTensor(("in_proj.q.weight",)),
-        "k_proj.weight": HFTensor(("in_proj.k.weight",)),
-        "v_proj.weight": HFTensor(("in_proj.v.weight",)),
-        "g_proj.weight": HFTensor(("in_proj.g.weight",)),
         "a_proj.weight": HFTensor(("in_proj.a.weight",)),
         "b_proj.weight": HFTensor(("in_proj.b.weight",)),
         "q_conv": HFTensor(("conv.q.weight",)),
         "k_conv": HFTensor(("conv.k.weight",)),
         "v_conv": HFTensor(("conv.v.weight",)),
-        "o_norm": HFTensor(("norm.weight",)),
-        "o_proj.weight": HFTensor(("out_proj.weight",)),
     }
     module, layer = "sambalm.model.mixers.delta.hf", "SambaGatedDeltaNet"
-    cache_layer = "linear_attention"
     name, title = "gated_deltanet", "Gated DeltaNet"
 
     def describe(self, hf: Any) -> str:
-        sizes = hf.sizes(self.name)
-        return (
-            f"{self.title}: {sizes['num_heads']} heads, keys of {sizes['head_dim']} and values of "
-            f"{sizes['expand_v'] * sizes['head_dim']} channels, convolution over {sizes['d_conv']} tokens"
-        )
+        return f"{super().describe(hf)}, convolution over {hf.sizes(self.name)['d_conv']} tokens"
 
 
 class KimiDeltaHF(GatedDeltaNetHF):
@@ -90,12 +73,14 @@ class KimiDeltaHF(GatedDeltaNetHF):
     name, title = "kimi_delta", "Kimi Delta Attention"
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(WholeHeadsMixer):
     """A matrix as each head's state, which the delta rule writes and one number a token decays (arXiv 2412.06464)."""
 
     letter, name = "G", "gated_deltanet"
-    title, abilities = "Gated DeltaNet", frozenset(Ability)
+    title = "Gated DeltaNet"
     sizes: ClassVar = GatedDeltaNetSizes
+    # The state decays, is read under the key, takes in a product of key and value, and is read by the query.
+    state_flops = 7
     per_channel = False
     hf: ClassVar = GatedDeltaNetHF()
 
@@ -103,14 +88,6 @@ class GatedDeltaNet(Mixer):
         from sambalm.model.mixers.delta.layer import DeltaLayer
 
         return DeltaLayer(config, config.sizes_of(self), per_channel=self.per_channel, tp=tp, kernels=kernels)
-
-    def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
-        heads = config.sizes_of(self).num_heads
-        if heads < tensor_ranks:
-            raise ValueError(
-                f"model.mixers.{self.name}.num_heads is {heads}, less than parallel.tensor {tensor_ranks}: lower "
-                "parallel.tensor"
-            )
 
     def kernel_needs(
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
@@ -139,35 +116,21 @@ class GatedDeltaNet(Mixer):
         zeros = 2 * numbers.padding * width
         yield Parameter("in_proj.numbers", (2 * numbers.held, width), **product, padding=zeros)
 
-    def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
-        sizes = config.sizes_of(self)
-        states = sizes.num_heads * sizes.head_dim * sizes.value_dim
-        return FORWARD_AND_BACKWARD * float(RULE_FLOPS * states)
-
     def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
-        yield from input_and_output_messages(config.hidden_size, share)
-        sizes, heads = config.sizes_of(self), self._heads(config, share.tensor_ranks)
-        yield Message("tensor", "all-reduce", share.tensor_ranks, FP32_BYTES * self._shared_weights(config))
-        if share.context_ranks == 1:
-            return
-        ranks, matrix = share.context_ranks, sizes.head_dim * (sizes.head_dim + sizes.value_dim)
-        states = FP32_BYTES * share.sequences * heads.heads.length * matrix
-        yield Message("context", "all-gather", ranks, states, times=share.forwards)
-        yield Message("context", "reduce-scatter", ranks, ranks * states)
-        yield halo_message(2 * heads.key.length + heads.value.length, sizes.d_conv - 1, share)
+        yield from super().messages(config, share)
+        if share.context_ranks > 1:
+            heads = self._heads(config, share.tensor_ranks)
+            yield halo_message(2 * heads.key.length + heads.value.length, config.sizes_of(self).d_conv - 1, share)
 
-    def _shared_weights(self, config: "ModelConfig") -> int:
-        """Counts weights that every tensor-parallel rank has whole and uses for its own heads."""
-        return config.sizes_of(self).value_dim
+    def _decay_bytes(self, config: "ModelConfig", share: Share) -> int:
+        """Counts a matrix [K, K] of each state, by which it is multiplied."""
+        return self._state_bytes(config, share, columns=config.sizes_of(self).head_dim)
 
     def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
         heads = self._heads(config, share.tensor_ranks)
-        values = share.tokens * heads.value.length
         yield Convolution(share.tokens * (2 * heads.key.length + heads.value.length))
         assert share.kernels.delta_rule is not None, "kernel_needs says that there is one"
-        rule = MemoryPass(RULE[share.kernels.delta_rule], values)
-        yield from [rule] * (2 if share.context_ranks > 1 else 1)  # as often as a rank between others runs it
-        yield MemoryPass(NORM_AND_GATE[share.kernels.elementwise], values)
+        yield from self._rule_and_norm(config, share, traffic=RULE[share.kernels.delta_rule])
 
     def saved_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
         a, T, sizes = share.activation_bytes, share.tokens, config.sizes_of(self)
@@ -196,8 +159,7 @@ class GatedDeltaNet(Mixer):
         """Counts what the rule keeps besides its inputs, of states with so many columns."""
         a, T, heads = share.activation_bytes, share.tokens, self._heads(config, share.tensor_ranks)
         if share.kernels.delta_rule == "torch":  # the states at the beginning of each chunk
-            states = share.sequences * heads.heads.length * config.sizes_of(self).head_dim * columns
-            return FP32_BYTES * math.ceil(share.part_tokens / CHUNK_TOKENS) * states
+            return self._chunk_state_bytes(config, share, columns=columns)
         # Both of length one, their lengths, sums of decays, beta, and a triangular matrix of each chunk for the system.
         count, decays = heads.heads.length, heads.key.length if self.per_channel else heads.heads.length
         total = 2 * a * T * heads.key.length + FP32_BYTES * T * (2 * count + decays) + a * T * count
@@ -209,19 +171,12 @@ class GatedDeltaNet(Mixer):
         if share.context_ranks == 1:
             return 0
         columns = sizes.head_dim + sizes.value_dim
-        states = FP32_BYTES * share.sequences * heads * sizes.head_dim * columns
+        states = self._state_bytes(config, share, columns=columns)
         total = share.context_ranks * states  # what all ranks sent
         if share.context_ranks == 2:
             return total + states  # zeros, which the ends of the sequence send
         total += share.activation_bytes * share.tokens * heads * columns  # the values with zeros beside them
         return total + self._rule_bytes(config, share, columns=columns) if inside else total
-
-    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
-        heads = self._heads(config, share.tensor_ranks)
-        return share.tokens * FP32_BYTES * 2 * (2 * heads.key.length + 2 * heads.value.length)
-
-    def _heads(self, config: "ModelConfig", tensor_ranks: int) -> HeadShare:
-        return share_heads(config.sizes_of(self), Position(tensor_ranks))
 
 
 class KimiDelta(GatedDeltaNet):

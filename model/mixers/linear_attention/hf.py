@@ -11,29 +11,20 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from sambalm.model.hf.configuration_samba import SambaConfig
-from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, carried_states
-from sambalm.model.ops.reference.elementwise import norm_and_gate
+from sambalm.model.hf.layers import SambaWholeHeadsLayer, SequenceContext, carried_states
 from sambalm.model.ops.reference.linear_attention import gated_log_decays, linear_attention, retention_log_decays
 from sambalm.model.ops.reference.window_attention import rotary_tables
 
 
-class SambaGatedLinearAttention(SambaLayer):
+class SambaGatedLinearAttention(SambaWholeHeadsLayer):
     """Gated linear attention (arXiv 2312.06635, section 4.4)."""
 
-    isolates_documents = True
     name: ClassVar = "gla"
 
     def __init__(self, config: SambaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        sizes, width = config.sizes(self.name), config.hidden_size
-        self.sizes, heads, self.head_dim = sizes, sizes["num_heads"], sizes["head_dim"]
-        self.value_dim = sizes["expand_v"] * self.head_dim
-        key, value = heads * self.head_dim, heads * self.value_dim
-        self.q_proj, self.k_proj = (nn.Linear(width, key, bias=False) for _ in range(2))
-        self.v_proj, self.g_proj = (nn.Linear(width, value, bias=False) for _ in range(2))
-        self.o_norm = nn.Parameter(torch.ones(self.value_dim))
-        self.o_proj = SambaResidualLinear(value, width, bias=False)
-        self.make_decays(width, key=key)
+        self.g_proj = nn.Linear(config.hidden_size, self.value_width, bias=False)
+        self.make_decays(config.hidden_size, key=self.key_width)
 
     def make_decays(self, width: int, *, key: int) -> None:
         """Makes what `log_decays` calls."""
@@ -61,15 +52,7 @@ class SambaGatedLinearAttention(SambaLayer):
         _, state = carried_states(cache, self.layer_idx)
         if padding:
             hidden_states = padding.front(hidden_states)
-        q, k, v, gate = (
-            project(hidden_states).unflatten(-1, (-1, size))
-            for project, size in (
-                (self.q_proj, self.head_dim),
-                (self.k_proj, self.head_dim),
-                (self.v_proj, self.value_dim),
-                (self.g_proj, self.value_dim),
-            )
-        )
+        q, k, v = self.per_head(*(project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)))
         log_decays = self.log_decays(hidden_states)
         if padding:  # which neither decays a state nor, being zero, writes to it
             real = padding.real[..., None]
@@ -82,9 +65,7 @@ class SambaGatedLinearAttention(SambaLayer):
             # By a convolution's state, which this layer lacks, transformers tells that there is one to go on from.
             cache.update_conv_state(hidden_states.new_zeros(len(q), 1, 1), self.layer_idx)
             cache.update_recurrent_state(state, self.layer_idx)
-        y_BSHV = norm_and_gate(y_BSHV, self.o_norm, gate, eps=self.config.norm_eps, activation="silu")
-        output = self.o_proj(y_BSHV.flatten(2))
-        return padding.back(output) if padding else output
+        return self.output(y_BSHV, self.g_proj(hidden_states), context)
 
 
 class SambaRetention(SambaGatedLinearAttention):

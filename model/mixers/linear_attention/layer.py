@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from sambalm.model import initialization as init
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
-from sambalm.model.mixers.linear_attention.sizes import (
-    GLASizes,
-    HeadShare,
-    LinearAttentionSizes,
-    RetNetSizes,
-    share_heads,
-)
+from sambalm.model.mixers.linear_attention.sizes import GLASizes, LinearAttentionSizes, RetNetSizes
+from sambalm.model.mixers.whole_heads import HeadShare, share_heads
 from sambalm.model.norm import GatedHeadNorm
 from sambalm.model.ops.reference.linear_attention import gated_log_decays
 from sambalm.model.ops.registry import Kernels

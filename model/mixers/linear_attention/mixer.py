@@ -4,28 +4,24 @@ T: tokens of a micro-batch on the rank, H: heads on the rank, K and V: channels 
 of an activation.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from sambalm.model.mixers.base import Ability, HFSide, HFTensor, Mixer
+from sambalm.model.mixers.base import HFSide, HFTensor
 from sambalm.model.mixers.counts import (
-    FORWARD_AND_BACKWARD,
     FP32_BYTES,
-    NORM_AND_GATE,
     Kernel,
     MemoryPass,
-    Message,
     Parameter,
     Share,
     Traffic,
     gated_head_norm_bytes,
-    input_and_output_messages,
 )
-from sambalm.model.mixers.linear_attention.sizes import GLASizes, HeadShare, RetNetSizes, share_heads
-from sambalm.parallel.shard import Place, Position
+from sambalm.model.mixers.linear_attention.sizes import GLASizes, RetNetSizes
+from sambalm.model.mixers.whole_heads import CHUNK_TOKENS, WholeHeadsHF, WholeHeadsMixer
+from sambalm.parallel.shard import Place
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,39 +30,24 @@ if TYPE_CHECKING:
     from sambalm.model.ops.registry import Kernels
     from sambalm.parallel.groups import TensorParallel
 
-CHUNK_TOKENS = 64  # of the kernels, here and there
-ATTENTION_FLOPS = 5  # the state decays, takes in a product of key and value, and is read by the query
 # Of a value, as if memory bounded the kernel: estimates from launches and products, which no GPU has been asked about.
 ATTENTION = {"torch": Traffic(500, 1500), "fla": Traffic(30, 90, fused=True)}
 DECAYS = Traffic(30, 30)  # of a key's channel: cast, bias, log-sigmoid and quotient in fp32
 ROTARY = {"torch": Traffic(28, 28), "compiled": Traffic(4, 4, fused=True)}  # of a query's or a key's channel
 
 
-class GLAHF(HFSide):
+class GLAHF(WholeHeadsHF):
     """Gated linear attention in the Hugging Face format."""
 
     tensors: ClassVar = {
-        "q_proj.weight": HFTensor(("in_proj.q.weight",)),
-        "k_proj.weight": HFTensor(("in_proj.k.weight",)),
-        "v_proj.weight": HFTensor(("in_proj.v.weight",)),
-        "g_proj.weight": HFTensor(("in_proj.g.weight",)),
+        **WholeHeadsHF.tensors,
         "decay_down.weight": HFTensor(("in_proj.decay_down.weight",)),
         "decay_up.weight": HFTensor(("in_proj.decay_up.weight",)),
         # Errors in the decays grow over the tokens that a state lives.
         "decay_bias": HFTensor(("in_proj.decay_up.bias",), is_fp32=True),
-        "o_norm": HFTensor(("norm.weight",)),
-        "o_proj.weight": HFTensor(("out_proj.weight",)),
     }
     module, layer = "sambalm.model.mixers.linear_attention.hf", "SambaGatedLinearAttention"
-    cache_layer = "linear_attention"
     name, title = "gla", "gated linear attention"
-
-    def describe(self, hf: Any) -> str:
-        sizes = hf.sizes(self.name)
-        return (
-            f"{self.title}: {sizes['num_heads']} heads, keys of {sizes['head_dim']} and values of "
-            f"{sizes['expand_v'] * sizes['head_dim']} channels"
-        )
 
 
 class RetNetHF(GLAHF):
@@ -77,11 +58,11 @@ class RetNetHF(GLAHF):
     name, title = "retnet", "retention"
 
 
-class GatedLinearAttention(Mixer):
+class GatedLinearAttention(WholeHeadsMixer):
     """A matrix as each head's state, whose key channels decay as the token says (arXiv 2312.06635)."""
 
     letter, name = "A", "gla"
-    title, abilities = "gated linear attention", frozenset(Ability)
+    title, state_flops = "gated linear attention", 5  # a state decays, takes in a product of key and value, and is read
     sizes: ClassVar[type[BaseModel] | None] = GLASizes
     hf: ClassVar[HFSide | None] = GLAHF()
 
@@ -89,14 +70,6 @@ class GatedLinearAttention(Mixer):
         from sambalm.model.mixers.linear_attention.layer import GatedLinearAttentionLayer
 
         return GatedLinearAttentionLayer(config, config.sizes_of(self), tp=tp, kernels=kernels)
-
-    def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
-        heads = config.sizes_of(self).num_heads
-        if heads < tensor_ranks:
-            raise ValueError(
-                f"model.mixers.{self.name}.num_heads is {heads}, less than parallel.tensor {tensor_ranks}: lower "
-                "parallel.tensor"
-            )
 
     def kernel_needs(
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
@@ -120,37 +93,17 @@ class GatedLinearAttention(Mixer):
         yield Parameter("in_proj.up", (key, rank), in_product=True, matmul_only=True)
         yield Parameter("in_proj.bias", (key,))
 
-    def mixing_flops(self, config: "ModelConfig", *, sequence_tokens: int) -> float:
-        sizes = config.sizes_of(self)
-        states = sizes.num_heads * sizes.head_dim * sizes.value_dim
-        return FORWARD_AND_BACKWARD * float(ATTENTION_FLOPS * states)
-
-    def messages(self, config: "ModelConfig", share: Share) -> Iterator[Message]:
-        yield from input_and_output_messages(config.hidden_size, share)
-        yield Message("tensor", "all-reduce", share.tensor_ranks, FP32_BYTES * self._shared_weights(config))
-        if share.context_ranks == 1:
-            return
-        sent = self._state_bytes(config, share) + self._decay_bytes(config, share)
-        yield Message("context", "all-gather", share.context_ranks, sent, times=share.forwards)
-        yield Message("context", "reduce-scatter", share.context_ranks, share.context_ranks * sent)
-
     def _shared_weights(self, config: "ModelConfig") -> int:
-        """Counts weights that every tensor-parallel rank has whole and uses for its own heads."""
-        sizes = config.sizes_of(self)
-        return sizes.value_dim + sizes.gate_rank * config.hidden_size
+        return super()._shared_weights(config) + config.sizes_of(self).gate_rank * config.hidden_size
 
     def _decay_bytes(self, config: "ModelConfig", share: Share) -> int:
-        """Counts what is left of a state over a rank's part."""
         return FP32_BYTES * share.sequences * self._heads(config, share.tensor_ranks).key.length
 
     def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
-        heads = self._heads(config, share.tensor_ranks)
-        values = share.tokens * heads.value.length
         assert share.kernels.linear_attention is not None, "kernel_needs says that there is one"
-        attention = MemoryPass(ATTENTION[share.kernels.linear_attention], values)
-        yield from [attention] * (2 if share.context_ranks > 1 else 1)  # as often as a rank between others runs it
-        yield MemoryPass(NORM_AND_GATE[share.kernels.elementwise], values)
-        yield self._before(share, keys=share.tokens * heads.key.length)
+        yield from self._rule_and_norm(config, share, traffic=ATTENTION[share.kernels.linear_attention])
+        keys = self._heads(config, share.tensor_ranks).key.length
+        yield self._before(share, keys=share.tokens * keys)
 
     def _before(self, share: Share, *, keys: int) -> Kernel:
         """Returns what is computed of the projections before the kernel, of so many channels of keys."""
@@ -176,7 +129,7 @@ class GatedLinearAttention(Mixer):
     def _attention_bytes(self, config: "ModelConfig", share: Share) -> int:
         """Counts what the kernel keeps besides its inputs."""
         if share.kernels.linear_attention == "torch":  # the states at the beginning of each chunk
-            return math.ceil(share.part_tokens / CHUNK_TOKENS) * self._state_bytes(config, share)
+            return self._chunk_state_bytes(config, share)
         # The decays since each chunk's beginning, and the scores within chunks.
         heads = self._heads(config, share.tensor_ranks)
         return FP32_BYTES * share.tokens * (heads.key.length + heads.heads.length * CHUNK_TOKENS)
@@ -189,17 +142,6 @@ class GatedLinearAttention(Mixer):
         # All ranks' states; with a kernel that runs again the state that it starts from.
         total = ranks * (state + self._decay_bytes(config, share)) + (0 if inside else state)
         return total + (self._attention_bytes(config, share) if ranks > 2 and inside else 0)
-
-    def _state_bytes(self, config: "ModelConfig", share: Share) -> int:
-        sizes, heads = config.sizes_of(self), self._heads(config, share.tensor_ranks)
-        return FP32_BYTES * share.sequences * heads.key.length * sizes.value_dim
-
-    def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
-        heads = self._heads(config, share.tensor_ranks)
-        return share.tokens * FP32_BYTES * 2 * (2 * heads.key.length + 2 * heads.value.length)
-
-    def _heads(self, config: "ModelConfig", tensor_ranks: int) -> HeadShare:
-        return share_heads(config.sizes_of(self), Position(tensor_ranks))
 
 
 class RetNet(GatedLinearAttention):

@@ -18,6 +18,7 @@ from sambalm.model.hf.layers import (
     SequenceContext,
     are_plain,
     carried_states,
+    init_step_bias,
     last_tokens,
 )
 from sambalm.model.ops.reference.causal_conv import causal_conv
@@ -84,9 +85,12 @@ class SambaMamba(SambaLayer):
         bound = 1 / math.sqrt(config.conv_kernel)
         init.uniform_(self.conv1d.weight, -bound, bound)
         init.uniform_(self.conv1d.bias, -bound, bound)
-        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = torch.empty(config.intermediate_size).uniform_(low, high).exp().clamp(min=config.time_step_floor)
-        init.copy_(self.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))
+        init_step_bias(
+            self.dt_proj.bias,
+            smallest=config.time_step_min,
+            largest=config.time_step_max,
+            floor=config.time_step_floor,
+        )
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
         """Maps hidden_states [B, S, width] to the same; continues from and updates the context's cache."""

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from sambalm.model.hf.configuration_samba import SambaConfig
-from sambalm.model.hf.layers import SambaLayer, SambaResidualLinear, SequenceContext, carried_states, last_tokens
+from sambalm.model.hf.layers import (
+    SambaLayer,
+    SambaResidualLinear,
+    SequenceContext,
+    carried_states,
+    init_step_bias,
+    last_tokens,
+)
 from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.elementwise import gated_norm
 from sambalm.model.ops.reference.ssd_scan import ssd_scan
@@ -62,9 +69,8 @@ class SambaMamba2(SambaLayer):
         init.copy_(self.A_log, torch.empty(self.A_log.shape).uniform_(1, 16).log())
         init.ones_(self.D)
         init.ones_(self.norm.weight)
-        low, high = (math.log(self.sizes[key]) for key in ("dt_min", "dt_max"))
-        dt = torch.empty(self.dt_bias.shape).uniform_(low, high).exp().clamp(min=self.sizes["dt_floor"])
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        sizes = self.sizes
+        init_step_bias(self.dt_bias, smallest=sizes["dt_min"], largest=sizes["dt_max"], floor=sizes["dt_floor"])
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
         """Maps hidden_states [B, S, width] to the same; continues from and updates the context's cache."""
