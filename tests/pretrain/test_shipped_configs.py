@@ -42,15 +42,21 @@ def test_another_name_is_refused_in_a_sentence(name, sentence, tmp_path, monkeyp
     assert sentence in str(error.value)
 
 
+def built_wheel(folder):
+    """Builds the wheel of the source tree, in which it leaves nothing."""
+    places = folder / "places.cfg"  # of what setuptools would leave in the source tree
+    places.write_text(f"[build]\nbuild_base = {folder}/build\n[egg_info]\negg_base = {folder}\n", encoding="utf-8")
+    built = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    environment = os.environ | {"DIST_EXTRA_CONFIG": str(places)}
+    subprocess.run([sys.executable, *built], env=environment, check=True, capture_output=True)
+    (wheel,) = folder.glob("sambalm-*.whl")
+    return wheel
+
+
 @pytest.mark.slow
 def test_a_wheel_stands_alone(tmp_path):
     """Its files, without the source tree, read every config and know where they lie."""
-    places = tmp_path / "places.cfg"  # of what setuptools would leave in the source tree
-    places.write_text(f"[build]\nbuild_base = {tmp_path}/build\n[egg_info]\negg_base = {tmp_path}\n", encoding="utf-8")
-    built = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
-    environment = os.environ | {"DIST_EXTRA_CONFIG": str(places)}
-    subprocess.run([sys.executable, *built], env=environment, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("sambalm-*.whl")
+    wheel = built_wheel(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text("utf-8")
@@ -71,3 +77,36 @@ print(config_file.__file__, *names)
     assert Path(file).is_relative_to(tmp_path)
     assert names == sorted(shipped_names())
     assert "samba_3.8b" in names
+
+
+@pytest.mark.long
+def test_a_wheel_in_an_empty_environment_trains_and_converts(tmp_path):
+    """What pip brings along is all that the demo's commands need, in a folder without the source tree."""
+    wheel = built_wheel(tmp_path)
+    environment, work = tmp_path / "venv", tmp_path / "work"
+    work.mkdir()
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(program, *words):
+        command = [str(environment / "bin" / program), *map(str, words)]
+        done = subprocess.run(command, cwd=work, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done.stdout + done.stderr
+
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    run("pip", "install", "--quiet", "--constraint", ROOT / "requirements.lock", wheel)
+    run("sambalm", "data", "python-corpus", "corpus.jsonl")
+    run("sambalm", "data", "tokenizer", "--input", "corpus.jsonl", "--vocab-size", 2048, "--output", "tokenizer.model")
+    prefix = work / "runs" / "demo" / "data" / "python"
+    data = ("--input", "corpus.jsonl", "--tokenizer", "tokenizer.model", "--output", prefix, "--workers", 2)
+    run("sambalm", "data", "preprocess", *data)
+    training = ("train", "demo", "train.steps=4", "validation.every_steps=2", "checkpoint.every_steps=2")
+    said = run("torchrun", "--nproc-per-node", 2, "-m", "sambalm.pretrain.cli", *training)
+    assert "finished at step 4" in said
+    assert "verified" in run("sambalm", "convert", "to-hf", "runs/demo", "runs/demo/hf")
+    generated = run("sambalm", "generate", "runs/demo/hf", "--prompt", "def main(", "--max-new-tokens", 8)
+    assert generated.startswith("def main(")
+    run("sambalm", "report", "runs/demo")
+    assert (work / "runs" / "demo" / "report.html").is_file()
+    perplexity = ("--task", "perplexity", "perplexity.lengths=[256]", "perplexity.tokens=2K")
+    assert "perplexity" in run("sambalm", "evaluate", "runs/demo", *perplexity)
