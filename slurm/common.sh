@@ -73,8 +73,7 @@ pick_nodes() {
 }
 
 # Prints all nodes that the job is to do without, those of `sbatch --exclude` too: excluded_with NEEDED NODE,NODE,...
-# Fails
-# where its partition would have too few left: Slurm would leave the job pending for good.
+# Fails where its partition would have too few left: Slurm would leave the job pending for good.
 excluded_with() {
     local needed=$1 all rest; shift
     all=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x)

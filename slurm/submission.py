@@ -18,7 +18,9 @@ class Submission:
 
 def write_submission(run_dir: Path, submission: Submission) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / SUBMISSION).write_text(json.dumps({"jobs": [*submission.jobs], "steps": submission.steps}) + "\n")
+    temporary = run_dir / f".{SUBMISSION}"
+    temporary.write_text(json.dumps({"jobs": [*submission.jobs], "steps": submission.steps}) + "\n")
+    temporary.replace(run_dir / SUBMISSION)
 
 
 def read_submission(run_dir: Path) -> Submission | None:
