@@ -293,7 +293,8 @@ def test_a_save_that_fails_on_a_rank_is_tried_again_at_the_next_turn(run_values,
     assert sorted(path.name for path in (run_dir(values) / "checkpoints").iterdir())[0] == "step_00000002"
     records = read_metrics(run_dir(values))
     assert [without_measured(record) for record in records] == expected
-    assert [record["checkpoint_failures"] for record in records if "checkpoint_failures" in record] == [1, 2]
+    told = [record["checkpoint_failures"] for record in records if "checkpoint_failures" in record]
+    assert told in ([1, 2], [2])  # one record tells of both where the first save ends no sooner than the second
     assert not [line for line in silent if line.startswith("warning: ")]
     warnings = [line for line in errors if line.startswith("warning: ")]
     assert [line.split(" was not saved: ")[0][-6:] for line in warnings] == ["step 4", "step 6"]
