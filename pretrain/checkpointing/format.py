@@ -199,7 +199,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     parent = run_dir / "checkpoints"
     try:
         found = [path for path in parent.iterdir() if _FOLDER_NAME.fullmatch(path.name)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{parent} cannot be read: {error.strerror}; make it a readable folder") from None

@@ -46,7 +46,7 @@ def evaluate(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read together, at most.")] = 16384,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
+        Dtype, typer.Option(help="Precision of the weights; auto: as stored, or on a GPU as the run trained.")
     ] = Dtype.auto,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
     step: Annotated[

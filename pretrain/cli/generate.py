@@ -89,7 +89,7 @@ def generate(
     state_out: Annotated[Path | None, typer.Option(help="Save the state after the text, to go on from.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
+        Dtype, typer.Option(help="Precision of the weights; auto: as stored, or on a GPU as the run trained.")
     ] = Dtype.auto,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")] = None,
     step: Annotated[
