@@ -165,7 +165,9 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None], step: int | No
     folders = checkpoint_folders(path)
     if not folders:
         raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run with one: it holds no {MANIFEST} and no checkpoints/step_*"
+            f"{path} is neither a checkpoint nor a run with one: "
+            + (f"it holds no {MANIFEST} and no checkpoints/step_*" if path.is_dir() else "there is no such folder")
+            + "; give one of them"
         )
     if step is not None:
         return checkpoint_of_step(folders, step)
