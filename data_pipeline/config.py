@@ -152,6 +152,23 @@ class DataConfig(BaseModel):
         return None
 
 
+def no_tokenizer(model: str | Path, data: DataConfig | None) -> str:
+    """Says why nobody knows a model's tokenizer, in a sentence: a run's data may lie seen from another folder.
+
+    Args:
+        model: what is loaded.
+        data: of the run that trained it; None where no run did.
+    """
+    if data is None:
+        return f"{model} names no tokenizer: give one with --tokenizer"
+    prefix = data.prefixes[0]
+    where = "" if Path(prefix).is_absolute() else f", seen from {Path.cwd()}"
+    return (
+        f"{model} has its tokenizer from the data {prefix}, of which there is no manifest {prefix}.json{where}: "
+        "work in the folder where the run was started, or give a tokenizer with --tokenizer"
+    )
+
+
 def _entries(given: str | list[str | WeightedSource]) -> list[str | WeightedSource]:
     return [given] if isinstance(given, str) else given
 

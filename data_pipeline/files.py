@@ -79,7 +79,9 @@ def output_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
-    """Raises DataError where an output exists that nobody asked to replace."""
+    """Raises DataError where an output is a folder, or exists and nobody asked to replace it."""
+    if path.is_dir():
+        raise DataError(f"the output {path} is a folder; give the name of a file, in it or elsewhere")
     if path.exists() and not overwrite:
         raise DataError(f"{path} exists already; choose another output, or replace it with --overwrite")
 

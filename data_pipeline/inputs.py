@@ -151,13 +151,19 @@ def _expand_path(pattern: str) -> list[InputFile]:
         if not _is_text(str(path)):
             raise DataError(f"the name of the input {os.fsencode(path)!r} is not UTF-8; rename the file")
         if path.is_dir():
-            raise DataError(f"the input {path} is a directory; name its files, for example {path}/*.jsonl")
+            raise DataError(_directory(path, (entry.name for entry in path.iterdir())))
         try:
             status = path.stat()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         files.append(_with_format(str(path), size_bytes=status.st_size, modified=str(status.st_mtime_ns)))
     return files
+
+
+def _directory(path: str | Path, names: Iterable[str]) -> str:
+    """Says that an input is a directory, with a glob of text that it holds, if any."""
+    endings = sorted({ending for name in names if (ending := os.path.splitext(name)[1]) in _KINDS})
+    return f"the input {path} is a directory; name its files by a quoted glob: '{path}/*{(endings or ['.jsonl'])[0]}'"
 
 
 def _is_text(name: str) -> bool:
@@ -194,7 +200,7 @@ def _expand_url(pattern: str) -> list[InputFile]:
     for name, information in sorted(found.items()):
         url = filesystem.unstrip_protocol(name)
         if information.get("type") == "directory":
-            raise DataError(f"the input {url} is a directory; name its files, for example {url}/*.jsonl")
+            raise DataError(_directory(url, ()))
         if information.get("size") is None:
             raise DataError(f"the store does not say how large {url} is; copy the file here first")
         modified = next(
@@ -215,6 +221,6 @@ def _with_format(name: str, *, size_bytes: int, modified: str) -> InputFile:
         supported = ", ".join(_KINDS)
         raise DataError(
             f"the input {name} has the extension {whole!r}; supported: {supported}, all but .parquet also with "
-            f"{' or '.join(_COMPRESSIONS)}"
+            f"{' or '.join(_COMPRESSIONS)}; give plain text of another name the ending .txt"
         )
     return InputFile(name, size_bytes, modified, kind, compression)

@@ -45,6 +45,12 @@ def shard_files_of_any_part(prefix: Path) -> list[Path]:
     return [path for path, match in _listing(prefix) if match["number"]]
 
 
+def check_prefix(prefix: Path) -> None:
+    """Raises DataError where a prefix of shards is a folder, beside which they would lie rather than in it."""
+    if prefix.is_dir():
+        raise DataError(f"the output {prefix} is a folder; give a prefix in it, such as {prefix / 'text'}")
+
+
 def foreign_files(prefix: Path, part: Part, run: RunIdentity) -> list[Path]:
     """What this part of this run would replace: a manifest, shards of its own names, and those of another split.
 
@@ -107,7 +113,7 @@ def merge_parts(
     if not shards:
         remove_logs(prefix, part)
         raise DataError(
-            f"the inputs hold no tokens: {skipped} documents are empty and {malformed} records are malformed"
+            f"the inputs hold no tokens (empty documents: {skipped}, malformed records: {malformed}); give other inputs"
         )
     manifest = Manifest(
         tokenizer=tokenizer,

@@ -413,7 +413,8 @@ def shard_prefixes(prefix: str | Path) -> list[str]:
         return [str(Path(prefix).parent / shard.name) for shard in manifest.shards]
     if Path(f"{prefix}.bin").exists() and Path(f"{prefix}.idx").exists():
         return [str(prefix)]
+    where = "" if Path(prefix).is_absolute() else f", seen from {Path.cwd()}"
     raise DataError(
-        f"no data under the prefix {prefix}: neither {prefix}.json nor {prefix}.bin with {prefix}.idx exists; "
-        "give the prefix that the data was preprocessed to"
+        f"no data under the prefix {prefix}: neither {prefix}.json nor {prefix}.bin with {prefix}.idx exists{where}; "
+        "give the --output of `sambalm data preprocess`, which makes such files of text"
     )

@@ -1,6 +1,7 @@
 """The sources of a run: their checked shards, their shares of the samples, and what identifies their content."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def check_vocabulary(config: DataConfig, sources: Sequence[Source], *, vocab_siz
         if tokenizer and tokenizer.vocab_size > vocab_size:
             raise DataError(
                 f"model.vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer "
-                f"{Path(source.prefix).parent / tokenizer.path} that made {source.prefix}; "
+                f"{os.path.normpath(Path(source.prefix).parent / tokenizer.path)} that made {source.prefix}; "
                 f"set model.vocab_size to at least {tokenizer.vocab_size}"
             )
         for shard in source.shards:

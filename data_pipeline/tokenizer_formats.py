@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Literal
 
 import sentencepiece
 
-from .errors import DataError, first_line
+from .errors import DataError
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import gigatoken
     import tokenizers
+
+_GIVE = "; give a file that `sambalm data tokenizer` wrote, a tokenizer.json or a .tiktoken file"
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -36,11 +38,11 @@ class SentencePieceTokenizer(Tokenizer):
             )
         content = path.read_bytes()
         if not content:  # SentencePiece takes an empty file for a model, and logs to stderr when asked
-            raise DataError(f"the tokenizer {path} is not a SentencePiece model (an empty file)")
+            raise DataError(f"the tokenizer {path} is not a SentencePiece model (an empty file){_GIVE}")
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
-            raise DataError(f"the tokenizer {path} is not a SentencePiece model ({first_line(error)})") from error
+            raise DataError(f"the tokenizer {path} is not a SentencePiece model{_GIVE}") from error
         self._processor = processor
         self._content = content
         self.vocab_size = processor.vocab_size()

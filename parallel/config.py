@@ -103,8 +103,10 @@ def layout_name(config: ParallelConfig, *, world_size: int) -> str:
 def check_world_size(config: ParallelConfig, *, world_size: int) -> None:
     """Raises ParallelError unless whole copies of the model fill the world."""
     if world_size % config.model_ranks:
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise ParallelError(
-            f"{world_size} processes cannot hold whole copies of a model spread over {config.model_ranks} "
+            f"{processes} cannot hold whole copies of a model spread over {config.model_ranks} "
             f"(parallel.tensor {config.tensor} x parallel.pipeline {config.pipeline} x parallel.context "
-            f"{config.context}): start a multiple of {config.model_ranks} processes or lower one of the three"
+            f"{config.context}): start a multiple of {config.model_ranks} processes, as with `torchrun "
+            f"--nproc-per-node {config.model_ranks} -m sambalm.pretrain.cli train ...`, or lower one of the three"
         )

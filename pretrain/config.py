@@ -391,7 +391,7 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"{self._batch_key(batch_samples)} is {batch_samples * length}, which is not a multiple of "
                 f"train.micro_batch_size {self.train.micro_batch_size} x data.sequence_length "
-                f"{length} x {data_size} data-parallel ranks = {samples * length}"
+                f"{length} x {data_size} data-parallel ranks = {samples * length}: change one of them"
             )
         return batch_samples // samples
 
@@ -423,7 +423,7 @@ class RunConfig(BaseModel):
         if self.train.global_batch_tokens % self.data.sequence_length:
             raise ValueError(
                 f"train.global_batch_tokens is {self.train.global_batch_tokens}, which is not a multiple of "
-                f"data.sequence_length {self.data.sequence_length}"
+                f"data.sequence_length {self.data.sequence_length}: change one of them"
             )
         parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
         if self.data.sequence_length % parts:

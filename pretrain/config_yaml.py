@@ -68,7 +68,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _OF_TAGS):
         return "a value is not what its tag says"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        return f"{one_sentence(error.problem)} in line {error.problem_mark.line + 1}"
+        line = error.problem_mark.line + 1
+        if isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError) and line > 1:
+            return (
+                f"{one_sentence(error.problem)} in line {line}; look at the colons and the indentation there and before"
+            )
+        return f"{one_sentence(error.problem)} in line {line}"
     return one_sentence(error)
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum, StrEnum
+from pathlib import Path
 from typing import NamedTuple
 
 MAX_SENTENCE_CHARACTERS = 500
@@ -72,6 +73,21 @@ EXIT_CODES = {
     ExitCode.RANK_LOST: Meaning("another rank is gone: the outcome names it, where that can be known", Launchers.RETRY),
     ExitCode.INTERRUPTED: Meaning("interrupted from the keyboard; saved after the first step", Launchers.END),
 }
+
+
+def not_a_run(path: Path, *, kind: str, lacks: str) -> str:
+    """Says why a path is no run, for somebody who gave a wrong one or works in another folder.
+
+    Args:
+        kind: of run that was asked for, as "a run with checkpoints".
+        lacks: what makes it one, as "checkpoints/step_*".
+    """
+    if not path.exists():
+        where = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+        reason = f"there is no such folder{where}"
+    else:
+        reason = f"it holds no {lacks}" if path.is_dir() else "it is a file"
+    return f"{path} is not {kind}: {reason}; give the folder that the config names under run.dir"
 
 
 def one_sentence(error: BaseException | str) -> str:

@@ -24,7 +24,10 @@ def config_file(path: Path) -> Path:
         return FOLDER / f"{name}{ENDING}"
     close = get_close_matches(name, names, n=1)
     known = f"did you mean {close[0]}?" if close else "such names are samba_421m and paper/llama3_1.6b"
-    raise ConfigError(f"cannot read the config {path}: No such file, and the package brings none of that name: {known}")
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    raise ConfigError(
+        f"cannot read the config {path}: No such file{where}, and the package brings none of that name ({known})"
+    )
 
 
 def shipped_names() -> Iterator[str]:

@@ -165,7 +165,9 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None], step: int | No
     folders = checkpoint_folders(path)
     if not folders:
         raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run with one: it holds no {MANIFEST} and no checkpoints/step_*"
+            f"{path} is neither a checkpoint nor a run with one: "
+            + (f"it holds no {MANIFEST} and no checkpoints/step_*" if path.is_dir() else "there is no such folder")
+            + "; give one of them"
         )
     if step is not None:
         return checkpoint_of_step(folders, step)
@@ -199,7 +201,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     parent = run_dir / "checkpoints"
     try:
         found = [path for path in parent.iterdir() if _FOLDER_NAME.fullmatch(path.name)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{parent} cannot be read: {error.strerror}; make it a readable folder") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from sambalm.data_pipeline.config import DataConfig
+from sambalm.data_pipeline.config import DataConfig, no_tokenizer
 from sambalm.data_pipeline.documents import read_documents
 from sambalm.data_pipeline.files import sync
 from sambalm.data_pipeline.inputs import expand_inputs
@@ -144,7 +144,7 @@ def _load_tokenizer(path: Path | None, data: DataConfig | None, *, name: str) ->
     """
     path = path or (data.tokenizer_path() if data else None)
     if path is None:
-        raise CheckpointError(f"{name} and its data name no tokenizer: give one with --tokenizer")
+        raise CheckpointError(no_tokenizer(name, data))
     loaded = load_tokenizer(path)
     for prefix in data.prefixes if data else ():
         check_tokenizer(prefix, loaded)

@@ -98,10 +98,10 @@ def _check_run(run_dir: Path) -> None:
         CheckpointError: the folder holds no checkpoint.
     """
     from sambalm.pretrain.checkpointing.format import checkpoint_folders
-    from sambalm.pretrain.errors import CheckpointError
+    from sambalm.pretrain.errors import CheckpointError, not_a_run
 
     if not checkpoint_folders(run_dir):
-        raise CheckpointError(f"{run_dir} is not a run with checkpoints: it holds no checkpoints/step_*")
+        raise CheckpointError(not_a_run(run_dir, kind="a run with checkpoints", lacks="checkpoints/step_*"))
 
 
 def _show(reports: list[Any], *, as_json: bool) -> None:

@@ -26,9 +26,9 @@ class Precision(StrEnum):
 def to_hf(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its newest good one.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
-    precision: Annotated[Precision, typer.Option(help="Of the weights; A_log, D and dt biases stay fp32.")] = (
-        Precision.fp32
-    ),
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the weights; A_log, D and dt biases stay fp32.")
+    ] = (Precision.fp32),
     step: Annotated[
         int | None, typer.Option(min=0, help="The step of the checkpoint to take; default: the newest good one's.")
     ] = None,
@@ -36,7 +36,7 @@ def to_hf(
         str | None, typer.Option(help="JSONL files to verify on, a glob; default: the run's held-out documents.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the run's.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Of a file of weights at most, as 500MB or 2GiB.")] = "5GB",
+    shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, as 500MB or 2GiB.")] = "5GB",
     chat_template: Annotated[
         Path | None,
         typer.Option(
@@ -71,10 +71,10 @@ def from_hf(
     ],
     output: Annotated[Path, typer.Argument(help="The run folder to make.")],
     query_heads: Annotated[
-        int | None, typer.Option(min=1, help="Of a .pth file that names no model of the reference.")
+        int | None, typer.Option(min=1, help="Query heads, for a .pth file that names no model of the reference.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Attention window, of a .pth file that names no model of the reference.")
+        int | None, typer.Option(min=1, help="Attention window, for a .pth file that names no model of the reference.")
     ] = None,
 ) -> None:
     """Make a run folder of a model, to train it on: a checkpoint of step 0, verified, and the config's section model.

@@ -119,17 +119,19 @@ def preprocess(
     ] = None,
     shard_tokens: Annotated[int, typer.Option(parser=count(), help="Tokens after which a new shard begins.")] = 2**30,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Of N machines' shares of the input, number I from 0.")
+        str, typer.Option(metavar="I/N", help="Take share I of the input, counted from 0, where N machines share it.")
     ] = "0/1",
     on_error: Annotated[
         OnError, typer.Option(help="At a malformed record: stop, or skip and count it.")
     ] = OnError.stop,
     text_key: TextKey = "text",
     text_documents: Annotated[
-        TextDocuments, typer.Option(help="In .txt files, a document is a whole file or a line.")
+        TextDocuments, typer.Option(help="What a document of a .txt file is: the whole file, or a line.")
     ] = (TextDocuments.file),
     eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's end-of-text token.")] = True,
-    eos_token: Annotated[str | None, typer.Option(help="That token, where the tokenizer does not name it.")] = None,
+    eos_token: Annotated[
+        str | None, typer.Option(help="The end-of-text token, where the tokenizer does not name it.")
+    ] = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Let special tokens written out in the text become their ids.")
     ] = False,
@@ -138,7 +140,7 @@ def preprocess(
     ] = None,
     messages_key: Annotated[str, typer.Option(help="Key of the messages, each with role and content.")] = "messages",
     loss: Annotated[
-        Loss, typer.Option(help="Of conversations, the tokens that count: what the assistant says, or all.")
+        Loss, typer.Option(help="The tokens of conversations to learn from: what the assistant says, or all.")
     ] = Loss.assistant,
     shuffle: Annotated[
         int | None,
@@ -155,10 +157,12 @@ def preprocess(
 
     Killed and run again, it goes on after the last complete shard.
     """
+    from sambalm.data_pipeline.output import check_prefix
     from sambalm.data_pipeline.parts import Part
     from sambalm.data_pipeline.preprocess import preprocess as run
     from sambalm.pretrain.errors import Interrupted
 
+    check_prefix(output)
     try:
         with ProgressBar("tokenising") as progress:
             summary = run(
@@ -191,7 +195,7 @@ MadeOutput = Annotated[Path, typer.Option("--output", help="Prefix of the shards
 Documents = Annotated[int, typer.Option("--documents", parser=count(), help="How many to make.")]
 MadeTokens = Annotated[
     int,
-    typer.Option("--tokens", parser=count(), help="Of a document at most, its end-of-text included."),
+    typer.Option("--tokens", parser=count(), help="Tokens of a document at most, its end-of-text included."),
 ]
 MadeSeed = Annotated[int, typer.Option("--seed", help="What the documents follow from.")]
 MadeLoss = Annotated[AnswerLoss, typer.Option("--loss", help="The tokens that count: of answers alone, or all.")]
@@ -244,7 +248,9 @@ def _make(
     overwrite: bool,
 ) -> None:
     from sambalm.data_pipeline import made_documents as made
+    from sambalm.data_pipeline.output import check_prefix
 
+    check_prefix(output)
     config = made.MadeConfig(tokenizer, documents=documents, tokens=tokens, seed=seed, loss=loss.value)
     maker = made.Passkey() if kind == "Passkey" else made.Phonebook()
     with ProgressBar("making documents") as progress:
@@ -262,7 +268,9 @@ Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="What the data wa
 @data.command("verify", epilog=example("sambalm data verify data/text"))
 def verify(
     prefix: Prefix,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Of data without a manifest.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Ids of the vocabulary, for data without a manifest.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one a core")] = None,
 ) -> None:
     """Read every byte of the shards and compare it with the manifest and the vocabulary; exit code 1 for damage."""

@@ -23,7 +23,7 @@ class Dtype(StrEnum):
 
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")]
 DtypeOption = Annotated[
-    Dtype, typer.Option(help="Of the weights; auto: as stored, and of a run on a GPU as it trained.")
+    Dtype, typer.Option(help="Precision of the weights; auto: as stored, or on a GPU as the run trained.")
 ]
 TokenizerOption = Annotated[Path | None, typer.Option(help="A tokenizer's file; default: the source's.")]
 StepOption = Annotated[

@@ -18,7 +18,7 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Of the model, for clients; default: the source.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the source.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Texts to generate at once; others wait.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a text at most.")] = 4096,
     device: DeviceOption = None,

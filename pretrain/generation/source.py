@@ -9,7 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sambalm.data_pipeline.chat import ChatEncoder, ChatError, ChatOptions
-from sambalm.data_pipeline.config import DataConfig
+from sambalm.data_pipeline.config import DataConfig, no_tokenizer
 from sambalm.data_pipeline.shards import check_tokenizer, read_manifest
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf import SambaForCausalLM, load_for_generation
@@ -79,10 +79,7 @@ def load_source(
     place, kind = device_named(device), DTYPES[dtype] if dtype else None
     is_checkpoint = (path / MANIFEST).is_file() or checkpoint_folders(path)
     if not is_checkpoint and not (path / "config.json").is_file():
-        raise GenerationError(
-            f"{path} is no model: it has neither the config.json of a Hugging Face folder nor the {MANIFEST} of a "
-            "checkpoint nor the checkpoints of a run"
-        )
+        raise GenerationError(_no_model(path))
     if step is not None and not is_checkpoint:
         raise GenerationError(f"--step is for a run, and {path} is a Hugging Face folder; leave it out")
     try:
@@ -92,6 +89,18 @@ def load_source(
         return _folder_source(path, device=place, dtype=kind, tokenizer=tokenizer)
     except torch.OutOfMemoryError as error:
         raise GenerationError(f"{path} does not fit the memory of {place}; take another --device or --dtype") from error
+
+
+def _no_model(path: Path) -> str:
+    if not path.exists():
+        where = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+        return f"{path} is no model: there is no such folder{where}; give a run, a checkpoint or a Hugging Face folder"
+    if path.is_file():
+        return f"{path} is no model: it is a file; give the folder of a run, a checkpoint or a Hugging Face model"
+    return (
+        f"{path} is no model: it has neither the config.json of a Hugging Face folder nor the {MANIFEST} of a "
+        "checkpoint nor the checkpoints of a run; give a folder that has one of them"
+    )
 
 
 def device_named(name: str | None) -> torch.device:
@@ -106,7 +115,8 @@ def device_named(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
+        # torch answers an unknown name with a list of every device that it has ever known
+        reason = "no such device" if "Expected one of" in str(error) else str(error).strip().split("\n")[0]
         raise GenerationError(f"the device {name!r} cannot be used ({reason}); give cpu, or cuda with a GPU") from error
     return device
 
@@ -154,7 +164,7 @@ def _checkpoint_source(
     dtype = dtype or dtype_of_run(run, device)
     file = tokenizer or (run.data.tokenizer_path() if run else None)
     if file is None:
-        raise GenerationError(f"{checkpoint.path} and its data name no tokenizer: give one with --tokenizer")
+        raise GenerationError(no_tokenizer(checkpoint.path, run.data if run else None))
     for prefix in run.data.prefixes if run and file.is_file() else ():
         check_tokenizer(prefix, load_tokenizer(file))
     model = model_of_state(checkpoint, saved_model(checkpoint), dtype=dtype).to(device)

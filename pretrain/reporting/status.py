@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sambalm.pretrain.errors import ExitCode, NoRunError, RunFolderError
+from sambalm.pretrain.errors import ExitCode, NoRunError, RunFolderError, not_a_run
 from sambalm.pretrain.lifecycle.attempts import ATTEMPT, AttemptRecord, read_attempts
 from sambalm.pretrain.lifecycle.lease import LEASE, holder_lives
 from sambalm.pretrain.lifecycle.ledger import Account
@@ -99,7 +99,7 @@ def read_status(run_dir: Path) -> RunStatus:
     """
     attempts = read_attempts(run_dir)
     if not attempts:
-        raise NoRunError(f"{run_dir} is not a run that has started: it holds no attempts/*/{ATTEMPT}")
+        raise NoRunError(not_a_run(run_dir, kind="a run that has started", lacks=f"attempts/*/{ATTEMPT}"))
     records = read_steps(run_dir)
     last: dict[str, Any] = records[-1] if records else {"step": 0, "tokens": 0}
     steps, recent = _steps(attempts[-1]), records[-RECENT_STEPS:]

@@ -18,7 +18,7 @@ from sambalm.data_pipeline.errors import DataError
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_file import load_config
-from sambalm.pretrain.errors import CheckpointError
+from sambalm.pretrain.errors import CheckpointError, not_a_run
 from sambalm.pretrain.reporting.metrics_file import (
     LOSS_AT,
     METRICS,
@@ -90,8 +90,10 @@ def _last_validation(run_dir: Path) -> dict[str, Any]:
         if any(name.startswith((LOSS_AT, NAMED_LOSS_AT)) for name in record):
             return record
     if not (run_dir / METRICS).is_file():
-        raise CheckpointError(f"{run_dir} is not a run: it holds no {METRICS}")
-    raise CheckpointError(f"{run_dir} is not a run with a validation: its metrics.jsonl holds none")
+        raise CheckpointError(not_a_run(run_dir, kind="a run", lacks=METRICS))
+    raise CheckpointError(
+        f"{run_dir} has not validated yet, so there is nothing to compare: let it reach validation.every_steps"
+    )
 
 
 def _baselines(config: RunConfig) -> Baselines | None:

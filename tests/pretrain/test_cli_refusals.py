@@ -88,6 +88,55 @@ def test_inputs_that_do_not_exist_are_refused(refused, tmp_path):
     refused("data", "tokenizer", "--input", missing, "--vocab-size", 300, "--output", tmp_path / "m", names=[missing])
 
 
+def test_a_folder_in_place_of_text_is_refused_with_its_files(refused, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words")
+    for arguments in (("tokenizer", "--vocab-size", 300), ("preprocess", "--tokenizer", tmp_path / "m")):
+        refused(
+            *("data", *arguments, "--input", tmp_path / "texts", "--output", tmp_path / "out"),
+            names=[f"texts is a directory; name its files by a quoted glob: '{tmp_path}/texts/*.txt'"],
+        )
+
+
+def test_text_of_another_ending_is_refused(refused, tmp_path):
+    (tmp_path / "a.md").write_text("words")
+    arguments = ("--input", tmp_path / "a.md", "--vocab-size", 300, "--output", tmp_path / "m")
+    refused(
+        "data", "tokenizer", *arguments, names=["extension '.md'", "give plain text of another name the ending .txt"]
+    )
+
+
+def test_a_folder_in_place_of_an_output_is_refused(refused, tmp_path):
+    (tmp_path / "text.jsonl").write_text(GOOD_LINE)
+    (tmp_path / "data").mkdir()
+    into = ("--output", tmp_path / "data", "--overwrite")
+    text = ("--input", tmp_path / "text.jsonl")
+    model = ("--tokenizer", tmp_path / "m")
+    refused("data", "tokenizer", *text, "--vocab-size", 300, *into, names=["data is a folder; give the name of a file"])
+    for arguments in (("preprocess", *text), ("passkey", "--documents", 1), ("phonebook", "--documents", 1)):
+        refused(
+            "data",
+            *arguments,
+            *model,
+            *into,
+            names=["data is a folder; give a prefix in it, such as"],
+        )
+
+
+@pytest.mark.parametrize("command", [("status",), ("report",), ("checkpoint", "list"), ("checkpoint", "verify")])
+def test_what_is_no_run_is_refused_with_the_reason(command, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    reasons = {
+        "none": f"there is no such folder, seen from {tmp_path};",
+        "file": "it is a file;",
+        "folder": "it holds no ",
+    }
+    for name, reason in reasons.items():
+        refused(*command, name, names=[f"{name} is not a run", reason, "give the folder that the config names"])
+
+
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused(refused, tmp_path):
     (tmp_path / "text.jsonl").write_text(GOOD_LINE)
     arguments = ("--input", tmp_path / "text.jsonl", "--vocab-size", 9000, "--output", tmp_path / "m")
@@ -102,7 +151,7 @@ def test_a_wrong_tokenizer_is_refused(content, refused, tmp_path):
         model.write_bytes(content)
     refused(
         *("data", "preprocess", "--input", tmp_path / "text.jsonl", "--tokenizer", model, "--output", tmp_path / "out"),
-        names=[model, "does not exist" if content is None else "not a SentencePiece model"],
+        names=[model, "does not exist" if content is None else "`sambalm data tokenizer`"],
     )
 
 
@@ -151,7 +200,7 @@ def test_a_bad_value_is_refused_by_every_command_that_reads_it(override, names, 
         ("data.train=nowhere/tokens", ["nowhere/tokens"]),
         ("model.vocab_size=383", ["model.vocab_size=383", "384 ids of the tokenizer", "at least 384"]),
         ("train.global_batch_tokens=288", ["train.global_batch_tokens is 288", "train.micro_batch_size 2"]),
-        ("parallel.tensor=2", ["1 processes", "parallel.tensor 2"]),
+        ("parallel.tensor=2", ["1 process cannot", "parallel.tensor 2", "`torchrun --nproc-per-node 2 -m"]),
     ],
 )
 def test_a_run_that_cannot_start_is_refused(override, names, refused, config):
@@ -204,7 +253,7 @@ def test_a_folder_that_is_something_else_is_refused(exists, refused, tmp_path):
     if exists:
         folder.mkdir()
     refused("convert", "to-hf", folder, tmp_path / "hf", names=[folder, "neither a checkpoint nor a run"])
-    refused("generate", folder, "--prompt", "x", names=[folder, "config.json"])
+    refused("generate", folder, "--prompt", "x", names=[folder, "is no model"])
     refused("report", folder, names=[folder, "not a run"])
 
 
@@ -249,7 +298,7 @@ def test_a_shard_is_not_taken_for_all_of_its_data(refused, config, tokens, tmp_p
 
 def test_files_that_the_system_refuses_are_named(refused, config, tokens, tmp_path):
     refused("data", "python-corpus", config / "corpus.jsonl", names=[config, "choose a writable directory"])
-    refused("report", tmp_path / "none", names=[tmp_path / "none", "not a run", "metrics.jsonl"])
+    refused("report", tmp_path / "none", names=[tmp_path / "none", "not a run", "no such folder;"])
     output = tmp_path / "folder"
     output.mkdir()
     arguments = ("--input", tokens.with_name("text.jsonl"), "--vocab-size", 384, "--output", output, "--overwrite")

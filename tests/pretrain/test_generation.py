@@ -250,9 +250,11 @@ MISTAKES = [
     ({"state_out": Path("nowhere/s")}, "the folder of --state-out nowhere/s does not exist"),
     ({"state_in": Path("nowhere/s")}, "the state nowhere/s cannot be read"),
     ({"source": {"device": "cuda:77"}}, "the device 'cuda:77' cannot be used"),
-    ({"source": {"device": "abacus"}}, "the device 'abacus' cannot be used"),
+    ({"source": {"device": "abacus"}}, "the device 'abacus' cannot be used (no such device)"),
     ({"source": {"tokenizer": Path("no.model")}}, "no.model does not exist"),
-    ({"path": Path("nowhere")}, "nowhere is no model: it has neither the config.json"),
+    ({"path": Path("nowhere")}, f"nowhere is no model: there is no such folder, seen from {Path.cwd()}"),
+    ({"path": Path(__file__).parent}, "is no model: it has neither the config.json"),
+    ({"path": Path(__file__)}, "is no model: it is a file; give the folder"),
 ]
 
 

@@ -37,7 +37,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 )
 def test_another_name_is_refused_in_a_sentence(name, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"cannot read the config .*: No such file") as error:
+    with pytest.raises(ConfigError, match=f"cannot read the config .*: No such file in {tmp_path},") as error:
         load_config(Path(name))
     assert sentence in str(error.value)
 
