@@ -164,11 +164,9 @@ def newest_checkpoint(path: Path, *, warn: Callable[[str], None], step: int | No
         return checkpoint
     folders = checkpoint_folders(path)
     if not folders:
-        raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run with one: "
-            + (f"it holds no {MANIFEST} and no checkpoints/step_*" if path.is_dir() else "there is no such folder")
-            + "; give one of them"
-        )
+        lacks = f"it holds no {MANIFEST} and no checkpoints/step_*" if path.is_dir() else "there is no such folder"
+        reason = "it is a file" if path.is_file() else lacks
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one: {reason}; give one of them")
     if step is not None:
         return checkpoint_of_step(folders, step)
     for folder in reversed(folders):
@@ -201,9 +199,11 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     parent = run_dir / "checkpoints"
     try:
         found = [path for path in parent.iterdir() if _FOLDER_NAME.fullmatch(path.name)]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     except OSError as error:
+        if run_dir.is_file():
+            return []
         raise CheckpointError(f"{parent} cannot be read: {error.strerror}; make it a readable folder") from None
     return sorted(found, key=lambda path: (stored_step(path), path.name))
 
