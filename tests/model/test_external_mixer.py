@@ -21,8 +21,8 @@ from sambalm.pretrain.planner.hardware import DEVICES
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import find_plans, plan_of
-from tests.pretrain.test_plan import counted_activations
 from tests.support import toy_mixer
+from tests.support.counted_ranks import counted_activations
 from tests.support.layout_runs import LENGTH, assert_like_one_process, largest_difference, run_values, steps_call
 from tests.support.mixers import assert_resumes_on
 from tests.support.whole_runs import changed

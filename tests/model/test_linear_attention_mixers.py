@@ -14,13 +14,11 @@ from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices, initialize_parameters
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
-from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
-from tests.pretrain.test_plan import handed_on_rank, kept_on_rank
+from tests.support.counted_ranks import CountedRanks
 from tests.support.layout_runs import assert_like_one_process, largest_difference, run_values, steps_call
 from tests.support.marks import slow_except
-from tests.support.mixers import assert_counts_its_parameters, assert_keeps_what_it_says, assert_sends_what_it_says
-from tests.support.planned_runs import config_of
-from tests.support.worlds import Call, SharedWorlds
+from tests.support.mixers import assert_counts_its_parameters
+from tests.support.worlds import SharedWorlds
 
 # Neither number of heads is even: two ranks hold three and two, and two and one.
 # A document's first token has an output in proportion to q k, by which the norm divides: near zero rounding grows.
@@ -115,28 +113,12 @@ def test_decays_begin_as_in_the_papers():
     torch.testing.assert_close(log_decays.exp(), torch.tensor([1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128]))
 
 
-def counted_config(parallel: dict):
-    return config_of(parallel=parallel, pattern="AR", mixers=MODEL["mixers"], hidden_size=48, vocab_size=64)
+COUNTED = CountedRanks(pattern="AR", mixers=MODEL["mixers"])
 
 
-# What ranks send, and what they keep.
-COUNTED = {
-    ranks: [
-        (
-            sent := counted_config(parallel | {"recompute": recompute}),
-            Call(handed_on_rank, (sent.model_dump(),), ranks),
-        ),
-        (kept := counted_config(parallel), Call(kept_on_rank, (kept.model_dump(),), ranks)),
-    ]
-    for ranks, parallel, recompute in ((2, TP2, "selective"), (4, CP4, "full"))
-}
-
-
-@pytest.mark.parametrize("ranks", COUNTED)
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_what_ranks_send_and_keep_is_what_is_counted(ranks):
-    (sent, handed), (kept, bytes_kept) = COUNTED[ranks]
-    assert_sends_what_it_says(sent, WORLDS[handed])
-    assert_keeps_what_it_says(kept, WORLDS[bytes_kept], kernels=TORCH_ON_CPU, tolerance=0.05)
+    COUNTED.check(ranks, worlds=WORLDS)
 
 
 def test_their_own_mistakes_are_refused_in_a_sentence():
@@ -154,5 +136,5 @@ WORLDS = SharedWorlds(
     *ALONE.values(),
     *(LAYOUTS[name] for name in QUICK),
     *MISTAKES.values(),
-    *(call for pair in COUNTED.values() for _, call in pair),
+    *COUNTED.calls,
 )

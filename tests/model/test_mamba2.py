@@ -23,7 +23,7 @@ from sambalm.pretrain.planner.hardware import DEVICES
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import stage_memories
 from sambalm.pretrain.planner.search import find_plans, plan_of
-from tests.pretrain.test_plan import counted_activations, handed_on_rank, kept_on_rank
+from tests.support.counted_ranks import counted_activations, handed_on_rank, kept_on_rank
 from tests.support.layout_runs import assert_like_one_process, largest_difference, run_values, steps_call
 from tests.support.marks import slow_except
 from tests.support.mixers import (

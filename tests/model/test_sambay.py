@@ -18,7 +18,7 @@ from sambalm.pretrain.config_file import load_config, parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
 from sambalm.pretrain.planner.memory import stage_memories
-from tests.pretrain.test_plan import counted_activations, handed_on_rank
+from tests.support.counted_ranks import counted_activations, handed_on_rank
 from tests.support.layout_runs import (
     LENGTH,
     assert_like_one_process,

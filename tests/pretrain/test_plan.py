@@ -1,13 +1,11 @@
 """What the planner counts against real runs on the CPU: parameters, bytes that are kept, and messages."""
 
 import gc
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sambalm.model.ops.registry import TORCH_KERNELS
 from sambalm.model.registry import weight_copies
 from sambalm.model.samba import Samba
 from sambalm.parallel.groups import TensorParallel
@@ -18,33 +16,12 @@ from sambalm.pretrain.planner.buckets import ReducedGroup, reduced_groups
 from sambalm.pretrain.planner.kernels import TORCH_ON_CPU
 from sambalm.pretrain.planner.memory import chunks_in_flight, stage_memories
 from sambalm.pretrain.planner.sizes import stage_chunks, stage_parameters
-from sambalm.pretrain.precision import DTYPES
+from tests.support.counted_ranks import counted_activations, handed_on_rank, kept_on_rank
 from tests.support.marks import slow_except
 from tests.support.mixers import assert_keeps_what_it_says, assert_sends_what_it_says
-from tests.support.plan_counters import HandedBytes, LiveBytes
+from tests.support.plan_counters import LiveBytes
 from tests.support.planned_runs import config_of
 from tests.support.worlds import run_world
-
-
-def counted_activations(config: RunConfig) -> tuple[int, int]:
-    """Bytes that a real forward leaves for its backward, and at most during both."""
-    recompute = config.parallel.recompute
-    model = Samba(
-        config.model,
-        kernels=TORCH_KERNELS.recomputing() if recompute == "selective" else TORCH_KERNELS,
-        dtype=DTYPES[config.train.precision],
-        recompute_layers=recompute == "full",
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-        parameter.grad = torch.zeros_like(parameter)
-    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.sequence_length))
-    with LiveBytes() as live:
-        live.leave_out([*model.parameters(), *(parameter.grad for parameter in model.parameters()), tokens])
-        loss = model(tokens, tokens).mean()
-        kept = live.now_bytes
-        loss.backward()
-    return kept, live.peak_bytes
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -72,34 +49,6 @@ def test_activations_are_what_a_real_run_keeps(model, precision, recompute):
     saved = memory.rounded_bytes + memory.saved_bytes  # a model alone keeps no copies of its weights
     assert saved == pytest.approx(kept, rel=0.02)
     assert saved + memory.workspace_bytes == pytest.approx(peak, rel=0.1)
-
-
-def kept_on_rank(values: dict) -> int:
-    """Bytes that the rank's real forward leaves for its backward, without the weights."""
-    from sambalm.model.build import build_chunks
-    from sambalm.model.registry import weight_copies
-    from sambalm.parallel.groups import start_world
-
-    config = RunConfig.model_validate(values)
-    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
-        (model,) = build_chunks(
-            config.model,
-            config.parallel,
-            world=world,
-            kernels=TORCH_KERNELS,
-            dtype=DTYPES[config.train.precision],
-            sequence_length=config.data.sequence_length,
-        )
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
-        tokens = torch.randint(0, 64, shape)
-        with LiveBytes() as live:
-            live.leave_out([*model.parameters(), tokens])
-            loss = model(tokens, tokens).mean()
-            kept = live.now_bytes
-        loss.backward()  # no rank leaves while another still communicates
-    return kept
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
@@ -189,25 +138,6 @@ LAYOUTS = [
     (2, {"pipeline": 2}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}),
 ]
-
-
-def handed_on_rank(values: dict) -> tuple[int, Counter]:
-    """The rank's pipeline stage, and what it hands over in its second step."""
-    from sambalm.model.registry import weight_copies
-    from sambalm.parallel.groups import start_world
-    from sambalm.parallel.micro_batch import MicroBatch
-    from sambalm.pretrain.training import build_training
-
-    config = RunConfig.model_validate(values)
-    with start_world(config.parallel, copies=weight_copies(config.model, tensor_ranks=config.parallel.tensor)) as world:
-        training = build_training(config, world=world, checkpoint=None)
-        shape = config.train.micro_batch_size, config.data.sequence_length // world.context.size
-        tokens = torch.randint(0, 64, shape)
-        micro_batches = [MicroBatch(tokens, tokens)] * config.accumulation_steps(data_size=world.data_size)
-        training.executor.train_step(micro_batches)
-        with HandedBytes() as handed:
-            training.executor.train_step(micro_batches)
-    return world.pipeline.rank, handed.by_operation
 
 
 # In `make test` TP2 + SP and PP2.
