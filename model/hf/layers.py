@@ -233,6 +233,26 @@ def carried_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, 
     return conv, recurrent
 
 
+def convolve(
+    x_BSD: Tensor, state_BDT: Tensor | None, *, weight: Tensor, bias: Tensor, context: SequenceContext
+) -> tuple[Tensor, Tensor]:
+    """Runs a layer's causal convolution with its SiLU over new tokens.
+
+    Args:
+        x_BSD: inputs, [B, S, channels].
+        state_BDT: the inputs before them, [B, channels, taps - 1]; None at the start of a sequence.
+        weight: [channels, taps].
+        bias: [channels].
+
+    Returns:
+        Outputs [B, S, channels], and the last real inputs [B, taps - 1, channels].
+    """
+    before = None if state_BDT is None else state_BDT.transpose(1, 2).to(x_BSD.dtype)
+    resets = None if context.resets is None else context.resets.expand(len(x_BSD), -1)
+    y_BSD = context.operations.causal_conv_silu(x_BSD, weight, bias, before, resets=resets)
+    return y_BSD, last_tokens(before, x_BSD, context.padding, count=weight.shape[1] - 1)
+
+
 def last_tokens(before: Tensor | None, x: Tensor, padding: Padding | None, *, count: int) -> Tensor:
     """Returns the last real tokens of each row, [B, count, width], with zeros in the place of missing ones.
 

@@ -16,8 +16,8 @@ from sambalm.model.hf.layers import (
     SambaWholeHeadsLayer,
     SequenceContext,
     carried_states,
+    convolve,
     init_step_bias,
-    last_tokens,
 )
 from sambalm.model.ops.reference.delta_rule import gated_delta_rule
 
@@ -72,7 +72,9 @@ class SambaGatedDeltaNet(SambaWholeHeadsLayer):
         (decay, gate), beta = self.gates(hidden_states), self.b_proj(hidden_states)
         if padding:
             decay, beta = (t.masked_fill(~padding.real[..., None], NO_STEP) for t in (decay, beta))
-        qkv_BSD, conv_state = self._convolve(qkv_BSD, conv_state, context)
+        weight = torch.cat((self.q_conv, self.k_conv, self.v_conv))
+        bias = torch.zeros_like(weight[:, 0])
+        qkv_BSD, conv_state = convolve(qkv_BSD, conv_state, weight=weight, bias=bias, context=context)
         q, k, v = self.per_head(*qkv_BSD.split(self.widths, dim=-1))
         dt_bias = self.dt_bias
         if self.per_channel:
@@ -85,15 +87,6 @@ class SambaGatedDeltaNet(SambaWholeHeadsLayer):
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
             cache.update_recurrent_state(state, self.layer_idx)
         return self.output(y_BSHV, gate, context)
-
-    def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """Returns the convolution's output [B, S, D] and its last real inputs [B, d_conv - 1, D]."""
-        weight = torch.cat((self.q_conv, self.k_conv, self.v_conv))
-        before = None if state_BDT is None else state_BDT.transpose(1, 2).to(x_BSD.dtype)
-        resets = None if context.resets is None else context.resets.expand(len(x_BSD), -1)
-        bias = torch.zeros_like(weight[:, 0])
-        y_BSD = context.operations.causal_conv_silu(x_BSD, weight, bias, before, resets=resets)
-        return y_BSD, last_tokens(before, x_BSD, context.padding, count=weight.shape[1] - 1)
 
 
 class SambaKimiDelta(SambaGatedDeltaNet):

@@ -18,6 +18,7 @@ from sambalm.model.hf.layers import (
     SequenceContext,
     are_plain,
     carried_states,
+    convolve,
     init_step_bias,
     last_tokens,
 )
@@ -99,7 +100,11 @@ class SambaMamba(SambaLayer):
         if padding:
             hidden_states = padding.front(hidden_states)
         x_BSD, z_BSD = self.in_proj(hidden_states).chunk(2, dim=-1)
-        u_BSD, conv_state = self._convolve(x_BSD, conv_state, context)
+        if are_plain(self.conv1d, kinds=(CausalConv1d,)):
+            weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+            u_BSD, conv_state = convolve(x_BSD, conv_state, weight=weight, bias=bias, context=context)
+        else:
+            u_BSD, conv_state = self._convolve_by_module(x_BSD, conv_state, context)
         dt, B, C = self.x_proj(u_BSD).split(self.split_sizes, dim=-1)
         work = torch.promote_types(x_BSD.dtype, torch.float32)
         dt_bias = None
@@ -127,20 +132,16 @@ class SambaMamba(SambaLayer):
         output = self.out_proj(y_BSD)
         return padding.back(output) if padding else output
 
-    def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """Returns the convolution's output [B, S, D] and its last real inputs [B, conv_kernel - 1, D]."""
+    def _convolve_by_module(
+        self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext
+    ) -> tuple[Tensor, Tensor]:
+        """Does what `convolve` does by calling the module, which another package may have wrapped."""
         count, resets = self.config.conv_kernel - 1, context.resets
         if state_BDT is None:
             state_BTD = x_BSD.new_zeros(x_BSD.shape[0], count, x_BSD.shape[2])
         else:
             state_BTD = state_BDT.transpose(1, 2).to(x_BSD.dtype)
-        if resets is not None:
-            resets = resets.expand(len(x_BSD), -1)
-        if are_plain(self.conv1d, kinds=(CausalConv1d,)):
-            weight, before = self.conv1d.weight.squeeze(1), None if state_BDT is None else state_BTD
-            u_BSD = context.operations.causal_conv_silu(x_BSD, weight, self.conv1d.bias, before, resets=resets)
-        else:
-            whole_BDT = torch.cat((state_BTD, x_BSD), dim=1).transpose(1, 2)
-            resets = None if resets is None else F.pad(resets, (count, 0))
-            u_BSD = F.silu(self.conv1d(whole_BDT, resets=resets).transpose(1, 2))
+        whole_BDT = torch.cat((state_BTD, x_BSD), dim=1).transpose(1, 2)
+        resets = None if resets is None else F.pad(resets.expand(len(x_BSD), -1), (count, 0))
+        u_BSD = F.silu(self.conv1d(whole_BDT, resets=resets).transpose(1, 2))
         return u_BSD, last_tokens(state_BTD, x_BSD, context.padding, count=count)

@@ -16,10 +16,9 @@ from sambalm.model.hf.layers import (
     SambaResidualLinear,
     SequenceContext,
     carried_states,
+    convolve,
     init_step_bias,
-    last_tokens,
 )
-from sambalm.model.ops.reference.causal_conv import causal_conv_silu
 from sambalm.model.ops.reference.elementwise import gated_norm
 from sambalm.model.ops.reference.ssd_scan import ssd_scan
 
@@ -83,7 +82,9 @@ class SambaMamba2(SambaLayer):
         if padding:
             dt_BSH = dt_BSH.masked_fill(~padding.real[..., None], NO_STEP)
         mixed_BSD = torch.cat((x_BSD, self.bc_proj(hidden_states)), dim=-1)
-        u_BSD, conv_state = self._convolve(mixed_BSD, conv_state, context)
+        weight = torch.cat((self.conv1d.weight, self.bc_conv1d.weight)).squeeze(1)
+        bias = torch.cat((self.conv1d.bias, self.bc_conv1d.bias))
+        u_BSD, conv_state = convolve(mixed_BSD, conv_state, weight=weight, bias=bias, context=context)
         y_BSD, scan_state = self._scan(u_BSD, dt_BSH, scan_state, context)
         if cache is not None:
             cache.update_conv_state(conv_state.transpose(1, 2), self.layer_idx)
@@ -91,20 +92,6 @@ class SambaMamba2(SambaLayer):
         self.written(padding.back(y_BSD) if padding else y_BSD, context)
         output = self.out_proj(self.norm(y_BSD, z_BSD))
         return padding.back(output) if padding else output
-
-    def _convolve(self, x_BSD: Tensor, state_BDT: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """Returns the convolution's output [B, S, D] and its last real inputs [B, d_conv - 1, D]."""
-        count, resets = self.sizes["d_conv"] - 1, context.resets
-        if state_BDT is None:
-            state_BTD = x_BSD.new_zeros(x_BSD.shape[0], count, x_BSD.shape[2])
-        else:
-            state_BTD = state_BDT.transpose(1, 2).to(x_BSD.dtype)
-        if resets is not None:
-            resets = resets.expand(len(x_BSD), -1)
-        weight = torch.cat((self.conv1d.weight, self.bc_conv1d.weight)).squeeze(1)
-        bias = torch.cat((self.conv1d.bias, self.bc_conv1d.bias))
-        u_BSD = causal_conv_silu(x_BSD, weight, bias, None if state_BDT is None else state_BTD, resets=resets)
-        return u_BSD, last_tokens(state_BTD, x_BSD, context.padding, count=count)
 
     def _scan(
         self, u_BSD: Tensor, dt_BSH: Tensor, state: Tensor | None, context: SequenceContext
