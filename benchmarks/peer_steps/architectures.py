@@ -7,6 +7,10 @@ Each architecture is its config in configs/ with a tied head and an MLP, a multi
 parameters of the first one as nearly as that goes. Steps are as in step.py: random tokens, clipping and AdamW included.
 Each row, an architecture at a length, adds a line of JSON to --output when it ends, and rows that are there are not run
 again. A row that fails has the reason; one that runs out of memory is tried again with recomputation.
+
+A row's first step compiles its kernels: those of flash-linear-attention for minutes, and a row's limit ends no compiling
+within a backward. On a new machine start one process for each such architecture beside each other first, with
+--architectures NAME and another --output; Triton keeps what they compile.
 """
 
 import argparse
@@ -68,7 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a row's steps after the second one, at most")
     parser.add_argument("--minutes", type=float, default=5.0, help="of all rows; those that find no time left say so")
-    parser.add_argument("--row-limit-s", type=float, default=120.0, help="of a row, its compiling included")
+    parser.add_argument("--row-limit-s", type=float, default=300.0, help="of a row, its compiling included")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens/s and memory over length")
     arguments, overrides = parser.parse_known_intermixed_args()
