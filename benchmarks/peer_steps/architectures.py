@@ -8,7 +8,7 @@ parameters of the first one as nearly as that goes. Steps are as in step.py: ran
 Each row, an architecture at a length, adds a line of JSON to --output when it ends, and rows that are there are not run
 again. A row that fails has the reason; one that runs out of memory is tried again with recomputation.
 
-A row's first step compiles its kernels: those of flash-linear-attention for minutes, and a row's limit ends no compiling
+A row's first step compiles its kernels: those of flash-linear-attention for minutes, and no limit ends what compiles
 within a backward. On a new machine start one process for each such architecture beside each other first, with
 --architectures NAME and another --output; Triton keeps what they compile.
 """

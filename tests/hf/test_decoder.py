@@ -80,6 +80,7 @@ def test_states_leave_the_decoder_and_come_back(tmp_path):
         close(stream.step(tokens[:, place])[0], expected[place])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_streams_of_one_origin_take_turns_with_one_decoder():
     model, tokens = model_of(), random_tokens(1, 8)

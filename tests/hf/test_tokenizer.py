@@ -22,6 +22,7 @@ from sambalm.model.hf.tokenizer import (
     save_tokenizer,
     tokenizer_facts,
 )
+from tests.support.marks import slow_except
 
 TEXTS = [
     "",
@@ -132,11 +133,9 @@ BY_SENTENCEPIECE = {
 }
 
 
-@pytest.mark.parametrize("changes", BY_SENTENCEPIECE.values(), ids=BY_SENTENCEPIECE.keys())
-def test_models_without_an_exact_equivalent_are_read_by_sentencepiece(
-    train_sentencepiece, documents, tmp_path, changes
-):
-    model = train_sentencepiece(**changes)
+@pytest.mark.parametrize("kind", slow_except(["unigram", "user-defined pieces"], BY_SENTENCEPIECE))
+def test_models_without_an_exact_equivalent_are_read_by_sentencepiece(train_sentencepiece, documents, tmp_path, kind):
+    model = train_sentencepiece(**BY_SENTENCEPIECE[kind])
     save_tokenizer(model, tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     compare_tokenizers(model, tmp_path, [*TEXTS, "<extra> a<extra>", *documents, *random_texts(300)])
@@ -156,6 +155,7 @@ def test_models_without_an_exact_equivalent_are_read_by_sentencepiece(
 ALONE = """
 import json, sys
 from transformers import AutoTokenizer
+from tests.support.marks import slow_except
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer.save_pretrained(sys.argv[2])
 again = AutoTokenizer.from_pretrained(sys.argv[2], trust_remote_code=True)
@@ -181,6 +181,7 @@ def test_sentencepiece_reads_a_folder_without_this_package(train_sentencepiece, 
     assert json.loads(output.splitlines()[-1]) == processor.encode(texts)
 
 
+@pytest.mark.slow
 def test_another_sentencepiece_model_in_a_folder_is_noticed(train_sentencepiece, documents, tmp_path):
     model, other = (train_sentencepiece(model_type="unigram", vocab_size=size) for size in (700, 650))
     save_tokenizer(model, tmp_path)

@@ -135,6 +135,7 @@ def test_their_own_mistakes_are_refused_in_a_sentence():
             parse_config(values, source="test")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_layout(request, tmp_path):
     values = changed(request.getfixturevalue("run_values"), model=MODEL)
     assert_resumes_on(TP2, values, tmp_path / "stopped")

@@ -99,6 +99,7 @@ def test_operations_and_calls_of_kernels_are_those_of_all_keys():
     assert without is None
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_layout(request, tmp_path):
     values = changed(request.getfixturevalue("run_values"), model=MIXED)
     assert_resumes_on(TP2, values, tmp_path / "stopped")

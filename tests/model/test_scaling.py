@@ -109,6 +109,7 @@ def test_weights_decay_as_fast_whatever_their_learning_rate():
     assert len({bucket.lr_scale for bucket in buckets}) > 4
 
 
+@pytest.mark.slow
 def test_steps_change_activations_alike_at_every_width_and_depth():
     benchmark = load_benchmark("scaling")
     given = benchmark.batches(benchmark.corpus(50_000), 3)

@@ -140,7 +140,7 @@ def state_on_rank(values: dict, save_to: str | None, load: bool) -> dict:
 
 
 @pytest.mark.parametrize("ranks", slow_except([2], [2, 4, 8]))
-@pytest.mark.parametrize("size", MODELS)
+@pytest.mark.parametrize("size", slow_except(["1.3B"], MODELS))
 def test_initial_weights_do_not_depend_on_the_ranks(size, ranks):
     values = run_values(model=MODELS[size] | {"pattern": "M*-"})
     (expected,) = run_world(state_on_rank, values, None, False, ranks=1)

@@ -216,6 +216,7 @@ def _bad_samples(values):
     return train_with_faults(values, dict.fromkeys((32, 40, 48), math.nan), by="sample")
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_as_often_as_it_may(values):
     values = changed(values, train={"max_skipped_steps": 1, "max_rollbacks": 1})
     (result,) = run_world(train_with_faults, values, dict.fromkeys((5, 6), math.nan), ranks=1)

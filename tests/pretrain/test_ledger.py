@@ -49,6 +49,7 @@ def logged_steps(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_stopped_and_resumed_sums_to_its_wall_time(run_values, tmp_path):
     values = changed(
         run_values, train={"steps": 60}, validation={"every_steps": 20}, checkpoint={"every_steps": 10, "keep": 2}

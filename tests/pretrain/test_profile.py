@@ -9,6 +9,7 @@ from sambalm.pretrain.errors import ConfigError
 from tests.support.whole_runs import changed, run_dir, train
 
 
+@pytest.mark.slow
 def test_some_steps_are_traced_and_the_run_is_the_same(run_values, tmp_path):
     plain = train(run_values)
     values = changed(run_values, run={"dir": str(tmp_path / "traced")}, train={"profile_steps": [4, 5]})

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from sambalm.pretrain.lifecycle.stragglers import Pace, slowness
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.support.hangs import is_rank
+from tests.support.marks import slow_except
 from tests.support.runs import Run
 from tests.support.whole_runs import changed
 from tests.support.worlds import run_world
@@ -31,7 +32,7 @@ def slow_down_rank_1() -> None:
 
 @pytest.mark.parametrize(
     "parallel",
-    [{"zero_stage": 1}, {"tensor": 2}, pytest.param({"zero_stage": 3}, marks=pytest.mark.slow)],
+    slow_except([{"tensor": 2}], [{"zero_stage": 1}, {"tensor": 2}, {"zero_stage": 3}]),
     ids=str,
 )
 def test_a_slow_rank_is_named(parallel, run_values, tmp_path):

@@ -56,7 +56,10 @@ def test_a_rank_that_is_stopped_ends_the_others(values, tmp_path):
     ("before", "sentence", "frame"),
     [
         (hangs.in_the_loader, "rank 0: hanging in phase fetch of step 6 since ", (0, "in _micro_batch")),
-        (hangs.in_a_save, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _finish")),
+        pytest.param(
+            *(hangs.in_a_save, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _finish")),
+            marks=pytest.mark.slow,
+        ),
         (hangs.in_the_writing, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _together")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

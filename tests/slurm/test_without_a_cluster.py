@@ -45,6 +45,7 @@ def test_launchers_say_how_long_their_run_takes_by_plan(size):
     assert said[1] == f"{planned.training_s / planned.goodput / unit_s:.1f}"
 
 
+@pytest.mark.slow
 def test_phases_are_estimated_each_on_its_layout_and_summed():
     config = CONFIGS / "samba_3.8b_phases.yaml"
     out = program.run("slurm", "estimate", config, "--nodes", 64).stdout
