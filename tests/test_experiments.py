@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.experiments.configs import pretraining, write_config
-from benchmarks.experiments.experiments import Plan, extrapolation
+from benchmarks.experiments.experiments import Plan, extrapolation, passkey
 from benchmarks.experiments.jobs import Job
 from benchmarks.experiments.layout import DataFolder, Layout, jobs_on_device, note_jobs_on_device
 from benchmarks.experiments.models import ARCHITECTURES, PATTERNS, ExperimentError, Variant, fitted_model
@@ -66,6 +67,31 @@ def test_a_config_of_other_settings_is_not_replaced(tmp_path):
     write_config({"train": {"steps": 1}}, path)
     with pytest.raises(ExperimentError, match=r"x\.yaml was written with other settings"):
         write_config({"train": {"steps": 2}}, path)
+
+
+def test_tuned_runs_are_tuned_further_under_another_label(tmp_path):
+    plan = Plan(
+        layout=Layout(tmp_path, "long"),
+        data=DataFolder(tmp_path / "data"),
+        scale=SCALES["tiny"],
+        models=["samba"],
+        seeds=[1],
+        rates=[1e-3],
+        vocab_size=384,
+        tuned_before="short",
+    )
+    (job,) = (job for job in passkey(plan) if job.name == "passkey-long/architectures/samba/seed1")
+    before = plan.layout.run("passkey-short/architectures/samba/seed1")
+    with pytest.raises(ExperimentError, match=rf"{before} is not tuned to its end"):
+        job.prepare()
+    ended = before / "attempts" / "a"
+    ended.mkdir(parents=True)
+    (ended / "attempt.json").write_text('{"started_s": 1.0, "start_step": 0}')
+    (ended / "outcome.json").write_text('{"exit_code": 0, "step": 8, "reason": "finished", "ended_s": 2.0}')
+    job.prepare()
+    written = yaml.safe_load(plan.layout.config(job.name).read_text())
+    assert written["train"]["init_from"] == str(before)
+    assert written["run"]["dir"] == str(plan.layout.run(job.name))
 
 
 def test_the_best_rate_is_that_of_the_lowest_last_loss(tmp_path):

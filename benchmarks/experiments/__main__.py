@@ -83,6 +83,7 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("--sweep-tokens", type=float, help="of each run of the sweep, other than the scale's")
         one.add_argument("--tuning-steps", type=int, help="of each tuned run, other than the scale's")
         one.add_argument("--tuning-tokens", type=int, help="of each document that it is tuned on")
+        one.add_argument("--tuned-before", metavar="LABEL", help="tune a label's runs further; '' is the usual one")
         one.add_argument("--label", default="", help="sets runs that are tuned otherwise apart")
         one.add_argument("--minutes", type=float, help="after which all jobs have stopped")
         one.add_argument("--gpus", nargs="+", help="numbers of GPUs; default: all that there are")
@@ -93,6 +94,8 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("--table", action="store_true", help="print what is there, and run nothing")
         one.add_argument("--plot", type=Path, help="draw what is there as a PNG, and run nothing")
     arguments = parser.parse_args()
+    if arguments.experiment != "prepare" and arguments.tuned_before == arguments.label:
+        parser.error("--tuned-before names the label of the runs themselves: give another --label")
     if arguments.experiment != "prepare" and not (arguments.data or arguments.table or arguments.plot):
         parser.error("--data is needed to run: the folder that prepare wrote")
     return arguments
@@ -117,6 +120,7 @@ def _plan(arguments: argparse.Namespace, layout: Layout) -> Plan:
         seeds=arguments.seeds,
         rates=arguments.rates or scale.learning_rates,
         vocab_size=load_tokenizer(DataFolder(arguments.data).tokenizer).vocab_size,
+        tuned_before=arguments.tuned_before,
     )
 
 

@@ -1,7 +1,7 @@
 """Which jobs each experiment has, in the order in which they are worth their time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Plan:
         seeds: of weights and data order; what goes on with a trained model takes that of the first.
         rates: learning rates; a single one is taken without a sweep.
         vocab_size: of the data's tokenizer.
+        tuned_before: label whose tuned runs are tuned further; None for the trained ones.
     """
 
     layout: Layout
@@ -44,6 +45,7 @@ class Plan:
     seeds: Sequence[int]
     rates: Sequence[float]
     vocab_size: int
+    tuned_before: str | None = None
 
 
 def turn_of_seed(seed: int) -> str:
@@ -247,6 +249,10 @@ def _tuned(plan: Plan, variant: Variant, experiment: str, *, start: str) -> Job:
     def prepare() -> None:
         model = fitted_model(variant, plan.scale, vocab_size=plan.vocab_size)
         documents, first = _documents_prefix(plan, experiment), plan.layout.run(start)
+        if plan.tuned_before is not None:
+            first = plan.layout.run(replace(plan.layout, label=plan.tuned_before).tuned(experiment), start)
+            if not jobs.is_trained(first):
+                raise ExperimentError(f"{first} is not tuned to its end: run it first, with its --label")
         run, seed = plan.layout.run(name).resolve(), plan.seeds[0]
         write_config(tuning(model, plan.scale, documents, run=run, start=first, seed=seed), plan.layout.config(name))
 
