@@ -42,9 +42,16 @@ def weights(model):
     keys = model.get("num_kv_heads", 1) * d // model.get("num_query_heads", 1)
     attention = 2 * d * d + 2 * d * keys
     sizes = {"M": mamba, "*": attention, "F": attention, "-": 3 * d * width, "=": 3 * d * 2 * d}
+    sizes |= {"X": 2 * d * d, "U": 2 * d * inner + inner}
     if gla:
         keys, values = gla["num_heads"] * gla["head_dim"], 2 * gla["num_heads"] * gla["head_dim"]
         sizes["A"] = d * (2 * keys + 3 * values) + 16 * (d + keys) + keys + 2 * gla["head_dim"]
+    if delta := model.get("mixers", {}).get("gated_deltanet"):
+        heads, keys = delta["num_heads"], delta["num_heads"] * delta["head_dim"]
+        sizes["G"] = d * (8 * keys + 2 * heads) + taps * 4 * keys + 2 * heads + 2 * delta["head_dim"]
+    if mamba2 := model.get("mixers", {}).get("mamba2"):
+        heads, states = inner // mamba2["head_dim"], 2 * mamba2["d_state"]
+        sizes["S"] = d * (2 * inner + states + heads) + (taps + 1) * (inner + states) + 3 * heads + inner + inner * d
     if retnet:
         sizes["R"] = 8 * d * d + 2 * retnet["head_dim"]
     return sum(sizes[letter] + d for letter in letters) + d + model["vocab_size"] * d

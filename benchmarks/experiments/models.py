@@ -51,6 +51,8 @@ ARCHITECTURES = {
     "samba-nope": Variant("Samba-NoPE", "M-*-", keys={"rope_base": None}),
     "sliding-gla": Variant("Sliding GLA", "A-*-"),
     "sliding-retnet": Variant("Sliding RetNet", "R-*-"),
+    "gated-deltanet": Variant("Gated DeltaNet", "G-*-"),
+    "sambay": Variant("SambaY", "S-*-S-F-U-X-U-X-"),
 }
 _WINDOWS = {"256": 1 / 8, "512": 1 / 4, "1024": 1 / 2, "4096": 2.0}  # of a scale whose window is 2048
 PATTERNS = {
@@ -81,6 +83,10 @@ _SIZES: dict[str, Callable[[Scale], tuple[str, dict[str, int]]]] = {
     "=": lambda scale: ("mlp2", {"size": 2 * scale.hidden_size}),
     # Keys are half as wide as the stream, and values as wide. The paper's heads have 192 channels.
     "A": lambda scale: ("gla", {"num_heads": 2, "head_dim": scale.hidden_size // 4, "expand_v": 2}),
+    # Keys are three quarters as wide as the stream, and values twice as wide as keys.
+    "G": lambda scale: ("gated_deltanet", {"num_heads": 3, "head_dim": scale.hidden_size // 4}),
+    # States of a quarter of the stream's width, and heads of an eighth.
+    "S": lambda scale: ("mamba2", {"d_state": scale.hidden_size // 4, "head_dim": scale.hidden_size // 8}),
     # Half as many heads as the attention has; keys are as wide as the stream, and values twice.
     "R": lambda scale: ("retnet", {"num_heads": scale.heads // 2, "head_dim": 2 * scale.hidden_size // scale.heads}),
 }
