@@ -123,6 +123,10 @@ class Mixer(ABC):
     """The name of a memory that its layers take, of the last layer before that writes it. A pipeline keeps both in one
     chunk; any other layout and recomputation keep what the writer leaves as it is, gradients included."""
 
+    takes_stream: ClassVar[bool] = False
+    """Whether its layers take the stream itself as a third argument, of x's shape: those that gate between the stream
+    and an output of their own, and so return what is added to come to the gated sum."""
+
     @abstractmethod
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
         """Returns the uninitialised layer of one rank.
