@@ -4,11 +4,11 @@
     y = softmax(q k' / sqrt(Z) + bias of the distance) v          h = SiLU(m Wh + (SiLU(m Wr) * y) Uh)
     what comes out is sigmoid(m Wu) * h + (1 - sigmoid(m Wu)) * stream
 
-All products have biases. Mega's keys have one too, which is left out: it adds one number to all scores of a query, so the
-softmax and every gradient are the same without it. The attention is causal and stays within a chunk of tokens; chunks
-begin with the sequence or the document. The bias of a distance is the product of two learnt vectors, each rotated by its
-position. So it is the product of further channels of queries and keys, and the kernels of the window attention compute
-it.
+All products have biases. Mega's keys have one too, which is left out: it adds one number to all scores of a query, so
+that the softmax and every gradient are the same without it. The attention is causal and stays within a chunk of tokens;
+chunks begin with the sequence or the document. The bias of a distance is the product of two learnt vectors, each turned
+by its position. So it is the product of further channels of queries and keys, which the kernels of the window attention
+compute as they are.
 
 S: sequence, B: batch, D: width, Z: channels of queries and keys, H: heads, which share queries and keys.
 """
