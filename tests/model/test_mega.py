@@ -153,7 +153,7 @@ ALONE = {
 )
 def test_a_layout_trains_like_one_process(name, documents):
     expected = WORLDS[ALONE["across" in name, documents]][0]
-    assert_like_one_process(WORLDS[CASES[name, documents]], expected, gradients=1e-5, norms=1e-5)
+    assert_like_one_process(WORLDS[CASES[name, documents]], expected, gradients=1e-4, norms=1e-5)
 
 
 def states_between_ranks_are_dropped(monkeypatch):
@@ -235,7 +235,7 @@ def test_it_keeps_what_it_says(precision, recompute):
 def test_a_rank_keeps_and_sends_what_it_says(ranks, chunk):
     config = planned({"context": ranks}, chunk_tokens=chunk)
     kept = run_world(kept_on_rank, config.model_dump(), ranks=ranks)
-    assert_keeps_what_it_says(config, kept, kernels=TORCH_ON_CPU, tolerance=0.03)
+    assert_keeps_what_it_says(config, kept, kernels=TORCH_ON_CPU, tolerance=0.05)
     assert_sends_what_it_says(config, run_world(handed_on_rank, config.model_dump(), ranks=ranks))
 
 

@@ -172,13 +172,13 @@ class Mega(Mixer):
         total += a * T * D * 3 + a * T * (R + 2 * N)  # outputs of conv, scan and its SiLU; x_proj's output
         if share.kernels.conv == "torch":
             total += a * T * D  # the sum before SiLU
-            if share.context_ranks > 1:  # the input with what precedes
-                total += a * (T + share.sequences * (sizes.d_conv - 1)) * D
+            if share.context_ranks > 1:  # the tokens that see a neighbour's, with those, and their sums
+                total += 4 * a * share.sequences * (sizes.d_conv - 1) * D
         scan = self._scan(config, share)
         total += scan.context_bytes(inside=inside)
         total += scan.inside_bytes() if inside else a * T * D  # else the step sizes
-        if self._fetches_keys(config, share):
-            total += a * share.sequences * (sizes.chunk_tokens - 1) * 2 * D
+        befores = (rank * share.part_tokens % sizes.chunk_tokens for rank in range(share.context_ranks))
+        total += a * share.sequences * max(befores) * 2 * D  # a chunk's keys and values on the rank before
         total += self._gates_bytes(config, share)
         return total + (a * T * D + FP32_BYTES * T * self._heads(config) if inside else 0)  # output, log-sum-exp
 
