@@ -46,6 +46,10 @@ def weights(model):
         sizes["A"] = d * (2 * keys + 3 * values) + 16 * (d + keys) + keys + 2 * gla["head_dim"]
     if retnet:
         sizes["R"] = 8 * d * d + 2 * retnet["head_dim"]
+    if mega := model.get("mixers", {}).get("mega"):
+        rank, key = -(-d // 32), mega["key_dim"]
+        s6 = d * (taps + 1) + d * (rank + 32) + (rank + 1) * d + 17 * d
+        sizes["Z"] = s6 + 5 * d * (d + 1) + key * (d + 1) + 5 * key
     return sum(sizes[letter] + d for letter in letters) + d + model["vocab_size"] * d
 
 

@@ -19,7 +19,7 @@ from sambalm.model.mixers.counts import (
     Share,
     input_and_output_messages,
 )
-from sambalm.model.mixers.mamba.scan_counts import SCAN_FLOPS, ScanCounts
+from sambalm.model.mixers.scan_counts import SCAN_FLOPS, ScanCounts
 from sambalm.parallel.shard import Place, Position, shard
 
 if TYPE_CHECKING:

@@ -79,8 +79,9 @@ class SambaMega(SambaLayer):
         init.normal_(self.qk_scale, std=POSITION_STD)
         init.normal_(self.qk_position, std=POSITION_STD)
 
-    def forward(self, hidden_states: Tensor, context: SequenceContext, stream: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: SequenceContext, stream: Tensor | None = None) -> Tensor:
         """Maps hidden_states and the stream, both [B, S, width], to the same; updates the context's cache."""
+        assert stream is not None, "the model gives the stream to a layer that takes it"
         padding = context.padding
         x, before = hidden_states, self._before(context, like=hidden_states)
         if padding:

@@ -25,11 +25,10 @@ from sambalm.model import initialization as init
 from sambalm.model.causal_conv import CausalConv
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
-from sambalm.model.mixers.mamba.context_parallel_scan import context_parallel_scan
-from sambalm.model.mixers.mamba.layer import StateProjection, StepProjection
 from sambalm.model.mixers.mega.sizes import MegaSizes, pieces_of
 from sambalm.model.ops.documents import AttentionDocuments
 from sambalm.model.ops.registry import Kernels
+from sambalm.model.selective_scan import StateProjection, StepProjection, context_parallel_scan
 from sambalm.parallel.groups import TensorParallel
 from sambalm.parallel.layers.context_parallel import HaloExchange
 from sambalm.parallel.layers.linear import linear_parts

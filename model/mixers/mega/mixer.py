@@ -24,8 +24,8 @@ from sambalm.model.mixers.counts import (
     halo_message,
     mean_keys,
 )
-from sambalm.model.mixers.mamba.scan_counts import SCAN_FLOPS, ScanCounts
 from sambalm.model.mixers.mega.sizes import POSITION_BASE, MegaSizes, Piece, pieces_of
+from sambalm.model.mixers.scan_counts import SCAN_FLOPS, ScanCounts
 from sambalm.model.ops.implementations import AttentionCall
 from sambalm.parallel.shard import Place
 
