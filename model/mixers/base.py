@@ -147,6 +147,15 @@ class Mixer(ABC):
     def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:  # noqa: B027 - there may be nothing to check
         """Raises ValueError, with a sentence that names the keys, where so many ranks cannot share a layer."""
 
+    def shrunk(self, config: "ModelConfig", *, hidden_size: int, sequence_share: float) -> dict[str, Any]:
+        """Returns keys of `model.mixers.NAME` that a small model, on which a layout is checked, has in place of these.
+
+        Args:
+            hidden_size: of the small model.
+            sequence_share: the length of its sequences over that of the config's.
+        """
+        return {}
+
     def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
         """Returns how many neighbouring tensor-parallel ranks hold the same slice of a weight, such as a kv head."""
         return 1

@@ -93,6 +93,15 @@ class Mega(Mixer):
     def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
         self._heads(config)
 
+    def shrunk(self, config: "ModelConfig", *, hidden_size: int, sequence_share: float) -> dict[str, Any]:
+        """Gives the small model two heads or more, and the chunk the share of a sequence that it has."""
+        sizes = self._sizes(config)
+        fitting = [
+            key for key in range(2, sizes.key_dim + 1, 2) if hidden_size % (2 * key) == 0 and 4 * key <= hidden_size
+        ]
+        changes = {"chunk_tokens": max(2, round(sizes.chunk_tokens * sequence_share))}
+        return changes | ({"key_dim": fitting[-1]} if fitting else {})
+
     def kernel_needs(
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:
