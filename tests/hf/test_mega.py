@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from sambalm.model.hf import HFError
+from sambalm.model.hf import HFError, Stream
 from sambalm.model.hf.modeling_samba import SambaForCausalLM
 from sambalm.model.hf.names import hf_config
 from sambalm.model.hf.verify import verify_export
 from sambalm.model.mixers.mega.hf import SambaMega
 from tests.hf import test_packing as packing
 from tests.hf.test_modeling import difference_in_padded_turns, largest_difference
-from tests.support.hf import DrawnState, RandomState, hf_model, tiny_config
+from tests.support.hf import DrawnState, RandomState, hf_model, random_tokens, tiny_config
 from tests.support.hf_mixers import (
     assert_a_folder_comes_back,
     assert_a_folder_holds,
@@ -55,6 +55,21 @@ def test_packed_documents_are_as_if_alone(pattern):
 def test_generation_with_a_cache_is_that_without(tmp_path):
     assert_generates_the_same_without_a_cache(model_of("Z*-Z"))
     assert_a_stream_generates_and_is_saved(model_of("Z-"), tmp_path / "state")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_of_different_lengths_go_on_together_as_alone(pattern):
+    """Their tokens have different places in their chunks."""
+    model, streams = model_of(pattern).double(), []
+    for seed, length in enumerate((9, 3, 14)):
+        streams.append(Stream(model))
+        streams[-1].read(random_tokens(1, length, seed=seed))
+    together = Stream.join(streams)
+    for tokens in random_tokens(11, 3):
+        together.step(tokens)
+        for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
+            assert largest_difference(together.logits[row], stream.step(token[None])[0]) < 1e-12
 
 
 def test_a_model_made_of_the_configuration_alone_has_initial_weights():

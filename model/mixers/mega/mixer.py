@@ -186,8 +186,8 @@ class Mega(Mixer):
         scan = self._scan(config, share)
         total += scan.context_bytes(inside=inside)
         total += scan.inside_bytes() if inside else a * T * D  # else the step sizes
-        befores = (rank * share.part_tokens % sizes.chunk_tokens for rank in range(share.context_ranks))
-        total += a * share.sequences * max(befores) * 2 * D  # a chunk's keys and values on the rank before
+        keys_before = (rank * share.part_tokens % sizes.chunk_tokens for rank in range(share.context_ranks))
+        total += a * share.sequences * max(keys_before) * 2 * D  # a chunk's keys and values on the rank before
         total += self._gates_bytes(config, share)
         return total + (a * T * D + FP32_BYTES * T * self._heads(config) if inside else 0)  # output, log-sum-exp
 
