@@ -29,6 +29,7 @@ BUILT_IN = {
     "R": "sambalm.model.mixers.linear_attention.mixer:RETNET",
     "S": "sambalm.model.mixers.mamba2.mixer:MIXER",
     "U": "sambalm.model.mixers.mamba2.mixer:GMU",
+    "Z": "sambalm.model.mixers.mega.mixer:MIXER",
 }
 
 

@@ -27,15 +27,16 @@ class Sublayer(nn.Module):
     def __init__(self, letter: str, config: ModelConfig, *, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.norm = RMSNorm(config, tp=tp, kernels=kernels)
-        self.writes = mixer(letter).writes
+        self.writes, self.takes_stream = mixer(letter).writes, mixer(letter).takes_stream
         self.mixer = mixer(letter).layer(config, tp=tp, kernels=kernels)
 
     def forward(self, x: Tensor, branch: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor, Any]:
         """The residual stream and what the sublayer before adds to it, to the stream, what this one adds and writes."""
         x, normed = self.norm(x, branch)
+        given = (normed, context, x) if self.takes_stream else (normed, context)
         if self.writes is None:
-            return x, self.mixer(normed, context), None
-        return x, *self.mixer(normed, context)
+            return x, self.mixer(*given), None
+        return x, *self.mixer(*given)
 
 
 class Head(nn.Module):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from sambalm.model.config import ModelConfig
 from sambalm.model.ops.config import KernelConfig
 from sambalm.parallel.config import ParallelConfig
 from sambalm.pretrain.config import RunConfig
@@ -237,12 +238,19 @@ def _shrunk(config: RunConfig) -> dict[str, dict[str, Any]]:
         "mlp_size": min(model.mlp_size, COLUMNS_OF_A_RANK * ranks + model.mlp_size % ranks),
         "window": max(min(model.window, 2), round(model.window * length / config.data.sequence_length)),
         "vocab_size": min(model.vocab_size, ranks * math.ceil(VOCABULARY / ranks)),
+        "mixers": _shrunk_mixers(model, hidden_size=hidden_size, share=length / config.data.sequence_length),
         "scaling": None,  # whose base the small model would not fit
         "base": {},
     }
     if model.dt_rank:
         changes["dt_rank"] = math.ceil(model.dt_rank * hidden_size / model.hidden_size)
     return {"model": changes, "data": {"sequence_length": length}}
+
+
+def _shrunk_mixers(model: ModelConfig, *, hidden_size: int, share: float) -> dict[str, dict[str, Any]]:
+    kinds = (one for one in model.kinds if one.sizes)
+    changes = {one.name: one.shrunk(model, hidden_size=hidden_size, sequence_share=share) for one in kinds}
+    return model.mixers | {name: model.mixers.get(name, {}) | keys for name, keys in changes.items() if keys}
 
 
 def _head_dim(config: RunConfig) -> int:
@@ -253,8 +261,10 @@ def _head_dim(config: RunConfig) -> int:
         return width % ranks == 0
 
     for head_dim in range(4, model.head_dim, 2):
-        inner_size = model.expand * model.num_query_heads * head_dim
+        hidden_size = model.num_query_heads * head_dim
+        inner_size = model.expand * hidden_size
         enough = inner_size >= min(model.inner_size, COLUMNS_OF_A_RANK * ranks)
+        enough &= hidden_size >= min(model.hidden_size, COLUMNS_OF_A_RANK)
         if enough and divides(inner_size) == divides(model.inner_size):
             return head_dim
     return model.head_dim

@@ -101,7 +101,8 @@ def named_mixers(source: str, package: str) -> list[str]:
     return [
         kind[3]
         for kind in kinds
-        if kind[3] not in ("base", "context", "counts", "step_sizes", "whole_heads") and ".".join(kind) != own
+        if kind[3] not in ("base", "context", "counts", "scan_counts", "step_sizes", "whole_heads")
+        and ".".join(kind) != own
     ]
 
 

@@ -54,6 +54,10 @@ def weights(model):
         sizes["S"] = d * (2 * inner + states + heads) + (taps + 1) * (inner + states) + 3 * heads + inner + inner * d
     if retnet:
         sizes["R"] = 8 * d * d + 2 * retnet["head_dim"]
+    if mega := model.get("mixers", {}).get("mega"):
+        rank, key = -(-d // 32), mega["key_dim"]
+        s6 = d * (taps + 1) + d * (rank + 32) + (rank + 1) * d + 17 * d
+        sizes["Z"] = s6 + 5 * d * (d + 1) + key * (d + 1) + 5 * key
     return sum(sizes[letter] + d for letter in letters) + d + model["vocab_size"] * d
 
 

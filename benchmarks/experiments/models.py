@@ -53,6 +53,7 @@ ARCHITECTURES = {
     "sliding-retnet": Variant("Sliding RetNet", "R-*-"),
     "gated-deltanet": Variant("Gated DeltaNet", "G-*-"),
     "sambay": Variant("SambaY", "S-*-S-F-U-X-U-X-"),
+    "mega-s6": Variant("Mega-S6", "Z-"),
 }
 _WINDOWS = {"256": 1 / 8, "512": 1 / 4, "1024": 1 / 2, "4096": 2.0}  # of a scale whose window is 2048
 PATTERNS = {
@@ -89,6 +90,8 @@ _SIZES: dict[str, Callable[[Scale], tuple[str, dict[str, int]]]] = {
     "S": lambda scale: ("mamba2", {"d_state": scale.hidden_size // 4, "head_dim": scale.hidden_size // 8}),
     # Half as many heads as the attention has; keys are as wide as the stream, and values twice.
     "R": lambda scale: ("retnet", {"num_heads": scale.heads // 2, "head_dim": 2 * scale.hidden_size // scale.heads}),
+    # The paper's 128 channels are a twelfth of the stream's, of which twice as many have to divide these.
+    "Z": lambda scale: ("mega", {"key_dim": scale.hidden_size // 16, "chunk_tokens": scale.window}),
 }
 
 

@@ -116,6 +116,9 @@ class SambaLayer(nn.Module):
     reads: ClassVar[str | None] = None
     """The name of what the layer takes by `memory`, of the last layer before it that writes it; None: nothing."""
 
+    takes_stream: ClassVar[bool] = False
+    """Whether its forward takes the stream itself, of hidden_states' shape, as a third argument."""
+
     source_idx: int | None = None
     """The number of the block of that layer, which the model sets."""
 

@@ -82,7 +82,9 @@ class SambaBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, context: SequenceContext) -> Tensor:
         if self.mixer is not None:
-            mixed = self.mixer(self.mixer_norm(hidden_states, context.operations), context)
+            normed = self.mixer_norm(hidden_states, context.operations)
+            given = (normed, context, hidden_states) if self.mixer.takes_stream else (normed, context)
+            mixed = self.mixer(*given)
             hidden_states = hidden_states + (mixed[0] if isinstance(mixed, tuple) else mixed)
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states, context.operations), context)

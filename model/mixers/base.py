@@ -123,6 +123,10 @@ class Mixer(ABC):
     """The name of a memory that its layers take, of the last layer before that writes it. A pipeline keeps both in one
     chunk; any other layout and recomputation keep what the writer leaves as it is, gradients included."""
 
+    takes_stream: ClassVar[bool] = False
+    """Whether its layers take the stream itself as a third argument, of x's shape: those that gate between the stream
+    and an output of their own, and so return what is added to come to the gated sum."""
+
     @abstractmethod
     def layer(self, config: "ModelConfig", *, tp: "TensorParallel", kernels: "Kernels") -> "nn.Module":
         """Returns the uninitialised layer of one rank.
@@ -142,6 +146,15 @@ class Mixer(ABC):
 
     def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:  # noqa: B027 - there may be nothing to check
         """Raises ValueError, with a sentence that names the keys, where so many ranks cannot share a layer."""
+
+    def shrunk(self, config: "ModelConfig", *, hidden_size: int, sequence_share: float) -> dict[str, Any]:
+        """Returns keys of `model.mixers.NAME` that a small model, on which a layout is checked, has in place of these.
+
+        Args:
+            hidden_size: of the small model.
+            sequence_share: the length of its sequences over that of the config's.
+        """
+        return {}
 
     def weight_copies(self, config: "ModelConfig", *, tensor_ranks: int) -> int:
         """Returns how many neighbouring tensor-parallel ranks hold the same slice of a weight, such as a kv head."""

@@ -87,6 +87,7 @@ class Documents:
     first: int
     device: torch.device
     _attention: dict[tuple[range, int], AttentionDocuments] = field(default_factory=dict, init=False, compare=False)
+    _in_pieces: dict[int, "Documents"] = field(default_factory=dict, init=False, compare=False)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -103,6 +104,14 @@ class Documents:
         """The same with as many tokens before the part, of which only the last document's matter; bool."""
         before = torch.arange(self.first - tokens, self.first, device=self.starts.device)
         return torch.cat((to_device(self.starts[:, :1] == before, self.device), self.resets), dim=1)
+
+    def in_pieces(self, tokens: int) -> "Documents":
+        """The same with each document cut, from its start, into pieces of so many tokens that are documents."""
+        if tokens not in self._in_pieces:
+            numbers = torch.arange(self.first, self.first + self.starts.shape[1], device=self.starts.device)
+            starts = numbers - (numbers - self.starts) % tokens
+            self._in_pieces[tokens] = Documents(starts, self.first, self.device)
+        return self._in_pieces[tokens]
 
     def attention(self, queries: range, *, keys_before: int) -> AttentionDocuments:
         """The borders of an attention call on some of the part's tokens, with so many keys before the first of them."""

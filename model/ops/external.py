@@ -31,7 +31,7 @@ def mamba_ssm_scan(
     C: Tensor,
     *,
     D: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     dt_bias: Tensor,
     initial_state: None = None,
     resets: None = None,
@@ -42,7 +42,8 @@ def mamba_ssm_scan(
     """
     if initial_state is not None or resets is not None:
         raise KernelError("the scan 'mamba-ssm' takes neither an initial state nor resets: set kernels.scan to 'torch'")
-    u, dt, B, C, z = (t.transpose(1, 2).contiguous() for t in (u, dt, B, C, z))
+    u, dt, B, C = (t.transpose(1, 2).contiguous() for t in (u, dt, B, C))
+    z = None if z is None else z.transpose(1, 2).contiguous()
     y, state = _imported("scan", "mamba-ssm", "selective_scan_fn")(
         u, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
     )

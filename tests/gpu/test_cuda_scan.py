@@ -29,7 +29,8 @@ def loop(u, dt, A, B, C, D, z, dt_bias, state, resets=None):
             state = state.masked_fill(resets[:, t, None, None], 0.0)
         state = torch.exp(dt[:, t, :, None] * A) * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
         outputs.append((state * C[:, t, None]).sum(-1))
-    return (torch.stack(outputs, dim=1) + D * u) * F.silu(z), state
+    y = torch.stack(outputs, dim=1) + D * u
+    return (y if z is None else y * F.silu(z)), state
 
 
 def kernel(u, dt, A, B, C, D, z, dt_bias, state, resets=None):
@@ -54,15 +55,19 @@ def relative(actual, expected):
 
 
 def compare(inputs, dtype, resets=None):
-    actual_inputs = [t.detach().requires_grad_() for t in inputs]
-    expected_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    actual_inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    expected_inputs = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
     actual, expected = kernel(*actual_inputs, resets), loop(*expected_inputs, resets)
     weights = [torch.randn_like(t) for t in actual]
     found, wanted = (
-        torch.autograd.grad(sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
+        torch.autograd.grad(
+            sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True)),
+            [leaf for leaf in leaves if leaf is not None],
+        )
         for outputs, leaves in ((actual, actual_inputs), (expected, expected_inputs))
     )
-    for name, a, e in zip(("y", "state", *NAMES), (*actual, *found), (*expected, *wanted), strict=True):
+    names = [name for name, t in zip(NAMES, inputs, strict=True) if t is not None]
+    for name, a, e in zip(("y", "state", *names), (*actual, *found), (*expected, *wanted), strict=True):
         assert a.shape == e.shape, name
         assert relative(a, e) < TOLERANCE[dtype], name
 
@@ -92,6 +97,14 @@ def test_time_cut_into_segments(dtype):
     assert _Shape.of(inputs[0], inputs[2]).segments > 4
     compare(inputs, dtype)
     compare(inputs, dtype, resets=torch.rand(1, 700, device="cuda") < 0.01)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [45, 700])
+def test_without_a_gate(dtype, length):
+    inputs = inputs_of(1, length, 72, 16, dtype)
+    inputs[NAMES.index("z")] = None
+    compare(inputs, dtype, resets=torch.rand(1, length, device="cuda") < 0.01)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 1.0])

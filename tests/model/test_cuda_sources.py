@@ -159,6 +159,18 @@ def test_scan(host, dtype, batch, length, channels, states):
     )
 
 
+@pytest.mark.parametrize("dtype", slow_except([torch.bfloat16], TOLERANCE, long=[torch.float32, torch.float16]))
+def test_scan_without_a_gate(host, monkeypatch, dtype):
+    monkeypatch.setattr(cuda_scan_sizes, "MIN_SEGMENT_TILES", 1)
+    inputs = scan_inputs(2, 33, 72, 16, dtype)
+    del inputs["z"]
+    compare(
+        lambda **given: cuda_selective_scan(**given, z=None),
+        lambda **given: gated_selective_scan(**given, z=None),
+        inputs,
+    )
+
+
 def shifted(x):
     """Contiguous, and not aligned to 16 bytes."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)

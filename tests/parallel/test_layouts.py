@@ -133,7 +133,7 @@ def test_documents_change_what_is_trained():
 
 
 def a_document_that_begins_in_a_part_lets_the_state_through(monkeypatch):
-    from sambalm.model.mixers.mamba import context_parallel_scan as sequence_scan
+    from sambalm.model import selective_scan as sequence_scan
 
     decay = sequence_scan.decay_over
     monkeypatch.setattr(sequence_scan, "decay_over", lambda dt, A, bias, resets: decay(dt, A, bias, None))

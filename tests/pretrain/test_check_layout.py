@@ -215,6 +215,21 @@ def test_a_shrunk_model_has_the_same_stages_and_divisors(size, parallel):
     assert full.model == config.model
 
 
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("paper/*.yaml"), *CONFIGS.glob("successors/*.yaml")]), ids=lambda p: p.stem
+)
+def test_each_other_config_has_a_shrunk_model(path):
+    """Whose mixers have sizes of their own, which fit its width."""
+    config = load_config(path, ["parallel.context=2"])
+    small = checked_config(config, world_size=2, shrink=True, timeout_s=60).model
+    assert 16 <= small.hidden_size <= 128
+    assert small.pattern == config.model.pattern
+    if "mega" in small.mixers:
+        assert small.mixers["mega"] == {"key_dim": 4, "chunk_tokens": 32}  # half of a sequence, as in the config
+    if "mamba2" in small.mixers:
+        assert small.mixers["mamba2"]["head_dim"] == 24  # two heads a group
+
+
 def test_documents_begin_where_they_are_said_to():
     assert document_starts([3, 4], length=6) == [0, 0, 0, 3, 4, 4]
 

@@ -41,6 +41,7 @@ PAPER = {
     "mamba_swa_mlp_395m": ("M*-" * 8, W438, 2048, TIED, 394_999_296),
     "mamba_swa_mlp_1.6b": ("M*-" * 18, W1_7, 2048, TIED, 1_655_330_816),
     "mlp2_swa_mlp_417m": ("=-*-" * 6, W438, 2048, TIED, 417_240_576),
+    "mega_s6_422m": ("Z-" * 12, (1536, None, 4096, 32000), None, TIED, 422_484_480),
     "samba_nope_421m": ("M-*-" * 6, W438, 2048, TIED, 421_793_280),
     "sliding_gla_438m": ("A-*-" * 6, W438, 2048, UNTIED, 438_309_120),
     "sliding_gla_1.2b": ("A-*-" * 9, W1_3, 2048, TIED, 1_220_942_592),
@@ -67,6 +68,9 @@ def by_hand(model: ModelConfig) -> int:
     # Queries, keys, values, gate and output; a head's norm; and the decays, which come through 16 channels.
     of["A"] = (0.5 + 0.5 + 1 + 1 + 1) * d * d + 384 + 16 * (d + d // 2) + d // 2
     of["R"] = (1 + 1 + 2 + 2 + 2) * d * d + 512
+    # S6 as wide as the stream; v, three gates and h; the shared channels; and scales, positions and bias of q and k.
+    s6 = d * (4 + 1) + d * (d / 32 + 32) + (d / 32 + 1) * d + d * (16 + 1)
+    of["Z"] = s6 + 5 * d * (d + 1) + 128 * (d + 1) + 5 * 128
     tables = 1 if model.tie_embeddings else 2
     return sum(of[letter] + d for letter in model.pattern) + d + tables * model.vocab_size * d
 
@@ -127,6 +131,7 @@ TINY = {
     "Sliding GLA": {"pattern": "A-*-", "mixers": {"gla": {"num_heads": 2, "head_dim": 8}}},
     "Sliding RetNet": {"pattern": "R-*-", "mixers": {"retnet": {"num_heads": 2, "head_dim": 8}}},
     "Mamba-SWA-MLP": {"pattern": "M*-M"},
+    "Mega-S6": {"pattern": "Z-Z-", "mixers": {"mega": {"key_dim": 8, "chunk_tokens": 12}}},
 }
 
 

@@ -19,7 +19,7 @@ PRELOAD = [
     "sambalm.parallel.compat.cpu",
     "sambalm.parallel.layers.context_parallel",
     "sambalm.model.mixers.attention.layer",
-    "sambalm.model.mixers.mamba.context_parallel_scan",
+    "sambalm.model.selective_scan",
     "sambalm.model.mixers.mamba.layer",
     "sambalm.model.mixers.mlp.layer",
     "deepspeed.module_inject.auto_ep_layer",

@@ -12,17 +12,11 @@ from sambalm.model import initialization as init
 from sambalm.model.causal_conv import CausalConv
 from sambalm.model.config import ModelConfig
 from sambalm.model.mixers.context import SequenceContext
-from sambalm.model.mixers.mamba.context_parallel_scan import context_parallel_scan
 from sambalm.model.ops.registry import Kernels
+from sambalm.model.selective_scan import StateProjection, StepProjection, context_parallel_scan
 from sambalm.parallel.groups import TensorParallel
-from sambalm.parallel.layers.linear import linear, linear_beside
-from sambalm.parallel.layers.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_region,
-    reduce_from_region,
-)
-from sambalm.parallel.shard import Shard, shard
+from sambalm.parallel.layers.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from sambalm.parallel.shard import shard
 from sambalm.parallel.sharding import sharded_parameter
 
 
@@ -55,35 +49,3 @@ class MambaLayer(nn.Module):
         scan = partial(self.kernels.scan, u_BSD, dt_BSD, A, B, C, D=self.D, z=z_BSD, dt_bias=dt_bias, resets=resets)
         y_BSD = context_parallel_scan(scan, dt=dt_BSD, A=A, dt_bias=dt_bias, resets=resets, cp=context.cp)
         return self.out_proj(y_BSD.transpose(0, 1))
-
-
-class StateProjection(nn.Module):
-    """Mamba's x_proj: every rank contributes its channels and all need the whole result.
-
-    Not a RowParallelLinear, which would scatter the result under sequence parallelism. The result feeds each rank's own
-    channels, so its gradient is a sum over ranks as well.
-    """
-
-    def __init__(self, channels: Shard, out_features: int, *, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp = tp
-        self.weight = sharded_parameter(
-            (out_features, 0), {"weight": channels}, init=init.linear(channels.size), dim=1, matmul_only=True
-        )
-
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u for the scan, and its projection."""
-        u, partial = linear_beside(u, self.weight)
-        return u, copy_to_region(reduce_from_region(partial, self.tp), self.tp)
-
-
-class StepProjection(nn.Module):
-    """Mamba's dt_proj to this rank's channels. The bias stays fp32 and is added by the scan."""
-
-    def __init__(self, rank: int, channels: Shard, *, bias_init: init.Init) -> None:
-        super().__init__()
-        self.weight = sharded_parameter((0, rank), {"weight": channels}, init=init.linear(rank), matmul_only=True)
-        self.bias = sharded_parameter((0,), {"bias": channels}, init=bias_init)
-
-    def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
-        return linear(dt, self.weight), self.bias

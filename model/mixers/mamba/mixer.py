@@ -4,7 +4,6 @@ T: tokens of a micro-batch on the rank, D: channels on the rank, N: states, R: t
 bytes of an activation.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +17,9 @@ from sambalm.model.mixers.counts import (
     Parameter,
     Scan,
     Share,
-    halo_message,
     input_and_output_messages,
 )
+from sambalm.model.mixers.scan_counts import SCAN_FLOPS, ScanCounts
 from sambalm.parallel.shard import Place, Position, shard
 
 if TYPE_CHECKING:
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
     from sambalm.model.config import ModelConfig
     from sambalm.model.ops.registry import Kernels
     from sambalm.parallel.groups import TensorParallel
-
-# Of the scan, for each channel and state: dt * A, its exponential, decay * h, dt * u * B (one of its two products is
-# shared by the states), the sum, C * h and the sum over states.
-SCAN_FLOPS = 7
-CUDA_SCAN_CHUNK_TOKENS = 16  # model/ops/cuda/scan.py keeps states before each, in 16 bits with 16-bit inputs
-MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a pair of fp32 states for each
 
 
 class MambaHF(HFSide):
@@ -133,13 +126,7 @@ class Mamba(Mixer):
         yield from input_and_output_messages(config.hidden_size, share)
         projected = share.activation_bytes * share.tokens * (config.dt_rank_size + 2 * config.d_state)
         yield Message("tensor", "all-reduce", share.tensor_ranks, projected, times=share.forwards + 1)
-        if share.context_ranks == 1:
-            return
-        ranks, channels = share.context_ranks, self._channels(config, share.tensor_ranks)
-        states = 2 * share.sequences * channels * config.d_state * FP32_BYTES
-        yield Message("context", "all-gather", ranks, states, times=share.forwards)
-        yield Message("context", "reduce-scatter", ranks, ranks * states)
-        yield halo_message(channels, config.d_conv - 1, share)
+        yield from self._scan(config, share).messages(d_conv=config.d_conv)
 
     def kernels(self, config: "ModelConfig", share: Share) -> Iterator[Kernel]:
         channels = self._channels(config, share.tensor_ranks)
@@ -159,66 +146,26 @@ class Mamba(Mixer):
             total += a * T * D  # the sum before SiLU
         if joins_halo:  # the input with what precedes
             total += a * (T + share.sequences * (config.d_conv - 1)) * D
-        total += self._context_bytes(config, share, inside=inside)
+        scan = self._scan(config, share)
+        total += scan.context_bytes(inside=inside)
         # x and z are one tensor: it stays whole for a kernel that keeps either.
         keeps_z = kernels.scan == "cuda" or (kernels.scan == "torch" and not share.is_narrow) or not inside
         total += a * T * 2 * D if keeps_z or not joins_halo else 0
         if not inside:
             return total + a * T * D  # dt
-        return total + self._states_bytes(config, share) + self._scan_bytes(config, share)
-
-    def _context_bytes(self, config: "ModelConfig", share: Share, *, inside: bool) -> int:
-        """Counts what passing states over context-parallel ranks keeps."""
-        ranks, D, N, T = share.context_ranks, self._channels(config, share.tensor_ranks), config.d_state, share.tokens
-        states = FP32_BYTES * share.sequences * D * N
-        total = 0
-        if ranks > 1:  # all ranks' decays and reached states, and the state at the start
-            total += (2 * ranks + 1) * states
-        if ranks > 2:  # a rank between others: the step sizes and the decay that it passes on
-            total += FP32_BYTES * T * D + 2 * states
-            if inside:  # and a scan from zero, of which the output and so the gate are not kept
-                in_torch = FP32_BYTES * T * (3 * D + 2 * N if share.is_narrow else 2 * D)
-                total += in_torch if share.kernels.scan == "torch" else self._scan_bytes(config, share)
-                total += self._states_bytes(config, share)
-        return total
-
-    def _scan_bytes(self, config: "ModelConfig", share: Share) -> int:
-        """Counts what a scan keeps for its backward besides states, u, z and its output."""
-        a, T, N, D = share.activation_bytes, share.tokens, config.d_state, self._channels(config, share.tensor_ranks)
-        if share.kernels.scan == "mamba-ssm":  # u, dt, z, B and C time-innermost, and the output before the gate
-            return a * T * (4 * D + 2 * N)
-        if share.kernels.scan == "cuda":  # dt, and B and C in fp32
-            return T * (a * D + FP32_BYTES * 2 * N)
-        # u and z in fp32 where they were not; softplus's argument and result, the sum with the skip, the gate.
-        return FP32_BYTES * T * ((6 * D + 2 * N) if share.is_narrow else 4 * D)
-
-    def _states_bytes(self, config: "ModelConfig", share: Share) -> int:
-        """Counts the states that a scan keeps at the borders of its chunks."""
-        one = share.sequences * self._channels(config, share.tensor_ranks) * config.d_state
-        if share.kernels.scan == "mamba-ssm":
-            return math.ceil(share.part_tokens / MAMBA_SSM_CHUNK_TOKENS) * 2 * one * FP32_BYTES
-        if share.kernels.scan == "cuda":
-            return math.ceil(share.part_tokens / CUDA_SCAN_CHUNK_TOKENS) * one * share.activation_bytes
-        return math.ceil(share.part_tokens / _torch_chunk_tokens(one, share)) * one * FP32_BYTES
+        return total + scan.inside_bytes()
 
     def backward_bytes(self, config: "ModelConfig", share: Share) -> int:
-        channels = self._channels(config, share.tensor_ranks)
-        chunk = 0
-        if share.kernels.scan == "torch":  # decays, states, gradients and a product of theirs
-            token = share.sequences * channels * config.d_state
-            chunk = 4 * FP32_BYTES * token * _torch_chunk_tokens(token, share)
-        return share.tokens * FP32_BYTES * 4 * channels + chunk
+        scan = self._scan(config, share)
+        # Of a chunk decays, states, gradients and a product of theirs.
+        return share.tokens * FP32_BYTES * 4 * scan.channels + 4 * scan.chunk_bytes()
+
+    def _scan(self, config: "ModelConfig", share: Share) -> ScanCounts:
+        return ScanCounts(self._channels(config, share.tensor_ranks), config.d_state, share)
 
     @staticmethod
     def _channels(config: "ModelConfig", tensor_ranks: int) -> int:
         return shard(config.inner_size, Position(tensor_ranks)).held
-
-
-def _torch_chunk_tokens(token_elements: int, share: Share) -> int:
-    """Returns the tokens that the scan in plain PyTorch takes at a time."""
-    from sambalm.model.ops.reference.selective_scan import CHUNK_ELEMENTS, MAX_CHUNK_TOKENS
-
-    return max(1, min(MAX_CHUNK_TOKENS, CHUNK_ELEMENTS[share.kernels.device] // token_elements))
 
 
 MIXER = Mamba()

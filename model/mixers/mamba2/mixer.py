@@ -101,6 +101,13 @@ class Mamba2(Mixer):
     def check(self, config: "ModelConfig", *, tensor_ranks: int) -> None:
         self._share(config, tensor_ranks)
 
+    def shrunk(self, config: "ModelConfig", *, hidden_size: int, sequence_share: float) -> dict[str, Any]:
+        """Gives each of the small model's groups two heads or more."""
+        sizes = self._sizes(config)
+        channels, rest = divmod(sizes.expand * hidden_size, sizes.groups)
+        fitting = [size for size in range(2, min(sizes.head_dim, channels // 2) + 1) if channels % size == 0]
+        return {"head_dim": fitting[-1]} if fitting and not rest else {}
+
     def kernel_needs(
         self, config: "ModelConfig", *, sequences: int, part_tokens: int, tp: Place, cp: Place
     ) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def cuda_selective_scan(
     C: Tensor,
     *,
     D: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     dt_bias: Tensor,
     initial_state: Tensor | None = None,
     resets: Tensor | None = None,
@@ -63,7 +63,8 @@ def cuda_selective_scan(
             "'mamba-ssm' or 'torch'"
         )
     more_channels, more_states = -channels % EIGHT, compiled_states(states) - states
-    u, dt, z = (filled_up(t, more_channels) for t in (u, dt.to(u.dtype), z.to(u.dtype)))
+    u, dt = (filled_up(t, more_channels) for t in (u, dt.to(u.dtype)))
+    gate = None if z is None else aligned(filled_up(z.to(u.dtype), more_channels))
     A = filled_up(A.float(), more_states, more_channels)
     BC = torch.cat([filled_up(t, more_states) for t in (B, C)], dim=-1).float()
     D, dt_bias = (filled_up(t.float(), more_channels) for t in (D, dt_bias))
@@ -72,7 +73,7 @@ def cuda_selective_scan(
     if resets is not None:
         resets = resets.to(torch.uint8).contiguous()
     y, state = _Scan.apply(
-        dense(u), dense(dt), A.contiguous(), BC, D.contiguous(), aligned(z), dt_bias.contiguous(), initial_state, resets
+        dense(u), dense(dt), A.contiguous(), BC, D.contiguous(), gate, dt_bias.contiguous(), initial_state, resets
     )
     return y[..., :channels], state[:, :channels, :states]
 
@@ -87,15 +88,16 @@ class _Shape:
     channels: int
     states: int
     segment_tiles: int
+    has_gate: bool = True
 
     @classmethod
-    def of(cls, u: Tensor, A: Tensor) -> "_Shape":
+    def of(cls, u: Tensor, A: Tensor, *, has_gate: bool = True) -> "_Shape":
         batch, length, channels = u.shape
         multiprocessors = torch.cuda.get_device_properties(u.device).multi_processor_count
         segment_tiles = tiles_of_a_segment(
             sequences=batch, channels=channels, tokens=length, multiprocessors=multiprocessors
         )
-        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=segment_tiles)
+        return cls(u.dtype, batch, length, channels, A.shape[1], segment_tiles=segment_tiles, has_gate=has_gate)
 
     @property
     def tiles(self) -> int:
@@ -137,6 +139,7 @@ class _Shape:
             "INPUT": INPUTS[self.dtype],
             "N": self.states,
             "ENDS": int(ends),
+            "GATED": int(self.has_gate),
             "WARPS": self.warps,
             "BLOCKS": WARPS_PER_MULTIPROCESSOR // self.warps if compact else 1,
             "SHARED_BYTES": shared_bytes,
@@ -155,6 +158,11 @@ class _Shape:
         return result
 
 
+def _places(u: Tensor, z: Tensor | None) -> list[int]:
+    """The strides of u and z, as the kernels take them; they read no z where there is none."""
+    return [*dense_strides(u), *strides(u if z is None else z)]
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -164,17 +172,17 @@ class _Scan(torch.autograd.Function):
         A: Tensor,
         BC: Tensor,
         D: Tensor,
-        z: Tensor,
+        z: Tensor | None,
         dt_bias: Tensor,
         initial_state: Tensor | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        shape = _Shape.of(u, A)
+        shape = _Shape.of(u, A, has_gate=z is not None)
         threads = 32 * shape.warps
         per_segment = (shape.batch, shape.segments, shape.channels)
         start = initial_state
-        inputs, at = (u, dt, z, BC, A, D, dt_bias, resets), (*dense_strides(u), *strides(z))
+        inputs, at = (u, dt, z, BC, A, D, dt_bias, resets), _places(u, z)
         if shape.segments > 1:
             reached, steps = A.new_empty(*per_segment, shape.states), A.new_empty(per_segment)
             shape.kernel("scan_forward", ends=True)(
@@ -202,14 +210,15 @@ class _Scan(torch.autograd.Function):
         grad_out = torch.zeros_like(u) if grad_out is None else dense(grad_out)
         grad_end = None if grad_end is None else grad_end.contiguous()
         inputs = (u, dt, z, BC, A, D, dt_bias, resets, borders, grad_out)
-        at = (*dense_strides(u), *strides(z))
+        at = _places(u, z)
         if shape.segments > 1:
             handed, steps = A.new_empty(*per_segment, shape.states), A.new_empty(per_segment)
             shape.kernel("scan_backward", ends=True)(
                 shape.grid_of_ends, threads, *inputs, *7 * [None], steps, handed, *shape.sizes, *at
             )
             grad_end = shape.at_segments(handed, steps, A, grad_end, backwards=True)
-        grad_u, grad_dt, grad_z = (sequence_first(u) for _ in range(3))
+        grad_u, grad_dt = (sequence_first(u) for _ in range(2))
+        grad_z = None if z is None else sequence_first(u)
         grad_BC = A.new_empty(shape.grid[0], *BC.shape)
         grad_A = A.new_empty(*per_segment, shape.states)
         grad_D, grad_bias = A.new_empty(per_segment), A.new_empty(per_segment)

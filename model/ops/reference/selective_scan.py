@@ -199,7 +199,7 @@ def gated_selective_scan(
     C: Tensor,
     *,
     D: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None = None,
     resets: Tensor | None = None,
@@ -207,17 +207,18 @@ def gated_selective_scan(
     """The scan with what surrounds it in Mamba-1: softplus(dt + dt_bias), the skip D * u and the gate SiLU(z).
 
     Args:
-        u, dt, z: [batch, length, channels]; dt is before its bias and softplus.
+        u, dt, z: [batch, length, channels]; dt is before its bias and softplus. Without z the output has no gate.
         A: [channels, d_state], fp32. B, C: [batch, length, d_state].
         D, dt_bias: [channels], fp32. dt_bias is None where dt has it already.
         initial_state: [batch, channels, d_state]; zeros when None.
         resets: bool [batch, length], True for tokens before which the state is dropped; none when None.
 
     Returns:
-        The gated output [batch, length, channels] in u's dtype and the final state [batch, channels, d_state] in fp32.
+        The output [batch, length, channels] in u's dtype and the final state [batch, channels, d_state] in fp32.
     """
     work = torch.promote_types(u.dtype, torch.float32)
     u_work = u.to(work)
     steps = F.softplus(dt.to(work) if dt_bias is None else dt.to(work) + dt_bias)
     y, state = selective_scan(u_work, steps, A, B, C, initial_state, resets=resets)
-    return ((y + D * u_work) * F.silu(z.to(work))).to(u.dtype), state
+    y = y + D * u_work
+    return (y if z is None else y * F.silu(z.to(work))).to(u.dtype), state

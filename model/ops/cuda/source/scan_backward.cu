@@ -55,7 +55,7 @@ __device__ __forceinline__ void before_tile(
     for (int k = 0; k < 8; ++k) {
         float step = softplus(x[k], bias[k]);
         step = here ? step : 0.f;
-        eight[k] = make_float4(reset ? FORGET : step, step * u[k], grad[k] * z[k] * sigmoid(z[k]), step);
+        eight[k] = make_float4(reset ? FORGET : step, step * u[k], gated(grad[k], z[k]), step);
     }
 }
 
@@ -162,7 +162,7 @@ __device__ __forceinline__ void after_tile(
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
         const float4 found = eight[k];
-        const float step = found.w, gate = sigmoid(z[k]), grad_y = grad[k] * z[k] * gate;
+        const float step = found.w, gate = sigmoid(z[k]), grad_y = GATED ? grad[k] * z[k] * gate : grad[k];
         g.u[k] = found.x * step + skip[k] * grad_y;
         g.dt[k] = (found.x * u[k] + LN2 * found.y) * sigmoid_of_softplus(step);
         g.z[k] = grad[k] * (found.z + skip[k] * u[k]) * gate * (1.f + z[k] * (1.f - gate));
@@ -284,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const Rows rows(batch_stride, time_stride, eight), z_rows(z_batch, z_time, eight);
     int64 bytes = rows.at(time);
     Eight next_u = load_at(u, bytes, inside), next_dt = load_at(dt, bytes, inside);
-    Eight next_z = load_at(z, z_rows.at(time), inside), next_grad = load_at(grad_out, bytes, inside);
+    Eight next_z = load_at(z, z_rows.at(time), inside && GATED), next_grad = load_at(grad_out, bytes, inside);
     int next_reset = load_flag(resets, row_of_batch + time, inside);
     Fill fill = load_projections(bc, row_of_batch + last_tile * TILE, length - last_tile * TILE);
 
@@ -303,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         inside = has_channels && tile > first_tile;
         bytes = rows.at(time);
         next_u = load_at(u, bytes, inside && !ENDS), next_dt = load_at(dt, bytes, inside);
-        next_z = load_at(z, z_rows.at(time), inside), next_grad = load_at(grad_out, bytes, inside);
+        next_z = load_at(z, z_rows.at(time), inside && GATED), next_grad = load_at(grad_out, bytes, inside);
         next_reset = load_flag(resets, row_of_batch + time, inside);
         fill = load_projections(bc, row_of_batch + (tile - 1) * TILE, tile > first_tile ? TILE : 0);
 
@@ -324,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         if (here) {
             store_at(grad_u, now, g.u);
             store_at(grad_dt, now, g.dt);
-            store_at(grad_z, now, g.z);
+            if (GATED) store_at(grad_z, now, g.z);
         }
         __syncthreads();
         add_over_warps(grad_bc + (int64(blockIdx.x) * gridDim.y * length + row_of_batch + tile * TILE) * (2 * N),

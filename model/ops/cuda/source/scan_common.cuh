@@ -2,6 +2,7 @@
 //   INPUT    of u, dt, z and their gradients (elements.cuh); states and sums are float32
 //   N        states of a channel: 16, 32 or 64
 //   ENDS     1: only the state that each time segment reaches from zero (backward: the gradient that it hands back)
+//   GATED    1: the output is multiplied by SiLU(z); 0: there is no z
 //   WARPS    of a block
 //   BLOCKS   of the kernel that a multiprocessor shall hold at once
 //   SHARED_BYTES  of dynamic shared memory that the kernel is launched with
@@ -133,6 +134,9 @@ __device__ __forceinline__ void store_projections(Projections<COPIES>& to, const
 __device__ __forceinline__ void load_four(const float4& from, float (&to)[4]) {
     to[0] = from.x; to[1] = from.y; to[2] = from.z; to[3] = from.w;
 }
+
+// An output, or its gradient, behind the gate.
+__device__ __forceinline__ float gated(float value, float z) { return GATED ? value * z * sigmoid(z) : value; }
 
 // A thread's states out of, or into, [..., channels, N].
 __device__ __forceinline__ void read_states(const float* from, int64 first, const Place& at, int channels, float (&h)[CH][4]) {

@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const Rows rows(batch_stride, time_stride, eight), z_rows(z_batch, z_time, eight);
     int64 bytes = rows.at(time);
     Eight next_u = load_at(u, bytes, inside), next_dt = load_at(dt, bytes, inside);
-    Eight next_z = load_at(z, z_rows.at(time), inside && !ENDS);
+    Eight next_z = load_at(z, z_rows.at(time), inside && GATED && !ENDS);
     int next_reset = load_flag(resets, int64(batch) * length + time, inside);
     Fill fill = load_projections(bc, int64(batch) * length + first_tile * TILE, length - first_tile * TILE);
 
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
         inside = has_channels && time < length && tile + 1 < last_tile;
         bytes = rows.at(time);
         next_u = load_at(u, bytes, inside), next_dt = load_at(dt, bytes, inside);
-        next_z = load_at(z, z_rows.at(time), inside && !ENDS);
+        next_z = load_at(z, z_rows.at(time), inside && GATED && !ENDS);
         next_reset = load_flag(resets, int64(batch) * length + time, inside);
         fill = load_projections(bc, int64(batch) * length + (tile + 1) * TILE, length - (tile + 1) * TILE);
 
@@ -159,8 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
 #pragma unroll
         for (int k = 0; k < 8; k += 2) {
             const float4 pair = *reinterpret_cast<const float4*>(&slot[row].channel[8 * half + k]);
-            result[k] = (pair.x + pair.y + skip[k] * x[k]) * gate[k] * sigmoid(gate[k]);
-            result[k + 1] = (pair.z + pair.w + skip[k + 1] * x[k + 1]) * gate[k + 1] * sigmoid(gate[k + 1]);
+            result[k] = gated(pair.x + pair.y + skip[k] * x[k], gate[k]);
+            result[k + 1] = gated(pair.z + pair.w + skip[k + 1] * x[k + 1], gate[k + 1]);
         }
         if (here) store_at(out, now, result);
         __syncwarp();
