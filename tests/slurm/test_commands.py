@@ -72,7 +72,8 @@ def in_the_repository(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository):
+def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository, monkeypatch):
+    monkeypatch.delenv("SAMBALM_PYTHON", raising=False)
     job, config = training_job(CONFIG, nodes=2, spares=1, overrides=["train.steps=5"])
     assert (config.run.dir, config.train.steps) == ("runs/samba_421m", 5)
     assert job.command() == [
@@ -90,7 +91,9 @@ def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository)
         "SAMBALM_NODES": "2",
         "RANKS_PER_NODE": "8",
     }
+    monkeypatch.setenv("SAMBALM_PYTHON", "/in/a/container")
     alone, _ = training_job(CONFIG, nodes=1, gpus_per_node=4)
+    assert alone.variables["SAMBALM_PYTHON"] == "/in/a/container"
     assert alone.options[1:] == ["--nodes=1", "--gpus-per-node=4"]
     named, _ = training_job(Path("samba_3.8b"), nodes=64)  # as the package brings it
     assert (named.script, named.options[0]) == (SCRIPTS / "samba_3.8b.sbatch", "--job-name=samba_3.8b")
@@ -223,19 +226,21 @@ class Usage:
 
 
 @pytest.mark.parametrize(
-    ("devices", "free_gib", "problem"),
+    ("devices", "free_gib", "limit", "problem"),
     [
-        (2, [70.0, 70.0], None),
-        (3, [70.0, 70.0, 1.0], None),  # only those of the ranks count
-        (1, [80.0], "1 GPUs are visible, of RANKS_PER_NODE=2"),
-        (2, [80.0, 69.0], "GPU 1 has 69.0 GiB free, of MIN_GPU_FREE_GIB=70"),
+        (2, [70.0, 70.0], "70", None),
+        (3, [70.0, 70.0, 1.0], "70", None),  # only those of the ranks count
+        (1, [80.0], "70", "1 GPUs are visible, of RANKS_PER_NODE=2"),
+        (2, [80.0, 69.0], "70", "GPU 1 has 69.0 GiB free, of MIN_GPU_FREE_GIB=70"),
+        (2, [72.5, 72.5], "", None),
+        (2, [80.0, 71.0], "", "GPU 1 has 71.0 GiB free, less than nine tenths of its 80.0"),
     ],
 )
-def test_gpus_are_counted_and_their_memory_is_free(devices, free_gib, problem, monkeypatch):
+def test_gpus_are_counted_and_their_memory_is_free(devices, free_gib, limit, problem, monkeypatch):
     import torch
 
     monkeypatch.setenv("RANKS_PER_NODE", "2")
-    monkeypatch.setenv("MIN_GPU_FREE_GIB", "70")
+    monkeypatch.setenv("MIN_GPU_FREE_GIB", limit)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib[device] * 2**30), 80 * 2**30))
     assert health._check_gpus() == problem
