@@ -102,7 +102,10 @@ def test_text_of_another_ending_is_refused(refused, tmp_path):
     (tmp_path / "a.md").write_text("words")
     arguments = ("--input", tmp_path / "a.md", "--vocab-size", 300, "--output", tmp_path / "m")
     refused(
-        "data", "tokenizer", *arguments, names=["extension '.md'", "give plain text of another name the ending .txt"]
+        "data",
+        "tokenizer",
+        *arguments,
+        names=["extension '.md'", "give plain text of another name the ending .txt, and extract the text of any other"],
     )
 
 
