@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sambalm.data_pipeline.sources import open_sources
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.data_parts import data_warning
 from sambalm.pretrain.errors import ConfigError, ExitCode, NoRunError
 from sambalm.pretrain.lifecycle.attempts import write_outcome, write_snapshot
 from sambalm.pretrain.reporting.status import show_status
@@ -16,6 +19,7 @@ from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.status import slurm_status
 from sambalm.slurm.submission import Submission, write_submission
 from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
+from tests.support.whole_runs import changed
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "samba_421m.yaml"  # 128 samples of 4096 tokens a step
@@ -98,6 +102,15 @@ def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository,
     named, _ = training_job(Path("samba_3.8b"), nodes=64)  # as the package brings it
     assert (named.script, named.options[0]) == (SCRIPTS / "samba_3.8b.sbatch", "--job-name=samba_3.8b")
     assert convert_job("runs/x").command() == ["sbatch", str(SCRIPTS / "convert.sbatch"), "runs/x"]
+
+
+def test_data_that_are_missing_or_unread_are_told_before_gpus_wait_for_them(run_values):
+    config = parse_config(run_values, source="test")
+    assert "have no index yet" in str(data_warning(config))
+    open_sources(config.data)
+    assert data_warning(config) is None
+    missing = changed(run_values, data={"train": [*config.data.prefixes, "no/data"], "validation": None})
+    assert str(data_warning(parse_config(missing, source="test"))).startswith("no data under the prefix no/data: ")
 
 
 def test_a_job_that_could_not_start_is_refused(in_the_repository, monkeypatch):
