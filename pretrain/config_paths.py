@@ -82,7 +82,7 @@ def with_found_run(
     if found != run_dir:
         tell(f"run.dir: {run_dir} does not exist from here, and {found} is taken")
     elif tells_of_new and not Path(run_dir).is_absolute():
-        tell(f"run.dir: {run_dir} is {Path.cwd() / run_dir}, of a new run")
+        tell(f"run.dir: {run_dir} is new, and made here as {Path.cwd() / run_dir}")
     return values | {"run": run | {"dir": found}}
 
 

@@ -146,7 +146,7 @@ def test_paths_are_found_from_the_folder_of_the_config(values, tmp_path, monkeyp
     values["run"]["dir"] = "runs/x"
     path.write_text(yaml.safe_dump(values))
     assert load_config(path).run.dir == "runs/x"
-    assert capsys.readouterr().err.endswith(f"run.dir: runs/x is {here / 'runs/x'}, of a new run\n")
+    assert capsys.readouterr().err.endswith(f"run.dir: runs/x is new, and made here as {here / 'runs/x'}\n")
     (folder / "runs" / "x").mkdir(parents=True)
     assert load_config(path).run.dir == str(folder / "runs" / "x")
     assert capsys.readouterr().err.endswith(f"runs/x does not exist from here, and {folder / 'runs/x'} is taken\n")

@@ -33,7 +33,7 @@ def test_a_config_that_cannot_run_ends_the_job_with_its_exit_code(tmp_path):
 def test_what_needs_somebody_to_look_at_it_is_not_started_again(code, tmp_path):
     job = run_job(tmp_path, [f"- {code} a reason, in words"], real_python=code == 79)
     assert (job.exit_code, job.attempts, job.of("scontrol")) == (code, 1, [])
-    assert "not started again: a reason, in words\n" in job.log
+    assert re.search(r"not started again: a reason, in words; logs: \S+/attempts/job[0-9.]+/NODE\.log\n", job.log)
 
 
 @pytest.mark.parametrize("crash", ["- crash", "- 74 no space"])
