@@ -61,6 +61,11 @@ def test_a_run_that_was_submitted_and_has_not_started_has_a_status(tmp_path, pro
     assert status.shown_state() == "submitted (Slurm job 7 RUNNING; Slurm job 8 PENDING, Dependency)"
     assert "step              0 of 30 (0.0%)\n" in show_status(status)
     assert json.loads(status.as_json())["attempts"] == []
+    assert status.last_error is None
+    attempt = run_dir / "attempts" / "job7.0.0"
+    attempt.mkdir(parents=True)
+    write_outcome(attempt, exit_code=ExitCode.BAD_INPUT, step=None, reason="a rank on n1 ended with exit code 2")
+    assert slurm_status(run_dir).last_error == f"a rank on n1 ended with exit code 2: see {attempt}"
     assert " --jobs=7,8 " in calls()[0]
     program("squeue", "exit 1")  # it knows them no more
     assert slurm_status(run_dir).shown_state() == "submitted"
