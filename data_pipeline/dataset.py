@@ -251,10 +251,17 @@ def build_validation_dataset(
             f"{_lengths(length_multiple)}"
         )
     if not available.any():
+        names = ", ".join(source.prefix for source in sources)
+        if all(shard.documents == 1 for source in sources for shard in source.shards):
+            raise DataError(
+                f"nothing of {names} can be held out to validate on, because a shard's last documents are, and here "
+                "each shard is a single document: preprocess the text as several files, or with --text-documents line"
+            )
         raise DataError(
-            f"the held-out parts of {', '.join(source.prefix for source in sources)} have "
+            f"the held-out parts of {names} have "
             f"{max(map(len, streams))} tokens at most, and one validation sample needs {length + 1}; raise "
-            f"data.validation_fraction (now {config.validation_fraction}) or lower {_lengths(length_multiple)}"
+            f"data.validation_fraction (now {config.validation_fraction}), lower {_lengths(length_multiple)}, or give "
+            "more text"
         )
     weights = np.array([source.weight for source in sources])
     counts = _allocate(num_samples, shares=weights / weights.sum(), available=available)

@@ -334,7 +334,9 @@ def _decode(content: bytes, *, position: int, size_bytes: int) -> Document | Bad
     try:
         return Document(content.decode("utf-8"), position, size_bytes)
     except UnicodeDecodeError as error:
-        return BadRecord(f"byte {error.start} is not UTF-8; convert the file to UTF-8", position, size_bytes)
+        return BadRecord(
+            f"byte {error.start} is not UTF-8; convert the file to plain text in UTF-8", position, size_bytes
+        )
 
 
 def _line_blocks(file: InputFile, *, start: int, piece_bytes: int) -> Iterator[LineBlock]:

@@ -221,6 +221,7 @@ def _with_format(name: str, *, size_bytes: int, modified: str) -> InputFile:
         supported = ", ".join(_KINDS)
         raise DataError(
             f"the input {name} has the extension {whole!r}; supported: {supported}, all but .parquet also with "
-            f"{' or '.join(_COMPRESSIONS)}; give plain text of another name the ending .txt"
+            f"{' or '.join(_COMPRESSIONS)}; give plain text of another name the ending .txt, and "
+            "extract the text of any other file first"
         )
     return InputFile(name, size_bytes, modified, kind, compression)

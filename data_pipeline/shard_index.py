@@ -87,7 +87,7 @@ def indexed_shards(request: IndexRequest, *, progress: Callable[[int, int | None
     """
     manifest = read_manifest(request.prefix)
     prefixes = shard_prefixes(request.prefix)
-    path = request.directory / f"{Path(request.prefix).name}-{_key(request, prefixes)}.json"
+    path = _index_path(request, prefixes)
     try:
         return _SourceIndex.model_validate_json(path.read_bytes()).shards
     except (OSError, ValidationError):  # none yet, or of another version: it is made anew
@@ -100,6 +100,15 @@ def indexed_shards(request: IndexRequest, *, progress: Callable[[int, int | None
     except OSError as error:
         raise _unwritable(request.directory, error.strerror) from error
     return shards
+
+
+def is_indexed(request: IndexRequest) -> bool:
+    """Returns whether `indexed_shards` would find an index. Raises DataError where there are no shards."""
+    return _index_path(request, shard_prefixes(request.prefix)).exists()
+
+
+def _index_path(request: IndexRequest, prefixes: list[str]) -> Path:
+    return request.directory / f"{Path(request.prefix).name}-{_key(request, prefixes)}.json"
 
 
 def _check_writable(directory: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from .config import DataConfig
 from .errors import DataError
 from .files import sha256_file
-from .shard_index import IndexRequest, Shard, check_ids, indexed_shards
+from .shard_index import IndexRequest, Shard, check_ids, indexed_shards, is_indexed
 from .shards import TokenizerEntry, manifest_path, read_manifest
 from .token_stream import ShardFiles, TokenStream
 
@@ -74,8 +74,8 @@ def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], No
     weights: Sequence[float | None] = config.weights or [None] * len(names)
     for prefix in config.prefixes:
         _check_whole(prefix)
-    for prefix, weight, fraction in zip(config.prefixes, weights, config.validation_fractions, strict=True):
-        request = IndexRequest(prefix, fraction, config.verify, config.cache_path)
+    for request, weight in zip(_requests(config), weights, strict=True):
+        prefix = request.prefix
         shards = indexed_shards(request, progress=progress)
         manifest = read_manifest(prefix)
         train_tokens = float(sum(shard.train_tokens for shard in shards))
@@ -84,13 +84,23 @@ def open_sources(config: DataConfig, *, progress: Callable[[int, int | None], No
                 prefix=prefix,
                 name=names[prefix],
                 weight=train_tokens if weight is None else weight,
-                validation_fraction=fraction,
+                validation_fraction=request.validation_fraction,
                 tokenizer=manifest.tokenizer if manifest else None,
                 shards=shards,
                 files=files,
             )
         )
     return sources
+
+
+def are_indexed(config: DataConfig) -> bool:
+    """Returns whether `open_sources` reads no shard. Raises DataError where data are missing."""
+    return all([is_indexed(request) for request in _requests(config)])
+
+
+def _requests(config: DataConfig) -> list[IndexRequest]:
+    fractions = zip(config.prefixes, config.validation_fractions, strict=True)
+    return [IndexRequest(prefix, fraction, config.verify, config.cache_path) for prefix, fraction in fractions]
 
 
 def _check_whole(prefix: str) -> None:

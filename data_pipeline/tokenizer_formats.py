@@ -329,6 +329,8 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None, special_to
     Raises DataError if the file is missing or not what its extension says, or has no such token.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"the tokenizer {path} is a folder{_GIVE}")
     if not path.is_file():
         raise DataError(
             f"the tokenizer {path} does not exist; train one, or give the path of a SentencePiece model, a Hugging "

@@ -26,8 +26,9 @@ the file, an override or a default.
 Numbers may be written as `1e3`, `1_000`, `20B` (20 x 10^9) or `3.2T`. K and M are refused: they mean powers of 10 to
 some and of 2 to others. A key that is given twice is refused with both lines.
 
-A relative path of `data.train`, `data.validation`, `data.tokenizer` or `train.init_from` is taken from the working
-directory. Where that has none of the name, the folder of the file is looked in, and the program says which it took.
+A relative path of `data.train`, `data.validation`, `data.tokenizer`, `train.init_from` or `run.dir` is taken from the
+working directory. Where that has none of the name, the folder of the file is looked in, and the program says which it
+took. A new run is made in the working directory.
 
 `format_version` comes first and is {FORMAT_VERSION}; a file of another version is refused.
 """

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from sambalm.parallel.environment import is_main_process
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.config_errors import key_path, sentence, shown, telling_error, validated
-from sambalm.pretrain.config_paths import folders_of_paths, with_found_paths
+from sambalm.pretrain.config_paths import RUN_DIR, folders_of_paths, with_found_paths, with_found_run
 from sambalm.pretrain.config_yaml import Key, parse_value, read_yaml
 from sambalm.pretrain.credentials import without_credentials
 from sambalm.pretrain.errors import ConfigError, print_line
@@ -109,7 +109,8 @@ def _flow(value: Any) -> str:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, or a config that the package brings, and applies overrides such as 'train.steps=100'.
 
-    Paths of data and weights that do not exist from the working directory are looked for from the file's folder.
+    Paths of data and weights that do not exist from the working directory are looked for from the file's folder, and
+    with them that of the run.
 
     Raises:
         ConfigError: naming the key, its value and what is allowed.
@@ -129,8 +130,11 @@ def resolve_config(path: Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
     for override in overrides:
         origins.override(apply_override(override, values), override)
     given = {keys for keys in from_file if not _is_override(origins.of(keys))}
-    values = with_found_paths(values, keys=given, folders=folders_of_paths(path.parent, values), tell=_tell)
-    return ResolvedConfig(_checked(values, origins), origins)
+    folders = folders_of_paths(path.parent, values)
+    found = with_found_paths(values, keys=given, folders=folders, tell=_tell)
+    if RUN_DIR in given:
+        found = with_found_run(found, folders=folders, tell=_tell, tells_of_new=found != values)
+    return ResolvedConfig(_checked(found, origins), origins)
 
 
 def parse_config(values: dict[str, Any], *, source: str, folders: Iterable[Path] = ()) -> RunConfig:

@@ -6,10 +6,11 @@ from typing import Any
 
 from sambalm.pretrain.config_yaml import Key
 
-# What a run reads. What it writes (run.dir, data.cache_dir) is never moved.
+# What a run reads. Of what it writes, data.cache_dir is never moved, and run.dir by `with_found_run` alone.
 PREFIX_KEYS: tuple[Key, ...] = (("data", "train"), ("data", "validation"))
 PHASES: Key = ("data", "phases")  # each with a prefix or several under `train`
 FILE_KEYS: tuple[Key, ...] = (("data", "tokenizer"), ("train", "init_from"))
+RUN_DIR: Key = ("run", "dir")
 
 
 def folders_of_paths(folder: Path, values: dict[str, Any]) -> list[Path]:
@@ -61,6 +62,28 @@ def with_found_paths(
 
         values = values | {section: given | {name: _in_entries(given[name], find)}}
     return _in_phases(values, folders, tell) if keys is None or PHASES in keys else values
+
+
+def with_found_run(
+    values: dict[str, Any], *, folders: Iterable[Path], tell: Callable[[str], None], tells_of_new: bool
+) -> dict[str, Any]:
+    """Returns values whose relative run.dir exists, where one of the folders has what the working directory lacks.
+
+    So a run that is started again from another folder goes on instead of beginning anew there.
+
+    Args:
+        tells_of_new: tell also where a run goes that is in none of them.
+    """
+    run = values.get("run")
+    run_dir = run.get("dir") if isinstance(run, dict) else None
+    if not isinstance(run, dict) or not isinstance(run_dir, str) or Path(run_dir).is_dir():
+        return values
+    found = _find(run_dir, list(folders), is_prefix=False)
+    if found != run_dir:
+        tell(f"run.dir: {run_dir} does not exist from here, and {found} is taken")
+    elif tells_of_new and not Path(run_dir).is_absolute():
+        tell(f"run.dir: {run_dir} is new, and made here as {Path.cwd() / run_dir}")
+    return values | {"run": run | {"dir": found}}
 
 
 def _in_phases(values: dict[str, Any], folders: list[Path], tell: Callable[[str], None]) -> dict[str, Any]:

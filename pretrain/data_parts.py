@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from sambalm.data_pipeline.config import DataConfig
+from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.phases import DataPart, open_parts
-from sambalm.data_pipeline.sources import Source
+from sambalm.data_pipeline.sources import Source, are_indexed
 from sambalm.pretrain.config import RunConfig
 
 
@@ -27,3 +28,18 @@ def sources_of(sources: Sequence[Source], parts: Sequence[DataPart]) -> list[Sou
     for part in parts:
         found |= {source.prefix: source for source in part.sources if source.prefix not in found}
     return list(found.values())
+
+
+def data_warning(config: RunConfig) -> str | None:
+    """Returns what is to be done before a job starts on a run's data, as they are seen from here; None: nothing.
+
+    Its GPUs would wait while one process reads all tokens, or for a refusal.
+    """
+    phases = [phase.config.data for phase in config.schedule.phases]
+    separate = [config.data.separate_validation] if config.data.separate_validation else []
+    try:
+        if all([are_indexed(data) for data in (config.data, *phases, *separate)]):
+            return None
+    except DataError as error:
+        return f"{error}; a job that finds no more ends with exit code 2"
+    return "the data have no index yet, and all GPUs wait while one process makes it: run `sambalm data index` first"

@@ -36,10 +36,8 @@ class Validator(Hook):
         self, config: RunConfig, sources: Sequence[Source], *, world: World, separate: Sequence[Source] = ()
     ) -> None:
         self.config, self.sources, self.separate, self.world = config, sources, separate, world
-        multiples = config.validation.length_multiples
-        holds_out = any(config.data.validation_fractions)
-        self.held_out = {m: self._dataset(m, sources, held_out=True) for m in multiples if holds_out}
-        self.named = {m: self._dataset(m, separate, held_out=False) for m in multiples if separate}
+        self.held_out = held_out_datasets(config, sources)
+        self.named = _datasets(config, separate, held_out=False) if separate else {}
 
     def on_start(self, training: Training) -> None:
         self.executor = training.executor
@@ -89,16 +87,28 @@ class Validator(Hook):
         counts = self.world.sum_over_replicas(counts) if is_weighted else samples * dataset.sequence_length
         return self.world.sum_over_replicas(totals).tolist(), counts.tolist()
 
-    def _dataset(self, multiple: int, sources: Sequence[Source], *, held_out: bool) -> ValidationDataset:
-        length = multiple * self.config.data.sequence_length
-        return build_validation_dataset(
-            self.config.data,
+
+def held_out_datasets(config: RunConfig, sources: Sequence[Source]) -> dict[int, ValidationDataset]:
+    """Returns by multiple of the training length the samples of the held-out parts; nothing where none is held out.
+
+    Raises:
+        DataError: these parts make no sample of some length, or no label of theirs counts.
+    """
+    return _datasets(config, sources, held_out=True) if any(config.data.validation_fractions) else {}
+
+
+def _datasets(config: RunConfig, sources: Sequence[Source], *, held_out: bool) -> dict[int, ValidationDataset]:
+    return {
+        multiple: build_validation_dataset(
+            config.data,
             sources,
-            num_samples=max(1, self.config.validation.tokens // length),
-            seed=self.config.run.seed,
+            num_samples=max(1, config.validation.tokens // (multiple * config.data.sequence_length)),
+            seed=config.run.seed,
             length_multiple=multiple,
             held_out=held_out,
         )
+        for multiple in config.validation.length_multiples
+    }
 
 
 def _by_name(

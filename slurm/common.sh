@@ -140,7 +140,7 @@ train_job() {
         case $next in
             finish) say "finished"; exit 0 ;;
             requeue) start_again "$reason" ;;
-            end) say "not started again: $reason"; exit "$code" ;;
+            end) say "not started again: $reason; logs: $attempt/NODE.log"; exit "$code" ;;
             *) # retry
                 say "attempt $SAMBALM_ATTEMPT crashed: see $attempt"
                 [[ $leaving ]] && start_again "$leaving"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
+FREE_SHARE = 0.9  # of a GPU's memory, which a stray process would take
 LINK_TIMEOUT_S = 120
 WARM_UPS, ROUNDS = 2, 5
 
@@ -42,19 +43,21 @@ def check_node(run_dir: Path) -> str | None:
         free_gib = shutil.disk_usage(folder).free / GIB
         if free_gib < minimum_gib:
             return f"{folder} has {free_gib:.1f} GiB free, of MIN_DISK_FREE_GIB={minimum_gib:g}"
-    return _check_gpus() if os.environ.get("SLURM_GPUS_ON_NODE") and _limit("MIN_GPU_FREE_GIB") else None
+    return _check_gpus() if os.environ.get("SLURM_GPUS_ON_NODE") and _gpu_limit() != 0 else None
 
 
 def _check_gpus() -> str | None:
     import torch
 
-    wanted, minimum_gib = int(os.environ["RANKS_PER_NODE"]), _limit("MIN_GPU_FREE_GIB")
+    wanted, limit_gib = int(os.environ["RANKS_PER_NODE"]), _gpu_limit()
     if torch.cuda.device_count() < wanted:
         return f"{torch.cuda.device_count()} GPUs are visible, of RANKS_PER_NODE={wanted}"
     for device in range(wanted):
-        free_gib = torch.cuda.mem_get_info(device)[0] / GIB
-        if free_gib < minimum_gib:
-            return f"GPU {device} has {free_gib:.1f} GiB free, of MIN_GPU_FREE_GIB={minimum_gib:g}"
+        free_gib, total_gib = (size / GIB for size in torch.cuda.mem_get_info(device))
+        if limit_gib is None and free_gib < FREE_SHARE * total_gib:
+            return f"GPU {device} has {free_gib:.1f} GiB free, less than nine tenths of its {total_gib:.1f}"
+        if limit_gib is not None and free_gib < limit_gib:
+            return f"GPU {device} has {free_gib:.1f} GiB free, of MIN_GPU_FREE_GIB={limit_gib:g}"
     return None
 
 
@@ -124,6 +127,12 @@ def _too_slow(limit: str, gb_per_s: float | None) -> str | None:
     if gb_per_s is None or gb_per_s >= _limit(limit):
         return None
     return f"an all-reduce reached {gb_per_s:.2f} GB/s, of {limit}={_limit(limit):g}"
+
+
+def _gpu_limit() -> float | None:
+    """The free memory in GiB that each GPU must have; None: FREE_SHARE of its own."""
+    given = os.environ.get("MIN_GPU_FREE_GIB")
+    return float(given) if given else None
 
 
 def _limit(name: str) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sambalm.pretrain.errors import NoRunError
-from sambalm.pretrain.lifecycle.attempts import read_attempts
+from sambalm.pretrain.lifecycle.attempts import OUTCOME, read_attempts, read_outcome
 from sambalm.pretrain.reporting.status import RunStatus, State, read_status
 from sambalm.slurm.submission import Submission, read_submission
 
@@ -49,8 +49,15 @@ def _not_started(run_dir: Path, submission: Submission) -> RunStatus:
         wall_s=None,
         seconds=None,
         attempts=[],
-        last_error=None,
+        last_error=_refusal(run_dir),
     )
+
+
+def _refusal(run_dir: Path) -> str | None:
+    """What ended the newest attempt that a rank refused before it was recorded, and where its logs are."""
+    outcomes = sorted((run_dir / "attempts").glob(f"*/{OUTCOME}"), key=lambda path: path.stat().st_mtime)
+    outcome = read_outcome(outcomes[-1].parent) if outcomes else None
+    return f"{outcome['reason']}: see {outcomes[-1].parent}" if outcome else None
 
 
 def _job_states(jobs: list[str]) -> str:

@@ -124,7 +124,7 @@ def submit_all(job: Job, *, chain: int, after: Sequence[Job] = ()) -> list[str]:
 def _variables() -> dict[str, str]:
     """What the scripts need to find this installation."""
     _check_cluster()
-    return {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": sys.executable}
+    return {"SAMBALM_SLURM": str(SCRIPTS), "SAMBALM_PYTHON": os.environ.get("SAMBALM_PYTHON") or sys.executable}
 
 
 def _check_cluster() -> None:

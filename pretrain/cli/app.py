@@ -80,6 +80,13 @@ def _usage(error: Exception) -> str | None:
     told = " ".join(shown().split()).rstrip(".").replace(". Did you mean", "; did you mean")
     told = told.replace(": Value error, ", ": ")  # as pydantic begins the messages of others
     hint = f" (`{context.command_path} --help` shows what it takes)" if context else ""
+    if (
+        type(error).__name__ == "NoSuchOption"
+        and context
+        and any(given.name == "overrides" for given in context.command.params)
+    ):
+        told = told.replace(" (Possible options: --help)", "")  # what stands nearest where nothing is near
+        hint = f"; keys of the config follow without dashes, as train.steps=100{hint}"
     return f"{told[:1].lower()}{told[1:]}{hint}"
 
 

@@ -36,6 +36,8 @@ def submit(
     Partition, account and time limit come from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT, the cluster's
     file in configs/clusters from SAMBALM_CLUSTER.
     """
+    from sambalm.pretrain.data_parts import data_warning
+    from sambalm.pretrain.errors import print_warning
     from sambalm.slurm.submission import Submission, write_submission
     from sambalm.slurm.submit import convert_job, submit_all, training_job
 
@@ -47,9 +49,13 @@ def submit(
     if dry_run:
         for part in (job, *after):
             print(f"{part.shown()}\n  {part.test()}")
+        if warning := data_warning(checked):
+            print_warning(warning)
         return
     numbers = submit_all(job, chain=chain, after=after)
     print(f"{'job' if len(numbers) == 1 else 'jobs'} {', '.join(numbers)}: watch with `sambalm slurm status {run_dir}`")
+    if warning := data_warning(checked):
+        print_warning(warning)
     write_submission(Path(run_dir), Submission(jobs=numbers[:chain], steps=checked.train.steps))
 
 

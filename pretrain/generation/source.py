@@ -23,6 +23,7 @@ from sambalm.pretrain.errors import print_warning
 from sambalm.pretrain.generation.errors import GenerationError
 from sambalm.pretrain.generation.text import TextStream, folder_text, training_text
 
+_PROBE = "The grass is green.\nKey: 12345; def f(x):\n    return x ** 2  # \u00e9t\u00e9, \u6f22\u5b57 \U0001f600\t"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -127,6 +128,11 @@ def _folder_source(path: Path, *, device: torch.device, dtype: torch.dtype | Non
     eos_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
     if tokenizer is not None:
         encode, new_text, _ = _training_tokenizer(tokenizer)
+        if encode(_PROBE) != own.encode(_PROBE, add_special_tokens=False):
+            raise GenerationError(
+                f"the tokenizer {tokenizer} gives other ids than the one in {path}, with which the model was trained: "
+                "leave --tokenizer out"
+            )
         return Source(model, encode, new_text, eos_ids)
     return Source(
         model=model,

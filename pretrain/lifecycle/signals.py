@@ -26,6 +26,7 @@ INTERRUPT_ONCE_S = 1.0  # torchrun passes a Ctrl-C on to ranks that the terminal
 LOOK_S = 1.0  # between two looks at who this process's parent is
 ORPHANED = "the torchrun that started the ranks is gone"
 SAVE_SWITCH, KILL_SWITCH = "save", "stop"
+_TOO_EARLY = "before the first step: leaving; the same command starts it again"
 
 
 class Request(IntEnum):
@@ -94,7 +95,7 @@ class Signals:
         self._agent = None
         with self._lock:
             if not self._training:
-                self._leave_now(ExitCode.REQUEUE, f"{ORPHANED} before the first step: leaving for requeue")
+                self._leave_now(ExitCode.REQUEUE, f"{ORPHANED} {_TOO_EARLY}")
             self._leave = max(self._leave, Request.ORPHANED)
             if is_main_process():
                 print_line(f"{ORPHANED}: saving after the step at hand, then leaving")
@@ -106,7 +107,7 @@ class Signals:
             elif number == signal.SIGTERM and self._training:
                 self._leave = max(self._leave, Request.LEAVE)
             elif number == signal.SIGTERM:
-                self._leave_now(ExitCode.REQUEUE, "SIGTERM before the first step: leaving for requeue")
+                self._leave_now(ExitCode.REQUEUE, f"SIGTERM {_TOO_EARLY}")
             elif number == signal.SIGINT:
                 self._interrupt()
 

@@ -156,6 +156,8 @@ class RunConsole:
         if exit_code == ExitCode.FINISHED:
             how = f"finished at step {self._step} after {took}"
             where += f"; `sambalm report {self._run_dir}` shows the run"
+            if not self._newest:  # it had finished before
+                where += ", and more train.steps go on with it"
         elif exit_code is None:
             how = f"stopped after step {self._step} of {self._steps}"
         else:

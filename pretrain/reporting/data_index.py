@@ -14,6 +14,7 @@ from sambalm.data_pipeline.sources import Source, check_separate, check_vocabula
 from sambalm.pretrain.config import RunConfig
 from sambalm.pretrain.data_parts import open_data, sources_of
 from sambalm.pretrain.run_phases import phase_line
+from sambalm.pretrain.validation import held_out_datasets
 
 
 def describe_sample(config: RunConfig, number: int, *, tokenizer: Path | None) -> str:
@@ -42,7 +43,8 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
     """Makes the index of every source that lacks one, and prints sources and draws.
 
     Raises:
-        DataError: a shard is missing or damaged, or holds an id outside the vocabulary.
+        DataError: a shard is missing or damaged, or holds an id outside the vocabulary, or the held-out parts are too
+            short to validate on, after what was found of them is printed.
     """
     sources, parts = open_data(config, partial(open_sources, progress=progress))
     separate = config.data.separate_validation
@@ -57,6 +59,7 @@ def index_data(config: RunConfig, *, progress: Callable[[int, int | None], None]
             title = f"Training data of {config.run.dir}, {phase_line(config.schedule, phase)}"
         Console().print(_table(title, part, dataset, validation if phase.number == 0 else ()))
         _print_packing(part, dataset)
+    held_out_datasets(config, sources)
 
 
 def _table(title: str, part: DataPart, dataset: TrainDataset, validation: Sequence[Source]) -> Table:

@@ -231,6 +231,9 @@ def test_parts_too_short_for_a_sample_are_refused(tmp_path):
         )
         with pytest.raises(DataError, match=message):
             build_validation_dataset(_config(short), num_samples=1, seed=0, length_multiple=multiple)
+    single = write_shard(tmp_path / "single", [[1] * 100])  # of which nothing is held out, whatever the fraction
+    with pytest.raises(DataError, match=r"each shard is a single document: .* as several files, or with --text-doc"):
+        build_validation_dataset(_config(single, validation_fraction=0.5), num_samples=1, seed=0)
     exact = write_shard(tmp_path / "exact", [[1] * (S + 1), [2] * (S + 1)])
     assert len(_samples(build_train_dataset(_config(exact), seed=0), 5)) == 5
     assert len(build_validation_dataset(_config(exact), num_samples=5, seed=0)) == 1

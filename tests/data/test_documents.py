@@ -203,7 +203,7 @@ def test_bytes_that_are_no_text_are_bad_records(tmp_path):
     parquet.write_table(pyarrow.table({"text": [b"\xff", b"a"]}), tmp_path / "a.parquet")
     (piece,) = pieces(input_file(tmp_path / "a.parquet"), ReadOptions())
     bad, good = piece.records(ReadOptions())
-    assert (bad.reason, good.text) == ("byte 0 is not UTF-8; convert the file to UTF-8", "a")
+    assert (bad.reason, good.text) == ("byte 0 is not UTF-8; convert the file to plain text in UTF-8", "a")
 
 
 def test_a_damaged_page_of_parquet_is_blamed_on_its_file(tmp_path):

@@ -102,7 +102,10 @@ def test_text_of_another_ending_is_refused(refused, tmp_path):
     (tmp_path / "a.md").write_text("words")
     arguments = ("--input", tmp_path / "a.md", "--vocab-size", 300, "--output", tmp_path / "m")
     refused(
-        "data", "tokenizer", *arguments, names=["extension '.md'", "give plain text of another name the ending .txt"]
+        "data",
+        "tokenizer",
+        *arguments,
+        names=["extension '.md'", "give plain text of another name the ending .txt, and extract the text of any other"],
     )
 
 
@@ -263,6 +266,10 @@ def test_a_command_line_that_is_none_is_refused_with_what_is_near(refused, confi
     wrong = "invalid value for '--precision': 'int8' is not one of 'fp32', 'bf16', 'fp16'"
     refused("convert", "to-hf", config.parent, "new", "--precision", "int8", names=[wrong])
     refused("plan", config, "--gpu", "8", names=["no such option: --gpu", "--gpus", "`sambalm plan --help`"])
+    said = (
+        "no such option: --steps; keys of the config follow without dashes, as train.steps=100 (`sambalm train --help`"
+    )
+    refused("train", config, "--steps", "8", names=[said])
     refused("plan", config, names=["missing option '--gpus'"])
     refused("evaluate", config.parent, "--task", "perplxity", names=["did you mean perplexity?"])
 

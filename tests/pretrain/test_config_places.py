@@ -142,6 +142,21 @@ def test_paths_are_found_from_the_folder_of_the_config(values, tmp_path, monkeyp
     assert told[0] == f"data.train: data/a does not exist from here, and {folder / 'data/a'} is taken"
     assert len(told) == 2
 
+    # A run is found there too, but for one that is here or that an override names; of a new one its place is told.
+    values["run"]["dir"] = "runs/x"
+    path.write_text(yaml.safe_dump(values))
+    assert load_config(path).run.dir == "runs/x"
+    assert capsys.readouterr().err.endswith(f"run.dir: runs/x is new, and made here as {here / 'runs/x'}\n")
+    (folder / "runs" / "x").mkdir(parents=True)
+    assert load_config(path).run.dir == str(folder / "runs" / "x")
+    assert capsys.readouterr().err.endswith(f"runs/x does not exist from here, and {folder / 'runs/x'} is taken\n")
+    assert load_config(path, ["run.dir=runs/x"]).run.dir == "runs/x"
+    assert load_config(path, [f"data={{train: {folder / 'data/a'}, sequence_length: 8}}"]).run.dir == str(
+        folder / "runs/x"
+    )
+    (here / "runs" / "x").mkdir(parents=True)
+    assert load_config(path).run.dir == "runs/x"
+
     # What an override says is meant from here, and what exists from here comes first.
     assert load_config(path, ["data.train=data/a"]).data.train == "data/a"
     (here / "data").mkdir()

@@ -252,6 +252,10 @@ MISTAKES = [
     ({"source": {"device": "cuda:77"}}, "the device 'cuda:77' cannot be used"),
     ({"source": {"device": "abacus"}}, "the device 'abacus' cannot be used (no such device)"),
     ({"source": {"tokenizer": Path("no.model")}}, "no.model does not exist"),
+    (
+        {"source": {"tokenizer": Path(__file__).parent}},
+        f"the tokenizer {Path(__file__).parent} is a folder; give a file",
+    ),
     ({"path": Path("nowhere")}, f"nowhere is no model: there is no such folder, seen from {Path.cwd()}"),
     ({"path": Path(__file__).parent}, "is no model: it has neither the config.json"),
     ({"path": Path(__file__)}, "is no model: it is a file; give the folder"),
@@ -265,6 +269,15 @@ def test_a_mistake_ends_in_a_sentence(options, sentence, generated):
     assert sentence in str(raised.value)
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_takes_no_tokenizer_but_its_own(folder, generated, tmp_path):
+    """Another one of as many ids would make a text of words that the model never said."""
+    own, other = sentencepiece_file(tmp_path), tmp_path / "other.model"
+    assert generated(source={"tokenizer": own}).startswith("one")
+    sentencepiece_file(tmp_path, vocab_size=390).rename(other)
+    with pytest.raises(GenerationError, match=rf"the tokenizer {other} gives other ids than the one in {folder}, .*"):
+        generated(source={"tokenizer": other})
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused():

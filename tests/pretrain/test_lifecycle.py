@@ -382,7 +382,7 @@ time.sleep(30)
 def test_a_term_before_training_ends_the_process(tmp_path):
     ended = subprocess.run([sys.executable, "-c", BEFORE_TRAINING], capture_output=True, text=True, timeout=60)
     assert ended.returncode == ExitCode.REQUEUE
-    assert ended.stderr == "SIGTERM before the first step: leaving for requeue\n"
+    assert ended.stderr == "SIGTERM before the first step: leaving; the same command starts it again\n"
 
 
 WITHOUT_PARENT = """
@@ -404,7 +404,12 @@ print(signals.take().name, flush=True)
     ("variables", "trains", "request_", "sentence"),
     [
         ({"TORCHELASTIC_RESTART_COUNT": "0"}, True, "ORPHANED", ": saving after the step at hand, then leaving\n"),
-        ({"TORCHELASTIC_RESTART_COUNT": "0"}, False, None, " before the first step: leaving for requeue\n"),
+        (
+            {"TORCHELASTIC_RESTART_COUNT": "0"},
+            False,
+            None,
+            " before the first step: leaving; the same command starts it again\n",
+        ),
         ({}, True, "NOTHING", None),  # as under nohup
     ],
 )

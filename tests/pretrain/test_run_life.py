@@ -162,7 +162,7 @@ def test_a_signal_during_the_slow_imports_leaves_at_once(long_values, tmp_path):
             wait_until(lambda: listens_to_term(process.pid), 30)
             process.send_signal(signal.SIGTERM)
             assert process.wait(5) == ExitCode.REQUEUE
-            assert process.stderr.read() == "SIGTERM before the first step: leaving for requeue\n"
+            assert process.stderr.read() == "SIGTERM before the first step: leaving; the same command starts it again\n"
         finally:
             process.kill()
     assert not run.dir.exists()
@@ -180,7 +180,7 @@ def test_a_signal_in_the_rendezvous_leaves_at_once(long_values, tmp_path):
     assert first.wait() == ExitCode.REQUEUE
     assert time.monotonic() - start_s < 5
     run.end()
-    assert run.text() == "SIGTERM before the first step: leaving for requeue\n"
+    assert run.text() == "SIGTERM before the first step: leaving; the same command starts it again\n"
 
 
 @pytest.mark.slow

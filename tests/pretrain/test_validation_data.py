@@ -162,3 +162,11 @@ def test_masked_data_of_which_no_label_counts_are_refused_before_training(values
 def test_data_too_short_for_a_sample_are_named(values):
     with pytest.raises(DataError, match=r"data.validation \(.*\) has 600 tokens at most, and one .* needs 1025"):
         validated(changed(values, data={"validation_fraction": 0}, validation={"length_multiples": [32]}))
+
+
+def test_the_index_refuses_what_holds_nothing_out(values, capsys):
+    """As `train` would, after the table: its advice would lead nowhere for a text of one document."""
+    config = parse_config(changed(values, validation={"length_multiples": [1, 32]}), source="test")
+    with pytest.raises(DataError, match=r"the held-out parts of .*train have 120 tokens at most, .* needs 1025; raise"):
+        index_data(config, progress=lambda *_: None)
+    assert " 120 " in capsys.readouterr().out

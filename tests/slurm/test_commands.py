@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sambalm.data_pipeline.sources import open_sources
+from sambalm.pretrain.config_file import parse_config
+from sambalm.pretrain.data_parts import data_warning
 from sambalm.pretrain.errors import ConfigError, ExitCode, NoRunError
 from sambalm.pretrain.lifecycle.attempts import write_outcome, write_snapshot
 from sambalm.pretrain.reporting.status import show_status
@@ -16,6 +19,7 @@ from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.status import slurm_status
 from sambalm.slurm.submission import Submission, write_submission
 from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
+from tests.support.whole_runs import changed
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "samba_421m.yaml"  # 128 samples of 4096 tokens a step
@@ -57,6 +61,11 @@ def test_a_run_that_was_submitted_and_has_not_started_has_a_status(tmp_path, pro
     assert status.shown_state() == "submitted (Slurm job 7 RUNNING; Slurm job 8 PENDING, Dependency)"
     assert "step              0 of 30 (0.0%)\n" in show_status(status)
     assert json.loads(status.as_json())["attempts"] == []
+    assert status.last_error is None
+    attempt = run_dir / "attempts" / "job7.0.0"
+    attempt.mkdir(parents=True)
+    write_outcome(attempt, exit_code=ExitCode.BAD_INPUT, step=None, reason="a rank on n1 ended with exit code 2")
+    assert slurm_status(run_dir).last_error == f"a rank on n1 ended with exit code 2: see {attempt}"
     assert " --jobs=7,8 " in calls()[0]
     program("squeue", "exit 1")  # it knows them no more
     assert slurm_status(run_dir).shown_state() == "submitted"
@@ -72,7 +81,8 @@ def in_the_repository(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository):
+def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository, monkeypatch):
+    monkeypatch.delenv("SAMBALM_PYTHON", raising=False)
     job, config = training_job(CONFIG, nodes=2, spares=1, overrides=["train.steps=5"])
     assert (config.run.dir, config.train.steps) == ("runs/samba_421m", 5)
     assert job.command() == [
@@ -90,11 +100,22 @@ def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository)
         "SAMBALM_NODES": "2",
         "RANKS_PER_NODE": "8",
     }
+    monkeypatch.setenv("SAMBALM_PYTHON", "/in/a/container")
     alone, _ = training_job(CONFIG, nodes=1, gpus_per_node=4)
+    assert alone.variables["SAMBALM_PYTHON"] == "/in/a/container"
     assert alone.options[1:] == ["--nodes=1", "--gpus-per-node=4"]
     named, _ = training_job(Path("samba_3.8b"), nodes=64)  # as the package brings it
     assert (named.script, named.options[0]) == (SCRIPTS / "samba_3.8b.sbatch", "--job-name=samba_3.8b")
     assert convert_job("runs/x").command() == ["sbatch", str(SCRIPTS / "convert.sbatch"), "runs/x"]
+
+
+def test_data_that_are_missing_or_unread_are_told_before_gpus_wait_for_them(run_values):
+    config = parse_config(run_values, source="test")
+    assert "have no index yet" in str(data_warning(config))
+    open_sources(config.data)
+    assert data_warning(config) is None
+    missing = changed(run_values, data={"train": [*config.data.prefixes, "no/data"], "validation": None})
+    assert str(data_warning(parse_config(missing, source="test"))).startswith("no data under the prefix no/data: ")
 
 
 def test_a_job_that_could_not_start_is_refused(in_the_repository, monkeypatch):
@@ -223,19 +244,21 @@ class Usage:
 
 
 @pytest.mark.parametrize(
-    ("devices", "free_gib", "problem"),
+    ("devices", "free_gib", "limit", "problem"),
     [
-        (2, [70.0, 70.0], None),
-        (3, [70.0, 70.0, 1.0], None),  # only those of the ranks count
-        (1, [80.0], "1 GPUs are visible, of RANKS_PER_NODE=2"),
-        (2, [80.0, 69.0], "GPU 1 has 69.0 GiB free, of MIN_GPU_FREE_GIB=70"),
+        (2, [70.0, 70.0], "70", None),
+        (3, [70.0, 70.0, 1.0], "70", None),  # only those of the ranks count
+        (1, [80.0], "70", "1 GPUs are visible, of RANKS_PER_NODE=2"),
+        (2, [80.0, 69.0], "70", "GPU 1 has 69.0 GiB free, of MIN_GPU_FREE_GIB=70"),
+        (2, [72.5, 72.5], "", None),
+        (2, [80.0, 71.0], "", "GPU 1 has 71.0 GiB free, less than nine tenths of its 80.0"),
     ],
 )
-def test_gpus_are_counted_and_their_memory_is_free(devices, free_gib, problem, monkeypatch):
+def test_gpus_are_counted_and_their_memory_is_free(devices, free_gib, limit, problem, monkeypatch):
     import torch
 
     monkeypatch.setenv("RANKS_PER_NODE", "2")
-    monkeypatch.setenv("MIN_GPU_FREE_GIB", "70")
+    monkeypatch.setenv("MIN_GPU_FREE_GIB", limit)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib[device] * 2**30), 80 * 2**30))
     assert health._check_gpus() == problem

@@ -103,7 +103,7 @@ def test_a_preempted_job_saves_and_comes_back(cluster, values, tmp_path):
 @pytest.mark.slow
 def test_a_node_set_down_is_replaced_by_the_spare_within_the_job(cluster, values, tmp_path):
     values = changed(values, checkpoint={"every_steps": 20}, train={"steps": 1000})
-    job = Job(cluster, values, "--nodes=3")
+    job = Job(cluster, values, "--nodes=2-3")  # as `sambalm slurm submit --spares 1` asks
     job.wait_for_step(45)
     try:
         cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
