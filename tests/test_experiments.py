@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.experiments.configs import pretraining, write_config
+from benchmarks.experiments.documents import main as make_task_documents
 from benchmarks.experiments.experiments import Plan, extrapolation
 from benchmarks.experiments.jobs import Job
 from benchmarks.experiments.layout import DataFolder, Layout, jobs_on_device, note_jobs_on_device
@@ -216,6 +218,29 @@ def test_the_table_says_why_long_documents_are_not_measured(tmp_path):
         f"Perplexity of the first tokens of long documents: nothing to show, since no document of {data.long} has the "
         "65 tokens that are read of each: the longest has 64."
     )
+
+
+@pytest.mark.long
+def test_documents_of_too_few_tokens_are_refused(tmp_path, tokens):
+    """In one sentence, although it is a process of a pool that finds out."""
+    words = [
+        "--tokenizer",
+        str(tokens.with_name("tokenizer.model")),
+        "--task",
+        "needles",
+        "--output",
+        str(tmp_path / "d"),
+    ]
+
+    def made(count):
+        make_task_documents([*words, "--documents", "2", "--tokens", str(count)])
+
+    with pytest.raises(ExperimentError, match=r"--tokens is 64, of which 64 are for the answer"):
+        made(64)
+    with pytest.raises(ExperimentError, match=r"--tokens is 100, and a document .* takes (\d+) or more") as caught:
+        made(100)
+    assert int(re.search(r"takes (\d+)", str(caught.value))[1]) > 100
+    assert [*tmp_path.iterdir()] == []
 
 
 def lines_of(path, *records):
