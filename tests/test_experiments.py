@@ -152,7 +152,7 @@ def test_what_is_timed_beside_other_jobs_is_noted(tmp_path):
     assert jobs_on_device(tmp_path / "runs" / "a") == 2
 
 
-def made_run(layout, name, *, model="samba", losses=(3.0, 2.0)):
+def made_run(layout, name, *, model="samba", losses=(3.0, 2.0), seed=1):
     """A run folder of the tiny scale, as far as tables and plots read it."""
     scale, folder = SCALES["tiny"], layout.run(name)
     folder.mkdir(parents=True)
@@ -160,7 +160,7 @@ def made_run(layout, name, *, model="samba", losses=(3.0, 2.0)):
     data = DataFolder(layout.folder / "data")
     tokens = len(losses) * scale.batch_tokens
     write_config(
-        pretraining(section, scale, data, run=folder, seed=1, peak_lr=0.01, tokens=tokens), folder / "config.yaml"
+        pretraining(section, scale, data, run=folder, seed=seed, peak_lr=0.01, tokens=tokens), folder / "config.yaml"
     )
     step = {"loss": 1.0, "tokens": tokens, "step_time_s": 1.0, "tokens_per_second": 1234.0}
     lines = [{"step": n + 1, **step, "named_validation_loss_64/held_out": loss} for n, loss in enumerate(losses)]
@@ -186,6 +186,21 @@ def test_tables_leave_out_the_speed_of_runs_that_shared_a_gpu(tmp_path):
     memory, speeds = reading_table(layout).split("Tokens a second:")
     assert "| Samba | 1.00 |\n| Mamba | 1.00 |" in memory
     assert speeds.endswith(f"| Samba | 5,678 |\n\n{sentence}")
+
+
+def test_losses_are_compared_seed_by_seed(tmp_path):
+    layout = Layout(tmp_path)
+    last = {"samba": {1: 2.0, 2: 1.5}, "llama": {1: 2.25, 2: 1.25}, "mamba": {2: 3.0}}
+    for model, losses in last.items():
+        for seed, loss in losses.items():
+            made_run(layout, f"architectures/{model}/seed{seed}", model=model, losses=(4.0, loss), seed=seed)
+    _, _, table = architectures_table(layout).partition("over that of Samba with the same seed")
+    assert table.split("\n")[2:] == [
+        "| model | seed 1 | seed 2 |",
+        "| --- | ---: | ---: |",
+        "| Llama, full attention | +0.2500 | -0.2500 |",
+        "| Mamba |  | +1.5000 |",
+    ]
 
 
 @pytest.mark.parametrize("experiment", ["architectures", "patterns", "reading"])
