@@ -19,6 +19,7 @@ OUTSIDE = {
     "changelog.md": "CHANGELOG.md",
     "security.md": "SECURITY.md",
 }
+# Tutorials to begin with; the others follow by name.
 FIRST = ("index.md", "train-on-my-text.md")
 # Files without a page, which the site brings as they are.
 PLAIN = ("LICENSE", "NOTICE")
@@ -26,7 +27,7 @@ LINK = re.compile(r"(\]\()((?:\.\./)*)([^)#\s]+)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill the navigation's entry for tutorials, or leave it out where there are none. FIRST are those to begin with."""
+    """Fill the navigation's entry for tutorials, or leave it out where there are none."""
     folder = Path(config.docs_dir) / "tutorials"
     pages = sorted(page.name for page in folder.glob("*.md"))
     pages.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
