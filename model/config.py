@@ -79,11 +79,18 @@ class ModelConfig(MambaSizes, MLPSizes, AttentionSizes, Trunk):
 
     @model_validator(mode="after")
     def _check_mixers(self) -> Self:
-        unknown = self.mixers.keys() - {one.name for one in self.kinds if one.sizes}
-        if unknown:
+        sized = {one.name for one in self.kinds if one.sizes}
+        if unknown := self.mixers.keys() - sized:
+            name = min(unknown)
+            if name in {one.name for one in self.kinds}:
+                raise ValueError(
+                    f"model.mixers has a section {name!r}, whose sizes are keys of model itself, as d_state is: move "
+                    "them there"
+                )
+            known = f"those of its mixers are {', '.join(sorted(sized))}" if sized else "its mixers have none"
             raise ValueError(
-                f"model.mixers has a section {min(unknown)!r}, and no mixer of model.pattern {self.pattern} that has "
-                "sizes there has that name: remove it"
+                f"model.mixers has a section {name!r}, which is none for model.pattern {self.pattern} ({known}): "
+                "remove it"
             )
         for one in self.kinds:
             if one.sizes:

@@ -54,6 +54,8 @@ class Head(nn.Module):
 class Samba(nn.Module):
     """Tokens to losses or logits, or one pipeline stage's part of that.
 
+    All weights are zero until `parallel.sharding.initialize_parameters` draws them or a checkpoint fills them.
+
     Args:
         config: what the model is.
         layers: the sublayers to hold, a contiguous part of the pattern; all by default. The first of the pattern brings

@@ -229,5 +229,8 @@ class RestartError(Exception):
     """torchrun starts a run again that ended on purpose; the exit code is that of the attempt before."""
 
     def __init__(self, sentence: str, exit_code: ExitCode) -> None:
-        super().__init__(sentence)
+        super().__init__(sentence, exit_code)
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import inspect
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -355,3 +357,27 @@ def test_a_rank_starts_without_the_compiler():
     code += "; assert 'deepspeed.runtime.zero.muon.original_muon' in sys.modules"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def public_errors() -> list[tuple[str, str]]:
+    """Module and name of every error of the product that other files may raise."""
+    trees = ((path, ast.parse(path.read_text(encoding="utf-8"))) for path in product_files())
+    return [
+        (".".join(("sambalm", *path.relative_to(ROOT).with_suffix("").parts)), node.name)
+        for path, tree in trees
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and not node.name.startswith("_")
+        if any(ast.unparse(base).endswith(("Error", "Exception")) for base in node.bases)
+    ]
+
+
+@pytest.mark.parametrize(("module", "name"), public_errors())
+def test_an_error_comes_whole_out_of_another_process(module, name):
+    """multiprocessing.Pool waits for ever for one that cannot be made again."""
+    kind = getattr(importlib.import_module(module), name)
+    parameters = list(inspect.signature(kind).parameters.values()) if "__init__" in vars(kind) else []
+    needed = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    named = [one.name for one in parameters if one.default is one.empty and one.kind is one.KEYWORD_ONLY]
+    error = kind("a sentence", *[7] * (len(needed) - 1), **dict.fromkeys(named, 7))
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (kind, "a sentence", vars(error))

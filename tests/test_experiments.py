@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from benchmarks.experiments.configs import pretraining, write_config
+from benchmarks.experiments.documents import main as make_task_documents
 from benchmarks.experiments.experiments import Plan, extrapolation, passkey
 from benchmarks.experiments.jobs import Job
 from benchmarks.experiments.layout import DataFolder, Layout, jobs_on_device, note_jobs_on_device
@@ -187,7 +189,7 @@ def test_what_is_timed_beside_other_jobs_is_noted(tmp_path):
     assert jobs_on_device(tmp_path / "runs" / "a") == 2
 
 
-def made_run(layout, name, *, model="samba", losses=(3.0, 2.0)):
+def made_run(layout, name, *, model="samba", losses=(3.0, 2.0), seed=1):
     """A run folder of the tiny scale, as far as tables and plots read it."""
     scale, folder = SCALES["tiny"], layout.run(name)
     folder.mkdir(parents=True)
@@ -195,7 +197,7 @@ def made_run(layout, name, *, model="samba", losses=(3.0, 2.0)):
     data = DataFolder(layout.folder / "data")
     tokens = len(losses) * scale.batch_tokens
     write_config(
-        pretraining(section, scale, data, run=folder, seed=1, peak_lr=0.01, tokens=tokens), folder / "config.yaml"
+        pretraining(section, scale, data, run=folder, seed=seed, peak_lr=0.01, tokens=tokens), folder / "config.yaml"
     )
     step = {"loss": 1.0, "tokens": tokens, "step_time_s": 1.0, "tokens_per_second": 1234.0}
     lines = [{"step": n + 1, **step, "named_validation_loss_64/held_out": loss} for n, loss in enumerate(losses)]
@@ -221,6 +223,21 @@ def test_tables_leave_out_the_speed_of_runs_that_shared_a_gpu(tmp_path):
     memory, speeds = reading_table(layout).split("Tokens a second:")
     assert "| Samba | 1.00 |\n| Mamba | 1.00 |" in memory
     assert speeds.endswith(f"| Samba | 5,678 |\n\n{sentence}")
+
+
+def test_losses_are_compared_seed_by_seed(tmp_path):
+    layout = Layout(tmp_path)
+    last = {"samba": {1: 2.0, 2: 1.5}, "llama": {1: 2.25, 2: 1.25}, "mamba": {2: 3.0}}
+    for model, losses in last.items():
+        for seed, loss in losses.items():
+            made_run(layout, f"architectures/{model}/seed{seed}", model=model, losses=(4.0, loss), seed=seed)
+    _, _, table = architectures_table(layout).partition("over that of Samba with the same seed")
+    assert table.split("\n")[2:] == [
+        "| model | seed 1 | seed 2 |",
+        "| --- | ---: | ---: |",
+        "| Llama, full attention | +0.2500 | -0.2500 |",
+        "| Mamba |  | +1.5000 |",
+    ]
 
 
 @pytest.mark.parametrize("experiment", ["architectures", "patterns", "reading"])
@@ -253,6 +270,29 @@ def test_the_table_says_why_long_documents_are_not_measured(tmp_path):
         f"Perplexity of the first tokens of long documents: nothing to show, since no document of {data.long} has the "
         "65 tokens that are read of each: the longest has 64."
     )
+
+
+@pytest.mark.long
+def test_documents_of_too_few_tokens_are_refused(tmp_path, tokens):
+    """In one sentence, although it is a process of a pool that finds out."""
+    words = [
+        "--tokenizer",
+        str(tokens.with_name("tokenizer.model")),
+        "--task",
+        "needles",
+        "--output",
+        str(tmp_path / "d"),
+    ]
+
+    def made(count):
+        make_task_documents([*words, "--documents", "2", "--tokens", str(count)])
+
+    with pytest.raises(ExperimentError, match=r"--tokens is 64, of which 64 are for the answer"):
+        made(64)
+    with pytest.raises(ExperimentError, match=r"--tokens is 100, and a document .* takes (\d+) or more") as caught:
+        made(100)
+    assert int(re.search(r"takes (\d+)", str(caught.value))[1]) > 100
+    assert [*tmp_path.iterdir()] == []
 
 
 def lines_of(path, *records):

@@ -10,12 +10,14 @@ asked for was not among its documents. Only the answer, and the end-of-text afte
 import argparse
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shards import (
     Manifest,
     ShardWriter,
@@ -27,9 +29,11 @@ from sambalm.data_pipeline.shards import (
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.models.base import LanguageModel, Reader
 from sambalm.evaluation.task import Surroundings
-from sambalm.evaluation.tasks.long_texts import LongTextTask
+from sambalm.evaluation.tasks.long_texts import LongTextTask, TooShortError
 from sambalm.evaluation.tasks.registry import TASKS
 from sambalm.pretrain.generation.text import TextStream
+
+from .models import ExperimentError
 
 ANSWER_TOKENS = 64  # that a document leaves free: four numbers of seven digits take fewer
 SEED = 1
@@ -63,6 +67,9 @@ def documents_of(tokenizer: Path, tasks: Sequence[str], tokens: int, numbers: ra
     Args:
         tasks: names of tasks on long texts, whose kinds take turns.
         tokens: of a document at most.
+
+    Raises:
+        TooShortError: a task's text takes more.
     """
     model = _TokensOnly(tokenizer)
     turns = []
@@ -88,20 +95,36 @@ def _made(tokenizer: Path, tasks: Sequence[str], *, documents: int, tokens: int)
             yield from found
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Makes the shards of a command line.
+
+    Raises:
+        ExperimentError, DataError: one sentence each, for the user.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="that of the model to tune")
     parser.add_argument("--task", action="append", choices=_names(), required=True, help="may be repeated")
     parser.add_argument("--documents", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True, help="of a document at most")
     parser.add_argument("--output", type=Path, required=True, help="prefix of the shards")
-    arguments = parser.parse_args()
-    output, tasks, documents = arguments.output, arguments.task, arguments.documents
+    arguments = parser.parse_args(words)
+    output, tasks, documents, tokens = arguments.output, arguments.task, arguments.documents, arguments.tokens
+    if documents < 1:
+        raise ExperimentError(f"--documents is {documents}: give at least 1")
+    if tokens <= ANSWER_TOKENS:
+        raise ExperimentError(f"--tokens is {tokens}, of which {ANSWER_TOKENS} are for the answer: give more")
     tokenizer = load_tokenizer(arguments.tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(output.with_name(f"{output.name}_00000"), tokenizer.vocab_size, masked=True)
-    for ids, counts in _made(arguments.tokenizer, tasks, documents=documents, tokens=arguments.tokens):
-        writer.add(np.array(ids), np.array(counts))
+    try:
+        for ids, counts in _made(arguments.tokenizer, tasks, documents=documents, tokens=tokens):
+            writer.add(np.array(ids), np.array(counts))
+    except TooShortError as error:
+        writer.discard()
+        needed = error.needed + ANSWER_TOKENS
+        raise ExperimentError(
+            f"--tokens is {tokens}, and a document of these tasks takes {needed} or more with its answer: give as many"
+        ) from error
     shard = writer.finish()
     writer.commit()
     whole = SourceRange(source=0, first=0, records=documents)
@@ -110,7 +133,7 @@ def main() -> None:
         shards=[shard.model_copy(update={"sources": [whole]})],
         skipped_documents=0,
         sources=[SourceEntry(path=f"made: {', '.join(tasks)}, seed {SEED}", records=documents)],
-        options={"made": ", ".join(tasks), "documents": documents, "tokens": arguments.tokens, "seed": SEED},
+        options={"made": ", ".join(tasks), "documents": documents, "tokens": tokens, "seed": SEED},
     )
     write_manifest(output, manifest)
     print(f"{output}: {documents:,} documents, {shard.tokens:,} tokens")
@@ -121,4 +144,7 @@ def _names() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ExperimentError, DataError) as error:
+        sys.exit(f"error: {error}")

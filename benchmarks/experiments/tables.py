@@ -49,7 +49,7 @@ def architectures_table(layout: Layout) -> str:
     )
     title = f"After {_tokens(run for runs in seeds.values() for run in runs)} tokens"
     tables = [_markdown(sweep_title, ["learning rate", *(f"{rate:g}" for rate in rates)], swept)] if swept else []
-    tables += [_markdown(title, *_models(shown, learning_rate=True)), _shared(shown)] if shown else []
+    tables += [_markdown(title, *_models(shown, learning_rate=True)), _by_seed(shown), _shared(shown)] if shown else []
     return "\n\n".join(table for table in tables if table) or _NOTHING
 
 
@@ -188,6 +188,24 @@ def _models(found: Mapping[str, Sequence[Run]], *, learning_rate: bool) -> tuple
             row.append(_cell([score[length] for score in scores if length in score], ".2f"))
         rows.append([*row, _cell([speed for run in runs if (speed := run.tokens_per_second)], ",.0f")])
     return columns, rows
+
+
+def _by_seed(found: Mapping[str, Sequence[Run]]) -> str:
+    """Returns losses over the first model's of the same seed; empty where there are not two of each to compare."""
+    losses = {
+        title: {run.config["run"]["seed"]: run.held_out[-1][1] for run in runs if run.held_out}
+        for title, runs in found.items()
+    }
+    (first, reference), *others = losses.items()
+    seeds = sorted(reference)
+    if len(seeds) < 2 or not others:
+        return ""
+    rows = [
+        [title, *(f"{own[seed] - reference[seed]:+.4f}" if seed in own else "" for seed in seeds)]
+        for title, own in others
+    ]
+    title = f"Held-out loss over that of {first} with the same seed, and so on the same samples"
+    return _markdown(title, ["model", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def _shared(found: Mapping[str, Sequence[Run]]) -> str:

@@ -19,6 +19,8 @@ OUTSIDE = {
     "changelog.md": "CHANGELOG.md",
     "security.md": "SECURITY.md",
 }
+# Tutorials to begin with; the others follow by name.
+FIRST = ("index.md", "train-on-my-text.md")
 # Files without a page, which the site brings as they are.
 PLAIN = ("LICENSE", "NOTICE")
 LINK = re.compile(r"(\]\()((?:\.\./)*)([^)#\s]+)")
@@ -28,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the navigation's entry for tutorials, or leave it out where there are none."""
     folder = Path(config.docs_dir) / "tutorials"
     pages = sorted(page.name for page in folder.glob("*.md"))
-    pages.sort(key=lambda name: name != "index.md")
+    pages.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     assert config.nav is not None
     for section in list(config.nav):
         if "Tutorials" in section:

@@ -171,16 +171,19 @@ class LongTextTask(Task[Settings]):
         return TooShortError(
             f"{self.name}.lengths has {length}, but what such a text must hold takes up to {needed} tokens; "
             "give longer ones",
-            needed=needed,
+            needed,
         )
 
 
 class TooShortError(EvaluationError):
     """A length that cannot hold what a text of the task must; `needed` counts the tokens of that."""
 
-    def __init__(self, sentence: str, *, needed: int) -> None:
-        super().__init__(sentence)
+    def __init__(self, sentence: str, needed: int) -> None:
+        super().__init__(sentence, needed)  # all that it is made of, so that it comes whole out of another process
         self.needed = needed
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Filler:

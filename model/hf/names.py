@@ -72,8 +72,8 @@ def hf_side(letter: str) -> HFSide:
         raise HFError(f"{error}; install the package that brings it") from None
     if one.hf is None:
         raise HFError(
-            f"the mixer {one.name} ({letter} in model.pattern) cannot be written in the Hugging Face format: it brings "
-            "no layer for transformers (`hf` of its Mixer)"
+            f"the mixer {one.name} ({letter} in model.pattern) cannot be written in the Hugging Face format, by "
+            "which models are also evaluated and generate: give its Mixer an `hf` (CONTRIBUTING.md, Adding a mixer)"
         )
     return one.hf
 

@@ -158,6 +158,27 @@ def test_a_language_is_kept():
         list(KeepLanguage("xx", threshold=0.65).run(documents([english])))
 
 
+def test_a_recipe_keeps_the_pages_of_its_language(tmp_path, tokenizer):
+    english, french = ([text.format(number) for number in range(3)] for text in (ENGLISH, FRENCH))
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", [french[0], *english[:2], *french[1:], english[2]])
+    left = {}
+    for name, options in (("en", ["--language", "en"]), ("fr", ["--language", "fr"]), ("all", [])):
+        place = tmp_path / name
+        words = command(tmp_path / "in", tokenizer, place, "--no-deduplicate", "--no-quality", *options)
+        assert main(words) == 0
+        (left[name],) = tokens_by_source(place / "out" / "d").values()
+    assert left["en"] == encoded(tokenizer, english)
+    assert left["fr"] == encoded(tokenizer, french)
+    assert len(left["all"]) == 6
+
+
+ENGLISH = "The cat number {} looks at the dog that sleeps on the bed of the house, and says nothing to the children."
+FRENCH = (
+    "Le chat numéro {} regarde le chien qui dort sur le lit de la maison, et il ne dit rien aux enfants du village."
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Five files of pages, among which every tenth has a copy with a word changed in another file."""

@@ -155,7 +155,11 @@ def test_its_own_mistakes_are_refused_in_a_sentence():
     for mixers, words in (
         ({"token_shift": {"channels": 0}}, "model.mixers.token_shift.channels"),
         ({"token_shift": {"chanels": 2}}, "model.mixers.token_shift.chanels"),  # codespell:ignore chanels
-        ({"token_shirt": {}}, "token_shirt"),
+        (
+            {"token_shirt": {}},
+            r"'token_shirt', which is none for model.pattern \S+ \(those of its mixers are token_shift\)",
+        ),
+        ({"mamba": {"d_state": 32}}, "'mamba', whose sizes are keys of model itself"),
     ):
         with pytest.raises(ConfigError, match=words):
             parse_config(run_values(model=MODEL | {"mixers": mixers}), source="test")
