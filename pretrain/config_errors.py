@@ -4,7 +4,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -127,7 +127,8 @@ def _sentence(error: ErrorDetails, values: dict[str, Any], schema: type[BaseMode
     message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
     if kind == "value_error" and isinstance(value, dict):  # a check over several keys: its message names them
         return message
-    return f"{key} is {shown(value)}: {message[0].lower()}{message[1:]}{_hint(kind, value)}"
+    hint = _taken_beside(location, value, schema) if kind == "literal_error" else _hint(kind, value)
+    return f"{key} is {shown(value)}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _hint(kind: str, value: Any) -> str:
@@ -138,6 +139,20 @@ def _hint(kind: str, value: Any) -> str:
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         return f": put it in quotes, as in '{value}'"
     return ""
+
+
+def _taken_beside(location: Sequence[str | int], value: Any, schema: type[BaseModel]) -> str:
+    """Names the keys of the section that take a value which another one refuses, such as fp8."""
+    fields = getattr(_section(location[:-1], schema), "model_fields", {})
+    keys = [".".join(map(str, (*location[:-1], name))) for name in fields if value in _choices(fields[name].annotation)]
+    return f"; {' and '.join(keys)} takes {shown(value)}" if keys else ""
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Returns the values that a type names one by one."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def _unknown(location: Sequence[str | int], value: Any, schema: type[BaseModel]) -> str:

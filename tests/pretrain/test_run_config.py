@@ -128,6 +128,7 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
         ("train.steps=0", "train.steps", "0", "greater than 0"),
         ("train=5", "train", "5", "steps, global_batch_tokens"),
         ("train.precision=fp16", "train.precision", "'fp16'", "'bf16' or 'fp32'"),
+        ("train.precision=fp8", "train.precision", "'fp8'", "; train.matmul_precision takes 'fp8'"),
         ("optimizer.peak_lr=.inf", "optimizer.peak_lr", "inf", "finite"),
         ("optimizer.peak_lr=fast", "optimizer.peak_lr", "'fast'", "number"),
         ("optimizer.beta1=1", "optimizer.beta1", "1", "less than 1"),
