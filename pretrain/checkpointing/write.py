@@ -5,6 +5,7 @@ the rename that commits are the thread's, which agrees with those of other ranks
 other group. One save at a time is under way.
 """
 
+import errno
 import functools
 import operator
 import shutil
@@ -281,6 +282,8 @@ def save_checkpoint(
 def _sentence(error: BaseException) -> str:
     """An error as a part of a sentence, on one line."""
     text = one_sentence(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}: make room there, or give the run fewer checkpoint.keep"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
 
 
