@@ -131,6 +131,10 @@ def test_what_cannot_be_opened_ends_in_a_sentence(run_dir, hf_folders, tmp_path)
         opened(hf_folders["llama"], device="tpu")
     with pytest.raises(EvaluationError, match="has learned positions for 64 tokens, and a text of 65 was to be read"):
         opened(hf_folders["gpt2"]).new_reader(1).score(ids_of(1, 65))
+    reader = opened(hf_folders["gpt2"]).new_reader(1)
+    reader.read(ids_of(1, 64))  # all that there are positions for
+    with pytest.raises(EvaluationError, match="has learned positions for 64 tokens, and a text of 65 was to be read"):
+        reader.step(ids_of(1, 1)[0])
     broken = tmp_path / "broken"
     shutil.copytree(hf_folders["llama"], broken)
     for name in broken.glob("tokenizer*"):
