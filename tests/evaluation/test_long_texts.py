@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -110,6 +111,24 @@ def test_a_model_that_reads_finds_everything_and_one_that_does_not_finds_nothing
     silent = scores_of(name, Oracle(tokenizer, lambda text: " nothing"), tmp_path / "silent", **options)
     assert {score.value for score in silent.scores} == {0.0}
     assert all(0 < score.chance < 0.1 for score in silent.scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_counts_for_its_own_part_of_the_task(name, tokenizer):
+    task = task_of(name, Oracle(tokenizer, SOLVERS[name]))
+    items = task.items()
+    graded = [(item.content[0].at, number / len(items)) for number, item in enumerate(items)]
+
+    def mean_at(at) -> float:
+        return pytest.approx(fmean(grade for of_item, grade in graded if at.items() <= of_item.items()))
+
+    outcome = task.outcome([{"score": grade} for _, grade in graded])
+    assert [score.value for score in outcome.scores] == [mean_at(score.at) for score in outcome.scores]
+    assert sum(score.items for score in outcome.scores) == len(items)
+    if name == "passkey":
+        cells = [{"length": length, "depth": depth} for length in (600, 1000) for depth in (0.0, 0.5, 1.0)]
+        assert outcome.details["cells"] == [cell | {"accuracy": mean_at(cell), "items": 2} for cell in cells]
+        assert outcome.plot.values == [[mean_at(cell) for cell in cells[row::3]] for row in range(3)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,7 @@ from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks import likelihoods
+from sambalm.evaluation.tasks.perplexity import Perplexity, PerplexitySettings
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.evaluation.test_runner import quiet
 from tests.support.data import listing, write_jsonl, write_shard
@@ -112,6 +113,9 @@ def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_f
     for end in (32, 64, 128, 150):
         mean = torch.stack([nats_of(path, text)[:end].mean() for text in texts]).mean().item()
         assert values(result, "perplexity")[end] == pytest.approx(math.exp(mean), rel=1e-5)
+    size = surroundings(path, tmp_path).model.bytes_until
+    written = sum(int(size(text.tolist())[150] - size(text.tolist())[0]) for text in texts)  # not the first token's
+    assert values(result, "bits per byte")[150] == pytest.approx(mean * 150 * len(texts) / math.log(2) / written)
     assert [part["to"] for part in result.outcome.details["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128, 150]
 
 
@@ -159,6 +163,15 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
         list(documents([], replace(where, run=run), of="x"))
     with pytest.raises(DataError, match="no file matches"):
         list(documents([str(tmp_path / "nothing.txt")], where, of="x"))
+
+
+@pytest.mark.parametrize(("stored", "windows"), [(96, 1), (97, 2), (192, 3), (193, 4), (200, 4)])
+def test_a_window_takes_a_token_more_than_it_predicts(stored, windows, hf_folders, tmp_path):
+    prefix = write_shard(tmp_path / "bare", [[5] * stored])
+    settings = PerplexitySettings(data=[prefix], lengths=[48], tokens=192)
+    items = Perplexity(settings, surroundings(hf_folders["samba"], tmp_path)).items()
+    assert [item.content for item in items] == [(48, 48 * number) for number in range(windows)]
+    assert {item.tokens for item in items} == {49}
 
 
 @pytest.mark.parametrize(
