@@ -167,11 +167,13 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
 
 @pytest.mark.parametrize(("stored", "windows"), [(96, 1), (97, 2), (192, 3), (193, 4), (200, 4)])
 def test_a_window_takes_a_token_more_than_it_predicts(stored, windows, hf_folders, tmp_path):
+    """Of lengths that divide the longest as many as predict the same tokens."""
     prefix = write_shard(tmp_path / "bare", [[5] * stored])
-    settings = PerplexitySettings(data=[prefix], lengths=[48], tokens=192)
+    settings = PerplexitySettings(data=[prefix], lengths=[16, 48], tokens=192)
     items = Perplexity(settings, surroundings(hf_folders["samba"], tmp_path)).items()
-    assert [item.content for item in items] == [(48, 48 * number) for number in range(windows)]
-    assert {item.tokens for item in items} == {49}
+    expected = [(length, length * number) for length in (16, 48) for number in range(windows * 48 // length)]
+    assert [item.content for item in items] == expected
+    assert all(item.tokens == item.content[0] + 1 for item in items)
 
 
 @pytest.mark.parametrize(
