@@ -14,7 +14,7 @@ from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Item, Surroundings
 from sambalm.evaluation.tasks import words as words_module
-from sambalm.evaluation.tasks.long_texts import LongTextTask, Question
+from sambalm.evaluation.tasks.long_texts import Filler, LongTextTask, Question
 from sambalm.evaluation.tasks.registry import TASKS
 from tests.evaluation.oracle import Oracle
 from tests.evaluation.test_runner import quiet
@@ -152,6 +152,18 @@ def test_a_key_stands_at_its_depth(tokenizer):
         task_end, question = text.index("The grass") if cell.at["depth"] else 0, text.index("\nWhat is")
         place = (text.index("\nThe pass key is") - task_end) / (question - task_end)
         assert abs(place - cell.at["depth"]) < 0.1
+
+
+def test_parts_stand_after_all_gaps_before_them(tokenizer):
+    """Up to a sentence earlier, since none is cut; ids below 0 are no text."""
+    task = task_of("needles", Oracle(tokenizer, of_needles))
+    sentence = task.model.encode_next(" The grass is green.")
+    filler, gaps = Filler(task.model, lambda: " The grass is green."), [0.1, 0.4, 0.2, 0.3]
+    ids = task.with_filler([[-1], [-2], [-3], [-4], [-5]], filler, gaps=gaps, length=2005)
+    assert (len(ids), ids[0], ids[-1]) == (2005, -1, -5)
+    for part, before in ((-2, 200), (-3, 1000), (-4, 1400)):
+        filled = ids.index(part) + part + 1  # without the parts before it
+        assert before - len(sentence) < filled <= before
 
 
 def test_only_the_last_sentence_before_the_question_is_cut(tokenizer):
