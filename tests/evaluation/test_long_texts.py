@@ -154,6 +154,34 @@ def test_a_key_stands_at_its_depth(tokenizer):
         assert abs(place - cell.at["depth"]) < 0.1
 
 
+CHANCES = {
+    "passkey": 1 / 90_000,  # keys of five digits
+    "phonebook": 1e-10,
+    "needles": 1 / 9_000_000,  # numbers of seven digits
+    "variables": 26**-5.0,
+    "aggregation": 3 / len({*words_module.ADJECTIVES, *words_module.NOUNS}),  # each of three words among all
+    "questions": 1 / len(words_module.CITIES),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chance_is_that_of_a_guess_among_what_answers_are_drawn_from(name, tokenizer):
+    cells = task_of(name, Oracle(tokenizer, SOLVERS[name])).cells()
+    assert [cell.chance for cell in cells] == [pytest.approx(CHANCES[name], rel=1e-9, abs=0)] * len(cells)
+
+
+def test_a_phonebook_begins_in_the_middle_of_a_line(tokenizer):
+    """With what is left of it, so that no name stands there without its whole number."""
+    task, begun = task_of("phonebook", Oracle(tokenizer, of_phonebook)), 0
+    for sample in range(10):
+        text = task.model.decode(task.numbered_question(task.cells()[0], sample).ids)
+        first, *lines = text.partition("\n\n")[0].split("\n")
+        assert re.fullmatch(r"[^\d\n]*\d{0,10}", first)
+        assert [line for line in lines if not re.fullmatch(r"\w+ [A-Z]\. \w+: \d{10}", line)] == []
+        begun += bool(first)
+    assert begun > 5
+
+
 def test_parts_stand_after_all_gaps_before_them(tokenizer):
     """Up to a sentence earlier, since none is cut; ids below 0 are no text."""
     task = task_of("needles", Oracle(tokenizer, of_needles))

@@ -86,6 +86,8 @@ def test_text_is_that_of_the_tokenizer(kind, hf_folders, tokens):
     own = opened(hf_folders[kind], tokenizer=tokens.parent / "tokenizer.model")
     assert own.encode(TEXT) == ids
     assert own.tokenizer_hash() == model.tokenizer_hash()
+    assert (own.begin_ids, own.begin_id, own.end_id) == ([], 1, 2)
+    assert own.eos_ids >= {2}
 
 
 @pytest.mark.parametrize("kind", ["samba", "llama"])

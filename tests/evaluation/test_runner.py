@@ -1,5 +1,6 @@
 """Evaluations go on after a kill, measure nothing twice, and keep what differs apart."""
 
+import itertools
 import json
 import math
 import threading
@@ -8,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,15 @@ def test_an_evaluation_goes_on_where_it_was_killed(model, tmp_path, monkeypatch)
     calls.clear()
     assert without_times(run(model, tmp_path / "killed")) == without_times(whole)
     assert calls == []
+
+
+def test_the_seconds_of_a_batch_are_shared_by_its_items(model, tmp_path, monkeypatch):
+    moments = itertools.count()
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: float(next(moments))))
+    result = run(model, tmp_path, batch_tokens=900)
+    lines = [json.loads(line) for line in (result.folder / FILE_NAME).read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == [pytest.approx(1 / 3)] * 6 + [0.5] * 6  # of 300 tokens, and of 400
+    assert result.seconds == 2 + 3
 
 
 def test_batches_change_nothing(model, tmp_path):
