@@ -1,5 +1,6 @@
 """Models behind one interface: scores, greedy text and tokenizers are those of transformers on the same folder."""
 
+import json
 import shutil
 
 import pytest
@@ -88,6 +89,14 @@ def test_text_is_that_of_the_tokenizer(kind, hf_folders, tokens):
     assert own.tokenizer_hash() == model.tokenizer_hash()
     assert (own.begin_ids, own.begin_id, own.end_id) == ([], 1, 2)
     assert own.eos_ids >= {2}
+
+
+def test_of_several_ends_of_a_text_documents_have_the_first(hf_folders, tmp_path):
+    folder = tmp_path / "samba"
+    shutil.copytree(hf_folders["samba"], folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    model = opened(folder)
+    assert (model.eos_ids, model.end_id) == ({2, 7}, 2)
 
 
 @pytest.mark.parametrize("kind", ["samba", "llama"])

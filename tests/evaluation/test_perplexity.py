@@ -14,7 +14,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
-from sambalm.evaluation.data import documents
+from sambalm.evaluation.data import digest, documents
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
@@ -198,3 +198,15 @@ def test_ends_double():
     ends = likelihoods.ends_until(1000)
     assert ends[-2:] == [512, 1000]
     assert all(a < b for a, b in pairwise(ends))
+
+
+def test_positions_with_little_before_them_are_left_out_of_the_plot():
+    parts = [{"from": to // 2 + 1, "to": to, "nats": math.log(to)} for to in (8, 16, 32)]
+    line = likelihoods.position_line("a", [*parts, {"from": 33, "to": 40, "nats": 1e4}])
+    assert line.points == [(16, pytest.approx(16)), (32, pytest.approx(32)), (40, math.exp(700))]
+
+
+def test_the_hash_of_data_tells_where_documents_end():
+    ids = np.arange(6)
+    assert digest([ids]) == digest([ids.astype(np.int32)])
+    assert len({digest(parts) for parts in ([ids], [ids[:2], ids[2:]], [ids[:3], ids[3:]], [ids[::-1]])}) == 4
