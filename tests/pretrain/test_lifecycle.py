@@ -367,22 +367,6 @@ def test_a_signal_asks_once_to_save_and_for_ever_to_leave(listening):
     assert [listening.take() for _ in range(3)] == [Request.LEAVE] * 3
 
 
-@pytest.mark.parametrize(
-    ("numbers", "request_"),
-    [
-        ([signal.SIGINT, signal.SIGTERM], Request.INTERRUPT),
-        ([signal.SIGTERM, signal.SIGINT], Request.INTERRUPT),
-        ([signal.SIGTERM, signal.SIGTERM], Request.LEAVE),
-    ],
-)
-def test_of_two_requests_to_leave_the_higher_one_stays(numbers, request_):
-    signals = Signals()
-    signals.training_starts()
-    for number in numbers:
-        signals._note(number)
-    assert signals.take() == request_
-
-
 BEFORE_TRAINING = """
 import os, signal, time
 from sambalm.pretrain.lifecycle.signals import Signals
