@@ -86,6 +86,7 @@ def test_zeros_take_no_disk(tmp_path):
     some = torch.zeros(3 << 20)
     some[-1] = 1.0
     tensors = {"model.a": torch.zeros(5 << 20), "model.b": some, "model.c": torch.zeros(9 << 20)}
+    tensors["model.d"] = torch.zeros(7)  # which a file ends with, so that a hole is its end
     written = write_shards(tmp_path, [SavedSlice(name, (0,), tensor) for name, tensor in tensors.items()], rank=0)
     assert written == checksums(tmp_path, list(written))
     (path,) = tmp_path.iterdir()
