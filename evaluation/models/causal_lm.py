@@ -137,19 +137,27 @@ class _CacheReader(Reader):
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
+        self._refuse_beyond_positions(1)
         return self._forward(ids[:, None])[:, -1]
 
     def _pieces(self, ids: Tensor) -> Iterator[Tensor]:
-        limit = self._owner.max_tokens
-        if limit is not None and self._seen_tokens + ids.shape[1] > limit:
-            raise EvaluationError(
-                f"{self._owner.identity.path} has learned positions for {limit} tokens, and a text of "
-                f"{self._seen_tokens + ids.shape[1]} was to be read; give shorter lengths"
-            )
+        self._refuse_beyond_positions(ids.shape[1])
         size = max(1, min(_PIECE_TOKENS, _LOGIT_BYTES // (4 * self._rows * self._owner.vocab_size)))
         if not self._owner.carries_state:
             size = 1 if self._seen_tokens else ids.shape[1]
         yield from ids.to(self._owner.device).split(size, dim=1)
+
+    def _refuse_beyond_positions(self, tokens: int) -> None:
+        """
+        Raises:
+            EvaluationError: the model has no positions for so many more tokens.
+        """
+        limit = self._owner.max_tokens
+        if limit is not None and self._seen_tokens + tokens > limit:
+            raise EvaluationError(
+                f"{self._owner.identity.path} has learned positions for {limit} tokens, and a text of "
+                f"{self._seen_tokens + tokens} was to be read; give shorter lengths"
+            )
 
     def _forward(self, ids: Tensor) -> Tensor:
         given = {} if self._cache is None else {self._cache_name: self._cache}

@@ -141,10 +141,7 @@ def _stage(model: ModelConfig, tensor: int, ranges: Sequence[range]) -> Stage:
     sizes = [(number, local_sizes(model, letter, tensor)) for letter, number in letters]
     first, last = any(chunk.is_first for chunk in chunks), any(chunk.is_last for chunk in chunks)
     embedding = embedding_rows(model, tensor) * model.hidden_size
-    if first and last and not (model.tie_embeddings and len(chunks) > 1):
-        embeddings = 1 if model.tie_embeddings else 2
-    else:
-        embeddings = first + last
+    embeddings = 1 if first and last and model.tie_embeddings else first + last
     return Stage(
         chunks=chunks,
         letters=letters,

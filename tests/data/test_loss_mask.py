@@ -194,6 +194,24 @@ def test_packed_samples_are_whole_documents_each_once(length, documents, tmp_pat
     assert epochs[0] != epochs[1] or len(packing) < 4
 
 
+@pytest.mark.parametrize(
+    ("lengths", "samples"),
+    [
+        ([4, 5], [(0, 9)]),  # which a sample of 9 just holds
+        ([4, 6], [(0, 4), (4, 10)]),
+        ([9, 3, 3, 3, 1], [(0, 9), (9, 18), (18, 19)]),
+        ([10, 3], [(0, 9), (10, 13)]),  # cut off at its end, and the next begins where it begins
+    ],
+)
+def test_documents_are_packed_as_long_as_they_fit(lengths, samples, tmp_path):
+    prefix = write_shard(tmp_path / "d", [list(range(1, length + 1)) for length in lengths])
+    settings = {"packing": "documents", "reset_at_document": True, "validation_fraction": 0, "validation": "other"}
+    config = DataConfig(train=prefix, sequence_length=8, **settings)
+    (packing,) = build_train_dataset(config, open_sources(config), seed=0).packings
+    assert [packing.place(number) for number in range(len(packing))] == samples
+    assert packing.tokens == sum(stop - start for start, stop in samples)
+
+
 def test_baselines_count_what_counts(documents, tmp_path):
     """Labels of one id alone count: their entropy is 0, which that of all labels is not."""
     fives = [np.where(np.arange(len(d)) % 2, 5, d % 50) for d in documents]

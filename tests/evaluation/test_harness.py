@@ -183,6 +183,21 @@ def test_lm_eval_runs_our_long_texts(lm_eval, hf_folders, tmp_path):
         TaskManager(include_path=str(Path(harness.__file__).parent), include_defaults=False).load(["sambalm_passkey"])
 
 
+def test_settings_reach_lm_eval(lm_eval, hf_folders, include, monkeypatch):
+    asked = {}
+
+    def evaluated(model, **given):
+        asked.update(given)
+        raise EvaluationError("enough")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluated)
+    settings = HarnessSettings(tasks=["local_word"], include=str(include), shots=3, questions=5)
+    task = Harness(settings, surroundings(hf_folders["samba"]))
+    with pytest.raises(EvaluationError, match="enough"):
+        task.measure(task.items(), lambda _: None)
+    assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["local_word"], 3, 5)
+
+
 def test_mistakes_end_in_a_sentence(hf_folders, include, tmp_path, monkeypatch):
     where = surroundings(hf_folders["samba"])
     with pytest.raises(EvaluationError, match=r"harness.tasks is empty: name tasks of lm-eval's"):

@@ -1,10 +1,16 @@
 """Tasks in the training loop: scores are those of the step's checkpoint on any layout; training stays as it is."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.in_loop import InLoopEvaluation, free_bytes
 from sambalm.pretrain.checkpointing.format import checkpoint_folder, open_checkpoint
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
@@ -133,6 +139,22 @@ def test_a_model_that_does_not_fit_is_refused_before_training(run_values):
     (told,) = run_world(refusal_on_rank, evaluated(run_values), ranks=1)
     assert "evaluation.precision=fp32, and a rank has 0.0 GiB left: take bf16" in told
     assert read_metrics(run_dir(run_values)) == []
+
+
+def test_the_rank_that_has_least_left_decides(run_values):
+    world: Any = SimpleNamespace(device=torch.device("cpu"), all_gather_object=lambda free: [free, 4000, free])
+    hook = InLoopEvaluation(parse_config(evaluated(run_values), source="test"), world)
+    hook._check_memory(1000)  # of 4 bytes each
+    with pytest.raises(EvaluationError, match="needs the whole model on every rank"):
+        hook._check_memory(1001)
+
+
+def test_a_host_s_ranks_share_what_it_has_left(monkeypatch):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_bytes(torch.device("cpu"))
+    assert whole / 200 < free <= whole
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(torch.device("cpu")) == pytest.approx(free / 4, rel=0.3)
 
 
 def test_a_failure_while_training_ends_no_run(run_values, sambalm, tmp_path):

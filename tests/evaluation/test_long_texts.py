@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -13,7 +14,7 @@ from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Item, Surroundings
 from sambalm.evaluation.tasks import words as words_module
-from sambalm.evaluation.tasks.long_texts import LongTextTask, Question
+from sambalm.evaluation.tasks.long_texts import Filler, LongTextTask, Question
 from sambalm.evaluation.tasks.registry import TASKS
 from tests.evaluation.oracle import Oracle
 from tests.evaluation.test_runner import quiet
@@ -113,6 +114,24 @@ def test_a_model_that_reads_finds_everything_and_one_that_does_not_finds_nothing
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_record_counts_for_its_own_part_of_the_task(name, tokenizer):
+    task = task_of(name, Oracle(tokenizer, SOLVERS[name]))
+    items = task.items()
+    graded = [(item.content[0].at, number / len(items)) for number, item in enumerate(items)]
+
+    def mean_at(at) -> float:
+        return pytest.approx(fmean(grade for of_item, grade in graded if at.items() <= of_item.items()))
+
+    outcome = task.outcome([{"score": grade} for _, grade in graded])
+    assert [score.value for score in outcome.scores] == [mean_at(score.at) for score in outcome.scores]
+    assert sum(score.items for score in outcome.scores) == len(items)
+    if name == "passkey":
+        cells = [{"length": length, "depth": depth} for length in (600, 1000) for depth in (0.0, 0.5, 1.0)]
+        assert outcome.details["cells"] == [cell | {"accuracy": mean_at(cell), "items": 2} for cell in cells]
+        assert outcome.plot.values == [[mean_at(cell) for cell in cells[row::3]] for row in range(3)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["samba", "llama"])
 def test_texts_are_of_exact_lengths_and_depend_on_the_seed_alone(name, kind, hf_folders):
     model = open_model(hf_folders[kind], device="cpu", dtype=None, tokenizer=None).model
@@ -133,6 +152,46 @@ def test_a_key_stands_at_its_depth(tokenizer):
         task_end, question = text.index("The grass") if cell.at["depth"] else 0, text.index("\nWhat is")
         place = (text.index("\nThe pass key is") - task_end) / (question - task_end)
         assert abs(place - cell.at["depth"]) < 0.1
+
+
+CHANCES = {
+    "passkey": 1 / 90_000,  # keys of five digits
+    "phonebook": 1e-10,
+    "needles": 1 / 9_000_000,  # numbers of seven digits
+    "variables": 26**-5.0,
+    "aggregation": 3 / len({*words_module.ADJECTIVES, *words_module.NOUNS}),  # each of three words among all
+    "questions": 1 / len(words_module.CITIES),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chance_is_that_of_a_guess_among_what_answers_are_drawn_from(name, tokenizer):
+    cells = task_of(name, Oracle(tokenizer, SOLVERS[name])).cells()
+    assert [cell.chance for cell in cells] == [pytest.approx(CHANCES[name], rel=1e-9, abs=0)] * len(cells)
+
+
+def test_a_phonebook_begins_in_the_middle_of_a_line(tokenizer):
+    """With what is left of it, so that no name stands there without its whole number."""
+    task, begun = task_of("phonebook", Oracle(tokenizer, of_phonebook)), 0
+    for sample in range(10):
+        text = task.model.decode(task.numbered_question(task.cells()[0], sample).ids)
+        first, *lines = text.partition("\n\n")[0].split("\n")
+        assert re.fullmatch(r"[^\d\n]*\d{0,10}", first)
+        assert [line for line in lines if not re.fullmatch(r"\w+ [A-Z]\. \w+: \d{10}", line)] == []
+        begun += bool(first)
+    assert begun > 5
+
+
+def test_parts_stand_after_all_gaps_before_them(tokenizer):
+    """Up to a sentence earlier, since none is cut; ids below 0 are no text."""
+    task = task_of("needles", Oracle(tokenizer, of_needles))
+    sentence = task.model.encode_next(" The grass is green.")
+    filler, gaps = Filler(task.model, lambda: " The grass is green."), [0.1, 0.4, 0.2, 0.3]
+    ids = task.with_filler([[-1], [-2], [-3], [-4], [-5]], filler, gaps=gaps, length=2005)
+    assert (len(ids), ids[0], ids[-1]) == (2005, -1, -5)
+    for part, before in ((-2, 200), (-3, 1000), (-4, 1400)):
+        filled = ids.index(part) + part + 1  # without the parts before it
+        assert before - len(sentence) < filled <= before
 
 
 def test_only_the_last_sentence_before_the_question_is_cut(tokenizer):

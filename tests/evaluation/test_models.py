@@ -1,5 +1,6 @@
 """Models behind one interface: scores, greedy text and tokenizers are those of transformers on the same folder."""
 
+import json
 import shutil
 
 import pytest
@@ -86,6 +87,16 @@ def test_text_is_that_of_the_tokenizer(kind, hf_folders, tokens):
     own = opened(hf_folders[kind], tokenizer=tokens.parent / "tokenizer.model")
     assert own.encode(TEXT) == ids
     assert own.tokenizer_hash() == model.tokenizer_hash()
+    assert (own.begin_ids, own.begin_id, own.end_id) == ([], 1, 2)
+    assert own.eos_ids >= {2}
+
+
+def test_of_several_ends_of_a_text_documents_have_the_first(hf_folders, tmp_path):
+    folder = tmp_path / "samba"
+    shutil.copytree(hf_folders["samba"], folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    model = opened(folder)
+    assert (model.eos_ids, model.end_id) == ({2, 7}, 2)
 
 
 @pytest.mark.parametrize("kind", ["samba", "llama"])
@@ -131,6 +142,10 @@ def test_what_cannot_be_opened_ends_in_a_sentence(run_dir, hf_folders, tmp_path)
         opened(hf_folders["llama"], device="tpu")
     with pytest.raises(EvaluationError, match="has learned positions for 64 tokens, and a text of 65 was to be read"):
         opened(hf_folders["gpt2"]).new_reader(1).score(ids_of(1, 65))
+    reader = opened(hf_folders["gpt2"]).new_reader(1)
+    reader.read(ids_of(1, 64))  # all that there are positions for
+    with pytest.raises(EvaluationError, match="has learned positions for 64 tokens, and a text of 65 was to be read"):
+        reader.step(ids_of(1, 1)[0])
     broken = tmp_path / "broken"
     shutil.copytree(hf_folders["llama"], broken)
     for name in broken.glob("tokenizer*"):

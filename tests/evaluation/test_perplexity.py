@@ -14,12 +14,13 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
-from sambalm.evaluation.data import documents
+from sambalm.evaluation.data import digest, documents
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks import likelihoods
+from sambalm.evaluation.tasks.perplexity import Perplexity, PerplexitySettings
 from sambalm.pretrain.reporting.metrics_file import read_metrics
 from tests.evaluation.test_runner import quiet
 from tests.support.data import listing, write_jsonl, write_shard
@@ -112,6 +113,9 @@ def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_f
     for end in (32, 64, 128, 150):
         mean = torch.stack([nats_of(path, text)[:end].mean() for text in texts]).mean().item()
         assert values(result, "perplexity")[end] == pytest.approx(math.exp(mean), rel=1e-5)
+    size = surroundings(path, tmp_path).model.bytes_until
+    written = sum(int(size(text.tolist())[150] - size(text.tolist())[0]) for text in texts)  # not the first token's
+    assert values(result, "bits per byte")[150] == pytest.approx(mean * 150 * len(texts) / math.log(2) / written)
     assert [part["to"] for part in result.outcome.details["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128, 150]
 
 
@@ -161,6 +165,17 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
         list(documents([str(tmp_path / "nothing.txt")], where, of="x"))
 
 
+@pytest.mark.parametrize(("stored", "windows"), [(96, 1), (97, 2), (192, 3), (193, 4), (200, 4)])
+def test_a_window_takes_a_token_more_than_it_predicts(stored, windows, hf_folders, tmp_path):
+    """Of lengths that divide the longest as many as predict the same tokens."""
+    prefix = write_shard(tmp_path / "bare", [[5] * stored])
+    settings = PerplexitySettings(data=[prefix], lengths=[16, 48], tokens=192)
+    items = Perplexity(settings, surroundings(hf_folders["samba"], tmp_path)).items()
+    expected = [(length, length * number) for length in (16, 48) for number in range(windows * 48 // length)]
+    assert [item.content for item in items] == expected
+    assert all(item.tokens == item.content[0] + 1 for item in items)
+
+
 @pytest.mark.parametrize(
     ("task", "override", "sentence"),
     [
@@ -183,3 +198,15 @@ def test_ends_double():
     ends = likelihoods.ends_until(1000)
     assert ends[-2:] == [512, 1000]
     assert all(a < b for a, b in pairwise(ends))
+
+
+def test_positions_with_little_before_them_are_left_out_of_the_plot():
+    parts = [{"from": to // 2 + 1, "to": to, "nats": math.log(to)} for to in (8, 16, 32)]
+    line = likelihoods.position_line("a", [*parts, {"from": 33, "to": 40, "nats": 1e4}])
+    assert line.points == [(16, pytest.approx(16)), (32, pytest.approx(32)), (40, math.exp(700))]
+
+
+def test_the_hash_of_data_tells_where_documents_end():
+    ids = np.arange(6)
+    assert digest([ids]) == digest([ids.astype(np.int32)])
+    assert len({digest(parts) for parts in ([ids], [ids[:2], ids[2:]], [ids[:3], ids[3:]], [ids[::-1]])}) == 4

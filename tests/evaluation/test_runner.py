@@ -1,11 +1,15 @@
 """Evaluations go on after a kill, measure nothing twice, and keep what differs apart."""
 
+import itertools
 import json
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ import torch
 from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation import runner
 from sambalm.evaluation.errors import EvaluationError
-from sambalm.evaluation.ranks import Alone
+from sambalm.evaluation.ranks import Alone, main_first, on_each
 from sambalm.evaluation.records import FILE_NAME, Records
 from sambalm.evaluation.results import table
 from sambalm.evaluation.runner import Plan, evaluate
@@ -81,6 +85,15 @@ def test_an_evaluation_goes_on_where_it_was_killed(model, tmp_path, monkeypatch)
     assert calls == []
 
 
+def test_the_seconds_of_a_batch_are_shared_by_its_items(model, tmp_path, monkeypatch):
+    moments = itertools.count()
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: float(next(moments))))
+    result = run(model, tmp_path, batch_tokens=900)
+    lines = [json.loads(line) for line in (result.folder / FILE_NAME).read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == [pytest.approx(1 / 3)] * 6 + [0.5] * 6  # of 300 tokens, and of 400
+    assert result.seconds == 2 + 3
+
+
 def test_batches_change_nothing(model, tmp_path):
     results = [run(model, tmp_path / str(size), batch_tokens=size) for size in (1, 700, 10**6)]
     assert without_times(results[0]) == without_times(results[1]) == without_times(results[2])
@@ -139,6 +152,50 @@ def test_two_processes_do_not_write_the_same_records(model, tmp_path):
         pytest.raises(EvaluationError, match=f"another process evaluates into {folder}; wait for it or give another"),
     ):
         run(model, tmp_path)
+
+
+class Threads:
+    """Processes that meet to tell each other something, as threads of this one."""
+
+    def __init__(self, rank: int, told: list, meeting: threading.Barrier) -> None:
+        self.rank, self.size, self.is_main, self._told, self._meeting = rank, len(told), rank == 0, told, meeting
+
+    def all_gather_object(self, value):
+        self._told[self.rank] = value
+        self._meeting.wait()
+        found = list(self._told)
+        self._meeting.wait()
+        return found
+
+
+def on_three(call) -> list[Future]:
+    told, meeting = [None] * 3, threading.Barrier(3, timeout=20)
+    with ThreadPoolExecutor(3) as pool:
+        return [pool.submit(call, Threads(rank, told, meeting)) for rank in range(3)]
+
+
+def test_the_main_process_goes_first():
+    """The others find what it has left behind; where it fails they do not begin."""
+    begun = []
+
+    def act(rank: int, *, fails: int | None = None) -> int:
+        begun.append(rank)
+        if rank == fails:
+            raise EvaluationError(f"no room on {rank}")
+        return 10 * rank
+
+    for _ in range(5):
+        begun.clear()
+        assert [one.result() for one in on_three(lambda r: main_first(r, lambda: act(r.rank)))] == [0, 10, 20]
+        assert begun[0] == 0
+    for fails, began in ((0, [0]), (2, [0, 1, 2])):
+        begun.clear()
+        found = on_three(lambda r, fails=fails: main_first(r, lambda: act(r.rank, fails=fails)))
+        assert {str(one.exception()) for one in found} == {f"no room on {fails}"}
+        assert sorted(begun) == began
+    assert [one.result() for one in on_three(lambda r: on_each(r, lambda: act(r.rank)))] == [[0, 10, 20]] * 3
+    found = on_three(lambda r: on_each(r, lambda: act(r.rank, fails=1)))
+    assert {str(one.exception()) for one in found} == {"no room on 1"}
 
 
 def test_an_output_that_cannot_be_written_is_refused(model, tmp_path):

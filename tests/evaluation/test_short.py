@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pyarrow
 import pyarrow.ipc
@@ -14,6 +15,7 @@ from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.continuations import continuation_scores, encode_pair
+from sambalm.evaluation.tasks.short import _choice_scores, _last_word_scores
 from sambalm.evaluation.tasks.short_files import mmlu_questions
 from tests.evaluation.test_runner import quiet
 
@@ -161,6 +163,23 @@ def test_mmlu_has_five_examples_of_its_subject(hf_folders, tmp_path):
     assert [(score.items, score.chance) for score in result.scores] == [(2, 0.25)] * 2
     with pytest.raises(EvaluationError, match=r"mmlu_no_train does not hold MMLU"):
         mmlu_questions(tmp_path / "out" / "none")
+
+
+def test_scores_and_their_errors_are_those_of_the_records():
+    records = [
+        {"log_likelihoods": [-1.0, -2.0], "right": 0, "characters": [4, 10], "is_greedy": [True, False]},
+        {"log_likelihoods": [-2.0, -1.0], "right": 0, "characters": [10, 4], "is_greedy": [False, True]},
+        {"log_likelihoods": [-3.0, -4.0, -5.0, -6.0], "right": 0, "characters": [1, 1, 1, 1], "is_greedy": [True] * 4},
+    ]
+    plain, by_character = _choice_scores("piqa", records)
+    assert (plain.value, by_character.value) == pytest.approx((2 / 3, 2 / 3))
+    assert plain.standard_error == pytest.approx(1 / 3)  # of 1, 0 and 1
+    assert plain.chance == by_character.chance == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
+    accuracy, perplexity = _last_word_scores("lambada", records)
+    assert (accuracy.value, accuracy.chance) == (pytest.approx(2 / 3), 0)
+    assert perplexity.value == pytest.approx(math.exp(2))
+    assert perplexity.standard_error == pytest.approx(math.exp(2) / math.sqrt(3))  # of 1, 2 and 3 nats
+    assert _last_word_scores("lambada", records[:1])[1].standard_error is None
 
 
 def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):

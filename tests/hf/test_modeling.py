@@ -10,6 +10,8 @@ from sambalm.model.hf.modeling_samba import SambaForCausalLM, new_cache
 from sambalm.model.hf.names import hf_config
 from sambalm.model.hf.operations import Operations
 from sambalm.model.ops.reference.window_attention import window_attention
+from sambalm.model.samba import Samba
+from sambalm.parallel.sharding import initialize_parameters
 from tests.support.hf import RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.hf_reference import reference_logits
 
@@ -297,6 +299,20 @@ def test_new_models_have_the_papers_initial_weights():
     for name, bound in bounds.items():
         assert weights[f"backbone.{name}.weight"].abs().max().item() == pytest.approx(bound, rel=0.02), name
     assert weights["backbone.embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_no_initial_step_is_below_its_floor():
+    """Of every mixer that draws steps, in both models; a floor beyond dt_min is met by many."""
+    floor, heads = {"dt_floor": 0.05}, {"num_heads": 4, "head_dim": 8}
+    sizes = {"mamba2": floor | {"head_dim": 4}, "gated_deltanet": floor | heads, "kimi_delta": floor | heads}
+    config = tiny_config("MSGK", mixers=sizes, **floor)
+    training = Samba(config)
+    initialize_parameters(training, seed=0)
+    for model in training, SambaForCausalLM(hf_config(config)):
+        biases = [p.detach() for name, p in model.named_parameters() if name.endswith(("dt_bias", "dt_proj.bias"))]
+        assert len(biases) == 4
+        for bias in biases:
+            assert torch.nn.functional.softplus(bias).min().item() == pytest.approx(0.05, rel=1e-3)
 
 
 def test_exactly_one_input_is_needed():

@@ -43,10 +43,11 @@ def test_singular_values_become_one_and_vectors_stay(shape):
     assert 0.6 < found.diag().min() <= found.diag().max() < 1.3
 
 
-def test_steps_are_torchs_of_each_joined_matrix():
+@pytest.mark.parametrize(("rows", "columns"), [(12, 8), (8, 12)])
+def test_steps_are_torchs_of_each_joined_matrix(rows, columns):
     torch.manual_seed(0)
-    joined, vector = matrix(12, 8, "a.weight", "b.weight"), nn.Parameter(torch.randn(5))
-    alone = [nn.Parameter(part.detach().clone()) for part in joined.split(12)]
+    joined, vector = matrix(rows, columns, "a.weight", "b.weight"), nn.Parameter(torch.randn(5))
+    alone = [nn.Parameter(part.detach().clone()) for part in joined.split(rows)]
     plain = nn.Parameter(vector.detach().clone())
     buckets = [
         GradientBucket((joined,), weight_decay=True, muon=True),
@@ -59,7 +60,7 @@ def test_steps_are_torchs_of_each_joined_matrix():
     before = joined.detach().clone()
     for scale in (1.0, 2.0, 4.0):  # AdamW divides by it, and Muon's momentum must
         joined.grad, vector.grad = torch.randn_like(joined), torch.randn_like(vector)
-        for part, gradient in zip(alone, joined.grad.split(12), strict=True):
+        for part, gradient in zip(alone, joined.grad.split(rows), strict=True):
             part.grad = gradient / scale
         plain.grad = vector.grad / scale
         ours.grad_scale, ours.found_inf = torch.tensor(scale), torch.zeros(())

@@ -7,7 +7,7 @@ import pytest
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.pretrain.lifecycle.attempts import read_attempts
-from sambalm.pretrain.lifecycle.signals import INTERRUPT_ONCE_S
+from sambalm.pretrain.lifecycle.signals import INTERRUPT_ONCE_S, Request, Signals
 from tests.support import hangs
 from tests.support.program import wait_until
 from tests.support.runs import Run
@@ -65,3 +65,19 @@ def test_a_signal_before_the_first_step_makes_all_leave(rank, number, exit_code,
         ranks[rank].send_signal(number)
         assert run.exit_codes() == [exit_code] * 2
     assert f"error on rank {1 - rank}: rank {rank} left before the first step" in run.text()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "request_"),
+    [
+        ([signal.SIGINT, signal.SIGTERM], Request.INTERRUPT),
+        ([signal.SIGTERM, signal.SIGINT], Request.INTERRUPT),
+        ([signal.SIGTERM, signal.SIGTERM], Request.LEAVE),
+    ],
+)
+def test_of_two_requests_to_leave_the_higher_one_stays(numbers, request_):
+    signals = Signals()
+    signals.training_starts()
+    for number in numbers:
+        signals._note(number)
+    assert signals.take() == request_

@@ -297,6 +297,22 @@ def test_a_wait_that_cost_nothing_counts_as_what_was_around_it(clock, tmp_path):
     assert non_zero(found) == {"startup": 4.0, "productive": 6.0, "data_wait": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("in_order", "seconds"), [(True, {"productive": 5.0}), (False, {"productive": 2.0, "lost": 3.0})]
+)
+def test_what_an_error_cut_short_was_no_step(in_order, seconds, clock, tmp_path):
+    """In order nothing was under way but the way out."""
+    ledger = MarkedLedger(tmp_path, attempt="a")
+    ledger.begin(0)
+    steps(ledger, clock, [1])
+    ledger.saved(1)
+    clock.sleep(3.0)
+    ledger.marks.enter(Phase.LEAVE)
+    ledger.leave(in_order=in_order)
+    ledger.close()
+    assert non_zero(read_goodput(tmp_path, is_alive=False)) == {"startup": 4.0} | seconds
+
+
 def test_torn_lines_and_a_full_disk_lose_nothing(clock, tmp_path, monkeypatch, capsys):
     real, room = os.write, [10_000]
 

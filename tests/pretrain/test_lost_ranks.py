@@ -92,6 +92,9 @@ def test_what_another_host_has_is_not_guessed(processes, tmp_path):
     )
     alone = RankProcesses(ranks.all[:2])
     assert "it cannot be known which rank closed it" in str(ended(alone, tmp_path, RuntimeError(CLOSED)))
+    broken = SaveBrokenError("ranks lost each other")
+    broken.__cause__ = RuntimeError(CLOSED)  # which says it in its place
+    assert "it cannot be known which rank closed it" in str(ended(alone, tmp_path, broken))
     assert not read_outcome(tmp_path)  # a rank on the other host may still know better
 
 

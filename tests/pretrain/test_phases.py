@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from sambalm.data_pipeline.dataset import build_train_dataset
 from sambalm.data_pipeline.shards import ShardWriter
 from sambalm.data_pipeline.sources import open_sources
 from sambalm.pretrain.checkpointing.data_record import data_change
+from sambalm.pretrain.checkpointing.format import Checkpoint
+from sambalm.pretrain.checkpointing.load import check_data
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -320,6 +323,14 @@ SAVED = record((24, 32, "a"), (6, 64, "b"), (12, 32, "a"))
 )
 def test_only_phases_that_have_not_begun_may_change(now, samples, change):
     assert data_change(SAVED, now, samples=samples) == change
+
+
+@pytest.mark.parametrize(("samples", "is_refused"), [(24, False), (25, True)])
+def test_a_run_is_held_to_the_phases_that_it_has_begun(samples, is_refused, phased_values):
+    saved = Checkpoint(Path("step_3"), {"data": SAVED, "samples": samples})
+    message = r"^data\.phases\.1\.sequence_length has changed from 64 to 128 since step_3 was saved: "
+    with pytest.raises(ConfigError, match=message) if is_refused else nullcontext():
+        check_data(saved, record((24, 32, "a"), (9, 128, "b")), config=config_of(phased_values))
 
 
 def test_a_run_whose_batch_was_another_is_refused(phased_values):

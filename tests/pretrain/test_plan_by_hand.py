@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sambalm.model.mixers.counts import KernelNames, Scan, Share, Traffic, halo_message
+from sambalm.model.mixers.mamba.mixer import CUDA_SCAN_CHUNK_TOKENS, MAMBA_SSM_CHUNK_TOKENS
 from sambalm.model.ops.reference.selective_scan import CHUNK_ELEMENTS
 from sambalm.model.registry import mixer
 from sambalm.pretrain.errors import ConfigError
@@ -233,6 +234,33 @@ def test_what_a_layer_takes_is_so_much_for_each_sequence(letter, context, names)
     assert all(counted(1)) or context == 1
     for sequences in (2, 4):
         assert counted(sequences) == pytest.approx([sequences * number for number in counted(1)])
+
+
+@pytest.mark.parametrize(
+    ("letter", "scan", "chunk_tokens"),
+    [
+        *((letter, "torch", 64) for letter in "ARGKS"),
+        ("M", "cuda", CUDA_SCAN_CHUNK_TOKENS),
+        ("M", "mamba-ssm", MAMBA_SSM_CHUNK_TOKENS),
+    ],
+)
+def test_a_chunk_that_is_not_full_has_a_state_too(letter, scan, chunk_tokens):
+    """A token that begins a chunk is kept with a state of each sequence, and other tokens without."""
+    small = {"num_heads": 2, "head_dim": 4}
+    sizes = {"gla": small, "retnet": small, "gated_deltanet": small, "kimi_delta": small, "mamba2": {"head_dim": 16}}
+    model = config_of(pattern=letter, mixers={n: s for n, s in sizes.items() if mixer(letter).name == n}).model
+
+    def kept_bytes(tokens: int) -> int:
+        share = Share(1, False, 1, 2, tokens, 2, "none", replace(TORCH_ON_CPU, scan=scan))
+        inside, outside = (mixer(letter).saved_bytes(model, share, inside=inside) for inside in (True, False))
+        return inside - outside
+
+    token = kept_bytes(3) - kept_bytes(2)
+    states = [kept_bytes(1) - token]
+    states += [kept_bytes(n * chunk_tokens + 1) - kept_bytes(n * chunk_tokens) - token for n in (1, 2)]
+    assert states[0] > 0
+    assert set(states) == {states[0]}
+    assert kept_bytes(chunk_tokens) - kept_bytes(chunk_tokens - 1) == token
 
 
 def test_a_plan_tells_what_its_busiest_rank_sends():

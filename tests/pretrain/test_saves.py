@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,16 +25,18 @@ from sambalm.parallel.rectangles import rectangles
 from sambalm.pretrain.checkpointing import format as format_of_checkpoints
 from sambalm.pretrain.checkpointing import write
 from sambalm.pretrain.checkpointing.format import (
+    StoredSlice,
     checkpoint_folder,
     checkpoint_folders,
     checksums,
     newest_checkpoint,
     open_checkpoint,
 )
+from sambalm.pretrain.checkpointing.read import WantedSlice, _reads
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
 from sambalm.pretrain.config_file import parse_config
-from sambalm.pretrain.errors import ExitCode, SaveBrokenError, print_line, print_warning
+from sambalm.pretrain.errors import CheckpointError, ExitCode, SaveBrokenError, print_line, print_warning
 from sambalm.pretrain.lifecycle.guards import Guards
 from sambalm.pretrain.reporting.appended_file import AppendedFile
 from sambalm.pretrain.reporting.metrics_file import read_metrics
@@ -83,6 +86,7 @@ def test_zeros_take_no_disk(tmp_path):
     some = torch.zeros(3 << 20)
     some[-1] = 1.0
     tensors = {"model.a": torch.zeros(5 << 20), "model.b": some, "model.c": torch.zeros(9 << 20)}
+    tensors["model.d"] = torch.zeros(7)  # which a file ends with, so that a hole is its end
     written = write_shards(tmp_path, [SavedSlice(name, (0,), tensor) for name, tensor in tensors.items()], rank=0)
     assert written == checksums(tmp_path, list(written))
     (path,) = tmp_path.iterdir()
@@ -456,6 +460,19 @@ def test_replicas_read_a_checkpoint_once_between_them(stage, run_values):
     for kind in ("model", "exp_avg", "exp_avg_sq"):
         assert sum(count[kind] for count in counts) == 4 * elements
         assert min(count[kind] for count in counts) > 0.4 * 4 * elements
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_whole"),
+    [([(0, 4), (4, 6)], True), ([(0, 4)], False), ([(0, 4), (5, 5)], False), ([(0, 2), (8, 2)], False), ([], False)],
+)
+def test_a_rectangle_is_read_where_files_hold_all_of_it(rows, is_whole):
+    """Rows by where they begin and their number; those from 1 to 7 are wanted."""
+    stored = {"model.a": [StoredSlice(Path(str(start)), (start, 0), (count, 3)) for start, count in rows]}
+    wanted = WantedSlice("model.a", (1, 0), torch.zeros(6, 3))
+    with nullcontext() if is_whole else pytest.raises(CheckpointError, match=r"^no file holds all of model\.a$"):
+        found = [(read.path.name, read.region[0], len(read.target)) for read in _reads(stored, wanted)]
+        assert found == [("0", slice(1, 4), 3), ("4", slice(0, 3), 3)]
 
 
 def test_a_tensor_that_no_file_holds_whole_is_refused_on_all_ranks(run_values):

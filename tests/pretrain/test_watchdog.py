@@ -101,6 +101,9 @@ def test_ranks_that_wait_for_another_do_not_hang():
     leaves, starts = position(Phase.LEAVE, 3, overdue=True), position(Phase.START_UP, 0, overdue=True)
     assert judge({0: leaves, 1: late}, silent=()).startswith("rank 1: hanging in phase step ")
     assert judge({0: starts, 1: late}, silent=()).startswith("rank 0: hanging in phase start_up since ")
+    compiles = position(Phase.FIRST_STEP, 4)  # which is as far as a step that does not
+    assert judge({0: compiles, 1: late}, silent=()).startswith("ranks 0-1: hanging in phase step ")
+    assert judge({0: position(Phase.FIRST_STEP, 4, overdue=True), 1: patient}, silent=()) is None
 
 
 def test_a_phase_that_ends_after_all_calls_the_alarm_off(tmp_path):

@@ -71,6 +71,14 @@ def test_what_the_run_recorded_of_its_end_stays(node, tmp_path):
     assert (exit_code, outcome) == (79, {"exit_code": 77})
 
 
+def test_an_end_is_that_of_the_attempt_that_torchrun_started_last(node, tmp_path):
+    last = tmp_path.with_name(f"{tmp_path.name}.restart1")
+    last.mkdir()
+    exit_code, _, outcome = node(int(ExitCode.BAD_INPUT))
+    assert (exit_code, outcome) == (ExitCode.BAD_INPUT, None)
+    assert json.loads((last / "outcome.json").read_text())["exit_code"] == ExitCode.BAD_INPUT
+
+
 def test_torchrun_is_given_the_module_and_its_arguments(node, monkeypatch):
     monkeypatch.setenv("IN_JOB_RESTARTS", "1")
     _, arguments, _ = node(0)
