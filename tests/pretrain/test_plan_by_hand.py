@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sambalm.model.mixers.counts import KernelNames, Scan, Share, Traffic, halo_message
-from sambalm.model.mixers.mamba.mixer import CUDA_SCAN_CHUNK_TOKENS, MAMBA_SSM_CHUNK_TOKENS
+from sambalm.model.mixers.scan_counts import CUDA_SCAN_CHUNK_TOKENS, MAMBA_SSM_CHUNK_TOKENS
 from sambalm.model.ops.reference.selective_scan import CHUNK_ELEMENTS
 from sambalm.model.registry import mixer
 from sambalm.pretrain.errors import ConfigError

@@ -109,8 +109,8 @@ def test_a_submitted_job_is_the_shipped_file_with_its_options(in_the_repository,
     assert convert_job("runs/x").command() == ["sbatch", str(SCRIPTS / "convert.sbatch"), "runs/x"]
 
 
-def test_data_that_are_missing_or_unread_are_told_before_gpus_wait_for_them(run_values):
-    config = parse_config(run_values, source="test")
+def test_data_that_are_missing_or_unread_are_told_before_gpus_wait_for_them(run_values, tmp_path):
+    config = parse_config(changed(run_values, data={"cache_dir": str(tmp_path)}), source="test")
     assert "have no index yet" in str(data_warning(config))
     open_sources(config.data)
     assert data_warning(config) is None
