@@ -96,15 +96,21 @@ def one_sentence(error: BaseException | str) -> str:
     return text if len(text) <= MAX_SENTENCE_CHARACTERS else f"{text[: MAX_SENTENCE_CHARACTERS - 3]}..."
 
 
+def write_line(text: str) -> None:
+    """Prints a line to stderr at once: ranks share it, and under torchrun print writes the line's end on its own."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def print_error(error: Exception) -> None:
     """Prints the sentence of an error for its user."""
-    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+    write_line(str(error) if isinstance(error, Interrupted) else f"error: {error}")
 
 
 def print_line(text: str) -> None:
     """Tells the user something without which the run goes on, also where the log is on a full disk."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        write_line(text)
 
 
 def print_warning(sentence: str) -> None:

@@ -94,7 +94,7 @@ def _print_error(error: Exception) -> None:
     """Once for a whole run where every rank meets the same error, which is before their process group exists."""
     if type(error).__name__ == "NoArgsIsHelpError":  # click has shown the help
         return
-    from sambalm.pretrain.errors import ConfigError, RankLostError, print_error
+    from sambalm.pretrain.errors import ConfigError, RankLostError, print_error, write_line
 
     error = ConfigError(usage) if (usage := _usage(error)) else error
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -105,7 +105,7 @@ def _print_error(error: Exception) -> None:
         import torch.distributed as dist
 
         if dist.is_initialized() or isinstance(error, RankLostError):  # when the first rank may be the one
-            print(f"error on rank {rank}: {error}", file=sys.stderr)
+            write_line(f"error on rank {rank}: {error}")
             return
     if rank in (None, "0"):
         print_error(error)

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,3 +133,17 @@ def test_only_a_lost_connection_is_one(processes, tmp_path):
         raise broken
     with pytest.raises(RuntimeError, match="closed by peer"), naming_lost_ranks(RankProcesses(ranks.all[:1]), tmp_path):
         raise RuntimeError(CLOSED)
+
+
+TELLS = """
+from sambalm.pretrain.errors import print_error, print_line
+print_line("a line")
+print_error(ValueError("an error"))
+"""
+
+
+def test_ranks_that_share_a_log_write_each_line_at_once():
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # a message is one write
+    with ours, its:
+        subprocess.run([sys.executable, "-u", "-c", TELLS], check=True, stderr=its)  # as torchrun starts ranks
+        assert [ours.recv(100) for _ in range(2)] == [b"a line\n", b"error: an error\n"]
