@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from sambalm.model.parameters import count_parameters
 from sambalm.parallel.config import layout_name
@@ -99,11 +100,11 @@ class RunConsole:
         self._run_dir, self._steps, self._step = run_dir, steps, done_steps
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("training"),
             BarColumn(),
-            MofNCompleteColumn(),
+            # In 80 columns rich would cut the step and the time to come, which matter more than the bar.
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1, no_wrap=True)),
             TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(min_width=7, no_wrap=True)),
             console=self._console,
             disable=not self._console.is_terminal,
         )

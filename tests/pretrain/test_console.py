@@ -104,6 +104,19 @@ def test_a_log_on_a_full_disk_ends_nothing(tmp_path, monkeypatch):
         log.close()
 
 
+def test_a_narrow_terminal_shows_the_whole_step(monkeypatch, tmp_path, capfd):
+    """The bar gives way in 80 columns, and neither the steps nor the numbers of the step."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    console = RunConsole(tmp_path, steps=381_470, done_steps=0)
+    console.start()
+    console.step({"step": 127_156, "loss": 5.0264, "lr": 3.47e-3, "grad_norm": 0.653, "tokens_per_second": 14_780})
+    console.end(ExitCode.REQUEUE)
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capfd.readouterr().err)
+    assert re.search(r"127156/381470 loss 5\.0264  lr 3\.47e-03  grad norm 0\.653  14,780 tokens/s -:--:--", shown)
+
+
 def test_a_terminal_gets_a_bar_and_lines_of_what_happens(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("FORCE_COLOR", "1")
