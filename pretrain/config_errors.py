@@ -145,7 +145,7 @@ def _taken_beside(location: Sequence[str | int], value: Any, schema: type[BaseMo
     """Names the keys of the section that take a value which another one refuses, such as fp8."""
     fields = getattr(_section(location[:-1], schema), "model_fields", {})
     keys = [".".join(map(str, (*location[:-1], name))) for name in fields if value in _choices(fields[name].annotation)]
-    return f"; {' and '.join(keys)} takes {shown(value)}" if keys else ""
+    return f"; {' or '.join(keys)} takes {shown(value)}" if keys else ""
 
 
 def _choices(annotation: Any) -> list[Any]:

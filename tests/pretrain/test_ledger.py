@@ -301,7 +301,7 @@ def test_a_wait_that_cost_nothing_counts_as_what_was_around_it(clock, tmp_path):
     ("in_order", "seconds"), [(True, {"productive": 5.0}), (False, {"productive": 2.0, "lost": 3.0})]
 )
 def test_what_an_error_cut_short_was_no_step(in_order, seconds, clock, tmp_path):
-    """In order nothing was under way but the way out."""
+    """A run that leaves in order has nothing under way but its leaving, so all its steps stay productive."""
     ledger = MarkedLedger(tmp_path, attempt="a")
     ledger.begin(0)
     steps(ledger, clock, [1])
