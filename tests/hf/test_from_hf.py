@@ -329,6 +329,7 @@ def test_logits_of_another_model_are_refused(monkeypatch, tmp_path):
         convert(saved(tiny_config(), tmp_path / "hf"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_converted_model_on_any_layout(run_values, tmp_path):
     """With the initial weights of a run as the model, the converted one trains as that run does, bit by bit."""
     config = ModelConfig(**run_values["model"])

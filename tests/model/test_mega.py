@@ -149,7 +149,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "documents"), slow_except(QUICK, CASES, long=[case for case in CASES if case not in QUICK])
+    ("name", "documents"), slow_except([], CASES, long=[case for case in CASES if case not in QUICK])
 )
 def test_a_layout_trains_like_one_process(name, documents):
     expected = WORLDS[ALONE["across" in name, documents]][0]
@@ -184,6 +184,7 @@ MISTAKES = {
 WORLDS = SharedWorlds(*(CASES[case] for case in QUICK), *ALONE.values(), *MISTAKES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mistake", "across", "documents"), MISTAKES)
 def test_mistakes_are_seen(mistake, across, documents):
     found = WORLDS[MISTAKES[mistake, across, documents]]

@@ -59,7 +59,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), slow_except(LAYOUTS[:1], LAYOUTS))
+@pytest.mark.parametrize(("ranks", "parallel"), slow_except([], LAYOUTS))
 def test_a_fine_tuning_run_is_the_same_on_every_layout(ranks, parallel, values, tmp_path):
     alone = train(values)
     other = changed(values, run={"dir": str(tmp_path / "other")}, parallel=parallel)

@@ -170,6 +170,7 @@ def save_after_a_pause(values, stopped):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_writer_that_was_suspended_does_not_touch_its_successors_checkpoints(run_values, tmp_path):
     """A stops in a save, B takes the lease and saves the same step, A wakes: what B has saved stays, and A ends."""
     values = changed(run_values, train={"steps": 3}, validation={"every_steps": 100, "tokens": 64})

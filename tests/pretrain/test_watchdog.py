@@ -60,7 +60,10 @@ def test_a_rank_that_is_stopped_ends_the_others(values, tmp_path):
             *(hangs.in_a_save, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _finish")),
             marks=pytest.mark.slow,
         ),
-        (hangs.in_the_writing, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _together")),
+        pytest.param(
+            *(hangs.in_the_writing, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _together")),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

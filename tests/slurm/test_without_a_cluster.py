@@ -218,6 +218,7 @@ def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
     assert often.failure_interval_s / HOUR_S == pytest.approx(4_000 / 512)
 
 
+@pytest.mark.slow
 def test_the_largest_config_has_the_layout_that_the_plan_ranks_first():
     """Of ZeRO-1's: the other stages send more, between nodes unmeasured, and are no more than 3% faster by plan."""
     config, asked = load_config(CONFIGS / "samba_3.8b.yaml"), {"world_size": 512, "memory_gib": 80.0, "hardware": H100}
