@@ -8,7 +8,7 @@ import pytest
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
-from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.task import Score, Surroundings
 from sambalm.evaluation.tasks.harness import Harness, HarnessSettings
 from tests.evaluation.test_runner import quiet
 
@@ -196,6 +196,28 @@ def test_settings_reach_lm_eval(lm_eval, hf_folders, include, monkeypatch):
     with pytest.raises(EvaluationError, match="enough"):
         task.measure(task.items(), lambda _: None)
     assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["local_word"], 3, 5)
+
+
+def test_entries_of_lm_eval_become_scores(hf_folders, monkeypatch):
+    """An error that it does not know is a text of its; what is no number is no score."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    task = Harness(HarnessSettings(tasks=["a", "c"]), surroundings(hf_folders["samba"]))
+    of_a = {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.125, "f1,strict": 1, "f1_stderr,strict": "N/A"}
+    of_c = {"perplexity,none": 12.5, "perplexity_stderr,none": "N/A", "name,none": "c"}
+    outcome = task.outcome(
+        [
+            {"results": {"a": of_a, "b": {"acc,none": 0.25}}, "counts": {"a": 40}},
+            {"results": {"c": of_c}, "counts": {"c": 3}},
+        ]
+    )
+    assert outcome.scores == [
+        Score("acc", {"task": "a"}, 0.5, 0.125, None, 40),
+        Score("f1", {"task": "a", "filter": "strict"}, 1.0, None, None, 40),
+        Score("acc", {"task": "b"}, 0.25, None, None, 0),
+        Score("perplexity", {"task": "c"}, 12.5, None, None, 3),
+    ]
+    bars = [(bar.name, bar.value, bar.error, bar.chance) for bar in outcome.plot.bars]
+    assert bars == [("a, acc", 0.5, 0.125, None), ("a, f1", 1.0, None, None), ("b, acc", 0.25, None, None)]
 
 
 def test_mistakes_end_in_a_sentence(hf_folders, include, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from sambalm.data_pipeline.config import DataConfig
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.preprocess import preprocess
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
-from sambalm.evaluation.data import digest, documents
+from sambalm.evaluation.data import _checked, digest, documents
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
@@ -112,8 +112,8 @@ def test_a_run_is_measured_on_what_it_held_out(run_dir, tmp_path):
 
 @pytest.mark.parametrize("kind", ["samba", "mamba"])
 def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_file, tmp_path, monkeypatch):
-    """Segments of 40 tokens give the sums of one forward over the whole document, at every end."""
-    monkeypatch.setattr(likelihoods, "_SEGMENT_TOKENS", 40)
+    """Segments give the sums of one forward over the whole document, at every end: also where one of them ends."""
+    monkeypatch.setattr(likelihoods, "_SEGMENT_TOKENS", 32 if kind == "samba" else 40)
     monkeypatch.setattr("sambalm.evaluation.tasks.sliding._FIRST_END", 32)
     path = hf_folders[kind]
     result = measured("sliding", path, tmp_path, "length=150", data=[text_file])
@@ -174,6 +174,8 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
     beyond.model.end_id = 384
     with pytest.raises(EvaluationError, match=r"text.jsonl holds the id 384, but the model's vocab_size is 384"):
         list(documents([str(text)], beyond, of="x"))
+    found = _checked(iter([np.zeros(0, dtype=np.int64)]), where.model, name="of other tools")
+    assert list(map(len, found)) == [0]
     with pytest.raises(DataError, match="no file matches"):
         list(documents([str(tmp_path / "nothing.txt")], where, of="x"))
 

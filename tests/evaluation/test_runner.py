@@ -98,6 +98,12 @@ def test_the_seconds_of_a_batch_are_shared_by_its_items(model, tmp_path, monkeyp
     assert result.seconds == 2 + 3
 
 
+def test_tokens_that_a_record_names_stand_for_those_of_its_item(model, tmp_path, monkeypatch):
+    measure = Passkey.measure
+    monkeypatch.setattr(Passkey, "measure", lambda *given: [record | {"tokens": 7} for record in measure(*given)])
+    assert run(model, tmp_path).tokens == 12 * 7
+
+
 def test_batches_change_nothing(model, tmp_path):
     results = [run(model, tmp_path / str(size), batch_tokens=size) for size in (1, 700, 10**6)]
     assert without_times(results[0]) == without_times(results[1]) == without_times(results[2])

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -24,6 +26,7 @@ def passes(program: str, *, timeout_s: float = 10, memory_bytes: int = 2**29) ->
         "import math, re, heapq, hashlib\nfrom typing import List\nassert hashlib.md5(b'a').hexdigest()[0] == '0'",
         "import random, time\nx = bytearray(2**26)\nassert random.SystemRandom().random() < 1 and time.time() > 0",
         "assert '\\u6f22' == '漢'",
+        "if __name__ != '__main__':\n    raise SystemExit",
     ],
 )
 def test_what_computes_passes(program):
@@ -39,10 +42,12 @@ def test_what_computes_passes(program):
         "quit()",
         "import os\nos._exit(0)",
         "raise KeyboardInterrupt",
+        "assert '\ud800'",  # half of a surrogate pair, as JSON may hold
     ],
 )
-def test_what_fails_or_leaves_does_not(program):
+def test_what_fails_or_leaves_does_not_and_says_nothing(program, capfd):
     assert not passes(program)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_reaches_no_file_and_no_process(tmp_path):
@@ -69,6 +74,23 @@ def test_it_reaches_no_file_and_no_process(tmp_path):
     assert secret.read_text() == "secret"
 
 
+def test_it_makes_no_calls_of_32_bits_either(tmp_path):
+    """Whose numbers mean others: 10 is unlink there, and mprotect, which is allowed, in 64 bits."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    code = b"\x53\x48\x89\xfb\xb8\x0a\x00\x00\x00\xcd\x80\x5b\xc3"  # push rbx; rbx = rdi; eax = 10; int 0x80; pop; ret
+    attempt = f"""{CALLS}
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mmap.restype = ctypes.c_void_p
+page = libc.mmap(None, 8192, 7, 0x62, -1, 0)  # in the lowest 32 bits
+ctypes.memmove(page, {code!r}, {len(code)})
+ctypes.memmove(page + 4096, {os.fsencode(secret) + bytes(1)!r}, {len(os.fsencode(secret)) + 1})
+assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(page)(page + 4096) == 0
+"""
+    assert not passes(attempt)
+    assert secret.read_text() == "secret"
+
+
 def test_it_reaches_no_network():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -90,6 +112,22 @@ def test_time_and_memory_are_bounded():
     assert not passes("x = []\nwhile True:\n    x.append(bytes(2**20))", memory_bytes=2**28)
     assert not passes("def f(n):\n    return f(n + 1)\nf(0)")
     assert not passes("import time\ntime.sleep(1000)")
+
+
+def test_what_waits_for_ever_is_ended(monkeypatch):
+    monkeypatch.setattr(sandbox, "_START_S", 0.5)
+    assert not passes("import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()", timeout_s=0.5)
+
+
+def test_what_it_may_take_can_only_become_less():
+    """Of a core, memory, files and what is left of a crash; asked of a process that is not locked in."""
+    kinds = "RLIMIT_CPU RLIMIT_AS RLIMIT_FSIZE RLIMIT_CORE"
+    program = "import inside, resource\ninside.limit(core_s=7, memory_bytes=2**30)\n"
+    program += f"print([resource.getrlimit(getattr(resource, kind)) for kind in {kinds.split()}])"
+    folder = sandbox._INSIDE.parent
+    words = [sys.executable, "-B", "-c", program]
+    said = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert said == "[(7, 7), (1073741824, 1073741824), (4096, 4096), (0, 0)]\n"
 
 
 def test_what_it_writes_is_bounded_and_claims_nothing():
