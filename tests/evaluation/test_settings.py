@@ -25,6 +25,8 @@ def test_data_is_for_the_tasks_that_read_some_and_name_none():
     found = task_settings(tasks, ["perplexity.data=[own.txt]", "sliding.length=1K"], data=["a", "b c"])
     assert list(found) == tasks
     assert (found["sliding"].data, found["perplexity"].data) == (["a", "b c"], ["own.txt"])
+    found = task_settings(tasks, [], data=["a"])
+    assert (found["sliding"].data, found["perplexity"].data) == (["a"], ["a"])
 
 
 def test_names_that_are_none_are_told_with_the_nearest():
