@@ -65,9 +65,10 @@ def test_results_go_into_the_run_and_beside_a_hugging_face_folder(run_dir, hf_fo
         assert sambalm("evaluate", source, "--task", "passkey", *PASSKEY)[0] == 0
     results = [json.loads(path.read_text()) for path in (run_dir / "evaluation").glob("*/results.json")]
     assert sorted(result["model"]["step"] for result in results) == [3, 6]
-    assert sambalm("evaluate", hf_folders["llama"], "--task", "passkey", *PASSKEY)[0] == 0
+    assert sambalm("evaluate", hf_folders["llama"], "--task", "passkey", *PASSKEY, "--dtype", "bf16")[0] == 0
     beside = hf_folders["llama"].with_name("llama-evaluation")
-    assert len(list(beside.glob("passkey-*/results.json"))) == 1
+    (path,) = beside.glob("passkey-*/results.json")
+    assert json.loads(path.read_text())["model"]["dtype"] == "bfloat16"
 
 
 def test_the_folder_of_results_follows_from_the_kind_of_model(run_dir, hf_folders, tmp_path, monkeypatch):

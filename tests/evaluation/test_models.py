@@ -52,6 +52,7 @@ def test_scores_and_greedy_text_are_those_of_transformers(kind, hf_folders):
     scores, is_likeliest = (torch.cat(parts, dim=1) for parts in zip(first, second, strict=True))
     assert torch.equal(is_likeliest[:, 1:], reference(ids).logits.argmax(-1)[:, :-1] == ids[:, 1:])
     assert scores[:, 0].isnan().all()
+    assert not is_likeliest[:, 0].any()
     torch.testing.assert_close(scores[:, 1:], expected, atol=2e-5, rtol=2e-5)
     assert told == ([40] if kind == "mamba" else [14, 14, 12])  # tokens of both rows in pieces of 7
     model.new_reader(2).read(ids[:, :20], progress=told.append)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -83,6 +84,7 @@ def test_every_length_predicts_the_same_tokens(kind, hf_folders, text_file, tmp_
         assert (bits.items, bits.chance) == (192 // length, pytest.approx(math.log(384) * of_nats))
     assert [line.name for line in result.outcome.plot.lines] == ["windows of 16", "windows of 48", "windows of 96"]
     assert [line.points[-1][0] for line in result.outcome.plot.lines] == [16, 48, 96]
+    assert (result.outcome.plot.x_name, result.outcome.plot.log_y) == ("tokens before, up to", False)
     (positions,) = [part["positions"] for part in result.outcome.details["by_position"] if part["length"] == 48]
     assert [(part["from"], part["to"]) for part in positions] == [
         (1, 1),
@@ -126,6 +128,7 @@ def test_documents_are_read_once_with_the_state_carried(kind, hf_folders, text_f
     written = sum(int(size(text.tolist())[150] - size(text.tolist())[0]) for text in texts)  # not the first token's
     assert values(result, "bits per byte")[150] == pytest.approx(mean * 150 * len(texts) / math.log(2) / written)
     assert [part["to"] for part in result.outcome.details["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128, 150]
+    assert result.outcome.plot.x_name == "tokens before, up to"
 
 
 def test_joined_documents_are_texts_in_a_row(hf_folders, text_file, tmp_path):
@@ -150,6 +153,22 @@ def test_shards_and_the_text_that_they_were_made_of_are_one(hf_folders, tokens, 
     assert listing(tokens.parent) == before, "the index goes to the output, since data may be read-only"
 
 
+def test_of_a_run_with_several_sources_the_held_out_part_of_each_is_read(hf_folders, tokens, tmp_path):
+    before, prefixes = listing(tokens.parent), [str(tokens), str(tmp_path / "copy" / tokens.name)]
+    shutil.copytree(tokens.parent, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+
+    def held_out(*train) -> list[list[int]]:
+        run = SimpleNamespace(data=DataConfig(train=list(train), validation_fraction=0.2, sequence_length=32))
+        where = replace(surroundings(hf_folders["samba"], tmp_path), run=run)
+        return [ids.tolist() for ids in documents([], where, of="x")]
+
+    own = held_out(prefixes[0])
+    stored = sum(map(len, documents(prefixes[:1], surroundings(hf_folders["samba"], tmp_path), of="x")))
+    assert 0.1 * stored < sum(map(len, own)) < 0.3 * stored
+    assert held_out(*prefixes) == own * 2
+    assert listing(tokens.parent) == before
+
+
 def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
     other = tmp_path / "other.model"
     text = write_jsonl(tmp_path / "text.jsonl", ["a few other words, again and again, to train on"] * 40)
@@ -160,6 +179,9 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
         EvaluationError, match=r"shards was made by .*other.model, whose ids are not those of the model"
     ):
         list(documents([str(tmp_path / "shards")], where, of="x"))
+    run = SimpleNamespace(data=DataConfig(train=str(tmp_path / "shards"), validation_fraction=0.5, sequence_length=8))
+    with pytest.raises(EvaluationError, match="shards was made by"):
+        list(documents([], replace(where, run=run), of="x"))
     with pytest.raises(EvaluationError, match="bare holds the id 384, but the model's vocab_size is 384"):
         list(documents([write_shard(tmp_path / "bare", [[1, 384]])], where, of="x"))
     with pytest.raises(EvaluationError, match=r"x has nothing to read, since .*samba is no run .* give --data"):
@@ -192,6 +214,9 @@ def test_a_window_takes_a_token_more_than_it_predicts(stored, windows, wanted, h
     expected = [(length, length * number) for length in (48, 16) for number in range(windows * 48 // length)]
     assert [item.content for item in items] == expected
     assert all(item.tokens == item.content[0] + 1 for item in items)
+    few = PerplexitySettings(data=[write_shard(tmp_path / "few", [[5] * 48])], lengths=[48, 16])
+    with pytest.raises(EvaluationError, match=r"perplexity.lengths has 48, but .*few holds 48 tokens"):
+        Perplexity(few, surroundings(hf_folders["samba"], tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +250,7 @@ def test_lengths_that_the_data_does_not_have_are_refused(task, overrides, senten
         ([9, 10, 11, 30], {"documents": 2}, [9, 19]),
         ([9, 10, 11, 30], {"join": True}, [0, 10, 20, 30, 40, 50]),
         ([10, 5, 5, 3], {"join": True}, [0, 10]),
+        ([4, 6], {"join": True}, [0]),
         ([9, 10, 11, 30], {"join": True, "documents": 4}, [0, 10, 20, 30]),
     ],
 )
