@@ -76,12 +76,12 @@ def test_bars_begin_at_the_top_and_show_chance(axes_of):
 
 
 def test_a_heat_map_has_a_colour_of_each_value(axes_of):
-    values = [[0.0, 0.5, None], [1.0, 0.25, 0.5]]
+    values = [[0.25, 0.5, None], [0.75, 0.25, 0.5]]
     plot = HeatMap("Keys", ["top", "bottom"], ["1K", "2K", "4K"], values, row_name="depth", column_name="length")
     axes, _ = axes_of(plot)
     (image,) = axes.images
     shown = np.ma.filled(image.get_array().astype(float), math.nan)
-    np.testing.assert_array_equal(shown, [[0.0, 0.5, math.nan], [1.0, 0.25, 0.5]])
+    np.testing.assert_array_equal(shown, [[0.25, 0.5, math.nan], [0.75, 0.25, 0.5]])
     assert image.get_clim() == (0, 1)
     assert (written(axes.get_xticklabels()), written(axes.get_yticklabels())) == (["1K", "2K", "4K"], ["top", "bottom"])
     assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("Keys", "length", "depth")

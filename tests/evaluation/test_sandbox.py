@@ -42,6 +42,7 @@ def test_what_computes_passes(program):
         "quit()",
         "import os\nos._exit(0)",
         "raise KeyboardInterrupt",
+        "import sys\nprint('well', file=sys.stderr, flush=True)\nassert False",
         "assert '\ud800'",  # half of a surrogate pair, as JSON may hold
     ],
 )
@@ -145,3 +146,6 @@ def test_a_machine_that_cannot_lock_in_is_refused(monkeypatch, tmp_path):
             patched.setattr(sandbox, "_INSIDE", script)
             with pytest.raises(EvaluationError, match="this machine cannot lock them in"):
                 check_sandbox()
+            if "False" in broken:
+                with pytest.raises(EvaluationError, match="this machine cannot lock them in"):
+                    passes("x = 1")
