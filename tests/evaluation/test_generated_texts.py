@@ -35,6 +35,11 @@ def test_contexts_of_other_lengths_are_continued_together_as_alone(kind, hf_fold
     assert continued_texts(model, contexts) == [continued_texts(model, [context])[0] for context in contexts]
 
 
+def test_a_text_keeps_the_space_that_parts_it_from_its_context(tokenizer):
+    model = Oracle(tokenizer, lambda _: " one two")
+    assert continued_texts(model, [Context(model.encode("a"), (), 20)]) == [" one two"]
+
+
 class Bytes:
     """A text of a model whose tokens are its bytes, as a tokenizer's may be; no byte is 0, the end of a text."""
 

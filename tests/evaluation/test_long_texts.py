@@ -41,6 +41,7 @@ def of_phonebook(text):
     assert len(shots) == 2
     assert all(f"\n{name}: {number}\n" in f"{book}\n" for name, number in shots)
     name = asked.rpartition("\n")[2].removesuffix(":")
+    assert name not in dict(shots)
     (number,) = re.findall(rf"\n{re.escape(name)}: (\d{{10}})(?=\n|$)", book)
     return f" {number}"
 
@@ -243,15 +244,18 @@ def test_a_score_is_the_part_of_the_answers_that_was_found(text, score, tokenize
     assert task_of("needles", Oracle(tokenizer, of_needles)).grade(text, ["123", "456"]) == score
 
 
-def test_frequent_words_stand_out_in_lists_of_any_length(tokenizer):
-    task = task_of("aggregation", Oracle(tokenizer, of_aggregation), common=5, common_times=5, other_times=1)
+@pytest.mark.parametrize(("times", "other_times"), [(5, 1), (10, 2)])
+def test_frequent_words_stand_out_in_lists_of_any_length(times, other_times, tokenizer):
+    given = {"common": 5, "common_times": times, "other_times": other_times}
+    task = task_of("aggregation", Oracle(tokenizer, of_aggregation), **given)
     words = [f"w{number}" for number in range(200)]
-    for room in (1000, 3000, 3777, 20_000):
+    for room in (300, 1000, 3000, 3777, 20_000):
         listed, _ = task._list(words[:5], words[5:], room=room)
         assert 0 <= room - sum(map(len, listed)) < 10
         counts = Counter(map(tuple, listed))
         often = {tuple(task.model.encode_next(f" {word}")) for word in words[:5]}
         assert {word for word, _ in counts.most_common(5)} == often
+        assert min(counts[word] for word in often) >= times
         assert min(counts[word] for word in often) > max(n for word, n in counts.items() if word not in often) + 1
 
 

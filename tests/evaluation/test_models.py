@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from tokenizers import processors
@@ -21,6 +22,7 @@ from sambalm.pretrain.generation.errors import GenerationError
 from tests.conftest import VOCAB_SIZE
 from tests.evaluation import oracle
 from tests.evaluation.oracle import Oracle
+from tests.support.data import make_texts
 
 KINDS = ("samba", "llama", "gpt2", "mamba")
 TEXT = "  def main(self):\n    return [1, 2]\n\nclass Name: the naïve 漢字"
@@ -192,6 +194,19 @@ def test_what_the_tokenizer_puts_before_a_text_stands_there_once(kind, template,
     assert model.encode_next(" is 12") == without.encode_next(" is 12")
 
 
+def test_a_tokenizer_that_sentencepiece_alone_reads_is_taken(tmp_path):
+    path = tmp_path / "unigram.model"
+    with path.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(make_texts(100, seed=1)), model_writer=model, vocab_size=300, hard_vocab_limit=False
+        )
+    save_tokenizer(path, tmp_path)
+    found = folder_tokenizer.folder_tokenizer(tmp_path, None)
+    assert not (tmp_path / "tokenizer.json").exists()
+    ids = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode("stone river")
+    assert (found.encode("stone river"), found.begin_ids, found.begin_id, found.end_id) == (ids, [], 1, 2)
+
+
 @pytest.mark.parametrize("kind", ["samba", "llama"])
 def test_what_follows_a_text_has_the_ids_that_it_has_there(kind, hf_folders):
     model = opened(hf_folders[kind])
@@ -229,7 +244,7 @@ def test_a_model_of_few_positions_is_opened(tokens, tmp_path):
     assert (model.max_tokens, model.carries_state) == (20, True)
 
 
-def test_what_cannot_be_opened_ends_in_a_sentence(run_dir, hf_folders, tmp_path, monkeypatch):
+def test_what_cannot_be_opened_ends_in_a_sentence(run_dir, hf_folders, tokens, tmp_path, monkeypatch):
     with pytest.raises(EvaluationError, match=r"--step is for a run, and .*llama is a Hugging Face folder"):
         opened(hf_folders["llama"], step=3)
     with pytest.raises(CheckpointError, match="4"):
@@ -252,6 +267,12 @@ def test_what_cannot_be_opened_ends_in_a_sentence(run_dir, hf_folders, tmp_path,
         EvaluationError, match=r"the tokenizer in .*broken cannot be loaded .* give one with --tokenizer"
     ):
         opened(broken)
+    by_file = opened(broken, tokenizer=tokens.parent / "tokenizer.model")
+    assert by_file.encode(TEXT) == opened(hf_folders["llama"]).encode(TEXT)
+    (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    with pytest.raises(EvaluationError, match=r"broken cannot be loaded \(it cannot be made a tokenizer.json\); give"):
+        opened(broken)
+    (broken / "tokenizer_config.json").unlink()
     (broken / "model.safetensors").unlink()
     shutil.copy(hf_folders["llama"] / "tokenizer.json", broken)
     with pytest.raises(EvaluationError, match=r"transformers cannot load a causal language model from .*broken"):

@@ -179,6 +179,10 @@ def test_data_that_is_not_the_models_is_refused(hf_folders, tokens, tmp_path):
         EvaluationError, match=r"shards was made by .*other.model, whose ids are not those of the model"
     ):
         list(documents([str(tmp_path / "shards")], where, of="x"))
+    one = write_jsonl(tmp_path / "one.jsonl", ["a few other words"])
+    preprocess([one], tokenizer=other, output_prefix=tmp_path / "alone", workers=1)
+    with pytest.raises(EvaluationError, match="alone was made by"):
+        list(documents([str(tmp_path / "alone")], where, of="x"))
     run = SimpleNamespace(data=DataConfig(train=str(tmp_path / "shards"), validation_fraction=0.5, sequence_length=8))
     with pytest.raises(EvaluationError, match="shards was made by"):
         list(documents([], replace(where, run=run), of="x"))

