@@ -194,17 +194,20 @@ def test_what_the_tokenizer_puts_before_a_text_stands_there_once(kind, template,
     assert model.encode_next(" is 12") == without.encode_next(" is 12")
 
 
-def test_a_tokenizer_that_sentencepiece_alone_reads_is_taken(tmp_path):
-    path = tmp_path / "unigram.model"
+@pytest.mark.parametrize("begin", [1, None])
+def test_a_tokenizer_that_sentencepiece_alone_reads_is_taken(begin, tmp_path):
+    path, options = tmp_path / "unigram.model", {"vocab_size": 300, "hard_vocab_limit": False}
+    options |= {"bos_id": -1 if begin is None else begin, "eos_id": 2}
     with path.open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(make_texts(100, seed=1)), model_writer=model, vocab_size=300, hard_vocab_limit=False
-        )
+        texts = iter(make_texts(100, seed=1))
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **options)
+    by_file = folder_tokenizer.folder_tokenizer(tmp_path, path)
+    assert (by_file.begin_ids, by_file.begin_id, by_file.end_id) == ([], begin, 2)
     save_tokenizer(path, tmp_path)
     found = folder_tokenizer.folder_tokenizer(tmp_path, None)
     assert not (tmp_path / "tokenizer.json").exists()
     ids = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode("stone river")
-    assert (found.encode("stone river"), found.begin_ids, found.begin_id, found.end_id) == (ids, [], 1, 2)
+    assert (found.encode("stone river"), found.begin_ids, found.begin_id, found.end_id) == (ids, [], begin, 2)
 
 
 @pytest.mark.parametrize("kind", ["samba", "llama"])

@@ -19,9 +19,17 @@ def passes(program: str, *, timeout_s: float = 10, memory_bytes: int = 2**29) ->
     return ends_well(program, timeout_s=timeout_s, memory_bytes=memory_bytes)
 
 
+MODULES = """
+abc array bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions
+functools hashlib heapq inspect io itertools json math numbers operator os pprint queue random re statistics string
+struct sys textwrap time types typing unicodedata warnings
+"""
+
+
 @pytest.mark.parametrize(
     "program",
     [
+        f"import {', '.join(MODULES.split())}",
         "assert sorted([3, 1, 2]) == [1, 2, 3]\nprint('well')",
         "import math, re, heapq, hashlib\nfrom typing import List\nassert hashlib.md5(b'a').hexdigest()[0] == '0'",
         "import random, time\nx = bytearray(2**26)\nassert random.SystemRandom().random() < 1 and time.time() > 0",
