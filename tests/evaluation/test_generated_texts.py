@@ -41,7 +41,7 @@ def test_a_text_keeps_the_space_that_parts_it_from_its_context(tokenizer):
 
 
 class Bytes:
-    """A text of a model whose tokens are its bytes, as a tokenizer's may be; 300 is a letter and half of a character."""
+    """A text of a model whose tokens are its bytes, as a tokenizer's may be; 300 is a letter and half a character."""
 
     def __init__(self):
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
