@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -156,6 +157,9 @@ def test_shards_and_the_text_that_they_were_made_of_are_one(hf_folders, tokens, 
 def test_of_a_run_with_several_sources_the_held_out_part_of_each_is_read(hf_folders, tokens, tmp_path):
     before, prefixes = listing(tokens.parent), [str(tokens), str(tmp_path / "copy" / tokens.name)]
     shutil.copytree(tokens.parent, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+    manifest = tmp_path / "copy" / f"{tokens.name}.json"
+    others = re.sub(r'("bin_\w+": )"[0-9a-f]+"', lambda found: f'{found[1]}"{0:064x}"', manifest.read_text())
+    manifest.write_text(others)  # hashes of all tokens, which training looks at and which take long
 
     def held_out(*train) -> list[list[int]]:
         run = SimpleNamespace(data=DataConfig(train=list(train), validation_fraction=0.2, sequence_length=32))

@@ -47,6 +47,7 @@ def test_lines_go_through_their_points(axes_of):
     assert [container.has_yerr for container in axes.containers] == [True, False]
     assert written(axes.get_legend().get_texts()) == ["first", "second"]
     assert written(axes.get_xticklabels()) == ["1K", "1536", "2K"]
+    assert len(axes.xaxis.get_minorticklocs()) == 0
     assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("Accuracy", "length", "accuracy")
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylim()) == ("log", "linear", (-0.03, 1.03))
 
