@@ -61,6 +61,8 @@ def test_what_is_asked_for_stands_in_another_order_each_time(tokenizer):
         listed = text.rsplit("List:", 1)[1].split("\nQuestion")[0].split()
         common = [word for word, _ in Counter(listed).most_common(3)]
         assert len(set(listed[:18]) - set(common)) > 3
+        assert any(word.startswith(listed[-1]) for word in words_module.ADJECTIVES + words_module.NOUNS)
+        assert text.endswith("\nQuestion: Which 3 words are most frequent in the list?\nAnswer:")
 
 
 @pytest.mark.parametrize("name", ["needles", "variables", "questions"])

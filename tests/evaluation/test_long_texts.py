@@ -191,14 +191,16 @@ def test_chance_is_that_of_a_guess_among_what_answers_are_drawn_from(name, token
 
 def test_a_phonebook_begins_in_the_middle_of_a_line(tokenizer):
     """With what is left of it, so that no name stands there without its whole number."""
-    task, begun = task_of("phonebook", Oracle(tokenizer, of_phonebook)), 0
+    task, begun, shots = task_of("phonebook", Oracle(tokenizer, of_phonebook)), 0, set()
     for sample in range(10):
         text = task.model.decode(task.numbered_question(task.cells()[0], sample).ids)
         first, *lines = text.partition("\n\n")[0].split("\n")
         assert re.fullmatch(r"[^\d\n]*\d{0,10}", first)
         assert [line for line in lines if not re.fullmatch(r"\w+ [A-Z]\. \w+: \d{10}", line)] == []
+        assert len({line.partition(":")[0] for line in lines}) == len(lines)
+        shots.add(text.partition("phonebook above:\n")[2].partition(":")[0])
         begun += bool(first)
-    assert begun > 5
+    assert (begun > 5, len(shots)) == (True, 10)
 
 
 def test_parts_stand_after_all_gaps_before_them(tokenizer):
