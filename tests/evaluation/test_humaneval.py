@@ -57,6 +57,7 @@ def test_a_function_passes_by_its_tests(tokenizer, tmp_path, monkeypatch):
     (bar,) = result.outcome.plot.bars
     assert (bar.value, bar.error, bar.chance) == (score.value, score.standard_error, 0)
     lines = [json.loads(line) for line in (result.folder / "items.jsonl").read_text().splitlines()]
+    assert [line["item"] for line in lines] == [function["task_id"] for function in functions]
     assert [line["score"] for line in lines] == [1] * 6 + [0] * 4
     assert [line["text"].rstrip() for line in lines[:6]] == [RIGHT.rstrip()] * 6
     assert bounded == [{"timeout_s": 1, "memory_bytes": 2**30}] * 10
