@@ -3,11 +3,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf.tokenizer import save_tokenizer
 from tests.conftest import VOCAB_SIZE, small_run
 from tests.pretrain.conftest import sambalm  # noqa: F401  (a fixture)
 from tests.support.hf import RandomState, hf_model, tiny_config
 from tests.support.whole_runs import train
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokens):
+    return load_tokenizer(tokens.parent / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
