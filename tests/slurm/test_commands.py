@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from sambalm.data_pipeline.sources import open_sources
+from sambalm.pretrain.cli import app as cli
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.data_parts import data_warning
 from sambalm.pretrain.errors import ConfigError, ExitCode, NoRunError
@@ -18,7 +20,7 @@ from sambalm.pretrain.reporting.status import show_status
 from sambalm.slurm import health, prepare
 from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.status import slurm_status
-from sambalm.slurm.submission import Submission, write_submission
+from sambalm.slurm.submission import Submission, read_submission, write_submission
 from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
 from tests.support.whole_runs import changed
 
@@ -185,6 +187,20 @@ def test_a_chain_starts_each_job_after_the_one_before(program, tmp_path):
         f"/x --nodes=1 --parsable {after(2)} train.sbatch a=b",  # the last of the chain has no successor
         f"/ --parsable {after(3)} convert.sbatch runs/x",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "jobs", "of_run"), [(["--chain", "2", "--then", "convert"], 3, ["1", "2"]), ([], 1, ["1"])]
+)
+def test_the_jobs_of_a_run_are_noted_in_its_folder(words, jobs, of_run, program, tmp_path, in_the_repository):
+    program("sbatch", SBATCH.format(calls=tmp_path / "sbatch.calls"))
+    run_dir = tmp_path / "run"
+    command = ["slurm", "submit", str(CONFIG), "--nodes", "2", *words, f"run.dir={run_dir}", "train.steps=30"]
+    ended = CliRunner().invoke(cli.app, command)
+    assert ended.exit_code == 0, ended.output
+    numbers = ", ".join(map(str, range(1, jobs + 1)))
+    assert f"{numbers}: watch with `sambalm slurm status {run_dir}`" in ended.stdout
+    assert read_submission(run_dir) == Submission(jobs=of_run, steps=30)
 
 
 def test_what_slurm_refuses_is_one_sentence(program, monkeypatch, tmp_path):
