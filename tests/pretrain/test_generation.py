@@ -193,7 +193,7 @@ def lines_of(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
 
 
-@pytest.mark.parametrize("parts", [[("  one ", "", "two")], [("  one ",), ("two",)]], ids=["at once", "by a state"])
+@pytest.mark.parametrize("parts", [[("one", "", "  two ")], [("one",), ("  two ",)]], ids=["at once", "by a state"])
 def test_a_chat_without_a_template_is_one_text(parts, folder, generated, monkeypatch, tmp_path):
     """Also where it goes on from a state, and where its first line is the prompt."""
     state, out, seen = tmp_path / "state", "", []
@@ -203,7 +203,7 @@ def test_a_chat_without_a_template_is_one_text(parts, folder, generated, monkeyp
         out += generated([first], interactive=True, ignore_eos=True, max_new_tokens=6, state_out=state, **options)
     model, tokenizer = load_for_generation(folder)
     stream, expected = Stream(model), []
-    for line in ("  one \n", "two\n"):
+    for line in ("one\n", "  two \n"):
         stream.read(torch.tensor([tokenizer.encode(line)]))
         ids = []
         seen += tokenizer.encode(line)
