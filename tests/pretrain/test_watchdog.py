@@ -170,8 +170,11 @@ def test_a_process_that_was_stopped_as_a_whole_begins_its_phase_anew(lasts_s, ov
         monkeypatch.setattr(module, "time", clock)
     watchdog = Watchdog(Marks(), Limits({Phase.START_UP: 50.0}), run_dir=tmp_path, rank=0, ranks=1)
     monkeypatch.setattr(watchdog, "_ended", clock)
+    ended = []
+    monkeypatch.setattr(watchdog, "_end", ended.append)
     watchdog._watch_clock()
     assert watchdog._position().overdue == overdue
+    assert ended == []
 
 
 def test_a_rank_hangs_since_before_an_error_that_another_caused(tmp_path):
