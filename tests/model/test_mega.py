@@ -263,7 +263,6 @@ def test_it_asks_kernels_for_heads_as_wide_as_queries_with_their_bias():
     assert calls == [(3, 6, 2, 6, 8), (6, 6, 6, 6, 8), (3, 6, 2, 2, 8)]
 
 
-@pytest.mark.slow
 def test_its_counts_by_hand():
     config = planned({}).model  # of width 64
 
@@ -292,6 +291,7 @@ def test_a_small_model_has_heads_and_chunks_that_fit():
         assert mixer("Z").shrunk(config, hidden_size=width, sequence_share=shared) == sizes
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_resumed_on_another_layout(request, tmp_path):
     values = changed(request.getfixturevalue("run_values"), model=MODEL)
     assert_resumes_on({"context": 2, "zero_stage": 2}, values, tmp_path / "stopped")
