@@ -40,6 +40,13 @@ def test_a_report_compares_losses_and_tells_the_median_speed(tmp_path):
     assert any(line.endswith("step_00000003") for line in lines)
 
 
+def test_a_run_that_validates_on_named_data_alone_has_a_report(tmp_path):
+    lines = ['{"step": 1, "named_validation_loss_32/a": 2.0', '{"step": 2']
+    rest = ', "loss": 3.0, "tokens": 64, "step_time_s": 1.0, "tokens_per_second": 64.0}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(line + rest for line in lines))
+    assert summary._last_validation(tmp_path)["step"] == 1
+
+
 def test_baselines_are_of_the_tokens_that_a_run_validates_on(monkeypatch):
     values = run_values() | {"validation": {"tokens": 100}}
     told = []
