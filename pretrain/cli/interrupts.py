@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from sambalm.pretrain.errors import print_line
-
 INTERRUPTED = 128 + signal.SIGINT  # ExitCode.INTERRUPTED
 SENTENCE = "interrupted from the keyboard"
 DEAF_S = 3.0  # for the main thread to hear of it: it does not while it is in a library's C++ code
@@ -78,6 +76,8 @@ class Interrupts:
 
 def leave() -> NoReturn:
     """Ends the process at once, in a sentence that is said once for a whole run."""
+    from sambalm.pretrain.errors import print_line
+
     if os.environ.get("RANK", "0") == "0":
         print_line(SENTENCE)
     end_now(INTERRUPTED)
