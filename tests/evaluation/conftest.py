@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,17 @@ def hf_folders(tokens, tmp_path_factory) -> dict[str, Path]:
         model.save_pretrained(folders[name])
         save_tokenizer(tokens.parent / "tokenizer.model", folders[name])
     return folders
+
+
+@pytest.fixture
+def pretend_package(monkeypatch):
+    """Says of one package that it is there, or with None that it is not; all others are looked for as ever."""
+    find_spec = importlib.util.find_spec
+
+    def pretend(package: str, spec: object) -> None:
+        found = {package: spec}
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *given: found[name] if name in found else find_spec(name, *given)
+        )
+
+    return pretend

@@ -219,9 +219,9 @@ def test_settings_reach_lm_eval(lm_eval, hf_folders, include, monkeypatch):
     assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["local_word"], 3, 5)
 
 
-def test_entries_of_lm_eval_become_scores(hf_folders, monkeypatch):
+def test_entries_of_lm_eval_become_scores(hf_folders, pretend_package):
     """An error that it does not know is a text of its; what is no number is no score."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    pretend_package("lm_eval", object())
     task = Harness(HarnessSettings(tasks=["a", "c"]), surroundings(hf_folders["samba"]))
     of_a = {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.125, "f1,strict": 1, "f1_stderr,strict": "N/A"}
     of_c = {"perplexity,none": 12.5, "perplexity_stderr,none": "N/A", "name,none": "c"}
@@ -241,11 +241,11 @@ def test_entries_of_lm_eval_become_scores(hf_folders, monkeypatch):
     assert bars == [("a, acc", 0.5, 0.125, None), ("a, f1", 1.0, None, None), ("b, acc", 0.25, None, None)]
 
 
-def test_mistakes_end_in_a_sentence(hf_folders, include, tmp_path, monkeypatch):
+def test_mistakes_end_in_a_sentence(hf_folders, include, tmp_path, pretend_package):
     where = surroundings(hf_folders["samba"])
     with pytest.raises(EvaluationError, match=r"harness.tasks is empty: name tasks of lm-eval's"):
         Harness(HarnessSettings(), where)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pretend_package("lm_eval", None)
     with pytest.raises(
         EvaluationError, match="harness needs lm-evaluation-harness, which is not installed: `pip install"
     ):

