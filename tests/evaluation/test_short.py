@@ -177,7 +177,7 @@ def test_questions_are_measured_together_from_the_longest_on(hf_folders, files, 
 
 
 def write_mmlu(folder, subject, part, rows):
-    """In two files, of which the second has one row."""
+    """Writes questions as the data set has them: two files, of which the second has one row."""
     path = folder / "hf_datasets" / "hails" / "mmlu_no_train" / subject / part
     path.mkdir(parents=True)
     table = pyarrow.Table.from_pylist(rows)

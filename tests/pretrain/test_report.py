@@ -167,7 +167,7 @@ def made_run(name: str, records: list[dict]) -> Any:
 
 
 def test_lengths_stand_in_their_order_and_each_run_has_a_colour():
-    """As numbers, not as text: 512 before 1,024."""
+    """Lengths are ordered as numbers, 512 before 1,024, which as text would come first."""
     record = {"step": 7, "tokens": 64, "loss": 1.0, "tokens_per_second": 2.0}
     record |= {f"validation_loss_{length}": 1.0 for length in (1024, 512)}
     record |= {f"evaluation/passkey/accuracy/{length}": 0.5 for length in (1024, 2048)}
