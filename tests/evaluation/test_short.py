@@ -246,13 +246,13 @@ def test_scores_and_their_errors_are_those_of_the_records():
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("requests.jsonl.gz", gzip.compress(b'{"doc_id": 0}\n' * 100)[:-12]),
-        ("requests.jsonl.gz", b"no gzip"),
-        ("requests.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20),
-        ("requests.jsonl.gz", gzip.compress(b"{no json")),
-        ("config.json", b"{no json"),
-        ("config.json", b"{}"),
-        ("config.json", None),
+        pytest.param("requests.jsonl.gz", gzip.compress(b'{"doc_id": 0}\n' * 100)[:-12], id="cut"),
+        pytest.param("requests.jsonl.gz", b"no gzip", id="no-gzip"),
+        pytest.param("requests.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, id="damaged"),
+        pytest.param("requests.jsonl.gz", gzip.compress(b"{no json"), id="no-json"),
+        pytest.param("config.json", b"{no json", id="config-no-json"),
+        pytest.param("config.json", b"{}", id="config-empty"),
+        pytest.param("config.json", None, id="config-missing"),
     ],
 )
 def test_damaged_files_are_refused(name, content, tmp_path):
