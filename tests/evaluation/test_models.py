@@ -180,7 +180,8 @@ def test_a_text_that_joins_the_one_before_has_its_own_ids(tokenizer, monkeypatch
     assert model.encode_next("b") == [7]
 
 
-@pytest.mark.parametrize(("kind", "template"), [("samba", "<s> $A"), ("llama", "<s> $A"), ("llama", "<s> $A </s>")])
+@pytest.mark.parametrize("kind", ["samba", "llama"])
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_what_the_tokenizer_puts_before_a_text_stands_there_once(kind, template, hf_folders, tmp_path):
     folder = tmp_path / kind
     shutil.copytree(hf_folders[kind], folder)
