@@ -75,7 +75,7 @@ def training_job(
         script: default: the shipped file of the config's name, else train.sbatch.
 
     Raises:
-        SlurmError: no script, no cluster file.
+        SlurmError: no script, no cluster file, or a time limit that leaves no time to train.
         ConfigError, ParallelError: the run cannot start on so many GPUs.
     """
     from sambalm.pretrain.config_file import load_config
@@ -87,6 +87,7 @@ def training_job(
     script = script or (own if own.is_file() else SCRIPTS / "train.sbatch")
     if not script.is_file():
         raise SlurmError(f"{script} does not exist: without --script, {SCRIPTS / 'train.sbatch'} runs any config")
+    check_time_limit(os.environ.get("SBATCH_TIMELIMIT"), script=script)
     job = Job(
         script=script,
         options=[
@@ -99,6 +100,29 @@ def training_job(
         | {"SAMBALM_CONFIG": str(config), "SAMBALM_NODES": str(nodes), "RANKS_PER_NODE": str(gpus_per_node)},
     )
     return job, checked
+
+
+def check_time_limit(limit: str | None, *, script: Path) -> None:
+    """Refuses a time limit of which nothing is left before the moment at which Slurm tells the script's job to leave.
+
+    Args:
+        limit: in one of sbatch's forms: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and what may
+            follow them. None, words such as UNLIMITED and what sbatch refuses are left to Slurm.
+    """
+    margin = re.search(r"^#SBATCH --signal=\S*@(\d+)", script.read_text(), re.MULTILINE)
+    form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit or "")
+    if margin is None or form is None:
+        return
+    days, *parts = (int(part) if part else 0 for part in form.groups())
+    starts_with_hours = form[1] is not None or form[4] is not None
+    hours, minutes, seconds = parts if starts_with_hours else (0, *parts[:2])
+    limit_s, margin_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds, int(margin[1])
+    if 0 < limit_s <= margin_s:  # Slurm takes 0 for no limit
+        raise SlurmError(
+            f"SBATCH_TIMELIMIT is {limit}, and {script.name} has its job save and leave {margin_s} s before the "
+            f"end: give more than {margin_s // 60} minutes, or lower --signal in a copy of the script and name it with "
+            "--script"
+        )
 
 
 def convert_job(run_dir: str) -> Job:

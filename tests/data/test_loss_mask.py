@@ -132,9 +132,7 @@ def test_data_without_a_label_to_validate_on_are_refused(packing, documents, tmp
         train = [{"prefix": prefixes[name], "weight": 1} for name in names]
         config = DataConfig(train=train, sequence_length=S, validation_fraction=0.3, packing=packing)
         sources = open_sources(config)
-        return build_validation_dataset(
-            config, sources, num_samples=8, held_out=held_out, length_multiple=multiple
-        )
+        return build_validation_dataset(config, sources, num_samples=8, held_out=held_out, length_multiple=multiple)
 
     for names, held_out in ((["some"], False), (["some"], True), (["some", "none"], True)):
         dataset = dataset_of(*names, held_out=held_out)

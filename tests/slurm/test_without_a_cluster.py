@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +21,10 @@ from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
 from sambalm.pretrain.planner.search import DAY_S, find_plans
 from sambalm.slurm.agent import torchrun_arguments
+from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.health import find_problems, pick
 from sambalm.slurm.outcome import describe_outcome
+from sambalm.slurm.submit import check_time_limit
 from tests.support import program
 
 CONFIGS, LAUNCHERS = (Path(__file__).parents[2] / folder for folder in ("configs", "slurm"))
@@ -44,6 +46,37 @@ def test_launchers_say_how_long_their_run_takes_by_plan(size):
     (planned,) = estimate(load_config(CONFIGS / f"samba_{size}.yaml"), nodes=nodes, cluster=Cluster())
     unit_s = {"hours": HOUR_S, "days": DAY_S}[said[2]]
     assert said[1] == f"{planned.training_s / planned.goodput / unit_s:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_refused"),
+    [
+        ("10", True),
+        ("10:00", True),
+        ("10:01", False),
+        ("11", False),
+        ("0:10:00", True),
+        ("0:10:01", False),
+        ("1:00:00", False),
+        ("0-0:10", True),
+        ("0-0:9:59", True),
+        ("0-1", False),
+        ("1-0", False),
+        ("0", False),
+        ("UNLIMITED", False),
+        ("soon", False),
+        (None, False),
+    ],
+)
+def test_a_job_that_would_be_told_to_leave_at_once_is_refused(limit, is_refused, tmp_path):
+    script = LAUNCHERS / "train.sbatch"
+    says = f"is {limit}, and train.sbatch has its job save and leave 600 s before the end: give more than 10 minutes"
+    with pytest.raises(SlurmError, match=re.escape(says)) if is_refused else nullcontext():
+        check_time_limit(limit, script=script)
+    own = tmp_path / "own.sbatch"
+    for signal in ("", "#SBATCH --signal=USR1@30\n"):
+        own.write_text(f"#!/bin/bash\n{signal}true\n")
+        check_time_limit(limit, script=own)
 
 
 def test_a_layout_is_searched_for_each_kind_of_step_alone(monkeypatch):
