@@ -93,6 +93,36 @@ def test_both_configurations_are_made_of_each_other(pattern, tmp_path):
     assert model_config(SambaConfig.from_pretrained(tmp_path)) == config
 
 
+OTHER_VALUES = {
+    "pattern": "*-M-",
+    "hidden_size": 64,
+    "vocab_size": 77,
+    "tie_embeddings": False,
+    "norm_eps": 1e-3,
+    "embedding_std": 0.5,
+    "num_query_heads": 2,
+    "num_kv_heads": 1,
+    "window": 9,
+    "rope_base": None,
+    "mlp_size": 56,
+    "d_state": 5,
+    "d_conv": 3,
+    "expand": 3,
+    "dt_rank": 7,
+    "dt_min": 0.002,
+    "dt_max": 0.2,
+    "dt_floor": 0.001,
+}
+
+
+@pytest.mark.parametrize("key", [key for key in ModelConfig.model_fields if key not in {"mixers", "scaling", "base"}])
+def test_no_key_of_the_model_is_lost_on_the_way_to_a_folder_and_back(key, tmp_path):
+    config = tiny_config(**({"dt_rank": 3} | {key: OTHER_VALUES[key]}))
+    assert config != tiny_config(dt_rank=3)
+    hf_config(config).save_pretrained(tmp_path)
+    assert model_config(SambaConfig.from_pretrained(tmp_path)) == config
+
+
 def test_a_model_that_training_does_not_know_is_refused():
     odd_head = SambaConfig(pattern="*", hidden_size=15, attn={"num_heads": 3, "num_kv_heads": 3})
     with pytest.raises(HFError, match="odd"):

@@ -16,6 +16,7 @@ from sambalm.model.samba import Samba
 from sambalm.parallel.sharding import canonical_slices, initialize_parameters
 
 SMALL = dict(pattern="M-*-", hidden_size=64, num_query_heads=4, num_kv_heads=2, mlp_size=96, window=8, vocab_size=50)
+TWO_HEADS = {"num_heads": 2, "head_dim": 8}
 
 # arXiv 2406.07522, table 12; the counts follow from the sizes.
 PAPER = {
@@ -43,6 +44,26 @@ def build(seed=0, **more):
     model = Samba(ModelConfig(**(SMALL | more)))
     initialize_parameters(model, seed=seed)
     return model, {name: piece.of_local(p.detach()) for name, p, piece in canonical_slices(model)}
+
+
+BESIDE_WEIGHTS = {"norm_eps": 0.1, "window": 9, "rope_base": 55.0, "embedding_std": 0.5, "dt_min": 0.01, "dt_max": 0.2}
+
+
+@pytest.mark.parametrize("pattern", ["M-", "M-*-", "F-", "S-*-S-F-U-X-", "A-*-", "G-"])
+@pytest.mark.parametrize("key", BESIDE_WEIGHTS)
+def test_keys_beside_the_weights_are_those_that_change_what_a_model_computes(key, pattern):
+    """A run that begins from the weights of another model is told of them (train.init_from)."""
+    sizes = SMALL | {"pattern": pattern, "mixers": {"gla": TWO_HEADS} if "A" in pattern else {}}
+    if "G" in pattern:
+        sizes["mixers"] = {"gated_deltanet": TWO_HEADS}
+    config = ModelConfig(**sizes)
+    models = [Samba(config), Samba(ModelConfig(**(sizes | {key: BESIDE_WEIGHTS[key]})))]
+    initialize_parameters(models[0], seed=0)
+    models[1].load_state_dict(models[0].state_dict())
+    tokens = torch.randint(50, (1, 20), generator=torch.Generator().manual_seed(0))
+    outputs, other = (model(tokens) for model in models)
+    assert (key in config.keys_beside_weights()) == (not torch.equal(outputs, other))
+    assert key not in config.keys_of_weights()
 
 
 def test_initial_weights_follow_the_paper():

@@ -17,7 +17,7 @@ from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.reporting.console import RunConsole
 from sambalm.pretrain.reporting.data_index import index_data
 from sambalm.pretrain.reporting.summary import write_report
-from sambalm.pretrain.validation import Validator
+from sambalm.pretrain.validation import Validator, held_out_datasets
 from tests.support.whole_runs import changed, run_dir, train
 
 
@@ -57,6 +57,17 @@ def validated(values: dict) -> dict[str, float]:
     validator = Validator(config, open_sources(config.data), world=world, separate=separate)
     executor = SimpleNamespace(losses=lambda batches: [batch.tokens.float() for batch in batches])
     return validator.losses(executor)
+
+
+def test_a_longer_length_reads_no_more_tokens(run_values, prefixes):
+    data = {"train": prefixes["train"], "validation_fraction": 0.5}
+    config = parse_config(
+        changed(run_values, data=data, validation={"tokens": 128, "length_multiples": [1, 2, 4]}), source="test"
+    )
+    datasets = held_out_datasets(config, open_sources(config.data))
+    assert {multiple: (len(found), found.sequence_length) for multiple, found in datasets.items()} == {
+        multiple: (128 // (32 * multiple), 32 * multiple) for multiple in (1, 2, 4)
+    }
 
 
 def test_runs_of_other_seeds_validate_on_the_same_samples(run_values, prefixes):
