@@ -82,6 +82,12 @@ def test_a_layout_trains_like_one_process(name):
     _compare(ranks, parallel, {"tie_embeddings": tied})
 
 
+@pytest.mark.slow
+def test_stages_whose_replicas_share_out_unlike_buffers_add_up_a_tied_embedding():
+    """Here a replica's share ends at another row of the embedding in the first stage than in the last."""
+    _compare(4, {"pipeline": 2, "pipeline_layers": [2, 2]}, {"pattern": "MM*-"}, steps=2)
+
+
 # Query and kv heads of the paper's models, and an MLP width like its 4 x 3 x 683: pattern and head dim are cut down.
 HEADS = {
     "3.8B": {"hidden_size": 44, "num_query_heads": 11, "num_kv_heads": 1},
