@@ -1,5 +1,6 @@
 """Masks of what counts in the loss: beside shards that stay as they are, through streams and samples, never lost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_beside_a_masked_source_all_of_another_counts_and_alone_it_has_no_weight
     assert set(means) == {1.0}
     alone = DataConfig(train=plain, sequence_length=S)
     assert build_train_dataset(alone, open_sources(alone), seed=0)[0].loss_weights is None
+
+
+def test_a_source_of_which_some_shards_are_masked_keeps_their_masks(documents, tmp_path):
+    masked = source(write_masked(tmp_path / "m", documents, masks(documents)))
+    plain = source(write_shard(tmp_path / "p", documents))
+    assert (masked.masked, plain.masked) == (True, False)
+    assert replace(masked, shards=[*plain.shards, *masked.shards]).masked
 
 
 def test_a_mask_that_is_gone_cut_or_changed_is_refused(documents, tmp_path):

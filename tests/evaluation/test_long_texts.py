@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -162,6 +163,22 @@ def test_what_begins_a_text_stands_there_once_and_an_answer_has_its_tokens(name,
         assert (question.ids[0], question.ids.count(1), len(question.ids)) == (1, 1, cell.at["length"])
         answer = (", " if name == "needles" else " ").join(question.answers)
         assert question.max_new_tokens == len(model.encode(f"a {answer}")) - len(model.encode("a")) + 8
+
+
+def test_assignments_of_chains_stand_among_each_other(tokenizer):
+    """Else the one that is asked for could be told by its place."""
+    task = task_of("variables", Oracle(tokenizer, of_variables), lengths=[800], samples=30, chains=3, hops=2)
+    (cell,) = task.cells()
+    firsts, changes = [], []
+    for number in range(30):
+        question = task.numbered_question(cell, number)
+        names = re.findall(r"VAR (\w+) = ", task.model.decode(question.ids).split("The text:")[1])
+        is_asked = [name in question.answers for name in names]
+        assert [name for name in names if name in question.answers] == question.answers
+        firsts.append(is_asked[0])
+        changes.append(sum(one != other for one, other in pairwise(is_asked)))
+    assert 3 <= sum(firsts) <= 18  # of 30, a third of which is 10
+    assert max(changes) >= 4
 
 
 def test_a_key_stands_at_its_depth(tokenizer):

@@ -47,6 +47,14 @@ def test_a_run_has_one_trace_on_its_main_rank_of_what_it_came_to(last, traces, t
         assert [path.name for path in profiler.folder.glob("*")] == expected
 
 
+def test_a_run_that_begins_within_the_steps_traces_the_rest(tmp_path):
+    profiler = Profiler([2, 4], run_dir=tmp_path, world=cast(Any, SimpleNamespace(is_main=True)))
+    for step in (3, 4, 5):
+        profiler.before_step(step)
+        profiler.after_step(after(step))
+    assert [path.name for path in profiler.folder.glob("*")] == ["steps_3_4.json"]
+
+
 @pytest.mark.parametrize("steps", [[5, 4], [0, 1], [1], [1, 2, 3], [90, 92]])
 def test_steps_that_cannot_be_traced_are_refused(steps, run_values):
     with pytest.raises(ConfigError, match=r"train\.profile_steps"):

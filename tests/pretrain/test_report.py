@@ -17,6 +17,7 @@ from sambalm.pretrain.reporting.charts import Chart, Series, draw, linear_ticks,
 from sambalm.pretrain.reporting.page import render_page
 from sambalm.pretrain.reporting.run_data import HappenedEvent, read_runs
 from sambalm.pretrain.reporting.status import State, read_status
+from sambalm.pretrain.reporting.summary import write_report
 from tests.support import program
 from tests.support.whole_runs import run_dir, train
 
@@ -140,6 +141,20 @@ def test_the_command_writes_the_page_and_prints_json(runs, run_values, tmp_path)
     assert second.name in "".join(page.texts["title"])
     assert not [text for text in page.texts["text"] if text.startswith(("unigram", "bigram"))]  # which are of one run
     assert [text for text in Page((first / "report.html").read_text()).texts["text"] if text.startswith("unigram")]
+
+
+def test_losses_of_a_run_that_went_on_are_dated_to_their_validation(runs, capsys):
+    run, _ = runs
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(2**27 < record["peak_host_memory_bytes"] < 2**36 for record in records)  # torch alone takes as much
+    later = {key: value for key, value in records[-1].items() if "validation" not in key} | {"step": 7}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(later) + "\n")
+    capsys.readouterr()
+    write_report([run], as_json=True)
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["held_out_step"], found["last_record"]["step"]) == (6, 7)
+    assert found["held_out"]["validation_loss_32"] == records[-1]["validation_loss_32"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.data_pipeline.shards import ShardWriter
@@ -18,6 +19,7 @@ from sambalm.pretrain.reporting.console import RunConsole
 from sambalm.pretrain.reporting.data_index import index_data
 from sambalm.pretrain.reporting.summary import write_report
 from sambalm.pretrain.validation import Validator, held_out_datasets
+from tests.support import program
 from tests.support.whole_runs import changed, run_dir, train
 
 
@@ -156,6 +158,10 @@ def test_a_copy_of_the_training_data_is_refused(values, tmp_path):
     config = parse_config(copied, source="test")
     with pytest.raises(DataError, match=r"data.validation .*copy holds the very tokens of .*train in data.train"):
         index_data(config, progress=lambda *_: None)
+    path = tmp_path / "copied.yaml"
+    path.write_text(yaml.safe_dump(copied))
+    refused = program.run("train", path)
+    assert (refused.returncode, "holds the very tokens of" in refused.stderr) == (2, True)
     sources = open_sources(config.data)
     check_separate(sources, open_sources(parse_config(values, source="test").data.separate_validation))
 
