@@ -98,16 +98,19 @@ def test_damage_is_found_and_named(prefix, damage):
         assert re.search(message, problem), problem
 
 
-def test_ids_outside_the_vocabulary(prefix):
+@pytest.mark.parametrize("document", [1, 9])
+def test_ids_outside_the_vocabulary(document, prefix):
     # Whoever wrote it recorded what he wrote: checksums are right, the tokens are not.
     content = np.fromfile(prefix.parent / "d_00000.bin", dtype=np.uint16)
     lengths = shards.check_shard(f"{prefix}_00000").lengths
-    content[lengths[0] + 3] = VOCAB_SIZE
+    place = sum(lengths[:document]) + 3
+    assert (place * 2 > module.CHECKSUM_BLOCK_BYTES) == (document > 1)
+    content[place] = VOCAB_SIZE
     content.tofile(prefix.parent / "d_00000.bin")
     problems = verify(prefix).problems
     assert problems[-1].endswith(
-        f"d_00000.bin holds token id {VOCAB_SIZE} at byte {2 * (lengths[0] + 3)} in document 1, outside the vocabulary "
-        f"of {VOCAB_SIZE}"
+        f"d_00000.bin holds token id {VOCAB_SIZE} at byte {2 * place} in document {document}, outside the "
+        f"vocabulary of {VOCAB_SIZE}"
     )
 
 
