@@ -98,7 +98,7 @@ def test_damage_is_found_and_named(prefix, damage):
         assert re.search(message, problem), problem
 
 
-@pytest.mark.parametrize("document", [1, 9])
+@pytest.mark.parametrize("document", [1, 5])
 def test_ids_outside_the_vocabulary(document, prefix):
     # Whoever wrote it recorded what he wrote: checksums are right, the tokens are not.
     content = np.fromfile(prefix.parent / "d_00000.bin", dtype=np.uint16)
