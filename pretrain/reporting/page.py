@@ -86,7 +86,8 @@ def _facts(run: RunData) -> dict[str, str]:
         facts["attempts"] = f"{len(run.status.attempts):,}"
     if run.records:
         last = run.records[-1]
-        facts["step"] = f"{last['step']:,} of {run.config['train.steps']:,}"
+        steps = run.config.get("train.steps")  # None where the config is damaged
+        facts["step"] = f"{last['step']:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")
         facts["tokens"] = f"{last['tokens']:,}"
         if run.phases and "phase" in last:
             facts["phase"] = f"{last['phase']} of {len(run.phases)}"

@@ -50,6 +50,8 @@ def test_a_function_passes_by_its_tests(tokenizer, tmp_path, monkeypatch):
     bounded, model = [], Oracle(tokenizer, answer)
     monkeypatch.setattr(humaneval, "ends_well", noted)
     overrides = [f"humaneval.files={tmp_path}", "humaneval.timeout_s=1"]
+    task = HumanEval(HumanEvalSettings(files=str(tmp_path)), Surroundings(model, None, tmp_path))
+    assert [item.tokens for item in task.items()] == [len(model.encode_first(one["prompt"])) for one in functions]
     plan = Plan(["humaneval"], overrides, [], tmp_path / "out", 1000)
     (result,) = evaluate(plan, Surroundings(model, None, tmp_path), bar=quiet)
     (score,) = result.scores

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import weakref
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from sambalm.model.hf.lit_gpt import LitGPTState
 from sambalm.pretrain.checkpointing import from_hf, other_models
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.checkpointing.from_hf import MODEL_FILE, checkpoint_from_hf
+from sambalm.pretrain.checkpointing.other_models import open_other_model
 from sambalm.pretrain.errors import CheckpointError
 from tests.support.hf import DrawnState, RandomState, hf_model, random_tokens, tiny_config, training_model
 from tests.support.lit_gpt import lit_gpt_logits, lit_gpt_weights
@@ -147,6 +149,10 @@ def test_a_file_of_the_reference_gives_its_logits(kv_heads, tied, tmp_path):
     weights = LIT_GPT(query_heads=4, kv_heads=kv_heads, tied=tied)
     torch.save({"model": weights, "optimizer": {"state": {}}, "hparams": {"nodes": 1}}, tmp_path / "iter.pth")
     config = convert(tmp_path / "iter.pth", tmp_path / "run", query_heads=4, window=8)
+    shutil.copyfile(tmp_path / "iter.pth", tmp_path / "last.ckpt")  # whatever its ending
+    assert open_other_model(tmp_path / "last.ckpt", query_heads=4, window=8).config == config
+    with pytest.raises(HFError, match=r"none\.pth does not exist: give a Hugging Face folder or a \.pth file"):
+        open_other_model(tmp_path / "none.pth")
     assert (config.pattern, config.num_kv_heads, config.tie_embeddings) == ("M-*-M-*-", kv_heads, tied)
     tokens = random_tokens(2, 40)
     model = training_model(config, newest_checkpoint(tmp_path / "run", warn=pytest.fail)).double()

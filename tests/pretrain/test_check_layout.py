@@ -21,6 +21,7 @@ from sambalm.parallel.groups import ContextParallel
 from sambalm.parallel.shard import Shard
 from sambalm.parallel.sharding import sharded_parameter
 from sambalm.parallel.zero import engine
+from sambalm.pretrain import check_layout as check_layout_module
 from sambalm.pretrain import cli
 from sambalm.pretrain.check_layout import (
     LayoutCheck,
@@ -44,6 +45,21 @@ from tests.support.worlds import run_world
 
 TOLERANCE = 1e-5  # of a model of five sublayers
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_documents_begin_at_the_borders_of_the_layouts_parts(monkeypatch):
+    config = parse_config(run_values(parallel={"context": 2}, documents=True), source="test")
+    told = []
+
+    def stop(steps_on_rank, checked, steps, tokens, **_):
+        told.append((checked.data.sequence_length, tokens["part_tokens"]))
+        raise RanksFailedError("enough")
+
+    monkeypatch.setattr(check_layout_module, "run_ranks", stop)
+    with pytest.raises(RanksFailedError):
+        check_layout(config, world_size=2, tolerance=TOLERANCE)
+    ((length, part),) = told
+    assert part == length // 2
 
 
 @pytest.mark.parametrize(

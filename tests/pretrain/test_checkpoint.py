@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
+from sambalm.parallel.config import ParallelConfig
+from sambalm.parallel.groups import start_world
 from sambalm.pretrain.checkpointing import format as files
 from sambalm.pretrain.checkpointing import read, write
 from sambalm.pretrain.checkpointing.format import (
@@ -29,6 +32,7 @@ from sambalm.pretrain.checkpointing.format import (
     open_checkpoint,
     remove_checkpoint,
 )
+from sambalm.pretrain.checkpointing.read import send_to_replicas
 from sambalm.pretrain.checkpointing.shard_file import write_shards
 from sambalm.pretrain.checkpointing.snapshot import SavedSlice
 from sambalm.pretrain.checkpointing.to_hf import _facts
@@ -103,6 +107,21 @@ MOVES = {
 
 
 FOUR_RANKS = [name for name, sides in MOVES.items() if max(ranks for ranks, _ in sides) == 4]
+
+
+def sent_to_replicas() -> tuple[list[int], list[float]]:
+    config = ParallelConfig(tensor=2)
+    with start_world(config) as world:
+        tensors = [torch.full((3,), float(world.rank)) for _ in range(2)]
+        send_to_replicas(tensors, [0, 1], world=world)
+        return dist.get_process_group_ranks(world.replica_group), [float(tensor[2]) for tensor in tensors]
+
+
+def test_a_replica_s_tensors_reach_the_others_of_its_slice():
+    """Each pair of replicas has a tensor from its first rank and one from its second."""
+    for rank, (replicas, values) in enumerate(run_world(sent_to_replicas, ranks=4)):
+        assert replicas == [rank % 2, rank % 2 + 2]
+        assert values == replicas
 
 
 @pytest.mark.parametrize("move", slow_except(["DP2 ZeRO-2 to TP2"], MOVES, long=FOUR_RANKS))

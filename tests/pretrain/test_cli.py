@@ -46,6 +46,19 @@ def leaf_commands(command=None, path=()):
     }
 
 
+@pytest.mark.parametrize("kind", ["passkey", "phonebook"])
+def test_made_documents_are_counted_as_people_write_numbers(kind, sambalm, tokens, tmp_path):
+    options = {"--documents": "1e1", "--tokens": "5e2"}
+    command = ("data", kind, "--tokenizer", tokens.with_name("tokenizer.model"), "--output", tmp_path / "made")
+    for option in options:
+        words = [word for pair in (options | {option: "0"}).items() for word in pair]
+        code, _, err = sambalm(*command, *words)
+        assert (code, f"'{option}': 0 is less than 1" in err) == (2, True), err
+    code, out, err = sambalm(*command, *(word for pair in options.items() for word in pair))
+    assert code == 0, err
+    assert "10 documents" in out
+
+
 HELP_OF_ALL = """
 import json, sys
 from typer.testing import CliRunner

@@ -36,6 +36,17 @@ def test_only_known_variables_show_their_values():
     assert shown.count("=(hidden)\n") == len(SECRETS) - 1
 
 
+def test_what_torchrun_and_slurm_tell_a_rank_is_shown():
+    names = [
+        *("LOCAL_RANK", "RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+        *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"),
+        *("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"),
+        *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NNODES", "SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID"),
+        *("SLURM_RESTART_COUNT", "SLURM_STEP_ID", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+    ]
+    assert shown_environment({name: "7" for name in names}).splitlines() == [f"{name}=7" for name in sorted(names)]
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

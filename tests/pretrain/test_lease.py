@@ -36,6 +36,22 @@ def test_a_process_is_gone_before_anybody_has_waited_for_it():
     assert process_start(process.pid) is None
 
 
+def test_a_lease_that_is_released_between_two_looks_is_taken(tmp_path, monkeypatch):
+    first, read = Lease(tmp_path), lease_module._read
+    first.acquire()
+
+    def read_late(path):
+        monkeypatch.setattr(lease_module, "_read", read)
+        first.release()
+        return read(path)
+
+    monkeypatch.setattr(lease_module, "_read", read_late)
+    second = Lease(tmp_path)
+    second.acquire()
+    second.check()
+    second.release()
+
+
 FAR = {"host": "far", "pids": "another boot"}  # whose processes cannot be looked up from here
 
 

@@ -21,9 +21,9 @@ from sambalm.pretrain.planner.hardware import DEVICES, H100
 from sambalm.pretrain.planner.hardware_file import find_hardware
 from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import RankMemory, stage_memories
-from sambalm.pretrain.planner.search import _parallel_sections, find_plans, plan_of
+from sambalm.pretrain.planner.search import GIB, _parallel_sections, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
-from sambalm.pretrain.planner.table import _speed_table, describe_days, plans_as_json, print_plans
+from sambalm.pretrain.planner.table import _memory_cells, _speed_table, describe_days, plans_as_json, print_plans
 from tests.support.planned_runs import config_of
 
 PASS_BYTES_PER_S = 3.0e12 * 0.84  # of fused kernels on an H100
@@ -58,6 +58,19 @@ def test_stages_of_zero_hold_their_shares(precision, rounded):
         assert memory.gradients_bytes == 4 * (rest + (part if stage > 1 else sum(layers)))
         assert memory.weights_bytes + memory.rounded_bytes == 4 * rest + rounded * (part if stage > 2 else sum(layers))
         assert memory.optimizer_bytes == 3 * 4 * held.parameters / 2
+
+
+def test_a_table_of_memory_has_all_that_is_planned():
+    standing = {"weights_bytes": 1, "rounded_bytes": 2, "gradients_bytes": 4, "optimizer_bytes": 8}
+    saved = {"mamba": 16, "mlp": 32, "attention": 64, "ends": 128}
+    sizes = {**standing, "workspace_bytes": 256, "communication_bytes": 512, "late_bytes": 0}
+    memory = RankMemory(
+        **{name: size * GIB for name, size in sizes.items()},
+        saved_by_kind={name: size * GIB for name, size in saved.items()},
+    )
+    cells = _memory_cells(memory)
+    assert {float(cell) for cell in cells.values()} >= {float(size) for size in saved.values()}
+    assert sum(map(float, cells.values())) in {1023.0, 2 * 1023.0}  # with or without a column of the whole
 
 
 def test_what_comes_late_takes_the_place_of_activations_that_have_gone():

@@ -143,6 +143,18 @@ def test_the_command_writes_the_page_and_prints_json(runs, run_values, tmp_path)
     assert [text for text in Page((first / "report.html").read_text()).texts["text"] if text.startswith("unigram")]
 
 
+def test_a_damaged_config_costs_the_page_its_config_alone(runs):
+    page = Page(render_page(read_runs([runs[0]]), baselines={}))
+    assert "data wait" in [text for texts in page.texts.values() for text in texts]
+    (runs[0] / "config.yaml").write_text("run: [")
+    (found,) = read_runs([runs[0]])
+    assert (found.config, len(found.records)) == ({}, 6)
+    assert "6" in Page(render_page([found], baselines={})).texts["td"]
+    said = program.run("report", runs[0])
+    assert (said.returncode, len(said.stderr.splitlines())) == (2, 1)
+    assert "config.yaml is not valid YAML" in said.stderr
+
+
 def test_losses_of_a_run_that_went_on_are_dated_to_their_validation(runs, capsys):
     run, _ = runs
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -75,6 +75,8 @@ def test_a_server_that_stops_tells_those_whose_prompt_it_reads_and_those_that_wa
 
     engine = Engine(source, max_rows=1)
     source.model.backbone.register_forward_pre_hook(wait)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "engine")
+    assert thread.daemon  # a server that fails elsewhere must not wait for texts without end
     reading = ask(engine, [5] * (PIECE_TOKENS + 1))
     assert reads.wait(30)
     waiting = ask(engine, [5])
