@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.experiments.configs import pretraining, write_config
+from benchmarks.experiments.configs import pretraining, tuning, write_config
 from benchmarks.experiments.documents import main as make_task_documents
 from benchmarks.experiments.experiments import Plan, extrapolation, passkey
 from benchmarks.experiments.jobs import Job
@@ -25,6 +25,7 @@ from benchmarks.experiments.runner import Ending, run_jobs
 from benchmarks.experiments.scales import SCALES
 from benchmarks.experiments.tables import architectures_table, extrapolation_table, reading_table
 from sambalm.data_pipeline.errors import DataError
+from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.reporting.metrics_file import metrics_line
 from tests.support.data import write_shard
 
@@ -80,6 +81,25 @@ def test_a_config_of_other_settings_is_not_replaced(tmp_path):
     write_config({"train": {"steps": 1}}, path)
     with pytest.raises(ExperimentError, match=r"x\.yaml was written with other settings"):
         write_config({"train": {"steps": 2}}, path)
+
+
+def test_documents_of_several_lengths_are_tuned_on_one_after_the_other(tmp_path):
+    scale, model = SCALES["small"], fitted_model(ARCHITECTURES["samba"], SCALES["small"], vocab_size=16_384)
+    options = {"run": tmp_path / "run", "start": tmp_path / "start", "seed": 1}
+    alone = parse_config(tuning(model, scale, {4096: tmp_path / "d"}, **options), source="test")
+    assert (alone.train.steps, alone.data.phases, alone.train.micro_batch_size) == (400, None, 16)
+    scale = replace(scale, tuning=replace(scale.tuning, tokens=(768, 1536, 4096)))
+    prefixes = {tokens: tmp_path / str(tokens) for tokens in scale.tuning.tokens}
+    config = parse_config(tuning(model, scale, prefixes, **options), source="test")
+    assert [(phase.sequence_length, phase.train) for phase in config.data.phases] == [
+        (tokens, str(prefix)) for tokens, prefix in prefixes.items()
+    ]
+    steps = [phase.tokens // phase.global_batch_tokens for phase in config.data.phases]
+    assert steps == [133, 133, 134]
+    for phase in config.data.phases:
+        assert 0.99 < phase.global_batch_tokens / (64 * 4096) <= 1
+        assert phase.micro_batch_size * phase.sequence_length <= 16 * 4096
+    assert config.data.train == str(prefixes[4096])
 
 
 def test_tuned_runs_are_tuned_further_under_another_label(tmp_path):

@@ -82,7 +82,9 @@ def _arguments() -> argparse.Namespace:
         one.add_argument("--tokens", type=float, help="of each run, other than the scale's")
         one.add_argument("--sweep-tokens", type=float, help="of each run of the sweep, other than the scale's")
         one.add_argument("--tuning-steps", type=int, help="of each tuned run, other than the scale's")
-        one.add_argument("--tuning-tokens", type=int, help="of each document that it is tuned on")
+        one.add_argument(
+            "--tuning-tokens", type=int, nargs="+", help="of each document that it is tuned on; several: one by one"
+        )
         one.add_argument("--tuned-before", metavar="LABEL", help="tune a label's runs further; '' is the usual one")
         one.add_argument("--label", default="", help="sets runs that are tuned otherwise apart")
         one.add_argument("--minutes", type=float, help="after which all jobs have stopped")
@@ -104,7 +106,7 @@ def _arguments() -> argparse.Namespace:
 def _plan(arguments: argparse.Namespace, layout: Layout) -> Plan:
     scale = SCALES[arguments.scale]
     steps, tokens = arguments.tuning_steps or scale.tuning.steps, arguments.tuning_tokens or scale.tuning.tokens
-    batch = max(1, scale.tuning.batch * scale.tuning.tokens // tokens)  # a step has as many tokens
+    batch = max(1, scale.tuning.batch * scale.tuning.tokens[-1] // tokens[-1])  # a step has as many tokens
     scale = replace(
         scale,
         tuning=replace(scale.tuning, steps=steps, tokens=tokens, batch=batch),

@@ -40,26 +40,40 @@ def pretraining(
 
 
 def tuning(
-    model: Mapping[str, Any], scale: Scale, documents: Path, *, run: Path, start: Path, seed: int
+    model: Mapping[str, Any], scale: Scale, documents: Mapping[int, Path], *, run: Path, start: Path, seed: int
 ) -> dict[str, Any]:
-    """Returns the values of a run that starts from trained weights, on made documents as in configs/finetune/."""
-    made = scale.tuning
-    micro_batch = scale.micro_batch * scale.length // made.tokens
+    """Returns the values of a run that starts from trained weights, on made documents as in configs/finetune/.
+
+    Args:
+        documents: prefixes by the tokens of a document, in the order in which they are trained on.
+    """
+    made, longest = scale.tuning, scale.tuning.tokens[-1]
+    batches = {tokens: _batch(scale, tokens) for tokens in documents}
+    phases = [
+        {
+            "tokens": steps * batches[tokens]["global_batch_tokens"],
+            "train": str(prefix.resolve()),
+            "sequence_length": tokens,
+            **batches[tokens],
+        }
+        for (tokens, prefix), steps in zip(documents.items(), _shares(made.steps, len(documents)), strict=True)
+    ]
+    is_phased = len(phases) > 1
     return {
         "format_version": 1,
         "run": {"dir": str(run), "seed": seed},
         "model": dict(model),
         "data": {
-            "train": str(documents.resolve()),
+            "train": str(documents[longest].resolve()),
             "packing": "documents",
-            "sequence_length": made.tokens,
+            "sequence_length": longest,
             "validation_fraction": 0.02,
+            **({"phases": phases} if is_phased else {}),
         },
         "train": {
             "init_from": str(start.resolve()),
-            "steps": made.steps,
-            "global_batch_tokens": made.batch * made.tokens,
-            "micro_batch_size": max(1, min(micro_batch, made.batch)),
+            **({} if is_phased else {"steps": made.steps}),
+            **batches[longest],
             "precision": scale.precision,
         },
         "optimizer": _optimizer(made.peak_lr, warmup_fraction=0.5),
@@ -70,6 +84,22 @@ def tuning(
         },
         **_saved(made.steps),
     }
+
+
+def _batch(scale: Scale, tokens: int) -> dict[str, int]:
+    """Returns the batches of a step on documents of so many tokens: about as many tokens whatever their length."""
+    documents = max(1, scale.tuning.batch * scale.tuning.tokens[-1] // tokens)
+    micro_batch = scale.micro_batch * scale.length // tokens
+    return {"global_batch_tokens": documents * tokens, "micro_batch_size": _divisor(documents, at_most=micro_batch)}
+
+
+def _divisor(number: int, *, at_most: int) -> int:
+    return max(size for size in range(1, max(1, min(number, at_most)) + 1) if number % size == 0)
+
+
+def _shares(steps: int, parts: int) -> list[int]:
+    """Deals steps to parts; the last has what is left over."""
+    return [steps // parts] * (parts - 1) + [steps - steps // parts * (parts - 1)]
 
 
 def _optimizer(peak_lr: float, *, warmup_fraction: float) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def reading(plan: Plan) -> list[Job]:
 
 def passkey(plan: Plan) -> list[Job]:
     """The trained architectures, tuned on short passkey documents and asked for keys in long ones."""
-    found = [*_first_seeds(plan), _passkey_documents(plan)]
+    found = [*_first_seeds(plan), *_passkey_documents(plan)]
     for name in plan.models:
         start = _run_name(name, plan.seeds[0])
         grows = ARCHITECTURES[name].grows
@@ -105,7 +105,7 @@ def passkey(plan: Plan) -> list[Job]:
 
 def phonebook(plan: Plan) -> list[Job]:
     """The trained architectures, tuned on short phonebooks and asked for numbers in longer ones."""
-    found = [*_first_seeds(plan), _task_documents(plan, PHONEBOOK, ("phonebook",))]
+    found = [*_first_seeds(plan), *_task_documents(plan, PHONEBOOK, ("phonebook",))]
     for name in plan.models:
         training = _tuned(plan, ARCHITECTURES[name], PHONEBOOK, start=_run_name(name, plan.seeds[0]))
         lengths = plan.scale.phonebook_lengths
@@ -115,7 +115,7 @@ def phonebook(plan: Plan) -> list[Job]:
 
 def retrieval(plan: Plan) -> list[Job]:
     """The trained architectures, tuned on short needles and questions and asked for those of long texts."""
-    found = [*_first_seeds(plan), _task_documents(plan, RETRIEVAL, tuple(RETRIEVED))]
+    found = [*_first_seeds(plan), *_task_documents(plan, RETRIEVAL, tuple(RETRIEVED))]
     for name in plan.models:
         training = _tuned(plan, ARCHITECTURES[name], RETRIEVAL, start=_run_name(name, plan.seeds[0]))
         found += [training]
@@ -136,7 +136,7 @@ def patterns(plan: Plan) -> list[Job]:
             found += [_pretrained(plan, PATTERNS[name], (PATTERN_RUNS, name), seed=seed, rates_of=SAMBA)]
             runs.append((name, found[-1].name))
             found += [_perplexity(plan, found[-1].name, TABLE, plan.scale.pattern_lengths, plan.data.held_out)]
-    found += [_passkey_documents(plan)]
+    found += _passkey_documents(plan)
     for name, run in runs:
         found += _passkeys(plan, PATTERNS[name], run, lengths=plan.scale.passkey.pattern_lengths, is_long=False)
     return found
@@ -212,30 +212,36 @@ def _training(plan: Plan, name: str, *, needs: Sequence[str], prepare: Callable[
     return jobs.training(name, config, plan.layout.run(name), needs=needs, prepare=prepare)
 
 
-def _passkey_documents(plan: Plan) -> Job:
-    made, name = plan.scale.tuning, _documents_job(plan, TUNED)
-    prefix, tokenizer = _documents_prefix(plan, TUNED), plan.data.tokenizer
-    return jobs.passkey_documents(name, prefix, tokenizer=tokenizer, documents=made.documents, tokens=made.tokens)
+def _passkey_documents(plan: Plan) -> list[Job]:
+    made, tokenizer = plan.scale.tuning, plan.data.tokenizer
+    return [
+        jobs.passkey_documents(
+            f"{name}-documents", prefix, tokenizer=tokenizer, documents=made.documents_of(tokens), tokens=tokens
+        )
+        for tokens, (name, prefix) in _documents(plan, TUNED).items()
+    ]
 
 
-def _task_documents(plan: Plan, experiment: str, tasks: Sequence[str]) -> Job:
-    made, prefix = plan.scale.tuning, _documents_prefix(plan, experiment)
-    return jobs.task_documents(
-        _documents_job(plan, experiment),
-        prefix,
-        tasks=tasks,
-        tokenizer=plan.data.tokenizer,
-        documents=made.documents,
-        tokens=made.tokens,
-    )
+def _task_documents(plan: Plan, experiment: str, tasks: Sequence[str]) -> list[Job]:
+    made, tokenizer = plan.scale.tuning, plan.data.tokenizer
+    return [
+        jobs.task_documents(
+            f"{name}-documents",
+            prefix,
+            tasks=tasks,
+            tokenizer=tokenizer,
+            documents=made.documents_of(tokens),
+            tokens=tokens,
+        )
+        for tokens, (name, prefix) in _documents(plan, experiment).items()
+    ]
 
 
-def _documents_job(plan: Plan, experiment: str) -> str:
-    return f"{plan.layout.tuned(experiment)}-documents"
-
-
-def _documents_prefix(plan: Plan, experiment: str) -> Path:
-    return plan.layout.folder / "documents" / plan.layout.tuned(experiment)
+def _documents(plan: Plan, experiment: str) -> dict[int, tuple[str, Path]]:
+    """Returns by the tokens of a document the name and the prefix of those that an experiment tunes on."""
+    tuned, lengths = plan.layout.tuned(experiment), plan.scale.tuning.tokens
+    names = {tokens: f"{tuned}-{tokens}" if len(lengths) > 1 else tuned for tokens in lengths}
+    return {tokens: (name, plan.layout.folder / "documents" / name) for tokens, name in names.items()}
 
 
 def _tuned(plan: Plan, variant: Variant, experiment: str, *, start: str) -> Job:
@@ -244,19 +250,20 @@ def _tuned(plan: Plan, variant: Variant, experiment: str, *, start: str) -> Job:
     Args:
         start: name of the run.
     """
-    name = f"{plan.layout.tuned(experiment)}/{start}"
+    name, documents = f"{plan.layout.tuned(experiment)}/{start}", _documents(plan, experiment)
 
     def prepare() -> None:
         model = fitted_model(variant, plan.scale, vocab_size=plan.vocab_size)
-        documents, first = _documents_prefix(plan, experiment), plan.layout.run(start)
+        prefixes = {tokens: prefix for tokens, (_, prefix) in documents.items()}
+        first = plan.layout.run(start)
         if plan.tuned_before is not None:
             first = plan.layout.run(replace(plan.layout, label=plan.tuned_before).tuned(experiment), start)
             if not jobs.is_trained(first):
                 raise ExperimentError(f"{first} is not tuned to its end: run it first, with its --label")
         run, seed = plan.layout.run(name).resolve(), plan.seeds[0]
-        write_config(tuning(model, plan.scale, documents, run=run, start=first, seed=seed), plan.layout.config(name))
+        write_config(tuning(model, plan.scale, prefixes, run=run, start=first, seed=seed), plan.layout.config(name))
 
-    return _training(plan, name, needs=(start, _documents_job(plan, experiment)), prepare=prepare)
+    return _training(plan, name, needs=(start, *(f"{one}-documents" for one, _ in documents.values())), prepare=prepare)
 
 
 def _passkeys(plan: Plan, variant: Variant, start: str, *, lengths: Sequence[int], is_long: bool) -> list[Job]:

@@ -67,16 +67,21 @@ class Tuning:
     """How models are tuned on documents that are made.
 
     Args:
-        documents: that are made, of `tokens` each.
-        steps: of the optimizer, each on `batch` documents.
+        documents: that are made of the longest; of shorter ones as many tokens.
+        tokens: of a document; of several lengths one after the other, each for its share of the steps.
+        steps: of the optimizer, each on `batch` of the longest documents or as many tokens of shorter ones.
         peak_lr: after half of the steps, as the paper has it for passkeys.
     """
 
     documents: int
-    tokens: int
+    tokens: Sequence[int]
     steps: int
     batch: int
     peak_lr: float
+
+    def documents_of(self, tokens: int) -> int:
+        """Returns how many documents of so many tokens are made."""
+        return self.documents * self.tokens[-1] // tokens
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ SCALES = {
         document_length=2**16,
         text_tokens=2**19,
         evaluation_tokens=2**17,
-        tuning=Tuning(documents=12_800, tokens=4096, steps=400, batch=64, peak_lr=5e-4),
+        tuning=Tuning(documents=12_800, tokens=(4096,), steps=400, batch=64, peak_lr=5e-4),
         passkey=Passkey(
             lengths=_powers(2**12, 2**18),
             pattern_lengths=_powers(2**12, 2**16),
@@ -156,7 +161,7 @@ SCALES = {
         document_length=64,
         text_tokens=512,
         evaluation_tokens=512,
-        tuning=Tuning(documents=64, tokens=640, steps=8, batch=4, peak_lr=1e-3),
+        tuning=Tuning(documents=64, tokens=(640,), steps=8, batch=4, peak_lr=1e-3),
         passkey=Passkey(lengths=(256, 512), pattern_lengths=(256,), depths=2, samples=1, long_samples=1),
         phonebook_lengths=(512, 640),
         retrieval_lengths=(512, 640),
