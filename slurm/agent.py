@@ -65,7 +65,7 @@ def torchrun_arguments(
 def run_ranks(arguments: Sequence[str]) -> int:
     """Runs torchrun in this process; returns 0, or the exit code of the rank that failed first (negative: a signal)."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
@@ -77,6 +77,9 @@ def run_ranks(arguments: Sequence[str]) -> int:
         return failure.exitcode
     except RendezvousConnectionError:
         write_line("the agent of the first node is gone, and with it the rendezvous")
+        return 1
+    except RendezvousClosedError:  # by an agent with no restart left, while this one was about to start its ranks again
+        write_line("the agent of another node has ended the step")
         return 1
     return 0
 

@@ -6,6 +6,7 @@ import signal
 import sys
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
 
 from sambalm.pretrain.errors import ExitCode
 from sambalm.slurm import agent
@@ -120,18 +121,18 @@ def test_the_first_node_of_the_step_hosts_the_rendezvous(tmp_path, monkeypatch):
         ([], 0, ""),
         ([75], 75, "rank 0 on n1 ended with exit code 75\n"),
         ([-9, 1], -9, "rank 0 on n1 ended with SIGKILL\n"),  # the first in time
-        (None, 1, "the agent of the first node is gone, and with it the rendezvous\n"),
+        (RendezvousConnectionError, 1, "the agent of the first node is gone, and with it the rendezvous\n"),
+        (RendezvousClosedError, 1, "the agent of another node has ended the step\n"),
     ],
 )
 def test_the_rank_that_failed_first_gives_the_exit_code(exit_codes, expected, says, monkeypatch, capsys):
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
     def run(arguments):
         assert arguments.training_script == "rank.py"
-        if exit_codes is None:
-            raise RendezvousConnectionError
+        if isinstance(exit_codes, type):
+            raise exit_codes
         if exit_codes:
             failures = {r: ProcessFailure(r, 100 + r, code, "no file") for r, code in enumerate(exit_codes)}
             for rank, failure in failures.items():
