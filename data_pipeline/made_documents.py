@@ -106,9 +106,10 @@ class Phonebook(Maker):
         numbers = {name: str(draw.randrange(10**9, 10**10)) for name in chosen}
         text = "\n".join(f"{name}: {number}" for name, number in numbers.items()) + "\n"
         parts: Parts = []
+        before = f"{text}\nNumbers from the phonebook above:"
         for name in draw.sample(list(chosen), _SHOTS + 1):
-            parts += [(f"{text}\n{name}:", False), (f" {numbers[name]}", True)]
-            text = ""
+            parts += [(f"{before}\n{name}:", False), (f" {numbers[name]}", True)]
+            before = ""
         return parts
 
 

@@ -1,6 +1,7 @@
 """Passkey retrieval: five digits hidden in text that repeats itself, by length of the text and depth of the key.
 
-The wording is that of the Landmark attention paper (arXiv 2305.16300), which Samba's authors use.
+Wording and lines are those of the Landmark attention paper (arXiv 2305.16300), which Samba's authors use, and those of
+the documents that `sambalm data passkey` makes to train on (sambalm.data_pipeline.made_documents).
 """
 
 import random
@@ -18,10 +19,23 @@ _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
     "the important information there."
 )
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 _KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 _QUESTION = "What is the pass key? The pass key is"
 _LOWEST, _HIGHEST = 10_000, 99_999
+
+
+class _Line:
+    """A line of sentences that say nothing, each with what parts it from the text before it."""
+
+    def __init__(self, *, first: int) -> None:
+        self._first = self.next = first
+
+    def __call__(self) -> str:
+        parted = "\n" if self.next == self._first else " "
+        sentence = _FILLER[self.next % len(_FILLER)]
+        self.next += 1
+        return parted + sentence
 
 
 class PasskeySettings(LongTextSettings):
@@ -54,14 +68,16 @@ class Passkey(LongTextTask[PasskeySettings]):
 
     def question(self, cell: Cell, draw: random.Random) -> Question:
         key, depth = str(draw.randint(_LOWEST, _HIGHEST)), float(cell.at["depth"])
-        parts = [
-            self.model.encode_first(_TASK),
-            self.model.encode_next("\n" + _KEY.format(key=key)),
-            self.model.encode_next("\n" + _QUESTION),
-        ]
-        filler = Filler(self.model, lambda: " " + _FILLER)
-        ids = self.with_filler(parts, filler, gaps=[depth, 1 - depth], length=int(cell.at["length"]))
-        return Question(ids, [key], self.new_tokens(key))
+        task = self.model.encode_first(_TASK)
+        hidden, asked = (self.model.encode_next(f"\n{line}") for line in (_KEY.format(key=key), _QUESTION))
+        length = int(cell.at["length"])
+        room = length - len(task) - len(hidden) - len(asked)
+        if room < 0:
+            raise self.too_short(length, needed=length - room)
+        line = _Line(first=0)
+        before = Filler(self.model, line).whole_sentences(round(room * depth))
+        after = Filler(self.model, _Line(first=line.next - 1)).cut_sentences(room - len(before))  # one is drawn ahead
+        return Question([*task, *before, *hidden, *after, *asked], [key], self.new_tokens(key))
 
     def outcome(self, records: Sequence[Mapping[str, Any]]) -> Outcome:
         cells = super().outcome(records).scores

@@ -11,6 +11,7 @@ from statistics import fmean
 
 import pytest
 
+from sambalm.data_pipeline import made_documents
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
@@ -163,6 +164,45 @@ def test_what_begins_a_text_stands_there_once_and_an_answer_has_its_tokens(name,
         assert (question.ids[0], question.ids.count(1), len(question.ids)) == (1, 1, cell.at["length"])
         answer = (", " if name == "needles" else " ").join(question.answers)
         assert question.max_new_tokens == len(model.encode(f"a {answer}")) - len(model.encode("a")) + 8
+
+
+class Told(random.Random):
+    """Draws a key and a depth that are told."""
+
+    def __init__(self, key: int, depth: int) -> None:
+        super().__init__(0)
+        self.key, self.depth = key, depth
+
+    def randrange(self, *_):
+        return self.key
+
+    def randint(self, *_):
+        return self.depth
+
+
+def test_a_passkey_s_text_is_that_of_the_documents_to_train_on(tokenizer):
+    """But that it may end within a sentence; a small model finds no key in lines that it was not trained on."""
+    task = task_of("passkey", Oracle(tokenizer, of_passkey), lengths=[700], depths=4, samples=2)
+    for cell in task.cells():
+        question = task.numbered_question(cell, 0)
+        text = task.model.decode(question.ids)
+        (key,) = question.answers
+        depth = text.split("The pass key is")[0].count(". ") - 2 + 1 if cell.at["depth"] else 0
+        ((made, _), (answer, _)) = made_documents.Passkey().document(Told(int(key), depth), 200)
+        filled, asked = text[: text.rindex("\n")], text[text.rindex("\n") :]
+        assert made.startswith(filled)
+        assert made.endswith(asked)
+        assert answer == f" {key}."
+        assert question.ids == tokenizer.encode(text)
+
+
+def test_a_phonebook_ends_as_the_documents_to_train_on(tokenizer):
+    task = task_of("phonebook", Oracle(tokenizer, of_phonebook), lengths=[700], samples=1)
+    question = task.numbered_question(task.cells()[0], 0)
+    made = "".join(text for text, _ in made_documents.Phonebook().document(random.Random(0), 5))
+    form = re.compile(r"\w+: \d{10}\n\nNumbers from the phonebook above:(\n[\w. ]+: \d{10}){2}\n[\w. ]+:$")
+    assert form.search(task.model.decode(question.ids))
+    assert form.search(made.removesuffix(made[made.rindex(":") + 1 :]))
 
 
 def test_assignments_of_chains_stand_among_each_other(tokenizer):
