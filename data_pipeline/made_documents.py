@@ -35,11 +35,14 @@ from .tokenizer_formats import load_tokenizer
 Parts = list[tuple[str, bool]]
 """A document's text in parts, each with whether it is an answer."""
 
-_INSTRUCTION = (
+PASSKEY_TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
     "the important information there."
 )
-_FILLER = (
+PASSKEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
+PHONEBOOK_HEADER = "Numbers from the phonebook above:"
+PASSKEY_FILLER = (
     "The grass is green.",
     "The sky is blue.",
     "The sun is yellow.",
@@ -86,11 +89,11 @@ class Passkey(Maker):
 
     def document(self, draw: random.Random, size: int) -> Parts:
         key, depth = draw.randrange(10_000, 100_000), draw.randint(0, size)
-        filler = [_FILLER[number % len(_FILLER)] for number in range(size)]
-        hidden = f"The pass key is {key}. Remember it. {key} is the pass key."
-        lines = [_INSTRUCTION, " ".join(filler[:depth]), hidden, " ".join(filler[depth:])]
+        filler = [PASSKEY_FILLER[number % len(PASSKEY_FILLER)] for number in range(size)]
+        hidden = PASSKEY_LINE.format(key=key)
+        lines = [PASSKEY_TASK, " ".join(filler[:depth]), hidden, " ".join(filler[depth:])]
         text = "\n".join(line for line in lines if line)
-        return [(f"{text}\nWhat is the pass key? The pass key is", False), (f" {key}.", True)]
+        return [(f"{text}\n{PASSKEY_QUESTION}", False), (f" {key}.", True)]
 
 
 class Phonebook(Maker):
@@ -106,7 +109,7 @@ class Phonebook(Maker):
         numbers = {name: str(draw.randrange(10**9, 10**10)) for name in chosen}
         text = "\n".join(f"{name}: {number}" for name, number in numbers.items()) + "\n"
         parts: Parts = []
-        before = f"{text}\nNumbers from the phonebook above:"
+        before = f"{text}\n{PHONEBOOK_HEADER}"
         for name in draw.sample(list(chosen), _SHOTS + 1):
             parts += [(f"{before}\n{name}:", False), (f" {numbers[name]}", True)]
             before = ""

@@ -10,18 +10,12 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from sambalm.data_pipeline.made_documents import PASSKEY_FILLER, PASSKEY_LINE, PASSKEY_QUESTION, PASSKEY_TASK
 from sambalm.evaluation.plots import HeatMap
 from sambalm.evaluation.settings import Lengths, TaskSettings, shown_tokens
 from sambalm.evaluation.task import Outcome, mean_score
 from sambalm.evaluation.tasks.long_texts import Cell, Filler, LongTextSettings, LongTextTask, Question
 
-_TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
-    "the important information there."
-)
-_FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
-_KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-_QUESTION = "What is the pass key? The pass key is"
 _LOWEST, _HIGHEST = 10_000, 99_999
 
 
@@ -33,7 +27,7 @@ class _Line:
 
     def __call__(self) -> str:
         parted = "\n" if self.next == self._first else " "
-        sentence = _FILLER[self.next % len(_FILLER)]
+        sentence = PASSKEY_FILLER[self.next % len(PASSKEY_FILLER)]
         self.next += 1
         return parted + sentence
 
@@ -68,8 +62,10 @@ class Passkey(LongTextTask[PasskeySettings]):
 
     def question(self, cell: Cell, draw: random.Random) -> Question:
         key, depth = str(draw.randint(_LOWEST, _HIGHEST)), float(cell.at["depth"])
-        task = self.model.encode_first(_TASK)
-        hidden, asked = (self.model.encode_next(f"\n{line}") for line in (_KEY.format(key=key), _QUESTION))
+        task = self.model.encode_first(PASSKEY_TASK)
+        hidden, asked = (
+            self.model.encode_next(f"\n{line}") for line in (PASSKEY_LINE.format(key=key), PASSKEY_QUESTION)
+        )
         length = int(cell.at["length"])
         room = length - len(task) - len(hidden) - len(asked)
         if room < 0:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from sambalm.data_pipeline.made_documents import PHONEBOOK_HEADER
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.settings import Lengths, TaskSettings
 from sambalm.evaluation.tasks.long_texts import Cell, Ids, LongTextSettings, LongTextTask, Question
@@ -45,7 +46,7 @@ class Phonebook(LongTextTask[PhonebookSettings]):
         asked = [_entry(next(numbers), draw) for _ in range(_SHOTS + 1)]
         shots = "".join(f"\n{name}: {number}" for name, number in asked[:_SHOTS])
         name, number = asked[_SHOTS]
-        end = self.model.encode_next(f"\n\nNumbers from the phonebook above:{shots}\n{name}:")
+        end = self.model.encode_next(f"\n\n{PHONEBOOK_HEADER}{shots}\n{name}:")
         lines = [self._line(*entry) for entry in asked]
         room = length - len(self.model.begin_ids) - len(end) - sum(map(len, lines))
         if room < 0:
