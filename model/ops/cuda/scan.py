@@ -53,8 +53,7 @@ def cuda_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.gated_selective_scan` on a GPU: the same arguments and results, at most 64 states.
 
-    With 16-bit inputs the backward takes states rounded to the inputs' precision; everything else is computed in fp32.
-    Raises KernelError for more states.
+    All is computed in fp32 whatever the inputs' dtype. Raises KernelError for more states.
     """
     channels, states = A.shape
     if states > max(D_STATES):
@@ -125,7 +124,7 @@ class _Shape:
     @property
     def state_bytes(self) -> int:
         """Bytes of a warp's states before a tile."""
-        return state_bytes(self.states, element_bytes=self.dtype.itemsize)
+        return state_bytes(self.states)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -133,7 +132,7 @@ class _Shape:
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
         compact = self.dtype != torch.float32 and self.states == 16
-        backward_bytes = backward_shared_bytes(self.states, element_bytes=self.dtype.itemsize)
+        backward_bytes = backward_shared_bytes(self.states)
         shared_bytes = backward_bytes if name == "scan_backward" else 0
         defines = {
             "INPUT": INPUTS[self.dtype],

@@ -40,16 +40,6 @@ __device__ __forceinline__ float low(uint32 word) { return low_bf16(word); }
 __device__ __forceinline__ float high(uint32 word) { return high_bf16(word); }
 #endif
 
-// States that the backward takes, in the inputs' 16 bits: float16's rounding is an eighth of bfloat16's, which gradients
-// of float16 inputs would show. It holds no more than 65504.
-__device__ __forceinline__ uint32 pack_states(float low, float high) {
-#if INPUT == 2
-    low = fminf(fmaxf(low, -65504.f), 65504.f);
-    high = fminf(fmaxf(high, -65504.f), 65504.f);
-#endif
-    return pack(low, high);
-}
-
 __device__ __forceinline__ Eight load_eight(const Element* from, bool inside) {
     Eight x;
     const uint4 zero = make_uint4(0, 0, 0, 0);

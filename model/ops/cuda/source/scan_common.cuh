@@ -28,41 +28,22 @@ constexpr int CH = N / 8;           // channels of a thread
 constexpr int FILLS = Q / WARPS;    // 16-byte loads of a thread for a tile's B and C
 constexpr float FORGET = 1e30f;     // a step size so large that the state before it is lost: a document begins
 
-#if INPUT == 0
 struct States { float value[4 * CH]; };
-#else
-struct States { uint32 pair[2 * CH]; };
-#endif
 
 __device__ __forceinline__ States pack_states(const float (&h)[CH][4]) {
-    States packed;
+    States states;
 #pragma unroll
     for (int i = 0; i < CH; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-#if INPUT == 0
-            packed.value[4 * i + j] = h[i][j];
-            packed.value[4 * i + j + 1] = h[i][j + 1];
-#else
-            packed.pair[2 * i + j / 2] = pack_states(h[i][j], h[i][j + 1]);
-#endif
-        }
-    return packed;
+        for (int j = 0; j < 4; ++j) states.value[4 * i + j] = h[i][j];
+    return states;
 }
 
-__device__ __forceinline__ void unpack_states(const States& packed, float (&h)[CH][4]) {
+__device__ __forceinline__ void unpack_states(const States& states, float (&h)[CH][4]) {
 #pragma unroll
     for (int i = 0; i < CH; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-#if INPUT == 0
-            h[i][j] = packed.value[4 * i + j];
-            h[i][j + 1] = packed.value[4 * i + j + 1];
-#else
-            h[i][j] = low(packed.pair[2 * i + j / 2]);
-            h[i][j + 1] = high(packed.pair[2 * i + j / 2]);
-#endif
-        }
+        for (int j = 0; j < 4; ++j) h[i][j] = states.value[4 * i + j];
 }
 
 // States of a lane in memory, 16 bytes at a time with the lanes side by side.

@@ -47,22 +47,12 @@ __device__ __forceinline__ void walk_tile(
 // States in the order of registers that the backward has (Place).
 __device__ __forceinline__ States ordered(States states, int order)
 {
-#if INPUT == 0
 #pragma unroll
     for (int bit = 1; bit <= 2; bit *= 2) {
         const States before = states;
 #pragma unroll
         for (int k = 0; k < 4 * CH; ++k) states.value[k] = order & bit ? before.value[k ^ bit] : before.value[k];
     }
-#else
-    const uint32 halves = 0x3210 ^ order * 0x2222;  // of two words, which to take as bytes of the first
-#pragma unroll
-    for (int k = 0; k < 2 * CH; k += 2) {
-        const uint32 first = states.pair[k], second = states.pair[k + 1];
-        states.pair[k] = __byte_perm(first, second, halves);
-        states.pair[k + 1] = __byte_perm(first, second, halves ^ 0x4444);
-    }
-#endif
     return states;
 }
 
