@@ -12,7 +12,7 @@ from sambalm.model.mixers.counts import FP32_BYTES, Message, Share, halo_message
 # For each channel and state: dt * A, its exponential, decay * h, dt * u * B (one of its two products is shared by the
 # states), the sum, C * h and the sum over states.
 SCAN_FLOPS = 7
-CUDA_SCAN_CHUNK_TOKENS = 16  # model/ops/cuda/scan.py keeps states before each
+CUDA_SCAN_CHUNK_TOKENS = 16  # model/ops/cuda/scan.py keeps states before each, in 16 bits with 16-bit inputs
 MAMBA_SSM_CHUNK_TOKENS = 2048  # mamba-ssm 2.3.2 (csrc/selective_scan) keeps a pair of fp32 states for each
 
 
@@ -78,7 +78,8 @@ class ScanCounts:
         if self.share.kernels.scan == "mamba-ssm":
             return math.ceil(tokens / MAMBA_SSM_CHUNK_TOKENS) * 2 * one * FP32_BYTES
         if self.share.kernels.scan == "cuda":
-            return math.ceil(tokens / CUDA_SCAN_CHUNK_TOKENS) * one * FP32_BYTES
+            exponents = one // 4 if self.share.is_narrow else 0
+            return math.ceil(tokens / CUDA_SCAN_CHUNK_TOKENS) * (one * self.share.activation_bytes + exponents)
         return math.ceil(tokens / _torch_chunk_tokens(one, self.share)) * one * FP32_BYTES
 
     def _state_elements(self) -> int:

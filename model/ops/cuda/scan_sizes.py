@@ -26,15 +26,16 @@ def tiles_of_a_segment(*, sequences: int, channels: int, tokens: int, multiproce
     return math.ceil(tiles / max(1, segments))
 
 
-def state_bytes(states: int) -> int:
-    """Bytes of a warp's states at a token, in fp32."""
-    return WARP_CHANNELS * states * 4
+def border_bytes(states: int, *, element_bytes: int) -> int:
+    """Bytes of a warp's states before a tile, as the forward keeps them, with activations of so many bytes each."""
+    exponents = WARP_CHANNELS * states // 4 if element_bytes < 4 else 0  # a byte for four states
+    return WARP_CHANNELS * states * element_bytes + exponents
 
 
 def backward_shared_bytes(states: int) -> int:
     """Shared memory of a block of the backward, the largest of the kernels: BackwardShared in scan_backward.cu."""
-    # Two floats a channel; 18 float4 for each step, and the states for each two.
-    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + TILE_TOKENS // 2 * state_bytes(states)
+    # Two floats a channel; 18 float4 for each step, and the states in fp32 for each two.
+    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + TILE_TOKENS // 2 * WARP_CHANNELS * states * 4
     projection_bytes = 2 * (2 * (TILE_TOKENS + 1) * 256 + 64)  # in two turns
     return projection_bytes + warps_of_a_block(states) * warp_bytes
 

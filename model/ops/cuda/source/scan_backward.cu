@@ -243,11 +243,11 @@ __device__ __forceinline__ void write_over_steps(float* to, float (&x)[8], bool 
 }
 
 // The states before a tile, which the forward has stored.
-__device__ __forceinline__ States load_border(const uint4* borders, const Place& at, int channels, int64 tile)
+__device__ __forceinline__ Border border_of_tile(const char* borders, const Place& at, int channels, int64 tile)
 {
-    if (at.first_channel >= channels) return States();
+    if (at.first_channel >= channels) return Border();
     const int64 place = tile * ((channels + 15) / 16) + at.first_channel / 16;
-    return load_states(borders + place * (32 * STATE_WORDS), at.lane);
+    return load_border(borders + place * BORDER_BYTES, at.lane);
 }
 
 // ENDS: the recurrence of the gradient alone, backwards through a tile.
@@ -275,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const float* bc,                                       // [batch, length, 2, N]
     const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
     const unsigned char* resets,                           // [batch, length] or null
-    const uint4* borders,                                  // of the forward
+    const char* borders,                                   // of the forward
     const Element* grad_out,                               // [batch, length, channels]
     const float* grad_end,  // of the state after each segment, [batch, segments, channels, N], or null: zeros
     Element* grad_u, Element* grad_dt, Element* grad_z,     // [batch, length, channels]
@@ -339,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         const bool reset = next_reset, here = inside;
         const int64 now = bytes;
 #if !ENDS
-        const States border = load_border(borders, at, channels, int64(batch) * tiles + tile);
+        const Border border = border_of_tile(borders, at, channels, int64(batch) * tiles + tile);
 #endif
         __syncthreads();
 
@@ -358,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         __syncwarp();
 #else
         float h[CH][4];
-        unpack_states(border, h);
+        unpack_border(border, h);
         states_of_tile(slot, states, projection, at, copy, places, a, h);
         gradients_of_tile(slot, states, projection, at, copy, places, a, h, carry, sum_a);
         __syncwarp();
