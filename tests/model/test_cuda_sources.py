@@ -22,8 +22,8 @@ from tests.support.parameters import described
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux, which compiles the kernels for the CPU")
 
-# By the dtype of a result: all is computed in fp32. With 16-bit inputs the scan rounds the states before each tile to 2^-15
-# of the largest of some.
+# By the dtype of a result: all is computed in fp32. With 16-bit inputs the scan rounds the states before each tile, to
+# 2^-15 of the largest of some.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 BORDER_TOLERANCE = 5e-5
 H100_MULTIPROCESSORS = 132
