@@ -1,5 +1,5 @@
 # make demo   text to tokenizer to training to a Hugging Face model that speaks and is measured, in minutes on 2 cores
-# make test   lint, and the tests that show whether an installation works
+# make test   the tests that show whether an installation works
 # make test-ci     these tests, and of the others what CI runs
 # make test-slow   the other tests: those that CI runs too, and beside them many ranks, whole runs and benchmarks
 # make test-faults  thousands of damaged run folders and other faults that take long
@@ -55,7 +55,7 @@ demo: $(DEMO)/data/python.json
 # Two processes, each with half of the tests; one that is done takes over from the other.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test: lint
+test: .venv/installed
 	$(PYTEST)
 
 test-ci: .venv/installed

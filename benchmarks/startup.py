@@ -50,7 +50,7 @@ def ours(prefix: str) -> None:
     config = DataConfig(train=prefix, sequence_length=LENGTH, validation_fraction=0.01, reset_at_document=True)
     sources = open_sources(config)
     check_vocabulary(config, sources, vocab_size=VOCAB_SIZE)
-    build_validation_dataset(config, sources, num_samples=256, seed=0)
+    build_validation_dataset(config, sources, num_samples=256)
     loader = BatchLoader(
         build_train_dataset(config, sources, seed=0),
         make_batch=MicroBatch,

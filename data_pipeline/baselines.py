@@ -22,7 +22,6 @@ def baseline_losses(
     config: DataConfig,
     *,
     validation_samples: int,
-    seed: int,
     vocab_size: int,
     max_train_tokens: int = 20_000_000,
 ) -> Baselines:
@@ -32,7 +31,7 @@ def baseline_losses(
     Raises DataError where the data is missing, damaged or too short.
     """
     sources = open_sources(config)
-    dataset = build_validation_dataset(config, sources, num_samples=validation_samples, seed=seed)
+    dataset = build_validation_dataset(config, sources, num_samples=validation_samples)
     samples = [dataset[number] for number in range(len(dataset))]
     counted = [slice(None) if s.loss_weights is None else s.loss_weights.numpy() > 0 for s in samples]
     tokens = np.concatenate([sample.tokens.numpy()[which] for sample, which in zip(samples, counted, strict=True)])

@@ -16,6 +16,7 @@ from .token_stream import TokenStream
 
 LOOKED_AT = 64  # first samples, of which at least one must have a label that counts
 PADDING_ID = 0  # behind a sample that documents do not fill; it never counts in the loss
+_HELD_OUT_SEED = 1234  # not the run's: seeds are compared by their losses, which must be of the same samples
 
 
 class Sample(NamedTuple):
@@ -222,7 +223,6 @@ def build_validation_dataset(
     sources: Sequence[Source],
     *,
     num_samples: int,
-    seed: int,
     length_multiple: int = 1,
     held_out: bool = True,
 ) -> ValidationDataset:
@@ -231,7 +231,7 @@ def build_validation_dataset(
     held_out: false takes the training parts of `sources`, which of data.validation are all that there is.
 
     Where there are fewer, `len` of the result says how many. Sources keep their training proportions as far as their
-    held-out parts last, but each gives at least one where it can.
+    held-out parts last, but each gives at least one where it can. Runs of other seeds have the same samples.
     Raises DataError where no held-out part makes one sample, where no label of them counts in the loss, and where none
     of one of the sources of data.validation does, each of which has a loss of its own.
     """
@@ -268,7 +268,7 @@ def build_validation_dataset(
     places = []
     for number, (count, packing) in enumerate(zip(counts, packings, strict=True)):
         for sample in range(count):
-            chosen = permuted(sample, size=int(available[number]), seed=(seed, number))
+            chosen = permuted(sample, size=int(available[number]), seed=(_HELD_OUT_SEED, number))
             places.append(
                 (number, *(packing.place(chosen) if packing else (chosen * length, (chosen + 1) * length + 1)))
             )

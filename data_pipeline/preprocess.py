@@ -49,17 +49,22 @@ class PreprocessSummary:
 
     def describe(self, prefix: Path) -> str:
         """For people to read: a line, and one more for each thing that they may not expect."""
-        lines = [f"{prefix}: {self.documents:,} documents, {self.tokens:,} tokens"]
+        lines = [f"{prefix}: {_documents(self.documents)}, {self.tokens:,} tokens"]
         if self.resumed_shards:
             lines.append(f"{self.resumed_shards:,} of {self.shards:,} shards were there already")
         for count, what in ((self.skipped_documents, "empty"), (self.malformed_documents, "malformed")):
             if count:
-                lines.append(f"{count:,} {what} documents were skipped")
+                lines.append(f"{_documents(count, what)} {'was' if count == 1 else 'were'} skipped")
         if self.slow_because:
             lines.append(f"this was the slow way: {self.slow_because}")
         if not self.complete:
             lines.append("this part is complete, and the last part to end writes the manifest")
         return "\n".join(lines)
+
+
+def _documents(count: int, kind: str = "") -> str:
+    """Says how many documents, of a kind if it is given."""
+    return " ".join(filter(None, (f"{count:,}", kind, "document" if count == 1 else "documents")))
 
 
 @dataclass(frozen=True)

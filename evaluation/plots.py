@@ -121,7 +121,6 @@ def _draw_lines(plot: Lines, axes: Any) -> None:
     ticks = sorted({x for line in plot.lines for x, _ in line.points})
     ticks = ticks[:: math.ceil(len(ticks) / 12)] if ticks else []
     axes.set_xticks(ticks, [shown_tokens(int(tick)) for tick in ticks])
-    axes.minorticks_off()
     if plot.log_y:
         axes.set_yscale("log")
     axes.set(xlabel=plot.x_name, ylabel=plot.y_name)

@@ -94,7 +94,7 @@ def _shown(value: float | None) -> str:
         return "-"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:#.4g}".rstrip(".")
+    return f"{value:,.0f}" if abs(value) >= 9_999.5 else f"{value:#.4g}".rstrip(".")
 
 
 def _numbers(score: Score) -> dict[str, Any]:

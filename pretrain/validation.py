@@ -103,7 +103,6 @@ def _datasets(config: RunConfig, sources: Sequence[Source], *, held_out: bool) -
             config.data,
             sources,
             num_samples=max(1, config.validation.tokens // (multiple * config.data.sequence_length)),
-            seed=config.run.seed,
             length_multiple=multiple,
             held_out=held_out,
         )

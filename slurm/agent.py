@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.errors import ExitCode, write_line
 from sambalm.pretrain.lifecycle.attempts import newest_restart, write_outcome
 
 RESTARTS_VARIABLE = "IN_JOB_RESTARTS"
@@ -73,10 +73,10 @@ def run_ranks(arguments: Sequence[str]) -> int:
         run(parse_args(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"rank {rank} on {os.environ['SLURMD_NODENAME']} ended with {_ending(failure.exitcode)}", file=sys.stderr)
+        write_line(f"rank {rank} on {os.environ['SLURMD_NODENAME']} ended with {_ending(failure.exitcode)}")
         return failure.exitcode
     except RendezvousConnectionError:
-        print("the agent of the first node is gone, and with it the rendezvous", file=sys.stderr)
+        write_line("the agent of the first node is gone, and with it the rendezvous")
         return 1
     return 0
 

@@ -204,7 +204,7 @@ def _by_seed(found: Mapping[str, Sequence[Run]]) -> str:
         [title, *(f"{own[seed] - reference[seed]:+.4f}" if seed in own else "" for seed in seeds)]
         for title, own in others
     ]
-    title = f"Held-out loss over that of {first} with the same seed, and so on the same samples"
+    title = f"Held-out loss over that of {first} with the same seed, whose data come in the same order"
     return _markdown(title, ["model", *(f"seed {seed}" for seed in seeds)], rows)
 
 

@@ -6,9 +6,7 @@ with a tokenizer, and the other names that a task knows are its keys, such as `l
 
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.causal_lm import TokenizerOnly
@@ -17,8 +15,16 @@ from sambalm.evaluation.task import Surroundings
 from sambalm.evaluation.tasks.long_texts import LongTextTask
 from sambalm.evaluation.tasks.registry import TASKS
 
+if TYPE_CHECKING:
+    import datasets
 
-def _documents(name: str, given: dict[str, Any]) -> dict[str, datasets.Dataset]:
+
+def documents(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a task's texts, each with its answers and with what sets it apart, such as its length.
+
+    Raises:
+        EvaluationError: no tokenizer is given, or a key has a value that is not allowed.
+    """
     folder = given.get("tokenizer") or given.get("pretrained")
     if not isinstance(folder, str):
         raise EvaluationError(
@@ -29,36 +35,41 @@ def _documents(name: str, given: dict[str, Any]) -> dict[str, datasets.Dataset]:
     settings = parse_settings({name: kind.schema}, keys)[name]
     task = kind(settings, Surroundings(model, None, cache_dir=Path(folder)))
     assert isinstance(task, LongTextTask)
-    found = [
+    return [
         {"text": model.decode(question.ids), "answers": list(question.answers), **cell.at}
         for cell in task.cells()
         for question in (task.numbered_question(cell, sample) for sample in range(cell.samples))
     ]
-    return {"test": datasets.Dataset.from_list(found)}
 
 
-def passkey(**given: Any) -> dict[str, datasets.Dataset]:
-    return _documents("passkey", given)
+def _splits(name: str, given: dict[str, Any]) -> dict[str, "datasets.Dataset"]:
+    import datasets  # which comes with lm-eval
+
+    return {"test": datasets.Dataset.from_list(documents(name, given))}
 
 
-def phonebook(**given: Any) -> dict[str, datasets.Dataset]:
-    return _documents("phonebook", given)
+def passkey(**given: Any) -> dict[str, "datasets.Dataset"]:
+    return _splits("passkey", given)
 
 
-def needles(**given: Any) -> dict[str, datasets.Dataset]:
-    return _documents("needles", given)
+def phonebook(**given: Any) -> dict[str, "datasets.Dataset"]:
+    return _splits("phonebook", given)
 
 
-def variables(**given: Any) -> dict[str, datasets.Dataset]:
-    return _documents("variables", given)
+def needles(**given: Any) -> dict[str, "datasets.Dataset"]:
+    return _splits("needles", given)
 
 
-def aggregation(**given: Any) -> dict[str, datasets.Dataset]:
-    return _documents("aggregation", given)
+def variables(**given: Any) -> dict[str, "datasets.Dataset"]:
+    return _splits("variables", given)
 
 
-def questions(**given: Any) -> dict[str, datasets.Dataset]:
-    return _documents("questions", given)
+def aggregation(**given: Any) -> dict[str, "datasets.Dataset"]:
+    return _splits("aggregation", given)
+
+
+def questions(**given: Any) -> dict[str, "datasets.Dataset"]:
+    return _splits("questions", given)
 
 
 def process_results(document: dict[str, Any], results: list[str]) -> dict[str, float]:

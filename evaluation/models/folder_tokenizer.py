@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -11,6 +10,7 @@ from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.model.hf.tokenization_samba import SambaTokenizer
 from sambalm.pretrain.errors import one_sentence
+from sambalm.pretrain.generation.source import begin_ids
 from sambalm.pretrain.generation.text import TextStream, folder_text, training_text
 
 
@@ -52,7 +52,7 @@ def folder_tokenizer(path: Path, file: Path | None) -> FolderTokenizer:
         encode=encode,
         new_text=folder_text(tokenizer),
         end_id=tokenizer.eos_token_id,
-        begin_ids=_begin_ids(tokenizer),
+        begin_ids=begin_ids(tokenizer),
         begin_id=tokenizer.bos_token_id,
     )
 
@@ -60,9 +60,3 @@ def folder_tokenizer(path: Path, file: Path | None) -> FolderTokenizer:
 def first_line(error: Exception) -> str:
     """Returns the first line of a library's message."""
     return one_sentence((str(error).strip() or type(error).__name__).split("\n")[0])
-
-
-def _begin_ids(tokenizer: Any) -> list[int]:
-    """Returns what the tokenizer puts before a text. It may be the token that ends one, too."""
-    whole, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])

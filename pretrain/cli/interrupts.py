@@ -76,8 +76,10 @@ class Interrupts:
 
 def leave() -> NoReturn:
     """Ends the process at once, in a sentence that is said once for a whole run."""
+    from sambalm.pretrain.errors import print_line
+
     if os.environ.get("RANK", "0") == "0":
-        print(SENTENCE, file=sys.stderr, flush=True)
+        print_line(SENTENCE)
     end_now(INTERRUPTED)
 
 

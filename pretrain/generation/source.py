@@ -134,13 +134,24 @@ def _folder_source(path: Path, *, device: torch.device, dtype: torch.dtype | Non
                 "leave --tokenizer out"
             )
         return Source(model, encode, new_text, eos_ids)
+    begin = begin_ids(own)
+
+    def encode_prompt(text: str) -> list[int]:  # a token that ends a text would end the prompt, so none is appended
+        return begin + own.encode(text, add_special_tokens=False)
+
     return Source(
         model=model,
-        encode=own.encode,
+        encode=encode_prompt,
         new_text=folder_text(own),
         eos_ids=eos_ids,
         chat=_chat(own) if own.chat_template else None,
     )
+
+
+def begin_ids(tokenizer: FolderTokenizer) -> list[int]:
+    """Returns what a tokenizer puts before a text. It may be the token that ends one, too."""
+    whole, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
 
 
 def _chat(tokenizer: FolderTokenizer) -> Chat:

@@ -165,7 +165,7 @@ def write_snapshot(folder: Path, *, config_yaml: str, world_size: int, start_ste
     about = (distribution.metadata for distribution in distributions())  # read and parsed each time it is asked for
     packages = {f"{fields['Name']}=={fields['Version']}" for fields in about}
     listed = "".join(f"{line}\n" for line in sorted(packages, key=str.lower))
-    (folder / "packages.txt").write_text(without_credentials(listed))
+    (folder / "packages.txt").write_text(listed)
     _write_for_owner(folder / "environment.txt", shown_environment(os.environ))
     if difference:
         _write_for_owner(folder / "code.diff", without_credentials(difference))

@@ -195,7 +195,6 @@ class Watchdog:
             return
         gone = self._processes.gone()
         if not gone and not (attempt / OUTCOME).exists():
-            self._lost_since_s = None
             return
         self._lost_since_s = self._lost_since_s or now_s
         if now_s - self._lost_since_s > _LOST_S:

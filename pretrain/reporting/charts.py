@@ -55,7 +55,7 @@ class _Scale:
 
     def __init__(self, low: float, high: float, *, start: float, end: float, is_log: bool = False) -> None:
         if high <= low:
-            low, high = (low / 2, low * 2) if is_log else (low - 0.5, low + 0.5)
+            low, high = low - 0.5, low + 0.5
         self.low, self.high, self._start, self._end, self._is_log = low, high, start, end, is_log
 
     def __call__(self, value: float) -> float:
@@ -88,7 +88,7 @@ def draw(chart: Chart) -> str:
         f'viewBox="{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}">',
         *(part for series, runs in lines for part in _line(series, runs, x, y)),
         "</svg>",
-        *(_baseline(name, value, y) for name, value in chart.baselines if y.low <= value <= y.high),
+        *(_baseline(name, value, y) for name, value in chart.baselines),
         "</svg>",
     ]
     if highest > y.high + 1e-9 * abs(y.high):

@@ -58,7 +58,6 @@ class _Entry:
     """The seconds of a line that may turn out to be lost."""
 
     attempt: AttemptTime
-    from_s: float
     to_s: float
     step: int
     is_open: bool
@@ -166,7 +165,7 @@ class _Sums:
         if attempt.has_ended or attempt.last_step is None or until_s <= attempt.end_s:
             return
         seconds: dict[str, float] = {Account.PRODUCTIVE: until_s - attempt.end_s}
-        entry = _Entry(attempt, attempt.end_s, until_s, step=attempt.last_step + 1, is_open=True, seconds=seconds)
+        entry = _Entry(attempt, until_s, step=attempt.last_step + 1, is_open=True, seconds=seconds)
         self._entries.append(entry)
         attempt.end_s = until_s
 
@@ -186,12 +185,11 @@ class _Sums:
         self._phase, self._progress_s = Phase.START_UP, start_s
 
     def _add_seconds(self, attempt: AttemptTime, line: dict[str, Any]) -> None:
-        from_s = attempt.end_s
         seconds = {account: value for account, value in line["seconds"].items() if account in _LOSABLE}
         _merge(attempt.seconds, {account: v for account, v in line["seconds"].items() if account not in _LOSABLE})
         is_open = line.get("open", False)
         if seconds:
-            self._entries.append(_Entry(attempt, from_s, line["at_s"], line["step"], is_open, seconds))
+            self._entries.append(_Entry(attempt, line["at_s"], line["step"], is_open, seconds))
         progress_s = self._progress_s if is_open else line["at_s"]
         self._phase, self._progress_s = line["now"], max(progress_s, line["since_s"])
         if not is_open and attempt.first_step is not None:
@@ -230,10 +228,13 @@ class _Sums:
 
     def _hang(self, since_s: float) -> None:
         """What seemed to be at work after a time did not move."""
+        left_s = self._entries[-1].to_s - since_s if self._entries else 0.0  # which the newest lines may share
         for entry in reversed(self._entries):
             if entry.to_s <= since_s or entry.attempt is not self._attempts[-1]:
                 break
-            share = min(1.0, (entry.to_s - since_s) / max(1e-9, entry.to_s - entry.from_s))
+            spent_s = sum(entry.seconds.values())
+            share = min(spent_s, left_s) / max(1e-9, spent_s)
+            left_s -= share * spent_s
             moved = {account: seconds * share for account, seconds in entry.seconds.items()}
             entry.seconds = {account: seconds - moved[account] for account, seconds in entry.seconds.items()}
             _merge(entry.attempt.seconds, {Account.HANGING: sum(moved.values())})

@@ -104,7 +104,6 @@ def _baselines(config: RunConfig) -> Baselines | None:
         return baseline_losses(
             config.data,
             validation_samples=max(1, config.validation.tokens // config.data.sequence_length),
-            seed=config.run.seed,
             vocab_size=config.model.vocab_size,
         )
     except DataError as error:

@@ -70,7 +70,7 @@ class _Body(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
-            seed=secrets.randbits(62) if self.seed is None else self.seed % 2**62,
+            seed=secrets.randbits(62) if self.seed is None else self.seed,
         )
 
     def stops(self) -> list[str]:

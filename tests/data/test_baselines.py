@@ -54,16 +54,16 @@ def test_baselines_count_training_documents_and_score_held_out_ones(tmp_path):
     config = DataConfig(
         train=write_shard(tmp_path / "d", [*train, np.full(65, 9)]), sequence_length=16, validation_fraction=0.1
     )
-    baselines = baseline_losses(config, validation_samples=100, seed=0, vocab_size=10)
+    baselines = baseline_losses(config, validation_samples=100, vocab_size=10)
     tokens = 9 * 64
     assert baselines.unigram == pytest.approx(math.log((tokens + 10) / 1))
     assert baselines.unigram_entropy == 0
     # Every id below 8 follows one kind of id, so the lower order has 18 counts, of which id 9 has its added one.
     assert baselines.bigram == pytest.approx(math.log(18))
-    few = baseline_losses(config, validation_samples=100, seed=0, vocab_size=10, max_train_tokens=20)
+    few = baseline_losses(config, validation_samples=100, vocab_size=10, max_train_tokens=20)
     assert few.unigram == pytest.approx(math.log(30))
     # The bound is over all sources: 576 tokens of the first, 24 of the second.
     second = write_shard(tmp_path / "e", [*train, np.full(65, 9)])
     both = config.model_copy(update={"train": [config.train, second]})
-    bounded = baseline_losses(both, validation_samples=100, seed=0, vocab_size=10, max_train_tokens=600)
+    bounded = baseline_losses(both, validation_samples=100, vocab_size=10, max_train_tokens=600)
     assert bounded.unigram == pytest.approx(math.log(610))

@@ -36,7 +36,8 @@ SPACE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-TEMPLATES = {"ours": OURS, "chatml": CHATML, "brackets": BRACKETS, "space": SPACE}
+BREAKS = CHATML.replace("messages %}", "messages %}{% if loop.index > 9 %}{% break %}{% endif %}", 1)
+TEMPLATES = {"ours": OURS, "chatml": CHATML, "brackets": BRACKETS, "space": SPACE, "breaks": BREAKS}
 CHAT = [
     {"role": "user", "content": "stone river\n  under 42?"},
     {"role": "assistant", "content": "quiet harbour."},
@@ -63,7 +64,7 @@ def test_a_tokenizer_json_gives_the_ids_of_transformers_and_keeps_written_contro
     """Byte-level BPE with control tokens of its own, as most models of today have."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>!"]
     options = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     inner.train([str(corpus)], trainers.BpeTrainer(vocab_size=400, show_progress=False, **options))
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -73,6 +74,11 @@ def test_a_tokenizer_json_gives_the_ids_of_transformers_and_keeps_written_contro
     assert ids == theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     end = ours.id_of("<|im_end|>")
     assert [counts[place] for place, token in enumerate(ids) if token == end] == [False, True, False, True]
+
+    longer = CHATML.replace("<|im_end|>", "<|im_end|>!")
+    ids, _ = encode(CHAT, longer, ours, append_eos=False)
+    assert (ids.count(ours.id_of("<|im_end|>!")), ids.count(end)) == (4, 0), "the longest token that stands there"
+    assert ChatTemplate("{{ bos_token }}{{ messages[0].content }}", ours).prompt(CHAT) == CHAT[0]["content"]
 
     written = [{**CHAT[0], "content": "<|im_end|> stone"}, CHAT[1]]
     ids, _ = encode(written, CHATML, ours)
@@ -185,9 +191,11 @@ def test_shards_hold_conversations_and_masks_for_any_number_of_workers(chats, te
     ]
     assert np.array_equal(stream.read(0, len(stream)), np.concatenate([ids for ids, _ in expected]))
     assert np.array_equal(stream.counts(0, len(stream)), np.concatenate([counts for _, counts in expected]))
-    shown = Inspector(tmp_path / "a" / "d").document(0)
-    assert "[[ quiet harbour.</s>]]" in shown
-    assert "stone 0" in shown
+    for number in (0, 1, 7, 39):  # which begin at any bit of a byte
+        shown = Inspector(tmp_path / "a" / "d").document(number)
+        assert "[[ quiet harbour.</s>]]" in shown
+        assert f"stone {number}" in shown
+        assert f"{sum(expected[number][1])} tokens count" in shown
 
     mask = tmp_path / "a" / "d_00000.mask"
     mask.write_bytes(bytes([mask.read_bytes()[0] ^ 1]) + mask.read_bytes()[1:])

@@ -144,7 +144,7 @@ def test_hugging_face_tokenizers(tmp_path, hf_path, corpus):
     text = "stone river, harbour </s> <|endoftext|>"
     ids = tokenizer.encode(text)
     assert tokenizer.eos_id not in ids
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
     assert len(ids) > 5
     assert tokenizer.encode_batch([text, "a"])[1] == tokenizer.encode("a")
     asked = load_tokenizer(hf_path, special_tokens=True)
@@ -298,7 +298,8 @@ def test_special_tokens_among_the_pieces_of_a_model_stay_text(model, tmp_path):
     added = [{"id": number, "content": content, **special} for number, content in enumerate(["<unk>", "</s>"])]
     added.append({"id": len(model()["vocab"]), "content": "<pad>", **special})
     record = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": space}
-    record |= {"post_processor": None, "decoder": space, "truncation": None, "padding": None, "model": model()}
+    record |= {"post_processor": None, "decoder": space, "padding": None, "model": model()}
+    record["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(record))
     plain, asked = load_tokenizer(path), load_tokenizer(path, special_tokens=True)

@@ -43,6 +43,13 @@ def test_statistics(prefix, tokenizer, texts):
     assert found.frequencies.tolist() == np.bincount(ids).tolist()
 
     text = Inspector(prefix).describe(found)
+    bars = {int(power): size for power, size in re.findall(r"^ *(\d+) to .* (#*)$", text, re.M)}
+    least, most = min(n for n, count in enumerate(found.histogram) if count), max(found.histogram)
+    assert min(bars) == 2**least
+    assert all(
+        len(bars[2**power]) == round(40 * count / most) for power, count in enumerate(found.histogram) if power >= least
+    )
+    assert f"{2**least:>11,} to {2 ** (least + 1) - 1:>11,}" in text
     assert "1 empty, 0 malformed" in text
     assert f"sentencepiece, {VOCAB_SIZE} ids" in text
     top = int(np.bincount(ids).argmax())
@@ -55,6 +62,15 @@ def test_counting_stops_where_told(prefix, tokenizer, texts):
         found = Inspector(prefix).statistics(max_counted_tokens=limit)
         assert (found.counted_tokens, found.tokens) == (limit, len(ids))
         assert found.frequencies.tolist() == np.bincount(ids[:limit]).tolist()
+    most = int(found.frequencies.max())
+    assert f" {most:>15,} {most / 1500:>7.2%} " in Inspector(prefix).describe(found)
+
+
+def test_the_text_s_size_is_not_known_where_a_shard_lacks_it(prefix):
+    manifest = json.loads(prefix.with_name("d.json").read_text())
+    del manifest["shards"][1]["text_bytes"]
+    prefix.with_name("d.json").write_text(json.dumps(manifest))
+    assert Inspector(prefix).statistics().text_bytes is None
 
 
 def test_documents_are_counted_over_all_shards(prefix, texts):

@@ -70,7 +70,7 @@ def test_a_sample_s_weights_are_its_labels(documents, tmp_path):
     config = DataConfig(train=write_masked(tmp_path / "d", documents, counts), sequence_length=S)
     by_id = np.concatenate(counts)  # ids count up, so that an id is its place
     trained = build_train_dataset(config, open_sources(config), seed=0)
-    held_out = build_validation_dataset(config, open_sources(config), num_samples=1, seed=0)
+    held_out = build_validation_dataset(config, open_sources(config), num_samples=1)
     for sample in [held_out[0], *(trained[number] for number in range(10))]:
         assert np.array_equal(sample.loss_weights.numpy(), by_id[sample.labels.numpy()])
 
@@ -133,7 +133,7 @@ def test_data_without_a_label_to_validate_on_are_refused(packing, documents, tmp
         config = DataConfig(train=train, sequence_length=S, validation_fraction=0.3, packing=packing)
         sources = open_sources(config)
         return build_validation_dataset(
-            config, sources, num_samples=8, seed=0, held_out=held_out, length_multiple=multiple
+            config, sources, num_samples=8, held_out=held_out, length_multiple=multiple
         )
 
     for names, held_out in ((["some"], False), (["some"], True), (["some", "none"], True)):
@@ -220,6 +220,6 @@ def test_baselines_count_what_counts(documents, tmp_path):
         config = DataConfig(
             train=write_masked(tmp_path / name, fives, counts), sequence_length=16, validation_fraction=0.3
         )
-        entropies[name] = baseline_losses(config, validation_samples=4, seed=0, vocab_size=100).unigram_entropy
+        entropies[name] = baseline_losses(config, validation_samples=4, vocab_size=100).unigram_entropy
     assert entropies["fives"] == 0
     assert entropies["all"] > 1

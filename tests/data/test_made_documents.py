@@ -1,5 +1,6 @@
 """Passkeys and phone books: what they ask for is in them once, at every depth, and the answers alone count."""
 
+import random
 import re
 from pathlib import Path
 
@@ -83,9 +84,26 @@ def test_they_follow_from_the_seed_alone(maker, tokenizer, tmp_path, monkeypatch
     manifest = make(maker, tokenizer, tmp_path / "many", shard_tokens=5000)
     assert len(manifest.shards) > 5
     assert sum(shard.sources[0].records for shard in manifest.shards) == DOCUMENTS
+    assert max(shard.tokens for shard in manifest.shards) <= 5000
     assert documents(tmp_path / "one", tokenizer) == documents(tmp_path / "many", tokenizer)
     assert documents(tmp_path / "one", tokenizer)[0] != documents(tmp_path / "other", tokenizer)[0]
     assert verify(tmp_path / "many").problems == []
+
+
+@pytest.mark.parametrize("maker", [Passkey(), Phonebook()])
+def test_as_many_units_as_fit_with_the_end_of_text(maker, tokenizer, tmp_path):
+    text = "".join(part for part, _ in maker.document(random.Random(0), 9))
+    tokens = len(tokenizer.encode(text)) + 1
+    for room, units in ((tokens, 9), (tokens - 1, 8)):
+        config = MadeConfig(tokenizer.path, documents=1, tokens=room)
+        assert made_documents._Writer(maker, config, tokenizer)._size == units
+
+
+@pytest.mark.parametrize(("size", "words"), [(700, 2), (701, 4)])
+def test_names_have_initials_where_there_would_be_too_few(size, words):
+    names = {line.split(":")[0] for line in Phonebook().document(random.Random(0), size)[0][0].split("\n") if line}
+    assert len(names) == size
+    assert {len(name.split()) for name in names} == {words}
 
 
 def test_all_tokens_count_where_that_is_asked_for(tokenizer, tmp_path):

@@ -81,6 +81,11 @@ def test_every_record_is_accounted_for(tmp_path, tokenizer):
     prefix = tmp_path / "d"
     summary = preprocess(paths, tokenizer=tokenizer.path, output_prefix=prefix, shard_tokens=300, on_error="skip")
     assert (summary.documents, summary.skipped_documents, summary.malformed_documents) == (37, 1, 2)
+    assert summary.describe(prefix).splitlines() == [
+        f"{prefix}: 37 documents, {summary.tokens:,} tokens",
+        "1 empty document was skipped",
+        "2 malformed documents were skipped",
+    ]
     manifest = read_manifest(prefix)
     assert [(s.path, s.size_bytes, s.records, s.skipped, s.malformed) for s in manifest.sources] == [
         (str(paths[0]), paths[0].stat().st_size, 25, 1, 1),

@@ -44,7 +44,7 @@ def _committed(prefix) -> int:
     return len(list(prefix.parent.glob("d_*.idx")))
 
 
-@pytest.mark.parametrize("workers", slow_except(["1"], ["1", "2"], long=["2"]))
+@pytest.mark.parametrize("workers", slow_except([], ["1", "2"], long=["2"]))
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, tokenizer, many, whole, workers):
     prefix = tmp_path / "d"
     draw = random.Random(int(workers))

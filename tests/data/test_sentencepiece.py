@@ -21,6 +21,8 @@ def test_special_ids_and_settings(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, VOCAB_SIZE)
     # "stone" occurs often enough to be one piece, which byte fallback alone would not give.
     assert len(tokenizer.encode("stone")) == 1
+    assert tokenizer.literals == {"<s>", "</s>", "<unk>"}
+    assert [tokenizer.id_of(token) for token in ("</s>", "no such piece")] == [2, -1]
 
 
 def test_digits_are_never_merged(tmp_path):

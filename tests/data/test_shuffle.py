@@ -1,6 +1,7 @@
 """Documents in an order drawn from a seed: the same for any workers, parts, buckets and crashes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -166,6 +167,9 @@ def test_masks_go_with_their_documents(tokenizer, tmp_path, monkeypatch):
     preprocess([chats], output_prefix=tmp_path / "ordered", **options)
     preprocess([chats], output_prefix=tmp_path / "data", shuffle_seed=3, **options)
     order = np.argsort(document_keys(0, 20, seed=3))
+    copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    shuffle.Buckets(copy / "ordered", read_manifest(copy / "ordered"), seed=3).fill()
+    assert not list(copy.glob("ordered_*"))  # of which the buckets hold all
     for suffix in (".bin", ".mask"):
         in_order = documents(tmp_path / "ordered", suffix)
         assert documents(tmp_path / "data", suffix) == [in_order[number] for number in order], suffix

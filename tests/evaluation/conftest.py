@@ -1,13 +1,20 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.model.hf.tokenizer import save_tokenizer
 from tests.conftest import VOCAB_SIZE, small_run
 from tests.pretrain.conftest import sambalm  # noqa: F401  (a fixture)
 from tests.support.hf import RandomState, hf_model, tiny_config
 from tests.support.whole_runs import train
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokens):
+    return load_tokenizer(tokens.parent / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +48,17 @@ def hf_folders(tokens, tmp_path_factory) -> dict[str, Path]:
         model.save_pretrained(folders[name])
         save_tokenizer(tokens.parent / "tokenizer.model", folders[name])
     return folders
+
+
+@pytest.fixture
+def pretend_package(monkeypatch):
+    """Says of one package that it is there, or with None that it is not; all others are looked for as ever."""
+    find_spec = importlib.util.find_spec
+
+    def pretend(package: str, spec: object) -> None:
+        found = {package: spec}
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *given: found[name] if name in found else find_spec(name, *given)
+        )
+
+    return pretend

@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from sambalm.data_pipeline.tokenizer_training import train_tokenizer
+from sambalm.evaluation.command import _default_output
 from sambalm.evaluation.records import FILE_NAME
 from sambalm.evaluation.tasks.registry import TASKS
 from sambalm.pretrain.errors import ExitCode
@@ -32,7 +36,7 @@ def test_results_are_printed_and_left_on_disk(run_dir, sambalm, tmp_path):
     ]
     code, out, err = sambalm(*words)
     assert (code, err) == (0, "")
-    assert f"perplexity: {run_dir}" in " ".join(out.split()) or "perplexity:" in out
+    assert "perplexity:" in out
     assert out.count("standard error") == 2
     folders = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
     assert [name.partition("-")[0] for name in folders] == ["passkey", "perplexity"]
@@ -48,7 +52,10 @@ def test_results_are_printed_and_left_on_disk(run_dir, sambalm, tmp_path):
     assert passkey["scores"][0].keys() == {"score", "length", "value", "standard_error", "chance", "items"}
     assert [(s["length"], s["items"]) for s in passkey["scores"]] == [(300, 4), (400, 4)]
     assert len(passkey["details"]["cells"]) == 4
-    assert perplexity["packages"].keys() >= {"torch", "transformers"}
+    assert perplexity["packages"].keys() == {"sambalm", "torch", "transformers", "tokenizers"}
+    assert perplexity["protocol"].keys() == {"task", "version", "settings", "weights", "method", "data_sha256"}
+    assert passkey["protocol"].keys() == {"task", "version", "settings", "weights", "method", "tokenizer"}
+    assert folders == [f"{result['task']}-{result['protocol_hash']}" for result in (passkey, perplexity)]
     lines = [json.loads(line) for line in (tmp_path / folders[0] / FILE_NAME).read_text().splitlines()]
     assert lines[0].keys() == {"item", "score", "text", "answers", "seconds"}
 
@@ -58,15 +65,34 @@ def test_results_go_into_the_run_and_beside_a_hugging_face_folder(run_dir, hf_fo
         assert sambalm("evaluate", source, "--task", "passkey", *PASSKEY)[0] == 0
     results = [json.loads(path.read_text()) for path in (run_dir / "evaluation").glob("*/results.json")]
     assert sorted(result["model"]["step"] for result in results) == [3, 6]
-    assert sambalm("evaluate", hf_folders["llama"], "--task", "passkey", *PASSKEY)[0] == 0
+    assert sambalm("evaluate", hf_folders["llama"], "--task", "passkey", *PASSKEY, "--dtype", "bf16")[0] == 0
     beside = hf_folders["llama"].with_name("llama-evaluation")
-    assert len(list(beside.glob("passkey-*/results.json"))) == 1
+    (path,) = beside.glob("passkey-*/results.json")
+    assert json.loads(path.read_text())["model"]["dtype"] == "bfloat16"
+
+
+def test_the_folder_of_results_follows_from_the_kind_of_model(run_dir, hf_folders, tmp_path, monkeypatch):
+    step = run_dir / "checkpoints" / "step_00000003"
+    shutil.copytree(step, tmp_path / "kept" / step.name)
+    monkeypatch.chdir(hf_folders["llama"])
+    for given, expected in (
+        (run_dir, run_dir / "evaluation"),
+        (step, run_dir / "evaluation"),
+        (tmp_path / "kept" / step.name, tmp_path / "kept" / step.name / "evaluation"),
+        (hf_folders["llama"], hf_folders["llama"].with_name("llama-evaluation")),
+        (Path(), hf_folders["llama"].with_name("llama-evaluation")),
+        (Path("../llama"), Path("../llama-evaluation")),
+    ):
+        assert _default_output(given) == expected
+    monkeypatch.chdir(step.parent)
+    assert _default_output(Path(step.name)) == run_dir / "evaluation"
 
 
 def test_tasks_are_listed_with_their_keys(sambalm, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = sambalm("evaluate", "--list-tasks")
     assert code == 0
+    assert re.search(r"passkey.samples +│ 5 +│ Keys at each length and depth", out)
     for name, task in TASKS.items():
         assert task.summary in out
         assert [key for key in task.schema.model_fields if f"{name}.{key} " not in out] == []
@@ -96,6 +122,7 @@ def other_tokenizers(tmp_path_factory):
             "'needles.seed=3' is for a task that is not to run; add --task needles",
         ),
         (["--task", "passkey", "passkey.size=3"], "unknown key passkey.size (value 3); allowed in passkey: lengths, "),
+        (["--task", "passkey", "passkey.lengths=[0]"], "passkey.lengths.0 is 0: input should be greater than 0"),
         (["--task", "passkey", "passkey.samples=0"], "passkey.samples is 0: input should be greater than 0"),
         (
             ["--task", "passkey", "passkey.samples"],
@@ -130,6 +157,11 @@ def test_mistakes_end_in_a_sentence(words, sentence, run_dir, sambalm, tmp_path,
     assert sentence in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*-*"))
+
+
+def test_settings_are_looked_at_before_a_model_is_loaded(sambalm, tmp_path):
+    code, _, err = sambalm("evaluate", tmp_path / "nowhere", "--task", "passkey", "passkey.size=3")
+    assert (code, "unknown key passkey.size" in err) == (2, True)
 
 
 @pytest.mark.slow

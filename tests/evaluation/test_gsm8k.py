@@ -1,8 +1,9 @@
 """GSM8K: what counts as a text's answer, and where a text ends."""
 
+import json
+
 import pytest
 
-from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
@@ -33,18 +34,25 @@ def run(model, files, folder, *overrides):
     return result
 
 
-def test_texts_end_before_the_next_question(tokens, tmp_path):
+def test_texts_end_before_the_next_question(tokenizer, tmp_path):
     """A model that goes on to questions of its own is judged by the first answer; a third of them is wrong."""
-    asked = [{"doc_id": n, "label": str(n), "request": {"context": f"Question: {n}?\nAnswer:"}} for n in range(6)]
+    asked = [{"doc_id": n, "label": f"1,00{n}", "request": {"context": f"Question: {n}?\nAnswer:"}} for n in range(6)]
     write_task(tmp_path, "gsm8k", "gold_bpb_5shot", asked)
 
     def answer(text):
         number = int(text.split("Question: ")[1].split("?")[0])
-        return f" So the answer is {number + (number % 3 == 0)}.\n\nQuestion: another? The answer is 99."
+        goes_on = "\n\nThe answer is 99." if number % 2 else "\nQuestion: another? The answer is 99."
+        return f" So the answer is 100{number + (number % 3 == 0)}.{goes_on}"
 
-    model = Oracle(load_tokenizer(tokens.parent / "tokenizer.model"), answer)
-    (score,) = run(model, tmp_path, tmp_path / "out").scores
-    assert (score.value, score.items) == (pytest.approx(4 / 6), 6)
+    model = Oracle(tokenizer, answer)
+    result = run(model, tmp_path, tmp_path / "out")
+    (score,) = result.scores
+    assert (score.value, score.items, score.chance) == (pytest.approx(4 / 6), 6, 0)
+    (bar,) = result.outcome.plot.bars
+    assert (bar.value, bar.error, bar.chance) == (score.value, score.standard_error, 0)
+    record = json.loads((result.folder / "results.json").read_text())
+    assert {"tokenizer", "questions_sha256"} < record["protocol"].keys()
+    assert record["tokens"] == sum(len(tokenizer.encode(each["request"]["context"])) for each in asked)
     (few,) = run(model, tmp_path, tmp_path / "out", "gsm8k.questions=1").scores
     assert (few.value, few.items) == (0, 1)
     (cut,) = run(model, tmp_path, tmp_path / "out", "gsm8k.max_new_tokens=2").scores

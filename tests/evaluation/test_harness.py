@@ -6,10 +6,13 @@ import math
 import pytest
 
 from sambalm.evaluation.errors import EvaluationError
+from sambalm.evaluation.harness.long_texts import documents, process_results
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
-from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.task import Score, Surroundings
 from sambalm.evaluation.tasks.harness import Harness, HarnessSettings
+from sambalm.evaluation.tasks.long_texts import LongTextTask
+from sambalm.evaluation.tasks.registry import TASKS as ALL
 from tests.evaluation.test_runner import quiet
 
 TASKS = {
@@ -156,9 +159,6 @@ def test_lm_eval_runs_our_long_texts(lm_eval, hf_folders, tmp_path):
     from lm_eval.tasks import TaskManager
 
     from sambalm.evaluation import harness
-    from sambalm.evaluation.harness.long_texts import process_results
-    from sambalm.evaluation.tasks.long_texts import LongTextTask
-    from sambalm.evaluation.tasks.registry import TASKS as ALL
 
     path = hf_folders["llama"]
     settings = {
@@ -175,12 +175,33 @@ def test_lm_eval_runs_our_long_texts(lm_eval, hf_folders, tmp_path):
     assert len(loaded) == len(names) == 6
     model = surroundings(path).model
     for name in names:
-        documents = list(loaded[f"sambalm_{name}"].test_docs())
-        assert all(abs(len(model.encode(document["text"])) - 800) < 4 for document in documents)
-        assert all(document["answers"] for document in documents)
-    assert process_results({"answers": ["a", "b"]}, ["b c"]) == {"accuracy": 0.5}
+        found = list(loaded[f"sambalm_{name}"].test_docs())
+        assert all(abs(len(model.encode(document["text"])) - 800) < 4 for document in found)
+        assert all(document["answers"] for document in found)
     with pytest.raises(EvaluationError, match="passkey needs a tokenizer"):
         TaskManager(include_path=str(Path(harness.__file__).parent), include_defaults=False).load(["sambalm_passkey"])
+
+
+@pytest.mark.parametrize("given", ["tokenizer", "pretrained"])
+def test_our_long_texts_are_those_of_our_tasks(given, hf_folders):
+    """With the keys that a task knows; others are lm-eval's own."""
+    model = surroundings(hf_folders["llama"]).model
+    settings = {"lengths": [800, "1K"], "samples": 2, "seed": 3}
+    found = documents("needles", {given: str(hf_folders["llama"]), "batch_size": 4, **settings})
+    task = ALL["needles"](ALL["needles"].schema(**settings), Surroundings(model, None, hf_folders["llama"]))
+    questions = [(cell, task.numbered_question(cell, sample)) for cell in task.cells() for sample in range(2)]
+    assert [(each["text"], each["answers"], each["kind"], each["length"]) for each in found] == [
+        (model.decode(question.ids), question.answers, cell.at["kind"], cell.at["length"])
+        for cell, question in questions
+    ]
+    assert len(found) == 2 * 2 * 4
+    with pytest.raises(EvaluationError, match="needles needs a tokenizer: give --metadata with a folder"):
+        documents("needles", settings)
+
+
+def test_a_text_of_lm_eval_is_graded_as_by_our_tasks():
+    assert process_results({"answers": ["a", "b"]}, ["b c"]) == {"accuracy": 0.5}
+    assert process_results({"answers": ["a"]}, ["b", "a"]) == {"accuracy": 0}
 
 
 def test_settings_reach_lm_eval(lm_eval, hf_folders, include, monkeypatch):
@@ -198,11 +219,33 @@ def test_settings_reach_lm_eval(lm_eval, hf_folders, include, monkeypatch):
     assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["local_word"], 3, 5)
 
 
-def test_mistakes_end_in_a_sentence(hf_folders, include, tmp_path, monkeypatch):
+def test_entries_of_lm_eval_become_scores(hf_folders, pretend_package):
+    """An error that it does not know is a text of its; what is no number is no score."""
+    pretend_package("lm_eval", object())
+    task = Harness(HarnessSettings(tasks=["a", "c"]), surroundings(hf_folders["samba"]))
+    of_a = {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.125, "f1,strict": 1, "f1_stderr,strict": "N/A"}
+    of_c = {"perplexity,none": 12.5, "perplexity_stderr,none": "N/A", "name,none": "c"}
+    outcome = task.outcome(
+        [
+            {"results": {"a": of_a, "b": {"acc,none": 0.25}}, "counts": {"a": 40}},
+            {"results": {"c": of_c}, "counts": {"c": 3}},
+        ]
+    )
+    assert outcome.scores == [
+        Score("acc", {"task": "a"}, 0.5, 0.125, None, 40),
+        Score("f1", {"task": "a", "filter": "strict"}, 1.0, None, None, 40),
+        Score("acc", {"task": "b"}, 0.25, None, None, 0),
+        Score("perplexity", {"task": "c"}, 12.5, None, None, 3),
+    ]
+    bars = [(bar.name, bar.value, bar.error, bar.chance) for bar in outcome.plot.bars]
+    assert bars == [("a, acc", 0.5, 0.125, None), ("a, f1", 1.0, None, None), ("b, acc", 0.25, None, None)]
+
+
+def test_mistakes_end_in_a_sentence(hf_folders, include, tmp_path, pretend_package):
     where = surroundings(hf_folders["samba"])
     with pytest.raises(EvaluationError, match=r"harness.tasks is empty: name tasks of lm-eval's"):
         Harness(HarnessSettings(), where)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pretend_package("lm_eval", None)
     with pytest.raises(
         EvaluationError, match="harness needs lm-evaluation-harness, which is not installed: `pip install"
     ):

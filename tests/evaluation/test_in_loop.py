@@ -1,5 +1,6 @@
 """Tasks in the training loop: scores are those of the step's checkpoint on any layout; training stays as it is."""
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -9,14 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from sambalm.data_pipeline.errors import DataError
 from sambalm.evaluation.errors import EvaluationError
-from sambalm.evaluation.in_loop import InLoopEvaluation, free_bytes
+from sambalm.evaluation.in_loop import InLoopEvaluation, check_tasks, free_bytes, metrics
+from sambalm.evaluation.task import Score
+from sambalm.model.hf.errors import HFError
+from sambalm.model.registry import mixer
 from sambalm.pretrain.checkpointing.format import checkpoint_folder, open_checkpoint
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ConfigError
 from sambalm.pretrain.lifecycle.ledger import Account
 from sambalm.pretrain.reporting.goodput import read_goodput
 from sambalm.pretrain.reporting.metrics_file import EVALUATION, read_metrics
+from tests.support import toy_mixer
+from tests.support.data import write_shard
 from tests.support.marks import slow_except
 from tests.support.whole_runs import changed, run_dir, stopped_after, train
 from tests.support.worlds import run_world
@@ -85,10 +92,12 @@ def test_training_and_resuming_stay_the_same_to_the_bit(run_values, tmp_path):
 
 
 def test_tokens_may_say_when_and_reports_say_what(run_values, sambalm):
-    values = evaluated(run_values, every_steps=None, every_tokens=1024, tasks={"passkey": PASSKEY})
+    section = {"every_steps": None, "every_tokens": 1024, "precision": "bf16", "tasks": {"passkey": PASSKEY}}
+    values = evaluated(run_values, **section)
     assert [record["step"] for record in train(values) if scores(record)] == [4, 6]
     results = [json.loads(path.read_text()) for path in (run_dir(values) / "evaluation").glob("*/results.json")]
-    assert sorted(result["model"]["step"] for result in results) == [4, 6]
+    measured = sorted((result["model"]["step"], result["model"]["dtype"]) for result in results)
+    assert measured == [(4, "bfloat16"), (6, "bfloat16")]
     booked = read_goodput(run_dir(values), is_alive=False).seconds[Account.VALIDATION]
     assert booked > sum(result["seconds"] for result in results)
     code, out, _ = sambalm("report", run_dir(values))
@@ -141,12 +150,69 @@ def test_a_model_that_does_not_fit_is_refused_before_training(run_values):
     assert read_metrics(run_dir(run_values)) == []
 
 
-def test_the_rank_that_has_least_left_decides(run_values):
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1000), ("bf16", 2000)])
+def test_the_rank_that_has_least_left_decides(precision, most, run_values):
     world: Any = SimpleNamespace(device=torch.device("cpu"), all_gather_object=lambda free: [free, 4000, free])
-    hook = InLoopEvaluation(parse_config(evaluated(run_values), source="test"), world)
-    hook._check_memory(1000)  # of 4 bytes each
+    hook = hook_of(evaluated(run_values, precision=precision), world)
+    hook._check_memory(most)
     with pytest.raises(EvaluationError, match="needs the whole model on every rank"):
-        hook._check_memory(1001)
+        hook._check_memory(most + 1)
+
+
+def hook_of(values: dict, world: Any = None) -> InLoopEvaluation:
+    return InLoopEvaluation(parse_config(values, source="test"), world)
+
+
+@pytest.mark.parametrize(
+    ("turns", "steps"),
+    [
+        ({"every_steps": 4}, [4, 6]),
+        ({"every_steps": None, "every_tokens": 512}, [2, 4, 6]),
+        ({"every_steps": None, "every_tokens": 600}, [3, 5, 6]),
+        ({"every_steps": None, "every_tokens": 100}, [1, 2, 3, 4, 5, 6]),
+        ({"every_steps": None, "every_tokens": 10_000}, [6]),
+    ],
+)
+def test_steps_are_those_that_reach_a_multiple_and_the_last(turns, steps, run_values):
+    """Of 6 steps of 256 tokens; batches are as large as the section says."""
+    hook = hook_of(evaluated(run_values, **turns))
+    assert [step for step in range(1, 7) if hook.acts_on(step)] == steps
+    assert hook._plan.batch_tokens == 100
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize("error", [EvaluationError, DataError])
+def test_what_fails_while_training_is_told_once(error, is_main, run_values, monkeypatch, capsys):
+    def fails(*_):
+        raise error("no room")
+
+    hook = hook_of(evaluated(run_values), SimpleNamespace(is_main=is_main))
+    monkeypatch.setattr(hook, "_with_model", fails)
+    hook.after_step(SimpleNamespace(number=3, metrics={}))
+    told = "warning: the run goes on, but the evaluation after step 3 is not complete: no room\n"
+    assert capsys.readouterr().err == (told if is_main else "")
+
+
+def test_what_no_task_can_measure_is_found_before_the_run(run_values, tmp_path, monkeypatch, request):
+    bare = write_shard(tmp_path / "bare", [[5] * 300])
+    with pytest.raises(EvaluationError, match=r"evaluation.tasks is set, but .*bare names no tokenizer: preprocess"):
+        hook_of(evaluated(changed(run_values, data={"train": bare})))._tokenizer()
+    dated = evaluated(run_values, tasks={"passkey": {"seed": datetime.date(2026, 1, 2)}})
+    with pytest.raises(EvaluationError, match=r"evaluation.tasks: passkey.seed is '2026-01-02'"):
+        check_tasks(parse_config(dated, source="test"))
+    toy_mixer.install()
+    request.addfinalizer(toy_mixer.uninstall)
+    monkeypatch.setattr(mixer("T"), "hf", None)
+    values = changed(run_values, model={"pattern": "T-*-", "mixers": {"token_shift": {"channels": 22}}})
+    check_tasks(parse_config(values, source="test"))
+    with pytest.raises(HFError, match=r"the mixer token_shift .* cannot be written in the Hugging Face format"):
+        check_tasks(parse_config(evaluated(values), source="test"))
+
+
+def test_metrics_are_named_by_all_that_a_score_was_measured_at():
+    score = Score("accuracy", {"kind": "single", "length": 600}, 0.5, None, None, 3)
+    result: Any = SimpleNamespace(task="needles", scores=[score])
+    assert metrics(result) == {"evaluation/needles/accuracy/single/600": 0.5}
 
 
 def test_a_host_s_ranks_share_what_it_has_left(monkeypatch):

@@ -1,31 +1,27 @@
 """Tasks on long texts: exact lengths, one text a seed, answers that are in the text and nowhere else, and scores."""
 
+import pickle
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-from sambalm.data_pipeline.tokenizer_formats import load_tokenizer
 from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Item, Surroundings
 from sambalm.evaluation.tasks import words as words_module
-from sambalm.evaluation.tasks.long_texts import Filler, LongTextTask, Question
+from sambalm.evaluation.tasks.long_texts import Filler, LongTextTask, Question, TooShortError
 from sambalm.evaluation.tasks.registry import TASKS
 from tests.evaluation.oracle import Oracle
 from tests.evaluation.test_runner import quiet
 
 NAMES = [name for name, task in TASKS.items() if issubclass(task, LongTextTask)]
 OTHERS = {"passkey": {"depths": 3, "samples": 2}, "aggregation": {"common": 3, "common_times": 6, "other_times": 1}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokens):
-    return load_tokenizer(tokens.parent / "tokenizer.model")
 
 
 def task_of(name, model, *, lengths=(600, 1000), **changes):
@@ -45,6 +41,7 @@ def of_phonebook(text):
     assert len(shots) == 2
     assert all(f"\n{name}: {number}\n" in f"{book}\n" for name, number in shots)
     name = asked.rpartition("\n")[2].removesuffix(":")
+    assert name not in dict(shots)
     (number,) = re.findall(rf"\n{re.escape(name)}: (\d{{10}})(?=\n|$)", book)
     return f" {number}"
 
@@ -115,7 +112,7 @@ def test_a_model_that_reads_finds_everything_and_one_that_does_not_finds_nothing
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_record_counts_for_its_own_part_of_the_task(name, tokenizer):
-    task = task_of(name, Oracle(tokenizer, SOLVERS[name]))
+    task = task_of(name, Oracle(tokenizer, SOLVERS[name]), lengths=(1000, 600))
     items = task.items()
     graded = [(item.content[0].at, number / len(items)) for number, item in enumerate(items)]
 
@@ -126,9 +123,19 @@ def test_a_record_counts_for_its_own_part_of_the_task(name, tokenizer):
     assert [score.value for score in outcome.scores] == [mean_at(score.at) for score in outcome.scores]
     assert sum(score.items for score in outcome.scores) == len(items)
     if name == "passkey":
-        cells = [{"length": length, "depth": depth} for length in (600, 1000) for depth in (0.0, 0.5, 1.0)]
+        cells = [{"length": length, "depth": depth} for length in (1000, 600) for depth in (0.0, 0.5, 1.0)]
         assert outcome.details["cells"] == [cell | {"accuracy": mean_at(cell), "items": 2} for cell in cells]
         assert outcome.plot.values == [[mean_at(cell) for cell in cells[row::3]] for row in range(3)]
+        assert (outcome.plot.rows, outcome.plot.columns) == (["0%", "50%", "100%"], ["1000", "600"])
+        assert (outcome.plot.row_name, outcome.plot.column_name) == ("depth of the key", "tokens of the text")
+    else:
+        kinds = list(dict.fromkeys(score.at.get("kind", name) for score in outcome.scores))
+        assert [line.name for line in outcome.plot.lines] == kinds
+        for line in outcome.plot.lines:
+            own = [score for score in outcome.scores if score.at.get("kind", name) == line.name]
+            assert line.points == [(score.at["length"], score.value) for score in own]
+            assert line.errors == [score.standard_error for score in own] != [None, None]
+        assert outcome.plot.limits == (-0.03, 1.03)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,6 +150,18 @@ def test_texts_are_of_exact_lengths_and_depend_on_the_seed_alone(name, kind, hf_
         assert questions[0].ids != questions[1].ids
         assert questions[0] == again.numbered_question(cell, 0)
         assert questions[0].ids != other.numbered_question(cell, 0).ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_begins_a_text_stands_there_once_and_an_answer_has_its_tokens(name, tokenizer):
+    model = Oracle(tokenizer, SOLVERS[name])
+    model.begin_ids = [1]
+    task = task_of(name, model)
+    for cell in task.cells():
+        question = task.numbered_question(cell, 0)
+        assert (question.ids[0], question.ids.count(1), len(question.ids)) == (1, 1, cell.at["length"])
+        answer = (", " if name == "needles" else " ").join(question.answers)
+        assert question.max_new_tokens == len(model.encode(f"a {answer}")) - len(model.encode("a")) + 8
 
 
 def test_a_key_stands_at_its_depth(tokenizer):
@@ -172,14 +191,16 @@ def test_chance_is_that_of_a_guess_among_what_answers_are_drawn_from(name, token
 
 def test_a_phonebook_begins_in_the_middle_of_a_line(tokenizer):
     """With what is left of it, so that no name stands there without its whole number."""
-    task, begun = task_of("phonebook", Oracle(tokenizer, of_phonebook)), 0
+    task, begun, shots = task_of("phonebook", Oracle(tokenizer, of_phonebook)), 0, set()
     for sample in range(10):
         text = task.model.decode(task.numbered_question(task.cells()[0], sample).ids)
         first, *lines = text.partition("\n\n")[0].split("\n")
         assert re.fullmatch(r"[^\d\n]*\d{0,10}", first)
         assert [line for line in lines if not re.fullmatch(r"\w+ [A-Z]\. \w+: \d{10}", line)] == []
+        assert len({line.partition(":")[0] for line in lines}) == len(lines)
+        shots.add(text.partition("phonebook above:\n")[2].partition(":")[0])
         begun += bool(first)
-    assert begun > 5
+    assert (begun > 5, len(shots)) == (True, 10)
 
 
 def test_parts_stand_after_all_gaps_before_them(tokenizer):
@@ -192,6 +213,8 @@ def test_parts_stand_after_all_gaps_before_them(tokenizer):
     for part, before in ((-2, 200), (-3, 1000), (-4, 1400)):
         filled = ids.index(part) + part + 1  # without the parts before it
         assert before - len(sentence) < filled <= before
+    ids = task.with_filler([[-1], [-2], [-3]], filler, gaps=[0.5, 0.5], length=3 + 10 * len(sentence))
+    assert ids == [-1, *sentence * 5, -2, *sentence * 5, -3]
 
 
 def test_only_the_last_sentence_before_the_question_is_cut(tokenizer):
@@ -223,15 +246,18 @@ def test_a_score_is_the_part_of_the_answers_that_was_found(text, score, tokenize
     assert task_of("needles", Oracle(tokenizer, of_needles)).grade(text, ["123", "456"]) == score
 
 
-def test_frequent_words_stand_out_in_lists_of_any_length(tokenizer):
-    task = task_of("aggregation", Oracle(tokenizer, of_aggregation), common=5, common_times=5, other_times=1)
+@pytest.mark.parametrize(("times", "other_times"), [(5, 1), (10, 2)])
+def test_frequent_words_stand_out_in_lists_of_any_length(times, other_times, tokenizer):
+    given = {"common": 5, "common_times": times, "other_times": other_times}
+    task = task_of("aggregation", Oracle(tokenizer, of_aggregation), **given)
     words = [f"w{number}" for number in range(200)]
-    for room in (1000, 3000, 3777, 20_000):
+    for room in (300, 1000, 3000, 3777, 20_000):
         listed, _ = task._list(words[:5], words[5:], room=room)
         assert 0 <= room - sum(map(len, listed)) < 10
         counts = Counter(map(tuple, listed))
         often = {tuple(task.model.encode_next(f" {word}")) for word in words[:5]}
         assert {word for word, _ in counts.most_common(5)} == often
+        assert min(counts[word] for word in often) >= times
         assert min(counts[word] for word in often) > max(n for word, n in counts.items() if word not in often) + 1
 
 
@@ -240,8 +266,25 @@ def test_a_length_that_is_too_short_is_refused_with_what_it_takes(name, tokenize
     model = Oracle(tokenizer, SOLVERS[name])
     with pytest.raises(EvaluationError, match=rf"{name}.lengths has 40, but .* takes up to (\d+) tokens") as caught:
         task_of(name, model, lengths=[2000, 40]).items()
+    task = task_of(name, model, lengths=[40])
+    errors = []
+    for cell in task.cells():
+        for sample in range(cell.samples):
+            with pytest.raises(TooShortError) as one:
+                task.numbered_question(cell, sample)
+            errors.append(one.value.needed)
     needed = int(re.search(r"takes up to (\d+) tokens", str(caught.value))[1])
+    assert needed == caught.value.needed == max(errors)
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert (str(sent), sent.needed) == (str(caught.value), needed)
     assert task_of(name, model, lengths=[2 * needed]).items()
+    for cell in task.cells():
+        with pytest.raises(TooShortError) as one:
+            task.question(cell, random.Random(5))
+        needed = one.value.needed
+        assert len(task.question(replace(cell, at={**cell.at, "length": needed}), random.Random(5)).ids) == needed
+        with pytest.raises(TooShortError, match=f"takes up to {needed} tokens"):
+            task.question(replace(cell, at={**cell.at, "length": needed - 1}), random.Random(5))
 
 
 def test_draws_of_two_samples_are_not_those_of_two_others():

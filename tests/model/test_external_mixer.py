@@ -51,6 +51,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "documents"), LAYOUTS)
 def test_it_trains_on_every_layout_like_one_process(name, documents):
     results = WORLDS[LAYOUTS[name, documents]]
@@ -76,6 +77,7 @@ WRONG = {
 WORLDS = SharedWorlds(*ALONE.values(), *LAYOUTS.values(), *WRONG.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", WRONG, ids=["CP", "resets"])
 def test_a_mistake_in_it_is_seen(documents):
     assert largest_difference(WORLDS[WRONG[documents]], WORLDS[ALONE[documents]][0]) > 0.03

@@ -47,6 +47,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_like_one_process(name):
     for call in LAYOUTS[name]:
@@ -63,6 +64,7 @@ def a_part_does_not_see_those_before(monkeypatch):
 WRONG = steps_call(NO_POSITIONS, CP2, ranks=2, mistake=a_part_does_not_see_those_before, steps=1)
 
 
+@pytest.mark.slow
 def test_keys_of_other_ranks_matter():
     assert largest_difference(WORLDS[WRONG], WORLDS[ALONE["no positions"]][0]) > 0.03
 
@@ -77,6 +79,7 @@ FULL, WINDOW, SHORTER = (
 )
 
 
+@pytest.mark.slow
 def test_full_attention_is_a_window_over_the_whole_sequence():
     full, window, shorter = (WORLDS[call][0].losses for call in (FULL, WINDOW, SHORTER))
     assert full == window != shorter

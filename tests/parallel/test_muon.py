@@ -88,6 +88,10 @@ def test_a_skipped_step_leaves_weights_and_momentum():
     assert optimizer.state[weight]["step"] == 0
 
 
+def test_a_matrix_without_a_gradient_takes_no_step():
+    assert torch.equal(orthogonal(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
 def test_only_matrices_of_layers_are_muons():
     with torch.device("meta"):
         model = Samba(ModelConfig(**MODEL | PATTERN))

@@ -19,10 +19,13 @@ from sambalm.data_pipeline.config import DataConfig, WeightedSource
 from sambalm.data_pipeline.parts import Part
 from sambalm.pretrain.checkpointing.format import checkpoint_folders
 from sambalm.pretrain.cli import app as cli
+from sambalm.pretrain.cli import generate as generate_file
+from sambalm.pretrain.cli.progress import ProgressBar
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.generation.command import Request
 from sambalm.pretrain.generation.sampling import Sampling
 from sambalm.pretrain.planner.hardware import DEVICES
+from sambalm.pretrain.planner.run_estimate import Cluster
 from tests.support import program
 from tests.support.whole_runs import changed
 
@@ -137,6 +140,7 @@ def test_the_chain_from_text_to_a_model_that_speaks(sambalm, tokens, run_values,
     code, out, err = sambalm("convert", "to-hf", run_dir, tmp_path / "no", "--tokenizer", other)
     assert (code, out) == (2, "")
     assert f"the tokenizer {other} is not the one that made the tokens of {prefix}" in err
+    assert sambalm("generate", run_dir, "--tokenizer", other, "--prompt", "x") == (2, "", err)
     again = tmp_path / "again"
     assert f"{again / 'model.yaml'} is the section model" in succeed("convert", "from-hf", hf, again)
     texts = ("--tokenizer", model, "--documents", text)
@@ -332,6 +336,62 @@ CALLS = [
         {"device": None, "dtype": None, "tokenizer": None, "step": None},
     ),
     (
+        "sambalm.pretrain.serving.command.serve_model",
+        [
+            *("serve", "folder", "--host", "h", "--port", "1", "--name", "n", "--max-batch", "2", "--max-tokens", "3"),
+            *("--device", "cuda:1", "--dtype", "bf16", "--tokenizer", "t", "--step", "3"),
+        ],
+        (Path("folder"),),
+        {
+            **{"host": "h", "port": 1, "name": "n", "max_batch": 2, "max_tokens": 3},
+            **{"device": "cuda:1", "dtype": "bf16", "tokenizer": Path("t"), "step": 3},
+        },
+    ),
+    (
+        "sambalm.pretrain.serving.command.serve_model",
+        ["serve", "folder"],
+        (Path("folder"),),
+        {
+            **{"host": "127.0.0.1", "port": 8000, "name": None, "max_batch": 16, "max_tokens": 4096},
+            **{"device": None, "dtype": None, "tokenizer": None, "step": None},
+        },
+    ),
+    (
+        "sambalm.evaluation.command.evaluate_model",
+        [
+            *("evaluate", "folder", "--task", "passkey", "--task", "needles", "--data", "d", "--data", "e", "--json"),
+            *("--output", "o", "--batch-tokens", "5", "--device", "cuda:1", "--dtype", "bf16", "--tokenizer", "t"),
+            *("--step", "3", "needles.seed=1"),
+        ],
+        (Path("folder"),),
+        {
+            **{"tasks": ["passkey", "needles"], "overrides": ["needles.seed=1"], "data": ["d", "e"], "as_json": True},
+            **{"output": Path("o"), "batch_tokens": 5, "device": "cuda:1", "dtype": "bf16", "tokenizer": Path("t")},
+            **{"step": 3, "bar": ProgressBar},
+        },
+    ),
+    (
+        "sambalm.pretrain.reporting.summary.write_report",
+        ["report", "a", "b", "--output", "page", "--json"],
+        ([Path("a"), Path("b")],),
+        {"output": Path("page"), "as_json": True},
+    ),
+    (
+        "sambalm.pretrain.planner.search.describe_run",
+        ["train", DEMO, "--dry-run", "--world-size", "4", "run.seed=5"],
+        (load_config(DEMO, ["run.seed=5"]),),
+        {"world_size": 4},
+    ),
+    (
+        "sambalm.pretrain.planner.run_estimate.estimate",
+        [
+            *("slurm", "estimate", DEMO, "--nodes", "4", "--device", "a100", "--gpu-memory-gib", "40"),
+            "run.seed=5",
+        ],
+        (load_config(DEMO, ["run.seed=5"]),),
+        {"nodes": 4, "cluster": Cluster(hardware=DEVICES["a100"], gpu_memory_gib=40.0)},
+    ),
+    (
         "sambalm.pretrain.planner.search.find_plans",
         ["plan", DEMO, "--gpus", "4", "--gpu-memory-gib", "40", "--device", "a100", "--top", "3", "run.seed=5"],
         (load_config(DEMO, ["run.seed=5"]),),
@@ -368,6 +428,44 @@ def test_a_command_tells_what_it_was_told(function, words, arguments, named, mon
     error = CliRunner().invoke(cli.app, list(map(str, words))).exception
     assert isinstance(error, Told), error
     assert error.args == (arguments, named)
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"), [(["--lines"], ["a", "b"]), ([], ["a\nb"]), (["--state-in", "s"], None)], ids=str
+)
+def test_prompts_are_read_from_stdin_but_where_a_state_goes_on(words, prompts, monkeypatch):
+    def tell(path, request, **named):
+        raise Told(request.prompts)
+
+    monkeypatch.setattr("sambalm.pretrain.generation.command.generate_text", tell)
+    error = CliRunner().invoke(cli.app, ["generate", "folder", *words], input="a\nb\n").exception
+    assert isinstance(error, Told), error
+    assert error.args == (prompts,)
+
+
+def test_a_bar_shows_that_a_long_prompt_is_read_and_is_gone_before_its_text(monkeypatch):
+    shown = []
+
+    class Bar(ProgressBar):
+        def __enter__(self):
+            shown.append("begins")
+            return self
+
+        def __exit__(self, *_):
+            shown.append("ends")
+
+        def __call__(self, done, total):
+            shown.append((done, total))
+
+    monkeypatch.setattr(generate_file, "ProgressBar", Bar)
+    with generate_file._ReadingBar() as bar:
+        bar(9, 9)
+        assert shown == []
+        bar(2, 5)
+        bar(5, 5)
+        assert shown == ["begins", (2, 5), (5, 5), "ends"]
+        bar(2, 5)
+    assert shown[4:] == ["begins", (2, 5), "ends"]
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(None, "error: use another\n"), ("0", "error: use another\n"), ("1", "")])

@@ -79,7 +79,7 @@ def test_a_bad_line_costs_no_complete_shard(sambalm, tokens, tmp_path):
     code, out, err = sambalm(*command, "--on-error", "skip")
     assert (code, err) == (0, "")
     assert "shards were there already" in out
-    assert "1 malformed documents were skipped" in out
+    assert "1 malformed document was skipped" in out
     assert prefix.with_suffix(".json").exists()
 
 

@@ -101,7 +101,9 @@ def words_of(tokens, tmp_path):
     return words
 
 
-@pytest.mark.parametrize(("name", "after_s"), [("show", 0.0), ("tokenizer", 0.5), ("preprocess", 0.4)])
+@pytest.mark.parametrize(
+    ("name", "after_s"), [("show", 0.0), ("tokenizer", 0.5), pytest.param("preprocess", 0.4, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_ends_in_a_sentence(name, after_s, words_of, tmp_path):
     assert_ends_well(words_of(name), tmp_path / "out", after_s)
 

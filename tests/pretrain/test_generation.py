@@ -7,30 +7,26 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sambalm.data_pipeline.errors import DataError
 from sambalm.model.hf import HFError, Stream, load_for_generation
 from sambalm.model.hf.tokenizer import save_tokenizer
-from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.errors import ExitCode
-from sambalm.pretrain.generation import source as source_file
 from sambalm.pretrain.generation.chat import Conversation
-from sambalm.pretrain.generation.command import Request, _prompt_ids, generate_text
+from sambalm.pretrain.generation.command import Request, generate_text
 from sambalm.pretrain.generation.errors import GenerationError
-from sambalm.pretrain.generation.output import Output, interruptible
+from sambalm.pretrain.generation.output import JsonWriter, Output, interruptible
 from sambalm.pretrain.generation.prompts import read_prompts
+from sambalm.pretrain.generation.rows import Row, Settings
 from sambalm.pretrain.generation.sampling import Sampler, Sampling
-from sambalm.pretrain.generation.source import dtype_of_run, load_source
+from sambalm.pretrain.generation.source import load_source
+from sambalm.pretrain.generation.text import BytesText
 from tests.pretrain.test_generated_text import sentencepiece_file
 from tests.support import program
 from tests.support.hf import RandomState, hf_model, tiny_config
-from tests.support.layout_runs import run_values as layout_values
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = ["one", "don't stop", "  two spaces first, and a long prompt that is longer than the window of the model"]
@@ -181,25 +177,62 @@ def test_a_state_is_a_beginning_of_several_prompts(folder, generated, tmp_path):
     assert Stream.load(load_for_generation(folder)[0], state).seen_tokens[0] > seen[0] + 4
 
 
+def test_a_state_holds_what_a_text_after_it_depends_on(folder, generated, tmp_path):
+    prompt = 3 * PROMPTS[2]
+    generated([prompt], max_new_tokens=9, ignore_eos=True, state_out=tmp_path / "state")
+    model, tokenizer = load_for_generation(folder)
+    read = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**read, max_new_tokens=9, do_sample=False, eos_token_id=None)[0].tolist()
+    extras = Stream.load(model, tmp_path / "state").extras
+    assert len(ids) > 64
+    assert extras["tail"].tolist() == ids[-64:]
+    assert extras["known_ids"].tolist() == list(dict.fromkeys(ids))
+
+
 def lines_of(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
 
 
-def test_a_chat_without_a_template_is_one_text(folder, generated, monkeypatch, tmp_path):
-    lines_of(monkeypatch, "one", "", "two")
-    out = generated(None, interactive=True, ignore_eos=True, max_new_tokens=6, state_out=tmp_path / "state")
+@pytest.mark.parametrize("parts", [[("one", "", "  two ")], [("one",), ("  two ",)]], ids=["at once", "by a state"])
+def test_a_chat_without_a_template_is_one_text(parts, folder, generated, monkeypatch, tmp_path):
+    """Also where it goes on from a state, and where its first line is the prompt."""
+    state, out, seen = tmp_path / "state", "", []
+    for first, *others in parts:
+        lines_of(monkeypatch, *others)
+        options = {"state_in": state} if out else {}
+        out += generated([first], interactive=True, ignore_eos=True, max_new_tokens=6, state_out=state, **options)
     model, tokenizer = load_for_generation(folder)
     stream, expected = Stream(model), []
-    for line in ("one\n", "two\n"):
+    for line in ("one\n", "  two \n"):
         stream.read(torch.tensor([tokenizer.encode(line)]))
         ids = []
+        seen += tokenizer.encode(line)
         for _ in range(6):
             ids.append(stream.logits.argmax(-1).item())
             stream.step(torch.tensor(ids[-1:]))
+        seen += ids
         before = tokenizer.encode("x")
         expected.append(tokenizer.decode([*before, *ids], skip_special_tokens=True)[1:])
     assert out == "".join(f"{answer}\n" for answer in expected)
-    assert Stream.load(model, tmp_path / "state").seen_tokens == stream.seen_tokens
+    saved = Stream.load(model, state)
+    assert saved.seen_tokens == stream.seen_tokens
+    assert saved.extras["tail"].tolist() == seen[-64:]
+    assert saved.extras["known_ids"].tolist() == list(dict.fromkeys(seen))
+
+
+@pytest.mark.parametrize("end", ["ctrl-c", "a closed pipe"])
+@pytest.mark.usefixtures("python_s_ctrl_c")
+def test_nobody_is_answered_any_more_after_the_end_of_a_chat(end, generated, monkeypatch):
+    lines_of(monkeypatch, "one", "two")
+    step, presses = Stream.step, (signal.raise_signal(signal.SIGINT) for _ in range(1))
+    if end == "ctrl-c":
+        monkeypatch.setattr(Stream, "step", lambda self, ids: (next(presses, None), step(self, ids))[1])
+    else:
+        monkeypatch.setattr(Output, "write", lambda self, text: setattr(self, "closed", True))
+    code = ExitCode.INTERRUPTED if end == "ctrl-c" else ExitCode.FINISHED
+    out = generated(None, interactive=True, ignore_eos=True, max_new_tokens=40, expected=code)
+    assert out.count("\n") == (end == "ctrl-c")
+    assert sys.stdin.read() == "two\n"
 
 
 @pytest.mark.parametrize("rewrites", [False, True])
@@ -280,50 +313,15 @@ def test_a_folder_takes_no_tokenizer_but_its_own(folder, generated, tmp_path):
         generated(source={"tokenizer": other})
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10))
-    request = Request(["a"], GREEDY)
-    for highest, fits in ((9, True), (10, False)):
-        source: Any = SimpleNamespace(model=model, encode=lambda text, highest=highest: [3, highest, 4])
-        if fits:
-            assert _prompt_ids(source, "a", 0, request) == [3, highest, 4]
-            continue
-        with pytest.raises(GenerationError, match="gives the id 10, but the model's vocab_size is 10: give the tok"):
-            _prompt_ids(source, "a", 0, request)
-
-
-@pytest.mark.parametrize(
-    ("given", "of_manifest", "own", "eos_ids"),
-    [(None, 5, 2, {5}), (None, None, 2, {2}), (None, -1, 2, set()), ("t.model", 5, 2, {2}), ("t.model", 5, -1, set())],
-)
-def test_a_text_of_a_checkpoint_ends_where_its_data_s_documents_do(given, of_manifest, own, eos_ids, monkeypatch):
-    """The manifest's token, which may be another than the tokenizer's own; but not where another tokenizer is given."""
-    data = SimpleNamespace(prefixes=["data/text"], tokenizer_path=lambda: Path("run.model"), chat_template=lambda: None)
-    config, files = SimpleNamespace(data=data), []
-    manifest = None if of_manifest is None else SimpleNamespace(tokenizer=SimpleNamespace(eos_id=of_manifest))
-    stubs = {
-        "saved_run": lambda checkpoint: config,
-        "saved_model": lambda checkpoint: None,
-        "read_manifest": {"data/text": manifest}.__getitem__,
-        "_training_tokenizer": lambda file: (files.append(str(file)), list, None, own)[1:],
-        "model_of_state": lambda *_, dtype: nn.Identity(),
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(source_file, name, stub)
-    options = {"device": torch.device("cpu"), "dtype": torch.float32, "tokenizer": given and Path(given)}
-    checkpoint: Any = SimpleNamespace(path=Path("run"))
-    assert source_file._checkpoint_source(checkpoint, **options).eos_ids == eos_ids
-    assert files == [given or "run.model"]
-
-
-@pytest.mark.parametrize(
-    ("precision", "device", "dtype"),
-    [("bf16", "cuda", torch.bfloat16), ("fp32", "cuda", torch.float32), ("bf16", "cpu", torch.float32)],
-)
-def test_a_run_is_loaded_on_a_gpu_as_it_trained(precision, device, dtype):
-    run = parse_config(layout_values(precision=precision), source="test")
-    assert dtype_of_run(run, torch.device(device)) == dtype
-    assert dtype_of_run(None, torch.device(device)) == torch.float32  # of a converted model nobody knows
+def test_the_speed_of_a_text_is_of_its_own_tokens(capsys):
+    row = Row(Settings(GREEDY, 3), BytesText(lambda number: b"a"))
+    writer = JsonWriter(Output(), [row])
+    for number in range(3):
+        text = row.take(number)
+        row.seconds += 0.5
+        writer.add(row, text)
+    (record,) = records(capsys.readouterr().out)
+    assert (record["text"], record["tokens_per_second"]) == ("aaa", 2.0)
 
 
 def test_states_that_do_not_fit_are_refused(folder, generated, tmp_path):

@@ -145,6 +145,7 @@ def _on_first(values, faults):
     return train_with_faults(values, faults, rank=0)
 
 
+@pytest.mark.slow
 def test_limits_change_no_bit_of_a_clean_run(values):
     """With a window that is full from the second step on, in place of none."""
     values = changed(values, parallel={"zero_stage": 1})
@@ -157,6 +158,7 @@ def test_limits_change_no_bit_of_a_clean_run(values):
     assert first.state["hooks"]["replicas"] == {"equal_after": 7}
 
 
+@pytest.mark.slow
 def test_counts_are_kept_over_resumes(values):
     """NaN from step 3 on, and TERM after every third step of an attempt."""
     values = changed(values, train={"max_skipped_steps": 4}, checkpoint={"every_steps": 4})
@@ -315,6 +317,7 @@ def test_replicas_that_differ_end_the_run_before_a_save(values):
     assert newest_checkpoint(run_dir(values), warn=pytest.fail).step == 3
 
 
+@pytest.mark.slow
 def test_replicas_that_differ_are_restored_where_the_config_says_so(values, tmp_path):
     values = changed(values, parallel={"tensor": 2}, checks={"replicas_every_steps": 1, "on_difference": "restore"})
     clean = changed(values, run={"dir": str(tmp_path / "clean")})

@@ -23,6 +23,7 @@ from tests.support.program import wait_until
 from tests.support.whole_runs import changed, run_dir, train
 from tests.support.worlds import run_world
 
+KEEP_WRITING = Ledger._keep_writing
 FETCH_S, VALIDATION_S, SAVE_S, PAUSE_S = 0.02, 0.3, 0.25, 1.5
 
 
@@ -270,6 +271,20 @@ def test_hanging_counts_from_when_nothing_moved(clock, tmp_path):
     clock.sleep(5.0)
     ledger.hang(hangs_since_s)
     assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "hanging": 35.0, "productive": 2.0}
+    assert ledger._ended.is_set()  # its thread writes no more
+
+
+def test_a_hang_may_begin_between_two_lines(clock, tmp_path):
+    ledger = MarkedLedger(tmp_path, attempt="a")
+    ledger.begin(0)
+    ledger.saved(0)
+    clock.sleep(0.5)
+    ledger.finish_step(1)
+    clock.sleep(4.0)
+    hangs_since_s = clock.time()
+    clock.sleep(6.0)
+    ledger.hang(hangs_since_s)
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "hanging": 6.0, "productive": 4.5}
 
 
 def test_a_process_that_was_stopped_was_hanging(clock, tmp_path):
@@ -281,6 +296,55 @@ def test_a_process_that_was_stopped_was_hanging(clock, tmp_path):
     ledger.close()
     expected = {"startup": 4.0, "productive": 4.0, "hanging": 502.0}
     assert non_zero(read_goodput(tmp_path, is_alive=True)) == expected
+
+
+def test_a_process_that_is_stopped_before_its_first_step_had_started_up_before(clock, tmp_path):
+    ledger = MarkedLedger(tmp_path, attempt="a")
+    clock.sleep(500.0)
+    ledger.begin(0)
+    ledger.close()
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "hanging": 500.0}
+
+
+def test_a_process_that_did_something_else_before_starts_with_its_ledger(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_file, "process_age_s", lambda pid: 3601.0)
+    ledger = MarkedLedger(tmp_path, attempt="a")
+    clock.sleep(2.0)
+    ledger.begin(0)
+    ledger.close()
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 2.0}
+
+
+class Ticks:
+    """Stands in for the event that ends a ledger's thread: so many waits, with a line that another writes in each."""
+
+    def __init__(self, ledger, clock, count) -> None:
+        self.ledger, self.clock, self.left = ledger, clock, count
+
+    def wait(self, seconds: float) -> bool:
+        for _ in range(2):
+            self.clock.sleep(seconds / 2)
+            self.ledger.finish_step(1)
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_thread_shows_that_the_process_lives_and_writes_no_more_than_it_must(clock, tmp_path):
+    ledger = MarkedLedger(tmp_path, attempt="a")
+    ledger.begin(0)
+    before = (tmp_path / LEDGER).read_bytes().count(b"\n")
+    ledger._ended = Ticks(ledger, clock, 100)
+    KEEP_WRITING(ledger)
+    assert (tmp_path / LEDGER).read_bytes().count(b"\n") == before + 2 * 101  # at each finished step that is due
+    assert non_zero(read_goodput(tmp_path, is_alive=True)) == {"startup": 4.0, "productive": 101.0}
+
+
+@pytest.mark.parametrize(("age_s", "interval_s"), [(10.0, 1.0), (996.0, 2.0), (1e6, 30.0)])
+def test_lines_are_a_share_of_an_attempt_s_age_apart(age_s, interval_s, clock, tmp_path):
+    ledger = MarkedLedger(tmp_path, attempt="a")  # its process is 4 s old
+    clock.sleep(age_s)
+    ledger.finish_step(1)
+    assert ledger._interval_s() == pytest.approx(interval_s)
 
 
 def test_a_wait_that_cost_nothing_counts_as_what_was_around_it(clock, tmp_path):

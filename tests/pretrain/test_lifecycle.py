@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,7 @@ CRASH = None
         ([(CRASH, 4), CRASH, CRASH, CRASH], True),
         ([CRASH, ExitCode.BAD_INPUT, CRASH, ExitCode.RUN_IN_USE, CRASH], True),  # refusals count neither way
         ([CRASH, ExitCode.BAD_INPUT, ExitCode.RUN_IN_USE, CRASH], False),
+        ([CRASH, (CRASH, None), CRASH, (CRASH, None), CRASH], True),  # nor those that do not say where they began
         *(
             ([CRASH, CRASH, CRASH, deliberate, CRASH, CRASH], False)
             for deliberate in (ExitCode.FINISHED, ExitCode.NO_PROGRESS, ExitCode.STOPPED, ExitCode.INTERRUPTED)
@@ -112,6 +114,10 @@ def test_attempts_are_told_oldest_first_with_the_first_outcome(tmp_path, monkeyp
         (None, None, None),
     ]
     assert not list(tmp_path.glob("attempts/*/.*"))  # drafts
+    damaged = tmp_path / "attempts" / "c" / "attempt.json"
+    damaged.write_text("{")
+    os.utime(damaged, (5000, 5000))  # which is all that is known of its start
+    assert [(record.path.name, record.started_s) for record in read_attempts(tmp_path)][-1] == ("c", 5000)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +128,19 @@ def test_attempts_are_told_oldest_first_with_the_first_outcome(tmp_path, monkeyp
 def test_a_snapshot_tells_the_revision_and_what_it_lacks(
     tracked, difference, revision, is_changed, monkeypatch, tmp_path
 ):
-    answers = {"ls-files": tracked, "rev-parse": "abc\n", "diff": difference}
+    answers = {"ls-files": tracked, "rev-parse": "abc\n", "diff": difference and f"{difference} https://me:pw@host"}
     monkeypatch.setattr(attempts_module, "_git", lambda folder, command, *_: answers[command])
     monkeypatch.setenv("SOME_API_KEY", "hunter2")
     monkeypatch.setenv("NCCL_DEBUG", "here")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     write_snapshot(tmp_path, config_yaml="x: 1\n", world_size=2, start_step=3)
     values = json.loads((tmp_path / "attempt.json").read_text())
     assert (values["revision"], values["changed"]) == (revision, is_changed)
+    assert (values["world_size"], values["start_step"], values["host"]) == (2, 3, socket.gethostname())
+    assert (values["slurm_job"], values["slurm_nodes"]) == ("7", "n[1-2]")
     assert (tmp_path / "code.diff").exists() is is_changed
+    assert not is_changed or "pw" not in (tmp_path / "code.diff").read_text()
     environment = (tmp_path / "environment.txt").read_text().splitlines()
     assert {"SOME_API_KEY=(hidden)", "NCCL_DEBUG=here"} <= set(environment)
 
@@ -221,6 +232,7 @@ BEFORE_TRAINING = """
 import os, signal, time
 from sambalm.pretrain.lifecycle.signals import Signals
 signals = Signals()
+signals.before_leaving = lambda code, why: print(int(code), why, flush=True)
 signals.listen()
 os.kill(os.getpid(), signal.SIGUSR1)
 time.sleep(0.3)
@@ -233,6 +245,7 @@ def test_a_term_before_training_ends_the_process(tmp_path):
     ended = subprocess.run([sys.executable, "-c", BEFORE_TRAINING], capture_output=True, text=True, timeout=60)
     assert ended.returncode == ExitCode.REQUEUE
     assert ended.stderr == "SIGTERM before the first step: leaving; the same command starts it again\n"
+    assert ended.stdout == f"{ExitCode.REQUEUE:d} {ended.stderr}"  # what others are told
 
 
 WITHOUT_PARENT = """
@@ -280,6 +293,9 @@ def test_switches_ask_for_what_they_say(tmp_path):
     assert take_switches(tmp_path) == Request.NOTHING
     (tmp_path / "save").touch()
     assert [take_switches(tmp_path) for _ in range(2)] == [Request.SAVE, Request.NOTHING]
+    (tmp_path / "save").mkdir()  # of somebody who keeps something there
+    assert [take_switches(tmp_path) for _ in range(2)] == [Request.NOTHING, Request.NOTHING]
+    (tmp_path / "save").rmdir()
     (tmp_path / "save").touch()
     (tmp_path / "stop").touch()
     assert [take_switches(tmp_path) for _ in range(2)] == [Request.STOP, Request.STOP]

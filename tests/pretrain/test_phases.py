@@ -123,7 +123,7 @@ def learning_rates() -> list[float]:
 @pytest.mark.parametrize(
     ("ranks", "parallel", "steps"),
     slow_except(
-        [(1, {}, [3, 5])],
+        [],
         [(1, {}, [3, 5]), (1, {}, [1, 2, 4, 6, 7]), (2, {"context": 2}, [3, 4, 6, 7]), (2, {"zero_stage": 2}, [3, 5])],
         long=[(1, {}, [1, 2, 4, 6, 7]), (2, {"zero_stage": 2}, [3, 5])],
     ),

@@ -1,8 +1,10 @@
 """The planner's formulas on round numbers, each against the same reckoned by hand."""
 
+import json
 import math
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -16,11 +18,12 @@ from sambalm.pretrain.planner import time as step
 from sambalm.pretrain.planner.buckets import ReducedGroup, layer_buckets
 from sambalm.pretrain.planner.communication import Transfer, step_transfers
 from sambalm.pretrain.planner.hardware import DEVICES, H100
+from sambalm.pretrain.planner.hardware_file import find_hardware
 from sambalm.pretrain.planner.kernels import ATTENTION_FLOP, KERNEL_ELEMENTS, TORCH_ON_CPU, planned_kernels
 from sambalm.pretrain.planner.memory import RankMemory, stage_memories
 from sambalm.pretrain.planner.search import _parallel_sections, find_plans, plan_of
 from sambalm.pretrain.planner.sizes import distinct_stages, share_of, stages_of
-from sambalm.pretrain.planner.table import _speed_table
+from sambalm.pretrain.planner.table import _speed_table, describe_days, plans_as_json, print_plans
 from tests.support.planned_runs import config_of
 
 PASS_BYTES_PER_S = 3.0e12 * 0.84  # of fused kernels on an H100
@@ -173,6 +176,39 @@ def test_the_loss_has_gradients_of_logits(ranks, elementwise, bytes_a_logit):
     share = share_of(config, KernelNames("torch", "torch", "torch", "torch", elementwise))
     expected = bytes_a_logit * 2 * 192 * 2048 // ranks  # 2 sequences, 2048 tokens of the vocabulary
     assert activations._loss_gradient_bytes(config.model, share) == expected
+
+
+def test_a_plan_s_columns_and_stages_are_those_that_say_something(capsys):
+    plan = plan_of(config_of(parallel={"pipeline": 2}), world_size=2, hardware=H100)
+    print_plans([plan])
+    assert "Memory of each stage of PP2" in capsys.readouterr().out
+    assert plan.stages[0].workspace_bytes > 0  # of layers alone
+    assert [column.header for column in _speed_table([plan]).columns][7:9] == ["days to 0.0M", "days to 3.2T"]
+    long_run = replace(plan, config=config_of(train={"steps": 4_166_666_667}))
+    assert [column.header for column in _speed_table([long_run]).columns][7:9] == [
+        "days to 3,200B",
+        "GB sent a rank and step",
+    ]
+    one = SimpleNamespace(layout="a")
+    for other, lines in (("a", 1), ("b", 2)):
+        days = describe_days(cast(Any, [(one, 1.0), (SimpleNamespace(layout=other), 2.0)]))
+        assert days.count("\n") == lines - 1
+        assert "1.0 + 2.0 = 3.0 days" in days
+    found = json.loads(plans_as_json([[plan], [plan]], are_phases=True))
+    assert [each["phase"] for each in found] == [1, 2]
+    assert "phase" not in json.loads(plans_as_json([[plan]]))[0]
+
+
+def test_what_is_searched_keeps_the_rest_of_the_config():
+    config = config_of(parallel={"timeout_s": 77.0}, train={"micro_batch_size": 3, "global_batch_tokens": 12 * 192})
+    found = list(search.candidates(config, world_size=1, node_gpus=8))
+    assert {one.parallel.timeout_s for one in found} == {77.0}
+    assert {one.train.micro_batch_size for one in found} == {1, 2, 3, 4}
+
+
+def test_a_device_of_a_file_is_like_the_one_that_it_names(tmp_path):
+    (tmp_path / "own.yaml").write_text("name: own\nlike: a100\nnode_gpus: 4\n")
+    assert find_hardware(str(tmp_path / "own.yaml")) == replace(DEVICES["a100"], name="own", node_gpus=4)
 
 
 def test_tensor_parallel_ranks_are_searched_up_to_a_whole_node():

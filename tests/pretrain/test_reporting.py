@@ -40,10 +40,17 @@ def test_a_report_compares_losses_and_tells_the_median_speed(tmp_path):
     assert any(line.endswith("step_00000003") for line in lines)
 
 
+def test_a_run_that_validates_on_named_data_alone_has_a_report(tmp_path):
+    lines = ['{"step": 1, "named_validation_loss_32/a": 2.0', '{"step": 2']
+    rest = ', "loss": 3.0, "tokens": 64, "step_time_s": 1.0, "tokens_per_second": 64.0}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(line + rest for line in lines))
+    assert summary._last_validation(tmp_path)["step"] == 1
+
+
 def test_baselines_are_of_the_tokens_that_a_run_validates_on(monkeypatch):
     values = run_values() | {"validation": {"tokens": 100}}
     told = []
     monkeypatch.setattr(summary, "baseline_losses", lambda data, **named: told.append(named))
     for tokens in (100, 31):
         summary._baselines(parse_config(values | {"validation": {"tokens": tokens}}, source="test"))
-    assert told == [{"validation_samples": samples, "seed": 5, "vocab_size": 96} for samples in (3, 1)]
+    assert told == [{"validation_samples": samples, "vocab_size": 96} for samples in (3, 1)]

@@ -170,6 +170,7 @@ def save_after_a_pause(values, stopped):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_writer_that_was_suspended_does_not_touch_its_successors_checkpoints(run_values, tmp_path):
     """A stops in a save, B takes the lease and saves the same step, A wakes: what B has saved stays, and A ends."""
     values = changed(run_values, train={"steps": 3}, validation={"every_steps": 100, "tokens": 64})
@@ -242,12 +243,13 @@ def test_checkpoints_are_listed_verified_and_removed(run):
     assert "shard-00001.safetensors has changed" in rows[2]["problem"]
     assert rows[0]["bytes"] == sum(path.stat().st_size for path in checkpoint_folder(run, 3).iterdir())
     table = program.run("checkpoint", "list", run, variables={"COLUMNS": "300"}).stdout.splitlines()
-    assert table[1].split()[0:2] == ["3", "768"]
+    assert table[1].split()[:4] == ["3", "768", f"{rows[0]['bytes'] / 1e6:,.1f}", "MB"]
     assert table[1].split()[-1] == "yes"
     assert program.run("checkpoint", "verify", run, "--step", "6").returncode == 0
     damaged = program.run("checkpoint", "verify", run)
     assert damaged.returncode == ExitCode.BAD_INPUT
     assert damaged.stderr.startswith("error: 1 of 4 checkpoints do not verify: ")
+    assert "step_00000009/shard-00001.safetensors has changed" in damaged.stderr
     pruned = program.run("checkpoint", "prune", run, "--keep", "2", "--dry-run", "--json")
     assert json.loads(pruned.stdout) == {"removed": [str(checkpoint_folder(run, 3))], "dry_run": True}
     assert steps(run) == [3, 6, 9, 12]

@@ -288,6 +288,7 @@ def train_with_failing_saves(values, numbers):
     return errors
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_on_a_rank_is_tried_again_at_the_next_turn(run_values, tmp_path):
     # The save of step 8 waits for that of step 6, however slow: a later record tells how that ended.
     values = changed(run_values, parallel={"zero_stage": 1}, train={"steps": 10}, checkpoint={"every_steps": 2})

@@ -1,13 +1,11 @@
 """`sambalm serve`: the stock openai client against a real process, whose texts are those of `sambalm generate`."""
 
 import json
-import queue
 import re
 import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,16 +17,12 @@ import pytest
 import torch
 from openai import APIError, APITimeoutError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
-from sambalm.model.hf import Stream, load_for_generation
+from sambalm.model.hf import load_for_generation
 from sambalm.model.hf.tokenizer import save_tokenizer
 from sambalm.pretrain.generation.command import Request, generate_text
-from sambalm.pretrain.generation.rows import Settings
 from sambalm.pretrain.generation.sampling import Sampling
-from sambalm.pretrain.generation.source import load_source
-from sambalm.pretrain.serving import engine as engine_file
-from sambalm.pretrain.serving.command import serve_model
-from sambalm.pretrain.serving.engine import Engine, Job
-from sambalm.pretrain.serving.errors import RequestError, ServingError
+from sambalm.pretrain.serving.command import _bind, serve_model
+from sambalm.pretrain.serving.errors import ServingError
 from sambalm.pretrain.serving.replies import Reply
 from tests.pretrain.test_generated_text import sentencepiece_file
 from tests.pretrain.test_generation import TEMPLATE
@@ -41,10 +35,8 @@ MAX_BATCH, MAX_TOKENS = 4, 100_000
 ENDLESS = {"prompt": "one", "max_tokens": MAX_TOKENS, "extra_body": {"ignore_eos": True}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A Hugging Face folder with random weights and a chat template."""
-    path = tmp_path_factory.mktemp("serving") / "hf"
+def make_folder(path: Path) -> Path:
+    """Makes a Hugging Face folder with random weights and a chat template, which refuses tools."""
     path.mkdir()
     model = sentencepiece_file(path)
     save_tokenizer(model, path)
@@ -53,18 +45,23 @@ def folder(tmp_path_factory) -> Path:
     hf = hf_model(config, RandomState(config))
     hf.config.eos_token_id, hf.generation_config.eos_token_id = 2, [2, EOS_ID]
     hf.save_pretrained(path)
-    (path / "chat_template.jinja").write_text(TEMPLATE)
+    refusal = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    (path / "chat_template.jinja").write_text(refusal + TEMPLATE)
     return path
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("serving") / "hf")
+
+
 @contextmanager
-def serving(folder, log, *options):
-    with program.start("serve", folder, "--port", 0, "--name", "tiny", *options, log=log) as server:
+def serving(folder, log, *options, name="tiny", host="127.0.0.1"):
+    with program.start("serve", folder, "--port", 0, *options, log=log) as server:
 
         def address():
-            return re.search(
-                r"^serving tiny at (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C ends it\)$", log.read_text(), re.M
-            )
+            place = rf"(http://{re.escape(host)}:\d+/v1)"
+            return re.search(rf"^serving {re.escape(name)} at {place} \(Ctrl-C ends it\)$", log.read_text(), re.M)
 
         program.wait_until(lambda: address() or server.poll() is not None, 60, log.read_text)
         assert server.poll() is None, log.read_text()
@@ -74,13 +71,14 @@ def serving(folder, log, *options):
 @pytest.fixture(scope="module")
 def client(folder, tmp_path_factory) -> OpenAI:
     log = tmp_path_factory.mktemp("log") / "log"
-    with serving(folder, log, "--max-batch", MAX_BATCH, "--max-tokens", MAX_TOKENS) as (_, client):
+    options = ("--name", "tiny", "--max-batch", MAX_BATCH, "--max-tokens", MAX_TOKENS)
+    with serving(folder, log, *options) as (_, client):
         yield client
     assert "Traceback" not in log.read_text()
 
 
 def complete(client, **options):
-    return client.completions.create(model="tiny", **{"prompt": "one", "temperature": 0, "max_tokens": 20} | options)
+    return client.completions.create(**{"model": "tiny", "prompt": "one", "temperature": 0, "max_tokens": 20} | options)
 
 
 @pytest.fixture
@@ -139,8 +137,29 @@ def test_samples_and_seeds_are_those_of_generate(client, generated):
     assert len({record["text"] for record in records}) == 3
     assert len({complete(client, temperature=1).choices[0].text for _ in range(3)}) == 3, "no seed: another each time"
     first = complete(client, seed=5, temperature=1).choices[0].text
+    plain = client.completions.create(model="tiny", prompt="one", seed=5, n=4)
+    assert plain.usage.completion_tokens == 4 * 16
+    for temperature, is_the_default in ((1, True), (0.8, False)):
+        given = complete(client, seed=5, n=4, temperature=temperature, max_tokens=16)
+        texts = [[choice.text for choice in answer.choices] for answer in (plain, given)]
+        assert (texts[0] == texts[1]) == is_the_default
+    for seed in (-(2**63), -1, 2**63 - 1):
+        assert len(complete(client, seed=seed, n=2).choices) == 2, "seeds of any sign and size are taken"
     for all_tokens in ({"top_k": -1}, {"top_k": 0}, {"top_p": 1, "min_p": 0, "repetition_penalty": 1}):
         assert complete(client, seed=5, temperature=1, extra_body=all_tokens).choices[0].text == first
+
+
+def test_samples_of_several_prompts_are_told_apart_and_counted_once(client, generated):
+    sampling = {"seed": 5, "temperature": 0.9, "top_p": 0.9}
+    records = [record for prompt in PROMPTS for record in generated(prompt, samples=2, **sampling)]
+    answer = complete(client, prompt=PROMPTS, n=2, **sampling)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [
+        (number, record["text"]) for number, record in enumerate(records)
+    ]
+    usage = answer.usage
+    assert usage.prompt_tokens == sum(record["prompt_tokens"] for record in records) // 2
+    assert usage.completion_tokens == sum(record["tokens"] for record in records)
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
 def test_stop_strings_end_before_themselves(client, generated):
@@ -173,11 +192,20 @@ def test_chats_follow_the_template(client, folder):
     answer = client.chat.completions.create(**options)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content == wanted
-    assert answer.usage.prompt_tokens == len(ids)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 12)
     pieces = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == wanted
     assert (pieces[-1].choices, pieces[-1].usage) == ([], answer.usage)
+    assert (answer.object, answer.id[:9]) == ("chat.completion", "chatcmpl-")
+    assert {(piece.object, piece.id[:9]) for piece in pieces} == {("chat.completion.chunk", "chatcmpl-")}
+    assert len({piece.id for piece in pieces}) == 1
+    completed = [complete(client), *complete(client, stream=True)]
+    assert {(one.object, one.id[:5]) for one in completed} == {("text_completion", "cmpl-")}
+    shorter = options | {"max_completion_tokens": None, "max_tokens": 5}
+    assert client.chat.completions.create(**shorter).usage.completion_tokens == 5
+    roles = [p.choices[0] for p in client.chat.completions.create(**options, n=2, stream=True)]
+    assert [choice.index for choice in roles if choice.delta.role] == [0, 1]
 
 
 def test_eight_clients_at_once_get_what_they_would_get_alone(client):
@@ -219,6 +247,7 @@ def test_a_client_that_leaves_frees_its_place(client):
         ({"prompt": ""}, "prompt", "there is no text to go on from: give at least one character"),
         ({"prompt": []}, "prompt", "there are 0 prompts: give 1 to 128"),
         ({"prompt": [7, 400]}, "prompt", "400 is no token: ids are 0 to 399"),
+        ({"prompt": [7, -1]}, "prompt", "-1 is no token: ids are 0 to 399"),
         ({"temperature": -1}, "temperature", "temperature: Input should be greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens: Input should be greater than or equal to 1"),
         ({"max_tokens": MAX_TOKENS + 1}, "max_tokens", "max_tokens is 100001: ask for 100000 at most"),
@@ -236,8 +265,35 @@ def test_bad_requests_are_answered_in_openais_form(client, options, parameter, m
     assert (caught.value.type, caught.value.param) == ("invalid_request_error", parameter)
 
 
+NEUTRAL = {  # as requests go without
+    **{
+        "best_of": 1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "suffix": "",
+        "logit_bias": {},
+        "logprobs": False,
+    },
+    **{"top_logprobs": 0, "functions": [], "function_call": "none", "tools": [], "tool_choice": "auto"},
+    **{"modalities": ["text"], "response_format": {"type": "text"}},
+}
+SILENT = {
+    **{"user": "somebody", "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": True},
+    **{"prompt_cache_key": "a", "safety_identifier": "b", "service_tier": "auto"},
+}
+
+
 def test_neutral_and_silent_fields_are_taken(client):
-    assert complete(client, frequency_penalty=0, presence_penalty=0.0, best_of=1, user="somebody", suffix="", n=1)
+    assert complete(client, extra_body=NEUTRAL | SILENT).choices[0].text == complete(client).choices[0].text
+    for name in NEUTRAL:
+        with pytest.raises(BadRequestError, match=f"{name} is not supported: leave it out"):
+            complete(client, extra_body={name: {"other": "wishes"}})
+
+
+def test_a_conversation_that_the_template_refuses_is_the_client_s_mistake(client):
+    with pytest.raises(BadRequestError, match=r"the chat template cannot be applied \(no tools\)") as caught:
+        client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "a"}])
+    assert caught.value.param == "messages"
 
 
 def test_another_model_is_not_found(client):
@@ -267,6 +323,15 @@ def test_what_no_client_of_openais_sends(client, path, body, status, message):
         urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=60)
     assert caught.value.code == status
     assert json.load(caught.value)["error"]["message"].startswith(message)
+    assert caught.value.headers["Allow"] == ("POST" if status == 405 else None)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_ctrl_c_ends_texts_under_way(folder, tmp_path):
@@ -275,13 +340,17 @@ def test_ctrl_c_ends_texts_under_way(folder, tmp_path):
         if file.name != "chat_template.jinja":
             shutil.copy(file, tmp_path / "plain")
     log = tmp_path / "log"
-    with serving(tmp_path / "plain", log, "--max-tokens", MAX_TOKENS, "--max-batch", 1) as (server, client):
+    name, host = str(tmp_path / "plain"), "[::1]" if has_ipv6() else "127.0.0.1"
+    options = ("--max-tokens", MAX_TOKENS, "--max-batch", 1, "--host", host.strip("[]"))
+    with serving(name, log, *options, name=name, host=host) as (server, client):  # of no other name than its path
+        health = urllib.request.urlopen(str(client.base_url).replace("/v1/", "/health"), timeout=60)
+        assert (health.status, json.load(health)) == (200, {"status": "ok"})
         with pytest.raises(BadRequestError, match="the model has no chat template, so it takes completions alone"):
-            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "one"}])
+            client.chat.completions.create(model=name, messages=[{"role": "user", "content": "one"}])
         with ThreadPoolExecutor(1) as pool:
-            stream = iter(complete(client, **ENDLESS, stream=True))
+            stream = iter(complete(client, **ENDLESS, model=name, stream=True))
             next(stream)
-            waiting = pool.submit(complete, client)
+            waiting = pool.submit(complete, client, model=name)
             time.sleep(0.2)
             server.send_signal(signal.SIGINT)
             with pytest.raises(APIError, match="the server is shutting down"):
@@ -307,73 +376,24 @@ def test_a_server_that_cannot_start_says_why(folder, monkeypatch):
         serve_model(folder, host="127.0.0.1", port=0, max_batch=1, max_tokens=1)
 
 
-@pytest.fixture
-def engine(folder):
-    engine = Engine(load_source(folder, device="cpu", dtype=None, tokenizer=None), max_rows=4)
-    yield engine
-    engine.end()
-    engine.join(20)
+def test_a_port_can_be_taken_again_at_once():
+    """While connections of the server before it are still closing."""
+    with _bind("127.0.0.1", 0) as listener:
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
 
 
-class Taken:
-    """A job, and what the engine delivers of it."""
+def test_the_model_is_the_one_that_was_asked_for(monkeypatch):
+    class Asked(Exception):
+        """Ends the start of a server, with what is loaded."""
 
-    def __init__(self, prompt=(7, 8, 9), *, tokens=30, samples=1, seed=0, temperature=1.0):
-        self.pieces = queue.Queue()
-        settings = Settings(Sampling(temperature, seed=seed), tokens)
-        self.job = Job(list(prompt), settings, samples, False, self.pieces.put)
+    def tell(path, **named):
+        raise Asked(path, named)
 
-    def text(self):
-        """The texts of its samples, or the error of its end."""
-        texts, unfinished = {}, self.job.samples
-        while unfinished:
-            piece = self.pieces.get(timeout=30)
-            if isinstance(piece, RequestError):
-                return str(piece)
-            texts[piece.sample] = texts.get(piece.sample, "") + piece.text
-            unfinished -= bool(piece.reason)
-        return [texts[sample] for sample in range(self.job.samples)]
-
-
-def test_requests_share_steps(engine, monkeypatch):
-    rows, step, reading = [], Stream.step, threading.Event()
-    monkeypatch.setattr(Stream, "step", lambda self, ids: (rows.append(len(ids)), step(self, ids))[1])
-    monkeypatch.setattr(engine_file, "PIECE_TOKENS", 4)
-    read = Stream.read
-    monkeypatch.setattr(Stream, "read", lambda self, ids: (reading.wait(), read(self, ids))[1])
-    jobs = [Taken(seed=1), Taken(range(3, 23), tokens=20, samples=2, seed=2), Taken(tokens=5), Taken(tokens=9)]
-    for taken in jobs:
-        engine.submit(taken.job)
-    reading.set()
-    together = [taken.text() for taken in jobs]
-    assert max(rows) == 4
-    assert len(rows) < 60, "80 tokens of rows that overlap"
-    assert rows[:4] == [1, 1, 1, 1], "a prompt of five pieces is read between the steps of the others"
-    for taken, texts in zip([Taken(seed=1), Taken(range(3, 23), tokens=20, samples=2, seed=2)], together, strict=False):
-        engine.submit(taken.job)
-        assert taken.text() == texts
-
-
-def test_a_failure_reaches_those_that_it_hit_and_nobody_else(engine, monkeypatch, capsys):
-    step = Stream.step
-    failing = iter([True])
-    monkeypatch.setattr(Stream, "step", lambda self, ids: 1 / 0 if next(failing, False) else step(self, ids))
-    hit, later = Taken(), Taken(tokens=3)
-    engine.submit(hit.job)
-    assert hit.text() == "the server failed on this request: its log has the reason"
-    assert "ZeroDivisionError" in capsys.readouterr().err
-    engine.submit(later.job)
-    assert len(later.text()) == 1
-
-
-def test_too_many_waiting_requests_are_refused(engine, monkeypatch):
-    monkeypatch.setattr(engine_file, "MAX_WAITING", 0)
-    with pytest.raises(RequestError, match="0 requests are waiting") as caught:
-        engine.submit(Taken().job)
-    assert caught.value.status == 503
-    engine.end()
-    with pytest.raises(RequestError, match="the server is shutting down"):
-        engine.submit(Taken().job)
+    monkeypatch.setattr("sambalm.pretrain.serving.command.load_source", tell)
+    asked = {"device": "cpu", "dtype": "bf16", "tokenizer": Path("t"), "step": 3}
+    with pytest.raises(Asked) as told:
+        serve_model(Path("run"), host="127.0.0.1", port=0, max_batch=1, max_tokens=1, **asked)
+    assert told.value.args == (Path("run"), asked)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import yaml
 from sambalm.pretrain.errors import ExitCode, NoRunError
 from sambalm.pretrain.lifecycle.attempts import read_attempts, write_outcome, write_snapshot
 from sambalm.pretrain.lifecycle.ledger import LEDGER
+from sambalm.pretrain.reporting import status as status_file
 from sambalm.pretrain.reporting.durations import date, duration
 from sambalm.pretrain.reporting.status import State, read_status, show_status
 from tests.support import program
@@ -65,6 +66,18 @@ def test_status_is_reckoned_from_the_recent_steps(run_of_hours):
         "time in training": "47.5%",
         "last error": "none",
     }
+
+
+def test_the_speed_is_of_the_last_steps_alone(run_of_hours, monkeypatch):
+    folder, _ = run_of_hours
+    monkeypatch.setattr(status_file, "RECENT_STEPS", 100)
+    assert read_status(folder).left_s == 850 * 5.0
+    monkeypatch.setattr(status_file, "RECENT_STEPS", 200)
+    assert read_status(folder).left_s == 850 * 5.0
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(text[:51]))
+    monkeypatch.setattr(status_file, "RECENT_STEPS", 1)
+    assert read_status(folder).left_s == 949 * 5.0
 
 
 @pytest.mark.parametrize(("age_s", "state"), [(5.0, State.TRAINING), (59.0, State.TRAINING), (61.0, State.KILLED)])
@@ -159,6 +172,49 @@ def test_a_run_whose_steps_do_not_end_hangs(lines, at_s, state, run_of_hours):
     assert read_status(folder).shown_state() == state
 
 
+def test_long_steps_are_waited_for(run_of_hours):
+    """Ten of them, where that is more than a minute."""
+    folder, now_s = run_of_hours
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"step_time_s": 5.0', '"step_time_s": 20.0'))
+    (folder / "lease.json").write_text(json.dumps({"pids": "another machine"}))
+    ledger_lines(folder, [{"at_s": 11_500.0, "event": "start"}, BEGUN, in_phase("step", 11_695.0)])
+    for age_s, state in ((200.0, State.TRAINING), (201.0, State.HANGING)):
+        now_s[0] = 11_695.0 + age_s
+        os.utime(folder / "lease.json", (now_s[0], now_s[0]))
+        assert read_status(folder).state == state
+
+
+def test_a_ledger_tells_what_the_records_of_attempts_lack(run_of_hours):
+    """When a killed one last wrote and its last step; and a process is older than what it first writes down."""
+    folder, now_s = run_of_hours
+    now_s[0] = 11_800.0
+    (folder / "metrics.jsonl").unlink()
+    seconds = {"seconds": {"productive": 90.0}, "now": "step", "since_s": 10_000.0}
+    first = [
+        {"at_s": 9_990.0, "event": "start"},
+        {"at_s": 10_010.0, "event": "begin", "step": 0},
+        {"at_s": 10_100.0, "step": 100, **seconds},
+        {"at_s": 10_100.0, "event": "saved", "step": 100},
+        {"at_s": 11_600.0, "step": 140, **seconds},
+    ]
+    lines = [{"attempt": "first", **line} for line in first]
+    (folder / "lease.json").write_text(json.dumps({"pids": "another machine"}))
+    os.utime(folder / "lease.json", (now_s[0], now_s[0]))
+    ledger_lines(folder, lines)
+    assert read_status(folder).shown_state() == "training"  # the second could not write there yet
+    ledger_lines(folder, [*lines, {"at_s": 11_490.0, "event": "start"}])
+    status = read_status(folder)
+    assert status.shown_state() == "starting"
+    killed, last = status.attempts
+    assert (killed.started_s, killed.ended_s, killed.step) == (9_990.0, 11_600.0, 140)
+    assert (last.started_s, last.ended_s, last.step) == (11_500.0, None, None)
+    write_outcome(folder / "attempts" / "first", exit_code=ExitCode.HANGING, step=130, reason="why")
+    now_s[0] += 1.0
+    killed = read_status(folder).attempts[0]
+    assert (killed.ended_s, killed.step) == (11_800.0, 130)  # as it said itself
+
+
 def test_the_state_of_a_run(run_values):
     train(run_values)
     folder = run_dir(run_values)
@@ -169,6 +225,8 @@ def test_the_state_of_a_run(run_values):
     assert sum(status.seconds.values()) == pytest.approx(status.wall_s, rel=0.01)
     assert set(status.held_out_losses) == {32, 64}
     assert f"{status.held_out_losses[64]:.4f} held out at 64 tokens" in show_status(status)
+    assert "  startup " in show_status(status)
+    assert "  hanging " not in show_status(status)  # of which there was none
     config = (folder / "config.yaml").read_text().replace("steps: 6", "steps: 12")
     later = folder / "attempts" / "later"
     write_snapshot(later, config_yaml=config, world_size=1, start_step=6)

@@ -59,6 +59,14 @@ def validated(values: dict) -> dict[str, float]:
     return validator.losses(executor)
 
 
+def test_runs_of_other_seeds_validate_on_the_same_samples(run_values, prefixes):
+    data = {"train": prefixes["train"], "validation_fraction": 0.5}
+    few = changed(run_values, data=data, validation={"tokens": 64})
+    first, second = (validated(changed(few, run={"seed": seed})) for seed in (1, 2))
+    assert first == second
+    assert first != validated(changed(few, validation={"tokens": 32}))
+
+
 def test_every_token_of_each_prefix_counts_by_its_name(values):
     """But for those at the end that make no whole sample, nothing is held back; the held-out part is as it was."""
     found = validated(values)

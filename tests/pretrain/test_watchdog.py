@@ -10,9 +10,12 @@ import pytest
 
 from sambalm.pretrain.config import WatchdogSection
 from sambalm.pretrain.errors import ExitCode
+from sambalm.pretrain.lifecycle import phases
+from sambalm.pretrain.lifecycle import watchdog as watchdog_file
 from sambalm.pretrain.lifecycle.attempts import read_attempts
 from sambalm.pretrain.lifecycle.hang import Board, Position, judge
-from sambalm.pretrain.lifecycle.ledger import Account
+from sambalm.pretrain.lifecycle.ledger import Account, Ledger
+from sambalm.pretrain.lifecycle.lost_ranks import RankProcesses
 from sambalm.pretrain.lifecycle.phases import Marks, Phase
 from sambalm.pretrain.lifecycle.watchdog import LEFT, Limits, Watchdog
 from sambalm.pretrain.reporting.goodput import read_goodput
@@ -60,7 +63,10 @@ def test_a_rank_that_is_stopped_ends_the_others(values, tmp_path):
             *(hangs.in_a_save, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _finish")),
             marks=pytest.mark.slow,
         ),
-        (hangs.in_the_writing, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _together")),
+        pytest.param(
+            *(hangs.in_the_writing, "ranks 0-1: hanging in phase save of step 5 since ", (1, "in _together")),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -140,6 +146,78 @@ def test_only_another_rank_that_has_left_since_this_one_started_ends_it(tmp_path
     marks.enter(Phase.FETCH, step=1)
     watchdog._look()
     assert len(ended) == 1
+
+
+class Waits:
+    """Stands in for the event that ends the watchdog's threads: lasts as it is told to, and notes what it is asked."""
+
+    def __init__(self, lasts_s) -> None:
+        self.lasts_s, self.asked_s, self.now_s = iter(lasts_s), [], 1000.0
+
+    def wait(self, seconds: float) -> bool:
+        self.asked_s.append(seconds)
+        lasts_s = next(self.lasts_s, None)
+        self.now_s += lasts_s or 0
+        return lasts_s is None
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    time = monotonic
+
+
+@pytest.mark.parametrize(("lasts_s", "overdue"), [([10, 45, 10], False), ([20, 20, 20], True)])
+def test_a_process_that_was_stopped_as_a_whole_begins_its_phase_anew(lasts_s, overdue, tmp_path, monkeypatch):
+    clock = Waits(lasts_s)
+    for module in (watchdog_file, phases):
+        monkeypatch.setattr(module, "time", clock)
+    watchdog = Watchdog(Marks(), Limits({Phase.START_UP: 50.0}), run_dir=tmp_path, rank=0, ranks=1)
+    monkeypatch.setattr(watchdog, "_ended", clock)
+    ended = []
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+    watchdog._watch_clock()
+    assert watchdog._position().overdue == overdue
+    assert ended == []
+
+
+def test_a_rank_hangs_since_before_an_error_that_another_caused(tmp_path):
+    marks = Marks()
+    watchdog = Watchdog(marks, Limits({}), run_dir=tmp_path, rank=0, ranks=1)
+    for phase, stands_since in ((Phase.STEP, True), (Phase.LEAVE, False)):
+        marks.enter(phase, step=1)
+        watchdog._look()
+        assert (watchdog._stands_since_s == marks.main.since_s) == stands_since
+
+
+def test_a_rank_that_leaves_by_itself_ends_its_ledger(tmp_path):
+    marks = Marks()
+    watchdog = Watchdog(marks, Limits({}), run_dir=tmp_path, rank=0, ranks=2)
+    (tmp_path / "attempts" / "one").mkdir(parents=True)
+    ledger = Ledger(marks, tmp_path, attempt="one")
+    watchdog.watch_in(tmp_path / "attempts" / "one", ledger=ledger, processes=RankProcesses())
+    watchdog.tell_of_leaving(ExitCode.REQUEUE, "SIGTERM")
+    found = read_goodput(tmp_path, is_alive=False)
+    assert found is not None
+    assert found.attempts[0].has_ended
+    assert json.loads((tmp_path / LEFT).read_text()) == {"rank": 0, "exit_code": ExitCode.REQUEUE}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "poll_s", "grace_s"), [({}, 2, 3), ({"step": 0.5}, 0.1, 3), ({"step": 10, "save": 90}, 1, 3)]
+)
+def test_short_limits_are_looked_at_often(seconds, poll_s, grace_s):
+    limits = Limits({Phase(name): limit_s for name, limit_s in seconds.items()})
+    assert (limits.poll_s, limits.grace_s) == (poll_s, grace_s)
+
+
+def test_long_limits_give_ranks_long_to_answer_and_many_ranks_look_at_the_folder_less_often(tmp_path):
+    grace_s = [Limits({Phase.STEP: float(limit_s)}).grace_s for limit_s in (100, 600, 6000)]
+    assert grace_s == [10, 60, 60]
+    for ranks, polled_s in ((8, 2.0), (1000, 5.0)):
+        watchdog = Watchdog(Marks(), Limits({}), run_dir=tmp_path, rank=0, ranks=ranks)
+        watchdog._ended = waits = Waits([])
+        watchdog._watch_folder()
+        assert waits.asked_s == [polled_s]
 
 
 def test_phases_are_marked_in_any_thread():

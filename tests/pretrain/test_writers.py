@@ -124,12 +124,19 @@ class Failing:
 )
 def test_a_writer_that_fails_is_told_of_once_and_tried_again(where, kept, capfd):
     steps: list[int] = []
-    writer = BackgroundWriter("X", lambda: Failing(where, steps), retry_s=0.0)
+    made: list[int] = []
+    writer = BackgroundWriter("X", lambda: (made.append(1), Failing(where, steps))[1], retry_s=0.0)
     for step in range(1, 5):
         writer.write({"loss": 1.0}, step=step)
     writer.close()
     assert steps == kept
+    assert len(made) == {"make": 4, "write": 3}.get(where, 1)  # anew after each failure
     assert capfd.readouterr().err.count("the run goes on, but X does not get all of its metrics: ") == bool(where)
+
+
+def test_a_writer_that_is_named_twice_writes_once(tmp_path):
+    (writer,) = start_writers(["tensorboard", "tensorboard"], WriterTarget(tmp_path, CONFIG, 0))
+    writer.close()
 
 
 def test_a_writer_that_hangs_holds_nothing_up(capfd, monkeypatch):

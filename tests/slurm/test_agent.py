@@ -80,6 +80,10 @@ def test_an_end_is_that_of_the_attempt_that_torchrun_started_last(node, tmp_path
 
 
 def test_torchrun_is_given_the_module_and_its_arguments(node, monkeypatch):
+    for name in ("IN_JOB_RESTARTS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    assert node(0)[1][-5:] == ["--max-restarts=0", "-m", "some.module", "a", "b=c"]
+    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     monkeypatch.setenv("IN_JOB_RESTARTS", "1")
     _, arguments, _ = node(0)
     split = arguments.index("-m")

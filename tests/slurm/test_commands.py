@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from sambalm.data_pipeline.sources import open_sources
+from sambalm.pretrain.cli import app as cli
 from sambalm.pretrain.config_file import parse_config
 from sambalm.pretrain.data_parts import data_warning
 from sambalm.pretrain.errors import ConfigError, ExitCode, NoRunError
@@ -17,7 +20,7 @@ from sambalm.pretrain.reporting.status import show_status
 from sambalm.slurm import health, prepare
 from sambalm.slurm.errors import SlurmError
 from sambalm.slurm.status import slurm_status
-from sambalm.slurm.submission import Submission, write_submission
+from sambalm.slurm.submission import Submission, read_submission, write_submission
 from sambalm.slurm.submit import SCRIPTS, Job, convert_job, submit_all, training_job
 from tests.support.whole_runs import changed
 
@@ -49,6 +52,11 @@ def test_status_asks_slurm_for_the_jobs_state(tmp_path, program, monkeypatch):
     assert calls() == ["--noheader --states=all --jobs=7 --sort=i --format=%i %T %r"]
     write_outcome(attempt, exit_code=ExitCode.REQUEUE, step=150, reason="why")
     assert slurm_status(tmp_path / "run").shown_state() == "left (why; Slurm job 7 PENDING, BeginTime)"
+    (attempt / "outcome.json").unlink()
+    write_outcome(attempt, exit_code=ExitCode.FINISHED, step=10, reason="why")
+    asked = len(calls())
+    assert slurm_status(tmp_path / "run").shown_state() == "finished"
+    assert len(calls()) == asked  # of whose job Slurm has nothing to say
 
 
 def test_a_run_that_was_submitted_and_has_not_started_has_a_status(tmp_path, program):
@@ -65,6 +73,11 @@ def test_a_run_that_was_submitted_and_has_not_started_has_a_status(tmp_path, pro
     attempt = run_dir / "attempts" / "job7.0.0"
     attempt.mkdir(parents=True)
     write_outcome(attempt, exit_code=ExitCode.BAD_INPUT, step=None, reason="a rank on n1 ended with exit code 2")
+    assert slurm_status(run_dir).last_error == f"a rank on n1 ended with exit code 2: see {attempt}"
+    earlier = run_dir / "attempts" / "job7.0.1"  # by its time, whatever its name is
+    earlier.mkdir()
+    write_outcome(earlier, exit_code=ExitCode.BAD_INPUT, step=None, reason="another reason")
+    os.utime(earlier / "outcome.json", (1000, 1000))
     assert slurm_status(run_dir).last_error == f"a rank on n1 ended with exit code 2: see {attempt}"
     assert " --jobs=7,8 " in calls()[0]
     program("squeue", "exit 1")  # it knows them no more
@@ -176,11 +189,25 @@ def test_a_chain_starts_each_job_after_the_one_before(program, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "jobs", "of_run"), [(["--chain", "2", "--then", "convert"], 3, ["1", "2"]), ([], 1, ["1"])]
+)
+def test_the_jobs_of_a_run_are_noted_in_its_folder(words, jobs, of_run, program, tmp_path, in_the_repository):
+    program("sbatch", SBATCH.format(calls=tmp_path / "sbatch.calls"))
+    run_dir = tmp_path / "run"
+    command = ["slurm", "submit", str(CONFIG), "--nodes", "2", *words, f"run.dir={run_dir}", "train.steps=30"]
+    ended = CliRunner().invoke(cli.app, command)
+    assert ended.exit_code == 0, ended.output
+    numbers = ", ".join(map(str, range(1, jobs + 1)))
+    assert f"{numbers}: watch with `sambalm slurm status {run_dir}`" in ended.stdout
+    assert read_submission(run_dir) == Submission(jobs=of_run, steps=30)
+
+
 def test_what_slurm_refuses_is_one_sentence(program, monkeypatch, tmp_path):
-    program("sbatch", 'echo "sbatch: error: allocation failure: Invalid partition" >&2; exit 1')
+    program("sbatch", 'printf "sbatch: error: allocation failure: Invalid partition\\nsbatch: error: b\\n" >&2; exit 1')
     with pytest.raises(SlurmError) as refused:
         Job(Path("train.sbatch"), ["--nodes=2"]).submit()
-    assert str(refused.value) == "Slurm refuses train.sbatch --nodes=2: Invalid partition"
+    assert str(refused.value) == "Slurm refuses train.sbatch --nodes=2: Invalid partition; b"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="sbatch is not installed here"):
         Job(Path("train.sbatch"), []).test()
@@ -228,19 +255,23 @@ def test_a_folder_without_a_run_is_not_converted(tmp_path):
     assert "RUN_DIR is missing" in ended.stderr
 
 
-@pytest.mark.parametrize(("minimum_gib", "problem"), [("9", None), ("11", "10.0 GiB free, of MIN_DISK_FREE_GIB=11")])
-def test_a_node_with_too_small_a_disk_is_bad(minimum_gib, problem, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("minimum_gib", "full", "problem"),
+    [
+        ("9", "", None),
+        ("11", "run", "run has 10.0 GiB free, of MIN_DISK_FREE_GIB=11"),
+        ("11", "tmp", "tmp has 10.0 GiB free, of MIN_DISK_FREE_GIB=11"),
+    ],
+)
+def test_a_node_with_too_small_a_disk_is_bad(minimum_gib, full, problem, monkeypatch, tmp_path):
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setenv("MIN_DISK_FREE_GIB", minimum_gib)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setattr(health.shutil, "disk_usage", lambda folder: Usage())
+    free_gib = {"run": 12, "tmp": 12} | ({full: 10} if full else {})
+    monkeypatch.setattr(health.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free_gib[folder.name] * 2**30))
     found = health.check_node(tmp_path / "run")
     assert found is None if problem is None else problem in found
     assert not list((tmp_path / "run").iterdir())  # no probe stays
-
-
-class Usage:
-    free = 10 * 2**30
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from sambalm.parallel.config import layout_name
 from sambalm.pretrain.config_file import load_config
 from sambalm.pretrain.errors import EXIT_CODES, ConfigError, ExitCode
 from sambalm.pretrain.lifecycle.attempts import write_outcome
+from sambalm.pretrain.planner import run_estimate
 from sambalm.pretrain.planner.hardware import H100
 from sambalm.pretrain.planner.run_estimate import HOUR_S, Cluster, Estimate, estimate
 from sambalm.pretrain.planner.search import DAY_S, find_plans
@@ -43,6 +44,23 @@ def test_launchers_say_how_long_their_run_takes_by_plan(size):
     (planned,) = estimate(load_config(CONFIGS / f"samba_{size}.yaml"), nodes=nodes, cluster=Cluster())
     unit_s = {"hours": HOUR_S, "days": DAY_S}[said[2]]
     assert said[1] == f"{planned.training_s / planned.goodput / unit_s:.1f}"
+
+
+def test_a_layout_is_searched_for_each_kind_of_step_alone(monkeypatch):
+    """Phases of other data and lengths of a run have the same steps; other lengths, or other micro-batches, do not."""
+    searched, made = [], make_dataclass("MadePlan", ["config"])
+
+    def search(phase, schedule, **_):
+        searched.append((phase.length, phase.config.train.micro_batch_size))
+        return made(phase.config)
+
+    monkeypatch.setattr(run_estimate, "_fastest", search)
+    phase = {"tokens": 2_516_582_400_000, "train": "data/web"}
+    phases = [phase, phase, phase | {"micro_batch_size": 1}, phase | {"sequence_length": 8192}]
+    config = load_config(CONFIGS / "samba_3.8b_phases.yaml", [f"data.phases={json.dumps(phases)}"])
+    found = estimate(config, nodes=64, cluster=Cluster())
+    assert searched == [(4096, 2), (4096, 1), (8192, 2)]
+    assert [one.plan.config.train.steps for one in found] == [300_000] * 4
 
 
 @pytest.mark.slow
@@ -218,6 +236,7 @@ def test_the_best_interval_is_better_than_half_and_twice_of_it(large):
     assert often.failure_interval_s / HOUR_S == pytest.approx(4_000 / 512)
 
 
+@pytest.mark.slow
 def test_the_largest_config_has_the_layout_that_the_plan_ranks_first():
     """Of ZeRO-1's: the other stages send more, between nodes unmeasured, and are no more than 3% faster by plan."""
     config, asked = load_config(CONFIGS / "samba_3.8b.yaml"), {"world_size": 512, "memory_gib": 80.0, "hardware": H100}
