@@ -78,7 +78,8 @@ class ScanCounts:
         if self.share.kernels.scan == "mamba-ssm":
             return math.ceil(tokens / MAMBA_SSM_CHUNK_TOKENS) * 2 * one * FP32_BYTES
         if self.share.kernels.scan == "cuda":
-            return math.ceil(tokens / CUDA_SCAN_CHUNK_TOKENS) * one * self.share.activation_bytes
+            exponents = one // 4 if self.share.is_narrow else 0
+            return math.ceil(tokens / CUDA_SCAN_CHUNK_TOKENS) * (one * self.share.activation_bytes + exponents)
         return math.ceil(tokens / _torch_chunk_tokens(one, self.share)) * one * FP32_BYTES
 
     def _state_elements(self) -> int:

@@ -136,12 +136,8 @@ def why_unavailable(operation: str, name: str, requirements: KernelRequirements)
         return reason
     if (operation, name) == ("scan", "cuda"):
         properties: Any = torch.cuda.get_device_properties(requirements.device)
-        reason = why_too_large(
-            requirements.d_state,
-            precision=requirements.precision,
-            block_memory_bytes=properties.shared_memory_per_block_optin,
-        )
-        if reason:
+        memory_bytes = properties.shared_memory_per_block_optin
+        if reason := why_too_large(requirements.d_state, block_memory_bytes=memory_bytes):
             return reason
     if implementation.is_compiled and (reason := why_not_compiled()):
         return reason

@@ -8,7 +8,9 @@ from sambalm.model.ops.cuda.scan import TILE_TOKENS, _Shape, cuda_selective_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 6e-3}
+# By the dtype of a result. With 16-bit inputs the states before each tile are rounded, and softplus is approximate.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+NARROW_TOLERANCE = TOLERANCE | {torch.float32: 2e-4}
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
@@ -67,9 +69,10 @@ def compare(inputs, dtype, resets=None):
         for outputs, leaves in ((actual, actual_inputs), (expected, expected_inputs))
     )
     names = [name for name, t in zip(NAMES, inputs, strict=True) if t is not None]
+    tolerance = TOLERANCE if dtype == torch.float32 else NARROW_TOLERANCE
     for name, a, e in zip(("y", "state", *names), (*actual, *found), (*expected, *wanted), strict=True):
         assert a.shape == e.shape, name
-        assert relative(a, e) < TOLERANCE[dtype], name
+        assert relative(a, e) < tolerance[a.dtype], name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -72,9 +72,10 @@ def attention_call(**more):
         (H100, "fp32", 64, "cuda"),
         (H100, "bf16", 65, "torch"),
         (A100, "fp32", 64, "cuda"),
-        (A100, "fp32", 32, "torch"),
+        (A100, "fp32", 32, "cuda"),
         (RTX_4090, "bf16", 16, "cuda"),
-        (RTX_4090, "fp32", 16, "torch"),
+        (RTX_4090, "fp32", 16, "cuda"),
+        (RTX_4090, "bf16", 32, "torch"),
         (RTX_4090, "fp16", 50, "cuda"),
     ],
 )
@@ -88,8 +89,8 @@ def test_a_cuda_scan_that_does_not_fit_is_refused_by_name_before_anything_runs(g
     with pytest.raises(KernelError, match=r"kernels\.scan is 'cuda'.*model\.d_state is 65 and it holds at most 64"):
         chosen("scan", "cuda", d_state=65)
     gpu(NVRTC, block_memory_bytes=RTX_4090)
-    with pytest.raises(KernelError, match=r"in fp32 it needs 106,112 bytes .* this GPU has 101,376"):
-        chosen("scan", "cuda", precision="fp32")
+    with pytest.raises(KernelError, match=r"with 17 states it needs 102,016 bytes .* this GPU has 101,376"):
+        chosen("scan", "cuda", d_state=17)
 
 
 def test_too_many_states_for_the_scan_leave_our_convolution(gpu):
@@ -122,7 +123,7 @@ def test_a_convolution_of_too_many_taps_is_refused_by_name_before_anything_runs(
 
 
 def test_three_blocks_of_the_backward_fit_a_multiprocessor_of_an_h100():
-    assert 3 * (backward_shared_bytes(16, element_bytes=2) + KIB) <= 228 * KIB  # 1 KiB a block is the system's
+    assert 3 * (backward_shared_bytes(16) + KIB) <= 228 * KIB  # 1 KiB a block is the system's
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from sambalm.model.ops.cuda.scan_sizes import (
     WARP_CHANNELS,
     WARPS_PER_MULTIPROCESSOR,
     backward_shared_bytes,
+    border_bytes,
     compiled_states,
-    state_bytes,
     tiles_of_a_segment,
     warps_of_a_block,
 )
@@ -53,8 +53,8 @@ def cuda_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.gated_selective_scan` on a GPU: the same arguments and results, at most 64 states.
 
-    With 16-bit inputs the backward takes states rounded to the inputs' precision; everything else is computed in fp32.
-    Raises KernelError for more states.
+    All is computed in fp32. With 16-bit inputs the states that the forward keeps for the backward, before every 16th
+    token, are rounded to 2^-15 of the largest of four neighbours. Raises KernelError for more states.
     """
     channels, states = A.shape
     if states > max(D_STATES):
@@ -123,9 +123,9 @@ class _Shape:
         return blocks, batch, segments - 1
 
     @property
-    def state_bytes(self) -> int:
+    def border_bytes(self) -> int:
         """Bytes of a warp's states before a tile."""
-        return state_bytes(self.states, element_bytes=self.dtype.itemsize)
+        return border_bytes(self.states, element_bytes=self.dtype.itemsize)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -133,7 +133,7 @@ class _Shape:
 
     def kernel(self, name: str, *, ends: bool = False) -> Kernel:
         compact = self.dtype != torch.float32 and self.states == 16
-        backward_bytes = backward_shared_bytes(self.states, element_bytes=self.dtype.itemsize)
+        backward_bytes = backward_shared_bytes(self.states)
         shared_bytes = backward_bytes if name == "scan_backward" else 0
         defines = {
             "INPUT": INPUTS[self.dtype],
@@ -194,7 +194,7 @@ class _Scan(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             warps = math.ceil(shape.channels / WARP_CHANNELS)
             borders = torch.empty(
-                shape.batch * shape.tiles * warps * shape.state_bytes, dtype=torch.uint8, device=u.device
+                shape.batch * shape.tiles * warps * shape.border_bytes, dtype=torch.uint8, device=u.device
             )
         shape.kernel("scan_forward")(shape.grid, threads, *inputs, start, out, borders, end, None, *shape.sizes, *at)
         ctx.shape, ctx.has_start = shape, initial_state is not None

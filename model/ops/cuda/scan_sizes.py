@@ -7,7 +7,6 @@ WARP_CHANNELS = 16
 WARPS_PER_MULTIPROCESSOR = 12  # that keep it busy
 MIN_SEGMENT_TILES = 8
 D_STATES = (16, 32, 64)  # what the kernels are compiled for; others are filled up with zeros
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an activation
 
 
 def compiled_states(d_state: int) -> int:
@@ -27,31 +26,30 @@ def tiles_of_a_segment(*, sequences: int, channels: int, tokens: int, multiproce
     return math.ceil(tiles / max(1, segments))
 
 
-def state_bytes(states: int, *, element_bytes: int) -> int:
-    """Bytes of a warp's states before a tile, as the backward keeps them, with activations of so many bytes each."""
-    return WARP_CHANNELS * states * element_bytes
+def border_bytes(states: int, *, element_bytes: int) -> int:
+    """Bytes of a warp's states before a tile, as the forward keeps them, with activations of so many bytes each."""
+    exponents = WARP_CHANNELS * states // 4 if element_bytes < 4 else 0  # a byte for four states
+    return WARP_CHANNELS * states * element_bytes + exponents
 
 
-def backward_shared_bytes(states: int, *, element_bytes: int) -> int:
+def backward_shared_bytes(states: int) -> int:
     """Shared memory of a block of the backward, the largest of the kernels: BackwardShared in scan_backward.cu."""
-    # Two floats a channel; for each step 18 float4 and the states, and the states before the tile besides.
-    rows = TILE_TOKENS + 1
-    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + rows * state_bytes(states, element_bytes=element_bytes)
-    projection_bytes = 2 * (2 * rows * 256 + 64)  # in two turns
+    # Two floats a channel; 18 float4 for each step, and the states in fp32 for each two.
+    warp_bytes = 2 * 4 * WARP_CHANNELS + TILE_TOKENS * 18 * 16 + TILE_TOKENS // 2 * WARP_CHANNELS * states * 4
+    projection_bytes = 2 * (2 * (TILE_TOKENS + 1) * 256 + 64)  # in two turns
     return projection_bytes + warps_of_a_block(states) * warp_bytes
 
 
-def why_too_large(d_state: int, *, precision: str, block_memory_bytes: int) -> str | None:
+def why_too_large(d_state: int, *, block_memory_bytes: int) -> str | None:
     """Why a device whose blocks may have that much shared memory cannot run the scan; None when it can.
 
     Args:
         d_state: at most 64.
-        precision: of activations, bf16, fp16 or fp32.
     """
-    needed = backward_shared_bytes(compiled_states(d_state), element_bytes=ELEMENT_BYTES[precision])
+    needed = backward_shared_bytes(compiled_states(d_state))
     if needed > block_memory_bytes:
         return (
-            f"with {d_state} states in {precision} it needs {needed:,} bytes of shared memory a block and this GPU "
-            f"has {block_memory_bytes:,}"
+            f"with {d_state} states it needs {needed:,} bytes of shared memory a block and this GPU has "
+            f"{block_memory_bytes:,}"
         )
     return None

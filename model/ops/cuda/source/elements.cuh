@@ -26,29 +26,22 @@ __device__ __forceinline__ uint32 pack_bf16(float low, float high) {
 }
 __device__ __forceinline__ float low_bf16(uint32 word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_bf16(uint32 word) { return __uint_as_float(word & 0xffff0000u); }
-
-#if INPUT == 2
-__device__ __forceinline__ uint32 pack(float low, float high) {
+__device__ __forceinline__ uint32 pack_f16(float low, float high) {
     uint32 word; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); return word;
 }
 __device__ __forceinline__ float half_to_float(unsigned short x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-__device__ __forceinline__ float low(uint32 word) { return half_to_float((unsigned short)word); }
-__device__ __forceinline__ float high(uint32 word) { return half_to_float((unsigned short)(word >> 16)); }
+__device__ __forceinline__ float low_f16(uint32 word) { return half_to_float((unsigned short)word); }
+__device__ __forceinline__ float high_f16(uint32 word) { return half_to_float((unsigned short)(word >> 16)); }
+
+#if INPUT == 2
+__device__ __forceinline__ uint32 pack(float low, float high) { return pack_f16(low, high); }
+__device__ __forceinline__ float low(uint32 word) { return low_f16(word); }
+__device__ __forceinline__ float high(uint32 word) { return high_f16(word); }
 #else
 __device__ __forceinline__ uint32 pack(float low, float high) { return pack_bf16(low, high); }
 __device__ __forceinline__ float low(uint32 word) { return low_bf16(word); }
 __device__ __forceinline__ float high(uint32 word) { return high_bf16(word); }
 #endif
-
-// States that the backward takes, in the inputs' 16 bits: float16's rounding is an eighth of bfloat16's, which gradients
-// of float16 inputs would show. It holds no more than 65504.
-__device__ __forceinline__ uint32 pack_states(float low, float high) {
-#if INPUT == 2
-    low = fminf(fmaxf(low, -65504.f), 65504.f);
-    high = fminf(fmaxf(high, -65504.f), 65504.f);
-#endif
-    return pack(low, high);
-}
 
 __device__ __forceinline__ Eight load_eight(const Element* from, bool inside) {
     Eight x;

@@ -15,8 +15,8 @@ struct BackwardShared {
     __align__(16) float skip[BLOCK_CHANNELS];
     TileProjections projections[2];
     BackwardRow slots[WARPS][TILE];
-    // Before the tile, and after each of its steps; then there the warp's gradients of B and C at that step.
-    StateRow states[WARPS][1 + TILE];
+    // Before each pair of a tile's steps; then there the warp's gradients of B and C at these.
+    StateRow states[WARPS][TILE / 2];
 };
 
 static_assert(sizeof(BackwardShared) == SHARED_BYTES, "cuda_scan_sizes.backward_shared_bytes has another size");
@@ -59,93 +59,137 @@ __device__ __forceinline__ void before_tile(
     }
 }
 
-// The states after each step of a tile, again, from those before it; h holds the last.
+// The states of a tile again, from those before it: h ends as the last, and those before each pair of steps are stored.
 __device__ __forceinline__ void states_of_tile(
     BackwardRow* slot, StateRow* states, const TileProjections& projection, const Place& at, int copy,
     const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4])
 {
-    constexpr int STEPS = CH > 2 ? 1 : 4;  // at a time: the writes of these come after their reads
-    for (int first = 0; first < TILE; first += STEPS) {
-        States found[STEPS];
+    constexpr int PAIRS = CH > 2 ? 1 : 2;  // at a time: the writes of these come after their reads
+    for (int first = 0; first < TILE / 2; first += PAIRS) {
+        States found[PAIRS];
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-            float b[4];
-            load_four(projection.b[first + k][copy][at.q], b);
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            found[pair] = pack_states(h);
 #pragma unroll
-            for (int i = 0; i < CH; ++i) {
-                const float2 in = *reinterpret_cast<const float2*>(&slot[first + k].channel[places[i]]);
+            for (int k = 0; k < 2; ++k) {
+                const int t = 2 * (first + pair) + k;
+                float b[4];
+                load_four(projection.b[t][copy][at.q], b);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
+                for (int i = 0; i < CH; ++i) {
+                    const float2 in = *reinterpret_cast<const float2*>(&slot[t].channel[places[i]]);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) h[i][j] = exp2_fast(in.x * a[i][j]) * h[i][j] + in.y * b[j];
+                }
             }
-            found[k] = pack_states(h);
         }
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) store_states(states[first + k], found[k], at.lane);
+        for (int pair = 0; pair < PAIRS; ++pair) store_states(states[first + pair], found[pair], at.lane);
     }
 }
 
+// What a thread takes from shared memory at a step.
+struct Step {
+    float4 in[CH], b, c;
+    __device__ __forceinline__ Step(
+        const BackwardRow* slot, const TileProjections& projection, const Place& at, int copy, const int (&places)[CH],
+        int t)
+        : b(projection.b[t][copy][at.q]), c(projection.c[t][copy][at.q])
+    {
+#pragma unroll
+        for (int i = 0; i < CH; ++i) in[i] = slot[t].channel[places[i]];
+    }
+};
+
+// A step of the gradient's recurrence. carry: the gradient that reaches the state h from later steps, and then the one of
+// the state before it. Of a step's sums the first lanes get those for u and dt of their channel, the others those for z.
+__device__ __forceinline__ void gradients_of_step(
+    const Step& step, const Place& at, const float (&a)[CH][4], const float (&decay)[CH][4], const float (&before)[CH][4],
+    const float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4], float* grad_bc, float2* result)
+{
+    const bool first_lanes = at.q < CH;
+    float b[4], c[4], grad_b[4] = {}, grad_c[4] = {}, over_states[3][CH];
+    load_four(step.b, b);
+    load_four(step.c, c);
+#pragma unroll
+    for (int i = 0; i < CH; ++i) {
+        float grad_input = 0.f, grad_decay = 0.f, y = 0.f;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float g = c[j] * step.in[i].z + carry[i][j];
+            y += c[j] * h[i][j];
+            grad_c[j] += h[i][j] * step.in[i].z;
+            grad_b[j] += g * step.in[i].y;
+            grad_input += g * b[j];
+            carry[i][j] = decay[i][j] * g;
+            const float through = carry[i][j] * before[i][j];
+            grad_decay += through * a[i][j];
+            sum_a[i][j] += through * step.in[i].x;
+        }
+        over_states[0][i] = grad_input;
+        over_states[1][i] = grad_decay;
+        over_states[2][i] = y;
+    }
+    add_over_channels(grad_bc, at, grad_b, grad_c);
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+#pragma unroll
+        for (int m = CH / 2; m >= 1; m /= 2)
+#pragma unroll
+            for (int i = 0; i < m; ++i) over_states[k][i] += across(over_states[k][i + m], m);
+    // One exchange is left, between the first lanes and the others.
+    const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
+    const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
+    const float input_or_y = kept + across(sent, CH);
+    const float grad_decay = over_states[1][0] + across(over_states[1][0], CH);
+    *result = make_float2(input_or_y, first_lanes ? grad_decay : step.in[0].w);
+}
+
+__device__ __forceinline__ void decays(const Step& step, const float (&a)[CH][4], float (&decay)[CH][4]) {
+#pragma unroll
+    for (int i = 0; i < CH; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) decay[i][j] = exp2_fast(step.in[i].x * a[i][j]);
+}
+
 // The recurrence of the gradient, backwards through a tile. carry: the gradient that reaches the state after the tile,
-// and then the one before it. states: before the tile and after each step.
+// and then the one before it. states: before each pair of steps; h: after the last. The states between the steps of a
+// pair are computed again, with the decays that the gradient's recurrence needs as well.
 __device__ __forceinline__ void gradients_of_tile(
     BackwardRow* slot, StateRow* states, const TileProjections& projection, const Place& at, int copy,
     const int (&places)[CH], const float (&a)[CH][4], float (&h)[CH][4], float (&carry)[CH][4], float (&sum_a)[CH][4])
 {
-    const bool first_lanes = at.q < CH;  // they get the sums for u and dt of their channel, the others those for z
-    float4 in[CH];
-    float4 b4 = projection.b[TILE - 1][copy][at.q], c4 = projection.c[TILE - 1][copy][at.q];
-    float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (first_lanes ? 0 : 1);
-#pragma unroll
-    for (int i = 0; i < CH; ++i) in[i] = slot[TILE - 1].channel[places[i]];
-    States before = load_states(states[TILE - 1], at.lane);
-#pragma unroll 4
-    for (int t = TILE - 1; t >= 0; --t) {
+    float2* result = reinterpret_cast<float2*>(&slot[TILE - 1].channel[places[0]]) + (at.q < CH ? 0 : 1);
+    constexpr int ROW = sizeof(BackwardRow) / sizeof(float2);
+    Step second(slot, projection, at, copy, places, TILE - 1);
+    States stored = load_states(states[TILE / 2 - 1], at.lane);
+#pragma unroll 2
+    for (int pair = TILE / 2 - 1; pair >= 0; --pair) {
         // What the next turn needs is read ahead of this one's writes, which the compiler could not do. Before the tile
-        // it reads a row that is not used.
-        float4 next_in[CH];
-#pragma unroll
-        for (int i = 0; i < CH; ++i) next_in[i] = slot[t - 1].channel[places[i]];
-        float b[4], c[4], previous[CH][4], grad_b[4] = {}, grad_c[4] = {}, over_states[3][CH];
-        load_four(b4, b);
-        load_four(c4, c);
-        b4 = projection.b[t - 1][copy][at.q], c4 = projection.c[t - 1][copy][at.q];
-        unpack_states(before, previous);
-        before = load_states(states[t - 1], at.lane);
-        const float step = in[0].w;
+        // it reads rows that are not used.
+        const Step first(slot, projection, at, copy, places, 2 * pair);
+        float* grad_bc = reinterpret_cast<float*>(states[pair]);
+        float before[CH][4], between[CH][4], decay[CH][4], second_decay[CH][4];
+        unpack_states(stored, before);
+        decays(first, a, decay);
 #pragma unroll
         for (int i = 0; i < CH; ++i) {
-            float grad_input = 0.f, grad_decay = 0.f, y = 0.f;
+            float b[4];
+            load_four(first.b, b);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float g = c[j] * in[i].z + carry[i][j];
-                y += c[j] * h[i][j];
-                grad_c[j] += h[i][j] * in[i].z;
-                grad_b[j] += g * in[i].y;
-                grad_input += g * b[j];
-                carry[i][j] = exp2_fast(in[i].x * a[i][j]) * g;
-                const float through = carry[i][j] * previous[i][j];
-                grad_decay += through * a[i][j];
-                sum_a[i][j] += through * in[i].x;
-                h[i][j] = previous[i][j];
-            }
-            over_states[0][i] = grad_input;
-            over_states[1][i] = grad_decay;
-            over_states[2][i] = y;
-            in[i] = next_in[i];
+            for (int j = 0; j < 4; ++j) between[i][j] = decay[i][j] * before[i][j] + first.in[i].y * b[j];
         }
-        add_over_channels(reinterpret_cast<float*>(states[t + 1]), at, grad_b, grad_c);
+        decays(second, a, second_decay);
+        gradients_of_step(second, at, a, second_decay, between, h, carry, sum_a, grad_bc + 2 * N, result);
+        result -= ROW;
+        second = Step(slot, projection, at, copy, places, 2 * pair - 1);
+        stored = load_states(states[pair - 1], at.lane);
+        gradients_of_step(first, at, a, decay, before, between, carry, sum_a, grad_bc, result);
+        result -= ROW;
 #pragma unroll
-        for (int k = 0; k < 3; ++k)
+        for (int i = 0; i < CH; ++i)
 #pragma unroll
-            for (int m = CH / 2; m >= 1; m /= 2)
-#pragma unroll
-                for (int i = 0; i < m; ++i) over_states[k][i] += across(over_states[k][i + m], m);
-        // One exchange is left, between the first lanes and the others.
-        const float sent = first_lanes ? over_states[2][0] : over_states[0][0];
-        const float kept = first_lanes ? over_states[0][0] : over_states[2][0];
-        const float input_or_y = kept + across(sent, CH);
-        const float decay = over_states[1][0] + across(over_states[1][0], CH);
-        *result = make_float2(input_or_y, first_lanes ? decay : step);
-        result -= sizeof(BackwardRow) / sizeof(float2);
+            for (int j = 0; j < 4; ++j) h[i][j] = before[i][j];
     }
 }
 
@@ -172,7 +216,7 @@ __device__ __forceinline__ void after_tile(
 }
 
 // The block's sums over channels for the steps of a tile.
-__device__ __forceinline__ void add_over_warps(float* to, const StateRow (*states)[1 + TILE], int rows)
+__device__ __forceinline__ void add_over_warps(float* to, const StateRow (*states)[TILE / 2], int rows)
 {
 #pragma unroll
     for (int k = 0; k < FILLS; ++k) {
@@ -180,7 +224,7 @@ __device__ __forceinline__ void add_over_warps(float* to, const StateRow (*state
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) {
-            const float4 part = reinterpret_cast<const float4*>(states[warp][1 + step])[place];
+            const float4 part = reinterpret_cast<const float4*>(states[warp][step / 2])[f % (4 * Q)];
             sum.x += part.x; sum.y += part.y; sum.z += part.z; sum.w += part.w;
         }
         if (step < rows) reinterpret_cast<float4*>(to + step * (2 * N))[place] = sum;
@@ -199,11 +243,11 @@ __device__ __forceinline__ void write_over_steps(float* to, float (&x)[8], bool 
 }
 
 // The states before a tile, which the forward has stored.
-__device__ __forceinline__ States load_border(const uint4* borders, const Place& at, int channels, int64 tile)
+__device__ __forceinline__ Border border_of_tile(const char* borders, const Place& at, int channels, int64 tile)
 {
-    if (at.first_channel >= channels) return States();
+    if (at.first_channel >= channels) return Border();
     const int64 place = tile * ((channels + 15) / 16) + at.first_channel / 16;
-    return load_states(borders + place * (32 * STATE_WORDS), at.lane);
+    return load_border(borders + place * BORDER_BYTES, at.lane);
 }
 
 // ENDS: the recurrence of the gradient alone, backwards through a tile.
@@ -231,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     const float* bc,                                       // [batch, length, 2, N]
     const float* A, const float* D, const float* dt_bias,  // [channels, N], [channels], [channels]
     const unsigned char* resets,                           // [batch, length] or null
-    const uint4* borders,                                  // of the forward
+    const char* borders,                                   // of the forward
     const Element* grad_out,                               // [batch, length, channels]
     const float* grad_end,  // of the state after each segment, [batch, segments, channels, N], or null: zeros
     Element* grad_u, Element* grad_dt, Element* grad_z,     // [batch, length, channels]
@@ -295,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         const bool reset = next_reset, here = inside;
         const int64 now = bytes;
 #if !ENDS
-        const States border = load_border(borders, at, channels, int64(batch) * tiles + tile);
+        const Border border = border_of_tile(borders, at, channels, int64(batch) * tiles + tile);
 #endif
         __syncthreads();
 
@@ -314,9 +358,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         __syncwarp();
 #else
         float h[CH][4];
-        unpack_states(border, h);
-        store_states(states[0], border, at.lane);
-        states_of_tile(slot, states + 1, projection, at, copy, places, a, h);
+        unpack_border(border, h);
+        states_of_tile(slot, states, projection, at, copy, places, a, h);
         gradients_of_tile(slot, states, projection, at, copy, places, a, h, carry, sum_a);
         __syncwarp();
         Gradients g;

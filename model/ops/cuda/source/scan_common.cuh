@@ -28,41 +28,22 @@ constexpr int CH = N / 8;           // channels of a thread
 constexpr int FILLS = Q / WARPS;    // 16-byte loads of a thread for a tile's B and C
 constexpr float FORGET = 1e30f;     // a step size so large that the state before it is lost: a document begins
 
-#if INPUT == 0
 struct States { float value[4 * CH]; };
-#else
-struct States { uint32 pair[2 * CH]; };
-#endif
 
 __device__ __forceinline__ States pack_states(const float (&h)[CH][4]) {
-    States packed;
+    States states;
 #pragma unroll
     for (int i = 0; i < CH; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-#if INPUT == 0
-            packed.value[4 * i + j] = h[i][j];
-            packed.value[4 * i + j + 1] = h[i][j + 1];
-#else
-            packed.pair[2 * i + j / 2] = pack_states(h[i][j], h[i][j + 1]);
-#endif
-        }
-    return packed;
+        for (int j = 0; j < 4; ++j) states.value[4 * i + j] = h[i][j];
+    return states;
 }
 
-__device__ __forceinline__ void unpack_states(const States& packed, float (&h)[CH][4]) {
+__device__ __forceinline__ void unpack_states(const States& states, float (&h)[CH][4]) {
 #pragma unroll
     for (int i = 0; i < CH; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-#if INPUT == 0
-            h[i][j] = packed.value[4 * i + j];
-            h[i][j + 1] = packed.value[4 * i + j + 1];
-#else
-            h[i][j] = low(packed.pair[2 * i + j / 2]);
-            h[i][j + 1] = high(packed.pair[2 * i + j / 2]);
-#endif
-        }
+        for (int j = 0; j < 4; ++j) h[i][j] = states.value[4 * i + j];
 }
 
 // States of a lane in memory, 16 bytes at a time with the lanes side by side.
@@ -79,6 +60,98 @@ __device__ __forceinline__ States load_states(const uint4* from, int lane) {
     for (int k = 0; k < STATE_WORDS; ++k) words[k] = from[k * 32 + lane];
     return states;
 }
+
+// The states before a tile, as the forward keeps them for the backward. With 16-bit inputs they take 16 bits too: integers,
+// in units of a 32767th of a power of two that is above a thread's states of the channel, and at most twice the largest.
+// Of an infinite state nothing is kept, but the outputs after it are infinite or no numbers as well.
+#if INPUT != 0
+struct Border {
+    uint4 words[CH / 2];
+    int exponents[CH];  // of the power of two, as an fp32 number has it
+};
+constexpr int BORDER_BYTES = 32 * (sizeof(Border::words) + CH);
+constexpr float UNITS = 32767.f;
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: the bits of a sum with it end with an integer
+
+__device__ __forceinline__ float power(int exponent) { return __uint_as_float(uint32(exponent) << 23); }
+
+// In the order of registers that the backward has (Place).
+__device__ __forceinline__ Border pack_border(const float (&h)[CH][4], int order) {
+    Border border;
+    const uint32 halves = 0x3210 ^ order * 0x2222;  // of two words, which to take as bytes of the first
+    uint32* words = reinterpret_cast<uint32*>(border.words);
+#pragma unroll
+    for (int i = 0; i < CH; ++i) {
+        float largest = 0.f;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fabsf(h[i][j]));
+        const int above = (__float_as_uint(largest) >> 23) + 1;
+        border.exponents[i] = above > 16 ? above : 16;  // that units and their reciprocals are normal numbers
+        const float scale = power(254 - border.exponents[i]) * UNITS;
+        uint32 integers[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) integers[j] = __float_as_uint(fmaf(h[i][j], scale, ROUND));
+        const uint32 first = __byte_perm(integers[0], integers[1], 0x5410);
+        const uint32 second = __byte_perm(integers[2], integers[3], 0x5410);
+        words[2 * i] = __byte_perm(first, second, halves);
+        words[2 * i + 1] = __byte_perm(first, second, halves ^ 0x4444);
+    }
+    return border;
+}
+
+__device__ __forceinline__ void unpack_border(const Border& border, float (&h)[CH][4]) {
+    const uint32* words = reinterpret_cast<const uint32*>(border.words);
+#pragma unroll
+    for (int i = 0; i < CH; ++i) {
+        const float unit = power(border.exponents[i]) * (1.f / UNITS);
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            const uint32 pair = words[2 * i + j / 2];
+            h[i][j] = unit * short(pair);
+            h[i][j + 1] = unit * short(pair >> 16);
+        }
+    }
+}
+
+__device__ __forceinline__ void store_border(char* to, const Border& border, int lane) {
+    unsigned char* exponents = reinterpret_cast<unsigned char*>(to + 32 * sizeof(border.words));
+#pragma unroll
+    for (int k = 0; k < CH / 2; ++k) reinterpret_cast<uint4*>(to)[k * 32 + lane] = border.words[k];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) exponents[i * 32 + lane] = border.exponents[i];
+}
+
+__device__ __forceinline__ Border load_border(const char* from, int lane) {
+    const unsigned char* exponents = reinterpret_cast<const unsigned char*>(from + 32 * sizeof(Border::words));
+    Border border;
+#pragma unroll
+    for (int k = 0; k < CH / 2; ++k) border.words[k] = reinterpret_cast<const uint4*>(from)[k * 32 + lane];
+#pragma unroll
+    for (int i = 0; i < CH; ++i) border.exponents[i] = exponents[i * 32 + lane];
+    return border;
+}
+#else
+typedef States Border;
+constexpr int BORDER_BYTES = 32 * sizeof(Border);
+
+__device__ __forceinline__ Border pack_border(const float (&h)[CH][4], int order) {
+    Border border = pack_states(h);
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const Border before = border;
+#pragma unroll
+        for (int k = 0; k < 4 * CH; ++k) border.value[k] = order & bit ? before.value[k ^ bit] : before.value[k];
+    }
+    return border;
+}
+__device__ __forceinline__ void unpack_border(const Border& border, float (&h)[CH][4]) { unpack_states(border, h); }
+__device__ __forceinline__ void store_border(char* to, const Border& border, int lane) {
+    store_states(reinterpret_cast<uint4*>(to), border, lane);
+}
+__device__ __forceinline__ Border load_border(const char* from, int lane) {
+    return load_states(reinterpret_cast<const uint4*>(from), lane);
+}
+#endif
 
 // Where a thread stands in the recurrence, with its states ordered for sums over channels or as they are.
 struct Place {

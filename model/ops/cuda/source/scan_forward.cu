@@ -44,28 +44,6 @@ __device__ __forceinline__ void walk_tile(
     }
 }
 
-// States in the order of registers that the backward has (Place).
-__device__ __forceinline__ States ordered(States states, int order)
-{
-#if INPUT == 0
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const States before = states;
-#pragma unroll
-        for (int k = 0; k < 4 * CH; ++k) states.value[k] = order & bit ? before.value[k ^ bit] : before.value[k];
-    }
-#else
-    const uint32 halves = 0x3210 ^ order * 0x2222;  // of two words, which to take as bytes of the first
-#pragma unroll
-    for (int k = 0; k < 2 * CH; k += 2) {
-        const uint32 first = states.pair[k], second = states.pair[k + 1];
-        states.pair[k] = __byte_perm(first, second, halves);
-        states.pair[k + 1] = __byte_perm(first, second, halves ^ 0x4444);
-    }
-#endif
-    return states;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const Element* u, const Element* dt, const Element* z,  // [batch, length, channels] by strides; u, dt and out alike
     const float* bc,                                       // [batch, length, 2, N]
@@ -73,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const unsigned char* resets,                           // [batch, length] or null
     const float* start,                                    // [batch, segments, channels, N] or null: zeros
     Element* out,                                          // [batch, length, channels]
-    uint4* borders,                                        // the states before each tile, for the backward, or null
+    char* borders,                                         // the states before each tile, for the backward, or null
     float* end,                                            // [batch, channels, N]; ENDS: [batch, segments, channels, N]
     float* steps,                                          // ENDS: sum of dt, [batch, segments, channels]
     int length, int channels, int segments, int segment_tiles,
@@ -134,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
 
         if (borders && at.first_channel < channels) {
             const int64 place = (int64(batch) * tiles + tile) * ((channels + 15) / 16) + at.first_channel / 16;
-            store_states(borders + place * (32 * STATE_WORDS), ordered(pack_states(h), backward_order), at.lane);
+            store_border(borders + place * BORDER_BYTES, pack_border(h, backward_order), at.lane);
         }
 
         float x[8], step[8];
