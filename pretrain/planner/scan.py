@@ -11,7 +11,7 @@ BLOCK_CHANNELS = WARP_CHANNELS * warps_of_a_block(16)
 
 @dataclass(frozen=True)
 class _Pass:
-    """The forward or the backward on one H100 (benchmarks/kernels.py; 16 states, bf16)."""
+    """The forward or the backward on one H200, whose clock is an H100's (benchmarks/kernels.py; 16 states, bf16)."""
 
     token_s: float  # of each of the blocks that share a multiprocessor
     ends_share: float  # of that, what the first pass over segments takes for the states that they reach
@@ -21,8 +21,8 @@ class _Pass:
 # B4 D5632 L4096: 352 blocks, of which 88 multiprocessors have three. The first pass from B1 D5632 of 131072 tokens, and
 # its start from B1 D5632 and B1 D3072 of 4096.
 _BUSIEST_BLOCKS, _TOKENS = 3, 4096
-FORWARD = _Pass(0.712e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.77, ends_start_s=27e-6)
-BACKWARD = _Pass(2.128e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.31, ends_start_s=40e-6)
+FORWARD = _Pass(0.728e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.77, ends_start_s=27e-6)
+BACKWARD = _Pass(2.142e-3 / _TOKENS / _BUSIEST_BLOCKS, ends_share=0.31, ends_start_s=40e-6)
 
 
 def cuda_scan_s(*, sequences: int, channels: int, tokens: int, hardware: Hardware, again: bool) -> float:
