@@ -22,7 +22,14 @@ LEVELS = get_args(ParallelConfig.model_fields["recompute"].annotation)
 
 def memory_gib(path: Path, *, sequences: int, recompute: str) -> float:
     """The peak of a step of one micro-batch of so many sequences."""
-    settings = ["run.dir=unused", "data.train=unused", "train.batch_ramp=null", f"train.micro_batch_size={sequences}"]
+    settings = [
+        "run.dir=unused",
+        "data.train=unused",
+        "data.phases=null",
+        "train.steps=1",
+        "train.batch_ramp=null",
+        f"train.micro_batch_size={sequences}",
+    ]
     length = load_config(path, settings).data.sequence_length
     settings += [f"train.global_batch_tokens={sequences * length}", "parallel={recompute: " + recompute + "}"]
     config = load_config(path, settings)
