@@ -209,6 +209,17 @@ def test_what_is_timed_beside_other_jobs_is_noted(tmp_path):
     assert jobs_on_device(tmp_path / "runs" / "a") == 2
 
 
+def test_documents_are_made_beside_a_job_that_has_the_only_gpu(tmp_path):
+    def job(name, *, other, on_device):
+        command = [sys.executable, "-c", MEETS, str(tmp_path), name, other]
+        folder = tmp_path / "runs" / name
+        return Job(name, command, (tmp_path / name).exists, timed=folder, on_device=on_device)
+
+    jobs = [job("trains", other="documents", on_device=True), job("documents", other="trains", on_device=False)]
+    assert run_jobs(jobs, Layout(tmp_path), places=["0"], minutes=None) is Ending.DONE
+    assert jobs_on_device(tmp_path / "runs" / "trains") == 1  # they are no company on the GPU
+
+
 def made_run(layout, name, *, model="samba", losses=(3.0, 2.0), seed=1):
     """A run folder of the tiny scale, as far as tables and plots read it."""
     scale, folder = SCALES["tiny"], layout.run(name)

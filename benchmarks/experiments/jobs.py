@@ -25,6 +25,7 @@ class Job:
         needs: names of jobs that are done first.
         prepare: is called before a start, and may raise ExperimentError.
         timed: folder of what the job times, if it does; speeds do not count where other jobs share the device.
+        on_device: whether it computes on a GPU where there is one.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Job:
     needs: Sequence[str] = ()
     prepare: Callable[[], None] = lambda: None
     timed: Path | None = None
+    on_device: bool = True
 
 
 def training(name: str, config: Path, run: Path, *, needs: Sequence[str], prepare: Callable[[], None]) -> Job:
@@ -75,7 +77,7 @@ def passkey_documents(name: str, prefix: Path, *, tokenizer: Path, documents: in
     """Makes passkeys to tune on."""
     words = [*PROGRAM, "data", "passkey", "--tokenizer", str(tokenizer), "--output", str(prefix)]
     words += ["--documents", str(documents), "--tokens", str(tokens), "--overwrite"]
-    return Job(name, words, lambda: manifest_path(prefix).is_file())
+    return Job(name, words, lambda: manifest_path(prefix).is_file(), on_device=False)
 
 
 def task_documents(
@@ -85,7 +87,7 @@ def task_documents(
     words = [sys.executable, "-m", f"{__package__}.documents", "--tokenizer", str(tokenizer), "--output", str(prefix)]
     words += ["--documents", str(documents), "--tokens", str(tokens)]
     words += [word for task in tasks for word in ("--task", task)]
-    return Job(name, words, lambda: manifest_path(prefix).is_file())
+    return Job(name, words, lambda: manifest_path(prefix).is_file(), on_device=False)
 
 
 def reading(name: str, run: Path, *, lengths: Sequence[int], precision: str, needs: Sequence[str]) -> Job:

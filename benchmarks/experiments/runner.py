@@ -1,4 +1,4 @@
-"""Starts jobs, one on each place of a GPU at a time, and stops them all before a deadline."""
+"""Starts jobs, one on each place of a GPU at a time and others beside them, and stops them all before a deadline."""
 
 import os
 import signal
@@ -14,7 +14,9 @@ from .models import ExperimentError
 
 POLL_S = 0.2
 SAVE_S, START_S = 25.0, 30.0
+CORES_OF_A_JOB = 2  # of those that make documents
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
+NO_GPU = ""
 
 
 class Ending(Enum):
@@ -37,14 +39,29 @@ class _Running:
 class _Runner:
     layout: Layout
     places: list[str | None]
+    beside: int  # how many jobs that need no GPU may be started beside the others
     running: dict[str, "_Running"] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def ready(self, jobs: Sequence[Job]) -> list[Job]:
-        """Returns the jobs that may be started."""
+    def next_start(self, jobs: Sequence[Job]) -> tuple[Job, str | None] | None:
+        """Returns the first job that may be started and the place that it takes, or None."""
         begun = self.done | self.failed.keys() | self.running.keys()
-        return [job for job in jobs if job.name not in begun and self.done.issuperset(job.needs)]
+        for job in jobs:
+            if job.name in begun or not self.done.issuperset(job.needs):
+                continue
+            if not job.on_device and self.beside:
+                self.beside -= 1
+                return job, NO_GPU
+            if self.places and (job.on_device or self.places[0] is None):
+                return job, self.places.pop(0)
+        return None
+
+    def leave(self, place: str | None) -> None:
+        if place == NO_GPU:
+            self.beside += 1
+        else:
+            self.places.append(place)
 
     def start(self, job: Job, place: str | None) -> None:
         log = self.layout.log(job.name)
@@ -55,14 +72,14 @@ class _Runner:
             with log.open("a") as file:
                 file.write(f"{ERROR}{error}\n")
             self._fail(job.name, str(error))
-            self.places.append(place)
+            self.leave(place)
             return
         environment = os.environ | ({GPU_VARIABLE: place} if place is not None else {})
         with log.open("ab") as file:
             process = subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)
         self.running[job.name] = _Running(job, process, place, time.monotonic())
         self._note_sharing(place)
-        print(f"started   {job.name}{f' on GPU {place}' if place is not None else ''}", flush=True)
+        print(f"started   {job.name}{f' on GPU {place}' if place else ''}", flush=True)
 
     def collect(self, jobs: Sequence[Job], *, stopping: bool) -> None:
         """Takes the jobs that have ended from those that run."""
@@ -70,7 +87,7 @@ class _Runner:
             if job.name not in self.running or (code := self.running[job.name].process.poll()) is None:
                 continue
             ended = self.running.pop(job.name)
-            self.places.append(ended.place)
+            self.leave(ended.place)
             if job.is_done():
                 self.done.add(job.name)
                 print(f"done      {job.name} after {time.monotonic() - ended.began_s:.0f} s", flush=True)
@@ -116,14 +133,16 @@ def run_jobs(
         start_s: a job is not started for less.
     """
     end_s = time.monotonic() + 60 * minutes if minutes else float("inf")
-    runner = _Runner(layout, list(places), done={job.name for job in jobs if job.is_done()})
+    done = {job.name for job in jobs if job.is_done()}
+    beside = 0 if None in places else max(1, len(os.sched_getaffinity(0)) // CORES_OF_A_JOB)
+    runner = _Runner(layout, list(places), beside, done=done)
     print(f"{len(runner.done)} of {len(jobs)} jobs were done before", flush=True)
     try:
         while time.monotonic() < end_s - save_s:
             runner.collect(jobs, stopping=False)
-            ready = runner.ready(jobs)
-            if ready and runner.places and time.monotonic() < end_s - save_s - start_s:
-                runner.start(ready[0], runner.places.pop(0))
+            has_time = time.monotonic() < end_s - save_s - start_s
+            if has_time and (found := runner.next_start(jobs)):
+                runner.start(*found)
             elif not runner.running:
                 break
             else:
