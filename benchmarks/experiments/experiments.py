@@ -11,7 +11,7 @@ from . import jobs
 from .configs import pretraining, tuning, write_config
 from .jobs import Job
 from .layout import DataFolder, Layout
-from .models import ARCHITECTURES, PATTERNS, SAMBA, ExperimentError, Variant, fitted_model
+from .models import ARCHITECTURES, PATTERNS, SAMBA, SHORT_WINDOW, ExperimentError, Variant, fitted_model
 from .results import best_rate
 from .scales import Scale
 
@@ -20,7 +20,7 @@ TABLE, FAR, DOCUMENTS, JOINED, GRID, LONG_GRID = "table", "far", "documents", "j
 PHONEBOOK, RETRIEVAL, LONG_RETRIEVAL = "phonebook", "retrieval", "long-retrieval"
 RETRIEVED = {"needles": ("single", "multi_key", "multi_value", "multi_query"), "questions": ("one_fact", "two_facts")}
 """The tasks of `retrieval` and their kinds."""
-_RECALLING = (SAMBA, "llama-swa", "llama")
+_RECALLING = (SAMBA, SHORT_WINDOW, "llama-swa", "llama")
 READING_LABEL = "reading"
 _READ_DOCUMENTS = 24  # long documents, at most
 SWEEP_SEED = 1

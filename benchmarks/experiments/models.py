@@ -40,7 +40,7 @@ class Variant:
         return "F" in self.block
 
 
-SAMBA = "samba"
+SAMBA, SHORT_WINDOW = "samba", "samba-window-256"
 ARCHITECTURES = {
     SAMBA: Variant("Samba", "M-*-"),
     "llama": Variant("Llama, full attention", "F-"),
@@ -54,8 +54,9 @@ ARCHITECTURES = {
     "gated-deltanet": Variant("Gated DeltaNet", "G-*-"),
     "sambay": Variant("SambaY", "S-*-S-F-U-X-U-X-"),
     "mega-s6": Variant("Mega-S6", "Z-"),
+    SHORT_WINDOW: Variant("Samba, window 256", "M-*-", window_share=1 / 8),  # of a scale whose window is 2048
 }
-_WINDOWS = {"256": 1 / 8, "512": 1 / 4, "1024": 1 / 2, "4096": 2.0}  # of a scale whose window is 2048
+_WINDOWS = {"512": 1 / 4, "1024": 1 / 2, "4096": 2.0}
 PATTERNS = {
     SAMBA: ARCHITECTURES[SAMBA],
     "attention-first": Variant("attention before Mamba", "*-M-"),
@@ -68,6 +69,7 @@ PATTERNS = {
     "attention-below": Variant("all attention below all Mamba", "*-*-*-*-M-M-M-M-"),
     "no-mlp": Variant("Mamba and attention", "M*", share=1.25),
     "pairs": Variant("two mixers, then two MLPs", "M*--"),
+    "window-256": ARCHITECTURES[SHORT_WINDOW],
     **{f"window-{name}": Variant(f"window {name}", "M-*-", window_share=share) for name, share in _WINDOWS.items()},
     "heads-half": Variant("half the heads", "M-*-", heads_share=0.5, kv_share=0.5),
     "heads-twice": Variant("twice the heads", "M-*-", heads_share=2.0, kv_share=2.0),
