@@ -83,15 +83,20 @@ class Maker(ABC):
 
 
 class Passkey(Maker):
-    """A key of five digits at a uniform depth between sentences that say nothing, and the question for it."""
+    """A key of five digits at a uniform depth between sentences that say nothing, and the question for it.
+
+    The last sentence ends anywhere, as in texts of an exact length: a small model that never read a cut one finds few
+    keys in these.
+    """
 
     least = 0
 
     def document(self, draw: random.Random, size: int) -> Parts:
         key, depth = draw.randrange(10_000, 100_000), draw.randint(0, size)
-        filler = [PASSKEY_FILLER[number % len(PASSKEY_FILLER)] for number in range(size)]
+        *filler, last = [PASSKEY_FILLER[number % len(PASSKEY_FILLER)] for number in range(size + 1)]
+        end = last[: draw.randrange(len(last))].rstrip()
         hidden = PASSKEY_LINE.format(key=key)
-        lines = [PASSKEY_TASK, " ".join(filler[:depth]), hidden, " ".join(filler[depth:])]
+        lines = [PASSKEY_TASK, " ".join(filler[:depth]), hidden, " ".join([*filler[depth:], *([end] if end else [])])]
         text = "\n".join(line for line in lines if line)
         return [(f"{text}\n{PASSKEY_QUESTION}", False), (f" {key}.", True)]
 

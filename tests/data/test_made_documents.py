@@ -40,7 +40,7 @@ def documents(prefix: Path, tokenizer) -> list[tuple[str, list[str], int]]:
 
 def test_a_passkey_is_hidden_at_every_depth_and_asked_for_at_the_end(tokenizer, tmp_path):
     make(Passkey(), tokenizer, tmp_path / "d")
-    keys, depths = set(), []
+    keys, depths, ends = set(), [], []
     for text, answers, tokens in documents(tmp_path / "d", tokenizer):
         (key,) = set(re.findall(r"\d{5}", text))
         assert text.startswith("There is an important info hidden inside a lot of irrelevant text.")
@@ -50,6 +50,10 @@ def test_a_passkey_is_hidden_at_every_depth_and_asked_for_at_the_end(tokenizer, 
         assert 600 < tokens <= 700
         keys.add(key)
         depths.append(text.index("Remember") / len(text))
+        ends.append(text.split("\n")[-2][-1])
+    assert (
+        0.5 < sum(end != "." for end in ends) / DOCUMENTS < 1.0
+    )  # most end within a sentence, as texts of exact lengths
     assert len(keys) > DOCUMENTS - 5
     assert min(depths) < 0.25
     assert max(depths) > 0.75

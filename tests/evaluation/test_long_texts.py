@@ -181,7 +181,7 @@ class Told(random.Random):
 
 
 def test_a_passkey_s_text_is_that_of_the_documents_to_train_on(tokenizer):
-    """But that it may end within a sentence; a small model finds no key in lines that it was not trained on."""
+    """A small model finds no key in lines that it was not trained on."""
     task = task_of("passkey", Oracle(tokenizer, of_passkey), lengths=[700], depths=4, samples=2)
     for cell in task.cells():
         question = task.numbered_question(cell, 0)
