@@ -195,7 +195,10 @@ class Chaos:
 
 
 def _changed_s(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # the run has pruned it
+        return 0.0
 
 
 def _any_ended(ranks: list[Program]) -> bool:
