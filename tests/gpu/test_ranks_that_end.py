@@ -1,4 +1,4 @@
-"""Runs on two GPUs in which a rank is killed or hangs: the others end and say why, which NCCL does not."""
+"""Runs on GPUs in which a rank is killed or hangs: the others end and say why, which NCCL does not."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from tests.support.whole_runs import changed, endless
 
 PROGRAM = "from sambalm.pretrain.cli import main; main()"
 HANGS = "from tests.support import hangs; hangs.in_the_loader()"
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
 
 
 def write_random_tokens(prefix: Path) -> None:
@@ -33,17 +34,18 @@ def write_random_tokens(prefix: Path) -> None:
 
 
 @contextmanager
-def started(values: dict, folder: Path, *, before: str = "") -> Iterator[list[subprocess.Popen]]:
-    """Two ranks as processes of their own: a forked one may not use CUDA where this one has. Their log is in a file."""
+def started(values: dict, folder: Path, *, world: int = 2, before: str = "") -> Iterator[list[subprocess.Popen]]:
+    """Ranks as processes of their own: a forked one may not use CUDA where this one has. Their log is in a file."""
     (folder / "run.yaml").write_text(json.dumps(values))
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
+    variables |= {"LOCAL_WORLD_SIZE": str(world)}
     command = [sys.executable, "-c", f"{before}\n{PROGRAM}", "train", str(folder / "run.yaml")]
     with (folder / "log").open("w") as log:
         ranks = [
             subprocess.Popen(
                 command, env=os.environ | variables | {"RANK": rank, "LOCAL_RANK": rank}, stdout=log, stderr=log
             )
-            for rank in "01"
+            for rank in map(str, range(world))
         ]
     try:
         yield ranks
@@ -59,6 +61,7 @@ def values(tmp_path) -> dict:
     return changed(endless(small_run(tmp_path / "tokens", tmp_path / "run")), train={"precision": "bf16"})
 
 
+@needs_two
 @pytest.mark.parametrize("layout", [{"zero_stage": 1}, {"tensor": 2, "sequence": True}], ids=str)
 def test_the_survivor_names_the_rank_that_was_killed(layout, values, tmp_path):
     metrics, log = tmp_path / "run/metrics.jsonl", tmp_path / "log"
@@ -73,14 +76,16 @@ def test_the_survivor_names_the_rank_that_was_killed(layout, values, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
-def test_a_hang_leaves_stacks_and_what_nccl_was_doing(values, tmp_path):
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=needs_two)])
+def test_a_hang_leaves_stacks_and_what_nccl_was_doing(world, values, tmp_path):
     """Rank 0 hangs as it fetches step 6, and rank 1 waits for it in a message."""
-    with started(changed(values, watchdog={"fetch_s": 6, "step_s": 3}), tmp_path, before=HANGS) as ranks:
-        assert [rank.wait(180) for rank in ranks] == [ExitCode.HANGING] * 2, (tmp_path / "log").read_text()
+    limits = {"fetch_s": 6, "step_s": 3}
+    with started(changed(values, watchdog=limits), tmp_path, world=world, before=HANGS) as ranks:
+        assert [rank.wait(180) for rank in ranks] == [ExitCode.HANGING] * world, (tmp_path / "log").read_text()
     (attempt,) = read_attempts(tmp_path / "run")
     assert attempt.reason.startswith("rank 0: hanging in phase fetch of step 6 since ")
     (folder,) = tmp_path.glob("run/attempts/*/hang")
     stacks, traces = sorted(folder.glob("rank_*.txt")), sorted(folder.glob("nccl_trace_rank_*"))
-    assert (len(stacks), len(traces)) == (2, 2)
+    assert (len(stacks), len(traces)) == (world, world)
     assert all("MainThread" in path.read_text() for path in stacks)
     assert all(path.stat().st_size > 0 for path in traces)
