@@ -51,9 +51,12 @@ class Job:
         except FileNotFoundError:
             raise SlurmError("sbatch is not installed here: submit from a node of the cluster") from None
         if result.returncode:
-            lines = (
-                re.sub(r"^(sbatch: error: |allocation failure: )+", "", line) for line in result.stderr.splitlines()
-            )
+            lines = [
+                re.sub(r"^(sbatch: (error|fatal): |allocation failure: )+", "", line)
+                for line in result.stderr.splitlines()
+            ]
+            if any(re.search("configuration source|[Uu]nable to contact slurm controller", line) for line in lines):
+                raise SlurmError(f"Slurm is not reached from this machine: {'; '.join(lines)}")
             asked = shlex.join([self.script.name, *(o for o in self.options if not o.startswith("--job-name"))])
             raise SlurmError(f"Slurm refuses {asked}: {'; '.join(lines)}")
         return result
@@ -106,10 +109,15 @@ def check_time_limit(limit: str | None, *, script: Path) -> None:
     """Refuses a time limit of which nothing is left before the moment at which Slurm tells the script's job to leave.
 
     Args:
-        limit: in one of sbatch's forms: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and what may
-            follow them. None, words such as UNLIMITED and what sbatch refuses are left to Slurm.
+        limit: of SBATCH_TIMELIMIT, which goes before the script's own; None where it is not set. In one of sbatch's
+            forms: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and what may follow them. Words such
+            as UNLIMITED and what sbatch refuses are left to Slurm.
     """
-    margin = re.search(r"^#SBATCH --signal=\S*@(\d+)", script.read_text(), re.MULTILINE)
+    text = script.read_text()
+    margin = re.search(r"^#SBATCH --signal=\S*@(\d+)", text, re.MULTILINE)
+    name = "SBATCH_TIMELIMIT"
+    if limit is None and (own := re.search(r"^#SBATCH (?:--time[= ]|-t ?)(\S+)", text, re.MULTILINE)):
+        name, limit = f"--time of {script.name}", own[1]
     form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit or "")
     if margin is None or form is None:
         return
@@ -119,7 +127,7 @@ def check_time_limit(limit: str | None, *, script: Path) -> None:
     limit_s, margin_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds, int(margin[1])
     if 0 < limit_s <= margin_s:  # Slurm takes 0 for no limit
         raise SlurmError(
-            f"SBATCH_TIMELIMIT is {limit}, and {script.name} has its job save and leave {margin_s} s before the "
+            f"{name} is {limit}, and {script.name} has its job save and leave {margin_s} s before the "
             f"end: give more than {margin_s // 60} minutes, or lower --signal in a copy of the script and name it with "
             "--script"
         )

@@ -79,6 +79,19 @@ def test_a_job_that_would_be_told_to_leave_at_once_is_refused(limit, is_refused,
         check_time_limit(limit, script=own)
 
 
+@pytest.mark.parametrize("option", ["--time=", "--time ", "-t ", "-t"])
+def test_a_script_s_own_time_limit_counts_where_no_other_is_set(option, tmp_path):
+    own = tmp_path / "own.sbatch"
+    own.write_text(f"#!/bin/bash\n#SBATCH {option}10:00\n#SBATCH --signal=B:USR1@600\ntrue\n")
+    with pytest.raises(
+        SlurmError, match=r"^--time of own\.sbatch is 10:00, and own\.sbatch has its job save and leave"
+    ):
+        check_time_limit(None, script=own)
+    check_time_limit("20", script=own)
+    own.write_text(own.read_text().replace("10:00", "10:01"))
+    check_time_limit(None, script=own)
+
+
 def test_a_layout_is_searched_for_each_kind_of_step_alone(monkeypatch):
     """Phases of other data and lengths of a run have the same steps; other lengths, or other micro-batches, do not."""
     searched, made = [], make_dataclass("MadePlan", ["config"])
