@@ -59,7 +59,7 @@ def test_each_kind_of_weight_has_its_learning_rate():
     assert set(lr_scales(ModelConfig(**WIDE)).values()) == {1}
 
 
-@pytest.mark.parametrize("pattern", ["S-G-K-", "S-FU-X-"])
+@pytest.mark.parametrize("pattern", ["S-G-K-", "S-FU-X-", "Z-A-R-"])
 def test_other_mixers_have_theirs_without_being_named(pattern):
     found = lr_scales(_other(pattern))
     matrices = {scale for name, scale in found.items() if "proj" in name and "bias" not in name}
@@ -70,7 +70,9 @@ def test_other_mixers_have_theirs_without_being_named(pattern):
 
 
 def _other(pattern: str) -> ModelConfig:
-    return ModelConfig(**(WIDE | {"pattern": pattern}), scaling="mup", base=BASE | {"pattern": pattern})
+    mixers = {"mega": {"key_dim": 8, "chunk_tokens": 8}} if "Z" in pattern else {}
+    values = WIDE | {"pattern": pattern, "mixers": mixers}
+    return ModelConfig(**values, scaling="mup", base=BASE | {"pattern": pattern})
 
 
 def initial(config: ModelConfig) -> dict[str, torch.Tensor]:
