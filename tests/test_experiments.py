@@ -102,6 +102,14 @@ def test_documents_of_several_lengths_are_tuned_on_one_after_the_other(tmp_path)
     assert config.data.train == str(prefixes[4096])
 
 
+def test_longer_documents_are_fewer_and_as_many_tokens():
+    usual = SCALES["small"].tuning
+    assert usual.changed(steps=None, tokens=None) == usual
+    longer = usual.changed(steps=600, tokens=[2048, 32_768])
+    assert (longer.steps, longer.batch, longer.documents) == (600, 8, 1600)
+    assert [longer.documents_of(tokens) for tokens in longer.tokens] == [25_600, 1600]
+
+
 def test_tuned_runs_are_tuned_further_under_another_label(tmp_path):
     plan = Plan(
         layout=Layout(tmp_path, "long"),

@@ -105,11 +105,9 @@ def _arguments() -> argparse.Namespace:
 
 def _plan(arguments: argparse.Namespace, layout: Layout) -> Plan:
     scale = SCALES[arguments.scale]
-    steps, tokens = arguments.tuning_steps or scale.tuning.steps, arguments.tuning_tokens or scale.tuning.tokens
-    batch = max(1, scale.tuning.batch * scale.tuning.tokens[-1] // tokens[-1])  # a step has as many tokens
     scale = replace(
         scale,
-        tuning=replace(scale.tuning, steps=steps, tokens=tokens, batch=batch),
+        tuning=scale.tuning.changed(steps=arguments.tuning_steps, tokens=arguments.tuning_tokens),
         tokens=int(arguments.tokens or scale.tokens),
         sweep_tokens=int(arguments.sweep_tokens or scale.sweep_tokens),
     )

@@ -1,7 +1,7 @@
 """Sizes, data and budgets of a comparison: `small` for a GPU, `tiny` to try the scripts on a CPU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ class Tuning:
     steps: int
     batch: int
     peak_lr: float
+
+    def changed(self, *, steps: int | None, tokens: Sequence[int] | None) -> "Tuning":
+        """Returns it with other steps and lengths, if given; a step keeps its tokens, as do a length's documents."""
+        tokens = tokens or self.tokens
+        documents, batch = (max(1, count * self.tokens[-1] // tokens[-1]) for count in (self.documents, self.batch))
+        return replace(self, documents=documents, tokens=tokens, steps=steps or self.steps, batch=batch)
 
     def documents_of(self, tokens: int) -> int:
         """Returns how many documents of so many tokens are made."""
