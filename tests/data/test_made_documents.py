@@ -51,6 +51,7 @@ def test_a_passkey_is_hidden_at_every_depth_and_asked_for_at_the_end(tokenizer, 
         keys.add(key)
         depths.append(text.index("Remember") / len(text))
         ends.append(text.split("\n")[-2][-1])
+        assert " \n" not in text
     assert (
         0.5 < sum(end != "." for end in ends) / DOCUMENTS < 1.0
     )  # most end within a sentence, as texts of exact lengths
