@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -226,6 +227,30 @@ def test_documents_are_made_beside_a_job_that_has_the_only_gpu(tmp_path):
     jobs = [job("trains", other="documents", on_device=True), job("documents", other="trains", on_device=False)]
     assert run_jobs(jobs, Layout(tmp_path), places=["0"], minutes=None) is Ending.DONE
     assert jobs_on_device(tmp_path / "runs" / "trains") == 1  # they are no company on the GPU
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder / "begun").touch(exist_ok=False)
+time.sleep(0.3)
+(folder / "begun").unlink()
+(folder / name).touch()
+"""
+
+
+def test_as_many_documents_are_made_at_a_time_as_there_are_cores_for(tmp_path, monkeypatch):
+    def job(name, program, *arguments):
+        command = [sys.executable, "-c", program, str(tmp_path), name, *arguments]
+        return Job(name, command, (tmp_path / name).exists, on_device=False)
+
+    def ending(*jobs, cores):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        return run_jobs(jobs, Layout(tmp_path), places=["0"], minutes=None)
+
+    assert ending(job("a", MEETS, "b"), job("b", MEETS, "a"), cores=4) is Ending.DONE
+    assert ending(job("c", ALONE), job("d", ALONE), cores=3) is Ending.DONE
 
 
 def made_run(layout, name, *, model="samba", losses=(3.0, 2.0), seed=1):
